@@ -1,0 +1,146 @@
+"""What one model family must say of itself: which module plays which part, and how pixels become tokens."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_mllm.layout.items import Media, VisualItem
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """Module paths inside one transformer block, as dotted names relative to the block.
+
+    `q`, `k`, `v` name the modules whose output is the tensor before rotation; `qkv` replaces them where the projection is
+    fused. `pre` and `post` of the MLP: output of the first projection, input of the last one. `attn_gain` and `mlp_gain`
+    name per-channel gains that the block applies after attention and after the MLP (LayerScale).
+    """
+
+    ln1: str
+    attn: str
+    o: str
+    ln2: str
+    mlp: str
+    mlp_in: str
+    mlp_out: str
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    qkv: str | None = None
+    mlp_linear: str | None = None
+    attn_gain: str | None = None
+    mlp_gain: str | None = None
+
+
+@dataclass(frozen=True)
+class TowerParts:
+    """One stack of blocks: the module that holds them, their parts, and the shape of what flows through.
+
+    `packed`: hidden states are `[position, d_model]` with the images of the whole batch in one row, each image (each frame)
+    attending to itself alone. The hooks then show them as `[1, position, d_model]`.
+    """
+
+    root: str
+    blocks: str
+    block: BlockParts
+    causal: bool
+    packed: bool = False
+    softmax_float32: bool = True
+
+
+class Family(ABC):
+    """A model family: module names, what differs in the hooks, and the way from pixels to tokens.
+
+    A subclass lives in one file and is named in `registry.py`; nothing else knows it.
+    """
+
+    name: str
+    #: `config.model_type` of the checkpoints that this family serves
+    model_types: tuple[str, ...]
+    #: names of the transformers classes, for messages
+    model_classes: tuple[str, ...]
+    text: TowerParts
+    vision: TowerParts
+    embed: str = "model.language_model.embed_tokens"
+    language_model: str = "model.language_model"
+    ln_final: str = "model.language_model.norm"
+    lm_head: str = "lm_head"
+    #: the module whose output is `vision.hook_patch_embed`
+    patch_embed: str
+    projector: str
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    def text_config(self, config: Any) -> Any:
+        """The configuration of the language model."""
+        return config.text_config
+
+    def vision_config(self, config: Any) -> Any:
+        """The configuration of the vision tower."""
+        return config.vision_config
+
+    @abstractmethod
+    def vision_heads(self, config: Any) -> int:
+        """Attention heads in one block of the vision tower."""
+
+    def n_deepstack(self, model: nn.Module) -> int:
+        """How many decoder blocks are followed by an addition of visual features (DeepStack)."""
+        return 0
+
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
+    def patch_embed_value(self, output: Tensor) -> Tensor:
+        """`vision.hook_patch_embed` from the output of the module `patch_embed`, as `[batch, position, d_model]`."""
+        return output
+
+    def patch_embed_output(self, value: Tensor, output: Tensor) -> Tensor:
+        """The inverse of `patch_embed_value`, in the shape of `output`."""
+        return value.reshape(output.shape)
+
+    @abstractmethod
+    def vision_out_module(self) -> tuple[str, str]:
+        """Where `vision.hook_out` sits: a module path and whether its "input" or its "output" carries it."""
+
+    def vision_out_value(self, output: Any, model: nn.Module) -> Tensor:
+        """`vision.hook_out` from what the module of `vision_out_module` takes or returns."""
+        return output
+
+    def vision_out_replace(self, value: Tensor, output: Any, model: nn.Module) -> Any:
+        """What that module must take or return for `vision.hook_out` to be `value`."""
+        return value
+
+    # -- inputs --------------------------------------------------------------------------------------------------------
+
+    #: names of the pixel tensors among the model inputs
+    pixel_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos")
+
+    @abstractmethod
+    def visual_token_ids(self, config: Any) -> tuple[int, ...]:
+        """Ids of the placeholder tokens whose embeddings are replaced by visual features."""
+
+    def check_inputs(self, inputs: dict[str, Any], config: Any) -> None:
+        """Raise `InputError` for inputs that the model would take and get wrong."""
+
+    def reset(self, model: nn.Module) -> None:
+        """Forget what the model keeps from one call to the next."""
+
+    # -- pixels to tokens ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def visual_items(
+        self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
+    ) -> list[VisualItem]:
+        """Which pixels every visual token of one sample sees, one `VisualItem` per image or video in prompt order."""
+
+
+def resolve(root: nn.Module, path: str) -> nn.Module:
+    """The submodule of `root` at a dotted path (`""` is `root` itself)."""
+    return root.get_submodule(path)
+
+
+def placeholder_count(input_ids: Tensor, ids: tuple[int, ...]) -> int:
+    """How many positions of `input_ids` hold one of `ids`."""
+    return int(torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).sum())

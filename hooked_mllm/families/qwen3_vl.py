@@ -1,0 +1,94 @@
+"""Qwen3-VL, dense and mixture of experts: one packed vision tower, a 2 x 2 merger, DeepStack after the first blocks."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hooked_mllm.errors import InputError
+from hooked_mllm.families.base import BlockParts, Family, TowerParts, placeholder_count
+from hooked_mllm.layout.items import Media, VisualItem
+
+
+class Qwen3VL(Family):
+    """Qwen3-VL as transformers runs it; the classes share their module names."""
+
+    name = "qwen3_vl"
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    model_classes = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
+    text = TowerParts(
+        root="model.language_model",
+        blocks="model.language_model.layers",
+        block=BlockParts(
+            ln1="input_layernorm",
+            attn="self_attn",
+            q="self_attn.q_norm",
+            k="self_attn.k_norm",
+            v="self_attn.v_proj",
+            o="self_attn.o_proj",
+            ln2="post_attention_layernorm",
+            mlp="mlp",
+            mlp_in="mlp.gate_proj",
+            mlp_linear="mlp.up_proj",
+            mlp_out="mlp.down_proj",
+        ),
+        causal=True,
+    )
+    vision = TowerParts(
+        root="model.visual",
+        blocks="model.visual.blocks",
+        block=BlockParts(
+            ln1="norm1",
+            attn="attn",
+            qkv="attn.qkv",
+            o="attn.proj",
+            ln2="norm2",
+            mlp="mlp",
+            mlp_in="mlp.linear_fc1",
+            mlp_out="mlp.linear_fc2",
+        ),
+        causal=False,
+        packed=True,
+    )
+    patch_embed = "model.visual.patch_embed"
+    projector = "model.visual.merger"
+
+    def vision_heads(self, config: Any) -> int:
+        return config.vision_config.num_heads
+
+    def n_deepstack(self, model: nn.Module) -> int:
+        return len(model.config.vision_config.deepstack_visual_indexes)
+
+    def patch_embed_value(self, output: Tensor) -> Tensor:
+        return output[None]
+
+    def vision_out_module(self) -> tuple[str, str]:
+        return self.projector, "input"
+
+    def vision_out_value(self, output: Any, model: nn.Module) -> Tensor:
+        return output[None]
+
+    def vision_out_replace(self, value: Tensor, output: Any, model: nn.Module) -> Any:
+        return value[0]
+
+    def visual_token_ids(self, config: Any) -> tuple[int, ...]:
+        return config.image_token_id, config.video_token_id
+
+    def check_inputs(self, inputs: dict[str, Any], config: Any) -> None:
+        if inputs.get("mm_token_type_ids") is not None or inputs.get("position_ids") is not None:
+            return
+        if inputs.get("input_ids") is not None and placeholder_count(
+            inputs["input_ids"], self.visual_token_ids(config)
+        ):
+            raise InputError(
+                "Qwen3-VL needs `mm_token_type_ids` beside images or videos: without them `generate` silently uses text "
+                "positions for visual tokens. The processor returns them; pass everything that it returns, or use "
+                "`model.prepare`."
+            )
+
+    def reset(self, model: nn.Module) -> None:
+        model.get_submodule("model").rope_deltas = None
+
+    def visual_items(
+        self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
+    ) -> list[VisualItem]:
+        raise NotImplementedError  # H1

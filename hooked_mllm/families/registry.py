@@ -1,0 +1,47 @@
+"""The families this package knows, by `config.model_type`."""
+
+from typing import Any
+
+from hooked_mllm.errors import UnsupportedModelError
+from hooked_mllm.families.base import Family
+from hooked_mllm.families.internvl import InternVL
+from hooked_mllm.families.llava_onevision import LlavaOnevision
+from hooked_mllm.families.qwen3_vl import Qwen3VL
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> Family:
+    """Make a family known under each of its `model_types`.
+
+    Example:
+        >>> from hooked_mllm.families import Qwen3VL, register
+        >>> register(Qwen3VL()).name
+        'qwen3_vl'
+    """
+    for model_type in family.model_types:
+        FAMILIES[model_type] = family
+    return family
+
+
+for _family in (Qwen3VL(), LlavaOnevision(), InternVL()):
+    register(_family)
+
+
+def family_of(config: Any) -> Family:
+    """The family of a transformers configuration.
+
+    Raises:
+        UnsupportedModelError: when no family has that `model_type`.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type == "internvl_chat":
+        raise UnsupportedModelError(
+            "This is InternVL's own checkpoint layout (model_type 'internvl_chat'), which needs remote code. Use the native "
+            "transformers checkpoint, InternVLForConditionalGeneration: the repositories whose name ends in '-HF', such as "
+            "OpenGVLab/InternVL3_5-8B-HF."
+        )
+    known = ", ".join(f"{f.model_classes[0]} ({', '.join(f.model_types)})" for f in dict.fromkeys(FAMILIES.values()))
+    raise UnsupportedModelError(f"No family for model_type {model_type!r}. Supported: {known}.")
