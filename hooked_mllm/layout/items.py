@@ -1,0 +1,123 @@
+"""Images and videos as the prompt holds them, and what each of their visual tokens sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int, Int8
+
+from hooked_mllm.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class ImageMedia:
+    """The size of one original image, in pixels."""
+
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        _check_size(self.width, self.height, "An image")
+
+
+@dataclass(frozen=True)
+class VideoMedia:
+    """The size of one original video, and the time of each frame given to the model, in seconds."""
+
+    width: int
+    height: int
+    n_frames: int
+    times_s: tuple[float | int, ...]
+
+    def __post_init__(self) -> None:
+        _check_size(self.width, self.height, "A video")
+        if self.n_frames < 1 or len(self.times_s) != self.n_frames:
+            raise LayoutError(
+                "A video needs one time for each of its frames; "
+                f"got {self.n_frames} frames and {len(self.times_s)} times."
+            )
+
+
+#: the originals of one sample, in prompt order
+Media = tuple[ImageMedia | VideoMedia, ...]
+
+
+class View(IntEnum):
+    """Through which rendering of the original a visual token looks at it.
+
+    `NONE`: through none, as newline tokens. `WHOLE`: the only view of an image. `BASE` and `HIGHRES`: LLaVA-OneVision's
+    squashed overview and its tiled grid. `THUMBNAIL` and `TILE`: InternVL's. `FRAME`: frames of a video.
+    """
+
+    NONE = 0
+    WHOLE = 1
+    BASE = 2
+    HIGHRES = 3
+    THUMBNAIL = 4
+    TILE = 5
+    FRAME = 6
+
+
+@dataclass(frozen=True, eq=False)
+class VisualItem:
+    """What the visual tokens of one image or video see, in the order of the tokens.
+
+    Attributes:
+        kind: "image" or "video".
+        index: its number among those of its kind, from 0, in prompt order.
+        width, height: the size of the original, in pixels.
+        boxes: x0, y0, x1, y1 in original pixels (pixel i spans [i, i + 1]); NaN for a token that sees no pixel.
+        frames: the first and the last frame that the token sees, both included; -1 for images and newline tokens.
+        views: a `View` for each token.
+        times_s: the time of each frame of a video, in seconds; empty for an image.
+    """
+
+    kind: Literal["image", "video"]
+    index: int
+    width: int
+    height: int
+    boxes: Float[np.ndarray, "token 4"]
+    frames: Int[np.ndarray, "token 2"]
+    views: Int8[np.ndarray, " token"]
+    times_s: tuple[float | int, ...] = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.boxes)
+        if self.boxes.shape != (n, 4) or self.frames.shape != (n, 2) or self.views.shape != (n,):
+            raise LayoutError(
+                f"{self.name} needs boxes [token 4], frames [token 2] and views [token] of one length; "
+                f"got {self.boxes.shape}, {self.frames.shape} and {self.views.shape}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __repr__(self) -> str:
+        return f"VisualItem({self.name}, {self.width}x{self.height} px, {len(self)} tokens)"
+
+    @property
+    def name(self) -> str:
+        """For example "image 0"."""
+        return f"{self.kind} {self.index}"
+
+    @property
+    def n_frames(self) -> int:
+        """Frames of a video given to the model; 0 for an image."""
+        return len(self.times_s)
+
+
+def number_items(items: Sequence[VisualItem]) -> list[tuple[str, int]]:
+    """Kind and number among its kind that each of `items` ought to have."""
+    count = {"image": 0, "video": 0}
+    names = []
+    for item in items:
+        names.append((item.kind, count[item.kind]))
+        count[item.kind] += 1
+    return names
+
+
+def _check_size(width: int, height: int, what: str) -> None:
+    if width < 1 or height < 1:
+        raise LayoutError(f"{what} must be at least 1 x 1 pixel; got {width} x {height}.")

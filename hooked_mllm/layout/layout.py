@@ -1,0 +1,350 @@
+"""TokenLayout: what every position of the input is, and which pixels the visual ones see."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int8
+from torch import Tensor
+
+from hooked_mllm.errors import LayoutError, nearest
+from hooked_mllm.layout.describe import describe, runs, summary
+from hooked_mllm.layout.find import find_item, find_view
+from hooked_mllm.layout.items import View, VisualItem, number_items
+from hooked_mllm.layout.kinds import Kind, kinds_of_spans
+from hooked_mllm.layout.paint import paint
+from hooked_mllm.layout.regions import Frames, Number, Pages, Region, as_regions, moved, names
+from hooked_mllm.layout.shares import shares
+
+#: names that `TokenLayout.mask` knows beside the kinds
+DERIVED = ("text", "last", "pixels")
+#: shares closer than this are equal: token edges are fractions of pixels
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenLayout:
+    """The answer to "which position is what" for one sample.
+
+    Attributes:
+        kinds: a `Kind` for each position.
+        item: the number in `items` of the image or video that a visual position belongs to; -1 elsewhere.
+        boxes: x0, y0, x1, y1 in pixels of the ORIGINAL image that a visual token sees (pixel i spans [i, i + 1]);
+            NaN for text, and for visual tokens that see none: newlines, and tokens on padding alone.
+        frame_range: the first and the last frame a video token sees, both included; -1 elsewhere.
+        view: a `View` for each position.
+        items: the images and videos, in prompt order.
+        last_index: the last position before any answer.
+
+    Example:
+        >>> from hooked_mllm.layout import Box
+        >>> boxes = np.array([[0.0, 0.0, 4.0, 4.0], [4.0, 0.0, 8.0, 4.0]])
+        >>> item = VisualItem("image", 0, 8, 4, boxes, np.full((2, 2), -1), np.full(2, View.WHOLE, np.int8))
+        >>> layout = TokenLayout.build(torch.tensor([5, 9, 9, 6, 7]), [item], (9,), {"question": [(3, 5)]})
+        >>> layout.target(Box(5, 1, 6, 2)).tolist()
+        [False, False, True, False, False]
+    """
+
+    kinds: Int8[Tensor, " pos"]
+    item: Int[Tensor, " pos"]
+    boxes: Float[Tensor, "pos 4"]
+    frame_range: Int[Tensor, "pos 2"]
+    view: Int8[Tensor, " pos"]
+    items: tuple[VisualItem, ...]
+    last_index: int
+
+    @classmethod
+    def build(
+        cls,
+        input_ids: Int[Tensor, " pos"],
+        items: Sequence[VisualItem],
+        visual_ids: Iterable[int],
+        spans: Mapping[str, Sequence[tuple[int, int]]],
+    ) -> "TokenLayout":
+        """Join token ids, what the visual tokens see, and where the texts lie.
+
+        Args:
+            input_ids: the ids of one sample, without padding.
+            items: its images and videos in prompt order; their tokens take the placeholder positions in order.
+            visual_ids: ids of the placeholder tokens.
+            spans: ranges (start, end), end exclusive, for "system", "question" and "answer". Other text is template.
+
+        Raises:
+            LayoutError: when tokens and placeholders differ in number, or a span is unknown, outside, or overlaps.
+        """
+        ids = input_ids.cpu()
+        n, items = len(ids), tuple(items)
+        if n == 0:
+            raise LayoutError("The input has no tokens.")
+        for item, (kind, index) in zip(items, number_items(items), strict=True):
+            if (item.kind, item.index) != (kind, index):
+                raise LayoutError(f"Item {item.name} stands where {kind} {index} was expected: give prompt order.")
+        at = torch.isin(ids, torch.tensor(sorted(visual_ids), dtype=ids.dtype)).nonzero()[:, 0]
+        n_tokens = sum(map(len, items))
+        if len(at) != n_tokens:
+            what = ", ".join(f"{i.name}: {len(i)}" for i in items) or "no images or videos"
+            raise LayoutError(
+                f"The input has {len(at)} placeholder tokens, but its images and videos give {n_tokens} visual tokens "
+                f"({what})."
+            )
+        kinds = kinds_of_spans(n, spans)
+        kinds[at] = Kind.VISUAL
+        item_of = torch.full((n,), -1, dtype=torch.int32)
+        boxes = torch.full((n, 4), torch.nan, dtype=torch.float64)
+        frame_range = torch.full((n, 2), -1, dtype=torch.int32)
+        view = torch.zeros(n, dtype=torch.int8)
+        if items:
+            lengths = torch.tensor([len(i) for i in items])
+            item_of[at] = torch.arange(len(items), dtype=torch.int32).repeat_interleave(lengths)
+            boxes[at] = torch.from_numpy(np.concatenate([i.boxes for i in items])).double()
+            frame_range[at] = torch.from_numpy(np.concatenate([i.frames for i in items])).int()
+            view[at] = torch.from_numpy(np.concatenate([i.views for i in items]))
+        answer = (kinds == Kind.ANSWER).nonzero()
+        last = int(answer[0]) - 1 if len(answer) else n - 1
+        if last < 0:
+            raise LayoutError("The answer starts at the first position: nothing is left to ask.")
+        return cls(kinds, item_of, boxes, frame_range, view, items, last)
+
+    def padded(self, left: int = 0, right: int = 0) -> "TokenLayout":
+        """The same layout with padding positions before and after it."""
+        if left < 0 or right < 0:
+            raise LayoutError(f"Padding must be zero or more positions; got left={left}, right={right}.")
+
+        def pad(values: Tensor, fill: float) -> Tensor:
+            def rest(k: int) -> Tensor:
+                return values.new_full((k, *values.shape[1:]), fill)
+
+            return torch.cat([rest(left), values, rest(right)])
+
+        return TokenLayout(
+            pad(self.kinds, Kind.PADDING),
+            pad(self.item, -1),
+            pad(self.boxes, torch.nan),
+            pad(self.frame_range, -1),
+            pad(self.view, View.NONE),
+            self.items,
+            self.last_index + left,
+        )
+
+    # -- what is where -------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def mask(self, name: str) -> Bool[Tensor, " pos"]:
+        """The positions of a kind, or "text" (neither visual nor padding), "last", "pixels" (visual, with a footprint).
+
+        Raises:
+            LayoutError: for another name.
+        """
+        names = [k.name.lower() for k in Kind]
+        if name in names:
+            return self.kinds == Kind[name.upper()]
+        if name == "text":
+            return (self.kinds != Kind.VISUAL) & (self.kinds != Kind.PADDING)
+        if name == "last":
+            return torch.arange(len(self)) == self.last_index
+        if name == "pixels":
+            return ~self.boxes[:, 0].isnan()
+        known = [*names, *DERIVED]
+        raise LayoutError(f"No positions are called {name!r}. {nearest(name, known)} Known: {', '.join(known)}.")
+
+    @property
+    def question(self) -> Bool[Tensor, " pos"]:
+        """The user's question alone."""
+        return self.mask("question")
+
+    @property
+    def answer(self) -> Bool[Tensor, " pos"]:
+        """The answer, if one was given."""
+        return self.mask("answer")
+
+    @property
+    def system(self) -> Bool[Tensor, " pos"]:
+        """The system prompt."""
+        return self.mask("system")
+
+    @property
+    def template(self) -> Bool[Tensor, " pos"]:
+        """What the chat template puts around the rest."""
+        return self.mask("template")
+
+    @property
+    def visual(self) -> Bool[Tensor, " pos"]:
+        """All visual tokens, newline tokens included."""
+        return self.mask("visual")
+
+    @property
+    def padding(self) -> Bool[Tensor, " pos"]:
+        """Padding positions."""
+        return self.mask("padding")
+
+    @property
+    def text(self) -> Bool[Tensor, " pos"]:
+        """All that is neither visual nor padding."""
+        return self.mask("text")
+
+    @property
+    def last(self) -> Bool[Tensor, " pos"]:
+        """The last position before any answer."""
+        return self.mask("last")
+
+    @property
+    def pixels(self) -> Bool[Tensor, " pos"]:
+        """Visual tokens that see a pixel of the original: all but newlines and tokens on padding."""
+        return self.mask("pixels")
+
+    @property
+    def n_images(self) -> int:
+        """How many images the sample has."""
+        return sum(i.kind == "image" for i in self.items)
+
+    @property
+    def n_videos(self) -> int:
+        """How many videos the sample has."""
+        return sum(i.kind == "video" for i in self.items)
+
+    @property
+    def times(self) -> Float[Tensor, " pos"]:
+        """The time of each video token in seconds: the mean over the frames it sees; NaN elsewhere."""
+        out = torch.full((len(self),), torch.nan, dtype=torch.float64)
+        for number, item in enumerate(self.items):
+            at = ((self.item == number) & (self.frame_range[:, 0] >= 0)).nonzero()[:, 0]
+            if item.kind == "image" or not len(at):
+                continue
+            total = torch.tensor((0.0, *item.times_s), dtype=torch.float64).cumsum(0)
+            first, after = self.frame_range[at].long().unbind(1)
+            out[at] = (total[after + 1] - total[first]) / (after + 1 - first)
+        return out
+
+    def spans(self, kind: Kind | str) -> list[tuple[int, int]]:
+        """The contiguous ranges (start, end), end exclusive, of a kind or of a name that `mask` knows."""
+        return runs(self.mask(kind.name.lower() if isinstance(kind, Kind) else kind))
+
+    def tokens(
+        self, image: int | None = None, video: int | None = None, view: str | None = None
+    ) -> Bool[Tensor, " pos"]:
+        """All tokens of one image or video, or those of one of its views.
+
+        Raises:
+            LayoutError: when there is no such image, video or view.
+        """
+        number = find_item(self.items, image, video)
+        found = self.item == number
+        return found if view is None else found & (self.view == find_view(self.items[number], view))
+
+    # -- regions in, tokens out ----------------------------------------------------------------------------------------
+
+    def target(self, region: Region | Sequence[Region], min_overlap: Number = 0.0) -> Bool[Tensor, " pos"]:
+        """The tokens whose pixels overlap a region, or the union of several.
+
+        A token is a target iff the share of its footprint (of a video token: averaged over the frames it sees) that the
+        region covers is positive, and at least `min_overlap`. Newline tokens have no footprint and never are.
+
+        Raises:
+            LayoutError: no visual tokens, no such image or video, a region outside of it, a mask of another size,
+                or no token found.
+        """
+        if not 0 <= min_overlap <= 1:
+            raise LayoutError(f"min_overlap is a share of the token's footprint, from 0 to 1; got {min_overlap}.")
+        regions = as_regions(region)
+        if not self.items:
+            raise LayoutError("This input has no visual tokens: a region needs an image or a video in the prompt.")
+        share = shares(self.items, self.item.numpy(), self.boxes.numpy(), self.frame_range.numpy(), regions)
+        found = torch.from_numpy(share > TOLERANCE if min_overlap == 0 else share >= min_overlap - TOLERANCE)
+        if not found.any():
+            raise LayoutError(
+                f"No token has more than {min_overlap} of its footprint in {names(regions)}: the most covered one has "
+                f"{share.max():.3g}. Lower min_overlap, or give a region that the model sees."
+            )
+        return found
+
+    def region(
+        self,
+        region: Region | Sequence[Region],
+        image: int | None = None,
+        video: int | None = None,
+        min_overlap: Number = 0.0,
+    ) -> Bool[Tensor, " pos"]:
+        """`target`, with the image or video named here in place of the region's own."""
+        regions = [moved(r, image, video) for r in as_regions(region)]
+        return self.target(regions, min_overlap)
+
+    def frames(
+        self, video: int = 0, start_s: Number | None = None, end_s: Number | None = None
+    ) -> Bool[Tensor, " pos"]:
+        """The tokens of a video that see a frame whose time lies in [start_s, end_s]; `None` leaves an end open."""
+        return self.target(Frames(start_s, end_s, video))
+
+    def pages(self, images: Iterable[int]) -> Bool[Tensor, " pos"]:
+        """The tokens of whole images, by their numbers from 0."""
+        return self.target(Pages(images))
+
+    def chance(self, mask: Bool[Tensor, " pos"], queries: str | Bool[Tensor, " pos"] = "question") -> float:
+        r"""The mass on `mask` of a head that attends evenly to all it may see (causal, padding left out).
+
+        $$\frac{1}{|Q|} \sum_{i \in Q} \frac{|\{j \in K : j \le i\}|}{|\{j : j \le i, j \text{ not padding}\}|}$$
+
+        Raises:
+            LayoutError: when there are no such queries.
+        """
+        rows = self.mask(queries) if isinstance(queries, str) else queries
+        rows = rows & ~self.padding
+        if not rows.any():
+            raise LayoutError(f"There are no query positions: {queries!r} is empty in this layout.")
+        seen, visible = (mask & ~self.padding).cumsum(0), (~self.padding).cumsum(0)
+        return float((seen[rows].double() / visible[rows]).mean())
+
+    # -- token values in, image out ------------------------------------------------------------------------------------
+
+    def to_image(
+        self,
+        values: Any,
+        image: int | None = None,
+        video: int | None = None,
+        frame: int = 0,
+        view: str | None = None,
+    ) -> Float[np.ndarray, "height width"]:
+        """Paint one value per token onto the original image, or onto one frame of a video.
+
+        Each pixel takes the value of the token that sees its centre, of several views the finest that does ("highres"
+        over "base", "tile" over "thumbnail" unless the picture is so small that these are the coarser ones). Pixels
+        that no token sees are NaN.
+
+        Args:
+            values: one number per position `[pos]`, tensor or array.
+            image: the number of the image; 0 if no video is named either.
+            video: the number of the video.
+            frame: of a video, the number of the frame among those given to the model.
+            view: one of the item's views; by default the finest that sees the pixel.
+
+        Raises:
+            LayoutError: for another number of values, or when there is no such image, video, frame or view.
+        """
+        if isinstance(values, Tensor):
+            values = values.detach().to("cpu", torch.float64).numpy()
+        values = np.asarray(values, dtype=np.float64)
+        if values.shape != (len(self),):
+            raise LayoutError(f"to_image takes one value per position, shape ({len(self)},); got {values.shape}.")
+        number = find_item(self.items, 0 if image is None and video is None else image, video)
+        item = self.items[number]
+        found = (self.item == number) & self.pixels
+        if item.kind == "video":
+            if not 0 <= frame < item.n_frames:
+                raise LayoutError(f"{item.name} has frames 0 to {item.n_frames - 1}; got frame {frame}.")
+            found &= (self.frame_range[:, 0] <= frame) & (frame <= self.frame_range[:, 1])
+        if view is not None:
+            found &= self.view == find_view(self.items[number], view)
+        at = found.numpy()
+        return paint(item.width, item.height, self.boxes.numpy()[at], values[at], self.view.numpy()[at])
+
+    # -- to look at ----------------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """One line per span, image and video."""
+        return describe(self)
+
+    def __repr__(self) -> str:
+        return summary(self)

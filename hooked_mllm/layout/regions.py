@@ -1,0 +1,216 @@
+"""Regions of images and videos, in the coordinates of the original."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hooked_mllm.errors import LayoutError
+
+Number = float | int | np.floating | np.integer
+Corners = tuple[float, float, float, float]
+
+
+def corners(box: Any, what: str = "A box") -> Corners:
+    """Four finite numbers x0 < x1, y0 < y1 from a `Box` or a sequence.
+
+    Raises:
+        LayoutError: for anything else.
+    """
+    values = (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else tuple(box)
+    if len(values) != 4:
+        raise LayoutError(f"{what} is (x0, y0, x1, y1) in pixels of the original; got {len(values)} numbers.")
+    x0, y0, x1, y1 = (float(v) for v in values)
+    if not all(math.isfinite(v) for v in (x0, y0, x1, y1)):
+        raise LayoutError(f"{what} needs finite coordinates; got {(x0, y0, x1, y1)}.")
+    if x0 >= x1 or y0 >= y1:
+        raise LayoutError(
+            f"{what} is (x0, y0, x1, y1) with x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}. "
+            "From x, y, width, height: (x, y, x + width, y + height)."
+        )
+    return x0, y0, x1, y1
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle of an image: [x0, x1] x [y0, y1] in pixels of the original, x to the right, y down.
+
+    What lies outside the image is cut off; a box wholly outside is an error.
+
+    Example:
+        >>> Box(412, 230, 520, 371)
+        Box(x0=412, y0=230, x1=520, y1=371, image=0)
+    """
+
+    x0: Number
+    y0: Number
+    x1: Number
+    y1: Number
+    image: int = 0
+
+    def __post_init__(self) -> None:
+        corners(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The true pixels of a boolean array of the size of the original image, `[height width]`.
+
+    Example:
+        >>> Mask(np.eye(3, dtype=bool))
+        Mask(3 of 9 pixels, image=0)
+    """
+
+    pixels: np.ndarray
+    image: int = 0
+
+    def __post_init__(self) -> None:
+        pixels = np.asarray(self.pixels)
+        if pixels.ndim != 2:
+            raise LayoutError(f"A mask is one boolean array [height width]; got shape {pixels.shape}.")
+        if pixels.dtype != bool:
+            if not np.isin(pixels, (0, 1)).all():
+                raise LayoutError(
+                    f"A mask holds True and False (or 1 and 0); got {pixels.dtype} with other values. "
+                    "Compare first, as in `labels == 7`."
+                )
+            pixels = pixels.astype(bool)
+        if not pixels.any():
+            raise LayoutError("The mask is empty: not one of its pixels is true.")
+        object.__setattr__(self, "pixels", pixels)
+
+    def __repr__(self) -> str:
+        return f"Mask({int(self.pixels.sum())} of {self.pixels.size} pixels, image={self.image})"
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a video whose time lies in [start_s, end_s], whole or within a box.
+
+    `None` leaves that end open. The times are those of the frames given to the model.
+
+    Example:
+        >>> Frames(start_s=2.0, end_s=4.5)
+        Frames(start_s=2.0, end_s=4.5, video=0, box=None)
+    """
+
+    start_s: Number | None = None
+    end_s: Number | None = None
+    video: int = 0
+    box: Any = None
+
+    def __post_init__(self) -> None:
+        if self.start_s is not None and self.end_s is not None and self.start_s > self.end_s:
+            raise LayoutError(f"Frames need start_s <= end_s; got {self.start_s} and {self.end_s} seconds.")
+        if self.box is not None:
+            object.__setattr__(self, "box", corners(self.box))
+
+
+@dataclass(frozen=True)
+class Tube:
+    """A box that moves: time in seconds -> (x0, y0, x1, y1) in pixels of the original, or `None` where it is absent.
+
+    A frame between two given times takes the box on the straight line between theirs; before the first time, after
+    the last and next to a `None` there is no box.
+
+    Example:
+        >>> Tube({0.0: (0, 0, 10, 10), 2.0: (20, 0, 30, 10)}).at(1.0)
+        (10.0, 0.0, 20.0, 10.0)
+    """
+
+    boxes: Mapping[Any, Any]
+    video: int = 0
+
+    def __post_init__(self) -> None:
+        boxes = {
+            float(t): None if b is None else corners(b, f"The box at {t} s") for t, b in sorted(self.boxes.items())
+        }
+        if not any(boxes.values()):
+            raise LayoutError("A tube needs a box at one time at least; got none.")
+        object.__setattr__(self, "boxes", boxes)
+
+    def at(self, time_s: Number, slack_s: Number = 1e-3) -> Corners | None:
+        """The box at a time, or `None`; times closer than `slack_s` are taken to be the same."""
+        times = list(self.boxes)
+        nearest = min(times, key=lambda t: abs(t - time_s))
+        if abs(nearest - time_s) <= slack_s:
+            return self.boxes[nearest]
+        after = int(np.searchsorted(times, time_s))
+        if after in (0, len(times)):
+            return None
+        t0, t1 = times[after - 1], times[after]
+        before, behind = self.boxes[t0], self.boxes[t1]
+        if before is None or behind is None:
+            return None
+        share = (time_s - t0) / (t1 - t0)
+        x0, y0, x1, y1 = (a + share * (b - a) for a, b in zip(before, behind, strict=True))
+        return x0, y0, x1, y1
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Whole images, by their numbers from 0 in prompt order.
+
+    Example:
+        >>> Pages({3, 7})
+        Pages(images=(3, 7))
+    """
+
+    images: Iterable[int]
+
+    def __post_init__(self) -> None:
+        images = tuple(sorted({int(i) for i in self.images}))
+        if not images:
+            raise LayoutError("No page was named. Give the numbers of the images, from 0, as in Pages({3, 7}).")
+        object.__setattr__(self, "images", images)
+
+
+Region = Box | Mask | Frames | Tube | Pages
+
+
+def as_regions(region: Region | Sequence[Region]) -> list[Region]:
+    """One region or several, as a list.
+
+    Raises:
+        LayoutError: for an empty list or something that is no region.
+    """
+    regions = [region] if isinstance(region, Box | Mask | Frames | Tube | Pages) else list(region)
+    if not regions:
+        raise LayoutError("The list of regions is empty: give one region at least.")
+    for r in regions:
+        if not isinstance(r, Box | Mask | Frames | Tube | Pages):
+            raise LayoutError(
+                f"A region is a Box, Mask, Frames, Tube or Pages, or a list of them; got {type(r).__name__}."
+            )
+    return regions
+
+
+def moved(region: Region, image: int | None, video: int | None) -> Region:
+    """The same region in the image or video named here, if one is.
+
+    Raises:
+        LayoutError: when the region cannot lie there.
+    """
+    if image is not None and video is not None:
+        raise LayoutError(f"Name one image or one video; got image={image}, video={video}.")
+    if isinstance(region, Pages):
+        if image is not None or video is not None:
+            raise LayoutError("Pages name their own images: leave out image= and video=.")
+        return region
+    if isinstance(region, Box | Mask):
+        if video is not None and isinstance(region, Box):
+            return Frames(video=video, box=region)
+        if video is not None:
+            raise LayoutError("A Mask lies in an image. For a video use Frames(..., box=...) or Tube(...).")
+        return region if image is None else replace(region, image=image)
+    if image is not None:
+        raise LayoutError(f"{type(region).__name__} lies in a video: use video=, not image=.")
+    return region if video is None else replace(region, video=video)
+
+
+def names(regions: Sequence[Region]) -> str:
+    """The first few regions, for a message."""
+    text = ", ".join(repr(r) for r in regions[:3])
+    return text if len(regions) <= 3 else f"{text} and {len(regions) - 3} more"
