@@ -2,10 +2,24 @@
 
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
+from hooked_mllm.errors import LayoutError
 from hooked_mllm.families.base import BlockParts, Family, TowerParts
-from hooked_mllm.layout.items import Media, VisualItem
+from hooked_mllm.families.geometry import (
+    Boxes,
+    frame_ranges,
+    grid_boxes,
+    image_item,
+    patch_cells,
+    split_media,
+    square_side,
+    video_item,
+)
+from hooked_mllm.layout.items import ImageMedia, Media, View, VisualItem
 
 
 class InternVL(Family):
@@ -81,4 +95,80 @@ class InternVL(Family):
     def visual_items(
         self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
-        raise NotImplementedError  # H1
+        patch = model_config.vision_config.patch_size
+        patch = patch if isinstance(patch, int) else patch[0]
+        cell = patch / model_config.downsample_ratio  # pixels of a tile that one token sees, each way
+        lengths = _run_lengths(inputs["input_ids"], model_config.image_token_id)
+        images, videos = split_media(media)
+        n_runs = len(images) + sum(m.n_frames for m in videos)
+        if len(lengths) != n_runs:
+            raise LayoutError(
+                f"The prompt holds {len(lengths)} runs of placeholder tokens, but {len(images)} images and "
+                f"{n_runs - len(images)} frames of {len(videos)} videos need {n_runs}."
+            )
+        items, taken, seen = [], 0, {"image": 0, "video": 0}
+        for m in media:
+            kind = "image" if isinstance(m, ImageMedia) else "video"
+            part = "image_processor" if kind == "image" else "video_processor"
+            side = _tile_side(model_config, processor, part)
+            n = int(side // patch * model_config.downsample_ratio)
+            if isinstance(m, ImageMedia):
+                tiles = _whole_tiles(lengths[taken], n, f"Image {seen[kind]}")
+                items.append(image_item(seen[kind], m, _views(m, tiles, n, cell, side, processor, seen[kind])))
+                taken += 1
+            else:
+                for length in lengths[taken : taken + m.n_frames]:
+                    if length != n * n:
+                        raise LayoutError(
+                            f"A frame of video {seen[kind]} has {length} tokens, not {n * n} as expected."
+                        )
+                boxes = grid_boxes(patch_cells(n, cell, side, m.width), patch_cells(n, cell, side, m.height))
+                items.append(video_item(seen[kind], m, boxes, frame_ranges(m.n_frames)))
+                taken += m.n_frames
+            seen[kind] += 1
+        return items
+
+
+def _views(
+    media: ImageMedia, tiles: int, n: int, cell: float, side: int, processor: Any, index: int
+) -> list[tuple[View, Boxes]]:
+    """The tiles of an image row by row, then its thumbnail; one tile alone is the whole image."""
+    whole = grid_boxes(patch_cells(n, cell, side, media.width), patch_cells(n, cell, side, media.height))
+    if tiles == 1:
+        return [(View.WHOLE, whole)]
+    settings = getattr(processor, "image_processor", None)
+    fewest, most = getattr(settings, "min_patches", 1), getattr(settings, "max_patches", 12)
+    cols, rows = get_optimal_tiled_canvas((media.height, media.width), (side, side), fewest, most)
+    if cols * rows + 1 != tiles:
+        raise LayoutError(
+            f"Image {index} ({media.width} x {media.height}) has {tiles} tiles in the prompt, but {fewest} to {most} "
+            f"tiles make {cols} x {rows} and a thumbnail. Set min_patches and max_patches on the image processor "
+            "itself, not in the call."
+        )
+    # the picture is stretched over all tiles: each one shows an equal part of it
+    width, height = media.width / cols, media.height / rows
+    tile = grid_boxes(patch_cells(n, cell, side, width), patch_cells(n, cell, side, height))
+    corner = [(c * width, r * height) for r in range(rows) for c in range(cols)]
+    return [*((View.TILE, tile + np.array([x, y, x, y])) for x, y in corner), (View.THUMBNAIL, whole)]
+
+
+def _whole_tiles(length: int, n: int, what: str) -> int:
+    if length % (n * n):
+        raise LayoutError(f"{what} has {length} tokens, which is no multiple of the {n * n} of one tile.")
+    return length // (n * n)
+
+
+def _run_lengths(input_ids: Tensor, token: int) -> list[int]:
+    """Lengths of the runs of placeholders: one for each image and each frame, for start and end tokens enclose them."""
+    found = (input_ids.reshape(-1) == token).to(torch.int8)
+    edge = torch.nn.functional.pad(found, (1, 1)).diff()
+    return ((edge == -1).nonzero() - (edge == 1).nonzero())[:, 0].tolist()
+
+
+def _tile_side(config: Any, processor: Any, part: str) -> int:
+    """Pixels of a tile, each way: the processor's setting, or else the tower's."""
+    size = getattr(getattr(processor, part, None), "size", None)
+    if size is not None:
+        return square_side(size, f"{part} of InternVL")
+    side = config.vision_config.image_size
+    return side if isinstance(side, int) else side[0]

@@ -1,11 +1,30 @@
 """LLaVA-OneVision: SigLIP tower, base and high-resolution views, a newline token after each row of the high-resolution grid."""
 
+import math
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
 
+from hooked_mllm.errors import LayoutError
 from hooked_mllm.families.base import BlockParts, Family, TowerParts
-from hooked_mllm.layout.items import Media, VisualItem
+from hooked_mllm.families.geometry import (
+    Boxes,
+    Cells,
+    check_rows,
+    even_cells,
+    frame_ranges,
+    grid_boxes,
+    image_item,
+    in_prompt_order,
+    inside,
+    patch_cells,
+    split_media,
+    video_item,
+)
+from hooked_mllm.layout.items import ImageMedia, Media, VideoMedia, View, VisualItem
 
 
 class LlavaOnevision(Family):
@@ -71,4 +90,94 @@ class LlavaOnevision(Family):
     def visual_items(
         self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
-        raise NotImplementedError  # H1
+        vision = model_config.vision_config
+        side, patch = vision.image_size, vision.patch_size
+        images, videos = split_media(media)
+        sizes = check_rows(inputs, "image_sizes", len(images), "images")
+        counts = inputs.get("batch_num_images")
+        # as the model: an image alone in its group is tiled, one of several is padded to a square
+        counts = [1] * len(images) if counts is None else torch.as_tensor(counts).reshape(-1).tolist()
+        tiled = [n == 1 for n in counts for _ in range(n)]
+        items = []
+        for i, (m, (height, width)) in enumerate(zip(images, sizes, strict=True)):
+            if (m.height, m.width) != (height, width):
+                raise LayoutError(f"Image {i} is {m.width} x {m.height}, but image_sizes says {width} x {height}.")
+            if tiled[i]:
+                parts = [(View.BASE, _whole(m, side, patch)), (View.HIGHRES, _highres(m, model_config))]
+            else:
+                parts = [(View.WHOLE, _padded_square(m, side, patch)), (View.NONE, np.full((1, 4), np.nan))]
+            items.append(image_item(i, m, parts))
+        pixels = inputs.get("pixel_values_videos")
+        for i, m in enumerate(videos):
+            if pixels is None or len(pixels) != len(videos) or pixels.shape[1] != m.n_frames:
+                found = None if pixels is None else tuple(pixels.shape[:2])
+                raise LayoutError(
+                    f"pixel_values_videos must be [video frame ...] with {len(videos)} videos and the {m.n_frames} "
+                    f"frames of video {i}; got {found}."
+                )
+            items.append(video_item(i, m, _pooled(m, side, patch), frame_ranges(m.n_frames), newlines=1))
+        return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
+
+
+def _whole(media: ImageMedia | VideoMedia, side: int, patch: int) -> Boxes:
+    """The picture squashed to a square of `side` pixels, its patches row by row."""
+    n = side // patch
+    return grid_boxes(patch_cells(n, patch, side, media.width), patch_cells(n, patch, side, media.height))
+
+
+def _pooled(media: VideoMedia, side: int, patch: int) -> Boxes:
+    """As `_whole`, the grid of n x n resampled to half, rounded up: each token stands for an equal part of it."""
+    n = side // patch
+    half = math.ceil(n / 2)
+    size = n * patch / half
+    return grid_boxes(patch_cells(half, size, side, media.width), patch_cells(half, size, side, media.height))
+
+
+def _padded_square(media: ImageMedia, side: int, patch: int) -> Boxes:
+    """The picture centred in a square of its longer edge, which is resized to `side` pixels."""
+    n, square = side // patch, max(media.width, media.height)
+    x, y = (
+        inside(patch_cells(n, patch, side, square) - (square - length) // 2, length)
+        for length in (media.width, media.height)
+    )
+    return grid_boxes(x, y)
+
+
+def _highres(media: ImageMedia, config: Any) -> Boxes:
+    """The tiled grid without its padding, row by row, each row closed by a newline token."""
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    n, width, height = side // patch, media.width, media.height
+    canvas_h, canvas_w = select_best_resolution((height, width), config.image_grid_pinpoints)
+    rows, cols = canvas_h // side * n, canvas_w // side * n
+    # The picture keeps its aspect and is centred: one axis fills the canvas, the other one is padded. The model cuts
+    # the padding off in whole patches, so a patch may remain that sees nothing else.
+    scale_w, scale_h = canvas_w / width, canvas_h / height
+    shown_w = canvas_w if scale_w < scale_h else min(math.ceil(width * scale_h), canvas_w)
+    shown_h = min(math.ceil(height * scale_w), canvas_h) if scale_w < scale_h else canvas_h
+    cut_x = cut_y = 0
+    if width / height > cols / rows:
+        cut_y = (rows - int(round(height * (cols / width), 7))) // 2
+    else:
+        cut_x = (cols - int(round(width * (rows / height), 7))) // 2
+    kept_w, kept_h = cols - 2 * cut_x, rows - 2 * cut_y
+    out_w, out_h = kept_w, kept_h
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(kept_h * kept_w / (most * n**2))
+    if ratio > 1.1:
+        out_w, out_h = int(kept_w // ratio), int(kept_h // ratio)
+
+    def cells(cut: int, kept: int, out: int, canvas: int, shown: int, length: int) -> Cells:
+        on_canvas = _across_tiles(cut + even_cells(out, kept), n, side, patch)
+        return inside((on_canvas - (canvas - shown) // 2) * (length / shown), length)
+
+    x = cells(cut_x, kept_w, out_w, canvas_w, shown_w, width)
+    y = cells(cut_y, kept_h, out_h, canvas_h, shown_h, height)
+    return grid_boxes(np.concatenate([x, [[np.nan, np.nan]]]), y)
+
+
+def _across_tiles(cells: Cells, n: int, side: int, patch: int) -> Cells:
+    """From units of patches, `n` to a tile, to pixels of tiles `side` wide, each of which may end in an unseen strip."""
+    slack = 1e-9  # cells of a resampled grid end at fractions of a patch
+    first, last = np.floor(cells[:, 0] / n + slack), np.ceil(cells[:, 1] / n - slack) - 1
+    tile = np.stack([first, last], -1)
+    return tile * side + (cells - tile * n) * patch

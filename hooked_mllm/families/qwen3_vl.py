@@ -4,9 +4,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hooked_mllm.errors import InputError
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.base import BlockParts, Family, TowerParts, placeholder_count
-from hooked_mllm.layout.items import Media, VisualItem
+from hooked_mllm.families.geometry import (
+    check_rows,
+    even_cells,
+    frame_ranges,
+    grid_boxes,
+    image_item,
+    in_prompt_order,
+    split_media,
+    video_item,
+)
+from hooked_mllm.layout.items import Media, View, VisualItem
 
 
 class Qwen3VL(Family):
@@ -91,4 +101,24 @@ class Qwen3VL(Family):
     def visual_items(
         self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
-        raise NotImplementedError  # H1
+        vision = model_config.vision_config
+        merge, per_step = vision.spatial_merge_size, vision.temporal_patch_size
+        images, videos = split_media(media)
+        items = []
+        for i, (m, (_, h, w)) in enumerate(
+            zip(images, check_rows(inputs, "image_grid_thw", len(images), "images"), strict=True)
+        ):
+            boxes = grid_boxes(even_cells(w // merge, m.width), even_cells(h // merge, m.height))
+            items.append(image_item(i, m, [(View.WHOLE, boxes)]))
+        for i, (m, (t, h, w)) in enumerate(
+            zip(videos, check_rows(inputs, "video_grid_thw", len(videos), "videos"), strict=True)
+        ):
+            frames = frame_ranges(m.n_frames, per_step)
+            if len(frames) != t:
+                raise LayoutError(
+                    f"Video {i} has {m.n_frames} frames, so {len(frames)} steps of {per_step}, but the inputs hold {t} "
+                    "steps. The processor must not sample the frames again (do_sample_frames=False)."
+                )
+            boxes = grid_boxes(even_cells(w // merge, m.width), even_cells(h // merge, m.height))
+            items.append(video_item(i, m, boxes, frames))
+        return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))

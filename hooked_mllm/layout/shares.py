@@ -10,7 +10,7 @@ from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout.coverage import Coverage
 from hooked_mllm.layout.find import find_item
 from hooked_mllm.layout.items import VisualItem
-from hooked_mllm.layout.regions import Box, Corners, Frames, Mask, Pages, Region, Tube
+from hooked_mllm.layout.regions import Box, Corners, Frames, Mask, Pages, Region, Tube, corners
 
 
 def shares(
@@ -53,7 +53,7 @@ def _image_shares(item: VisualItem, regions: list[Region], boxes: np.ndarray) ->
                 f"A mask of {item.name} must have its shape [height width] = ({item.height}, {item.width}); "
                 f"got {r.pixels.shape}."
             )
-    rectangles = [_inside(item, (r.x0, r.y0, r.x1, r.y1)) for r in regions if isinstance(r, Box)]
+    rectangles = [_inside(item, corners(r)) for r in regions if isinstance(r, Box)]
     masks = [r.pixels for r in regions if isinstance(r, Mask)]
     return _covered(Coverage(rectangles, masks), boxes)
 
@@ -67,8 +67,10 @@ def _video_shares(
             frames = _frames(item, r)
             if r.box is None:
                 whole[frames] = True
-            for f in frames if r.box is not None else ():
-                frame_boxes[int(f)].append(_inside(item, r.box))
+                continue
+            box = _inside(item, r.box)
+            for f in frames.tolist():
+                frame_boxes[f].append(box)
         elif isinstance(r, Tube):
             for f, box in _tube(item, r):
                 frame_boxes[f].append(box)
@@ -98,15 +100,15 @@ def _covered(coverage: Coverage, boxes: np.ndarray) -> Float[np.ndarray, " token
     return coverage.area(boxes) / area
 
 
-def _inside(item: VisualItem, box: Sequence[float]) -> Corners:
+def _inside(item: VisualItem, box: Corners) -> Corners:
     """The part of a box that lies in the picture."""
-    x0, y0, x1, y1 = max(box[0], 0), max(box[1], 0), min(box[2], item.width), min(box[3], item.height)
+    x0, y0, x1, y1 = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(item.width)), min(box[3], float(item.height))
     if x0 >= x1 or y0 >= y1:
         raise LayoutError(
-            f"The box {tuple(float(v) for v in box)} lies outside {item.name}, which is {item.width} x {item.height} "
+            f"The box {box} lies outside {item.name}, which is {item.width} x {item.height} "
             "pixels. Give x0, y0, x1, y1 in pixels of the original."
         )
-    return float(x0), float(y0), float(x1), float(y1)
+    return x0, y0, x1, y1
 
 
 def _frames(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]:
