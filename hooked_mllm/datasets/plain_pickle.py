@@ -1,0 +1,65 @@
+"""Pickles that hold data and nothing else: no class, no function, no code."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hooked_mllm.errors import InputError
+
+# what a damaged stream can raise besides UnpicklingError
+_DAMAGED = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler without globals: every opcode that runs code first has to look a callable up, and can't."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and code is never loaded")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError(f"it refers to an object outside the file ({pid!r})")
+
+
+def load_plain_pickle(path: str | Path) -> Any:
+    """Read a pickle of dicts, lists, tuples, strings, numbers and None, of Python 2 or 3; refuse anything else.
+
+    Python 2 strings are read as UTF-8, or as Latin-1 where that fails.
+
+    Raises:
+        InputError: the file is missing, is not a pickle, is cut short, or holds any other kind of object.
+
+    Example:
+        >>> import pickle, tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp()) / "refs.p"
+        >>> _ = file.write_bytes(pickle.dumps([{"ann_id": 7, "tokens": ["red", "mug"]}], protocol=0))
+        >>> load_plain_pickle(file)
+        [{'ann_id': 7, 'tokens': ['red', 'mug']}]
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    for encoding in ("utf-8", "latin-1"):
+        try:
+            return _PlainUnpickler(io.BytesIO(data), encoding=encoding).load()
+        except UnicodeDecodeError:
+            continue
+        except _DAMAGED as error:
+            raise InputError(
+                f"{path} is not a pickle of plain data: {error}. "
+                f"Expected dicts, lists, strings and numbers only, as in the published file"
+            ) from error
+    raise InputError(f"{path} is not a pickle of plain data: its strings are not text")

@@ -1,0 +1,319 @@
+"""RefCOCOg: photographs, one referring expression and one box each (Mao et al. 2016, arXiv:1511.02283)."""
+
+import json
+import math
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from hooked_mllm.datasets.plain_pickle import load_plain_pickle
+from hooked_mllm.errors import InputError, nearest
+from hooked_mllm.layout.regions import Box
+
+QUESTION = "Where is {expression}?"
+_REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
+# where the releases and the tools built on them keep the photographs, below the folder of the annotations
+_IMAGE_FOLDERS = ("images", "images/mscoco/images", "../images/mscoco/images", ".")
+
+
+@dataclass(frozen=True)
+class ReferringExpression:
+    """One expression about one box of one photograph, as `HookedMLLM.prepare` takes it.
+
+    Attributes:
+        path: the photograph.
+        expression: the words of the annotator, as published.
+        question: the expression in the reader's question template.
+        target: the box, in pixels of the photograph.
+        width: of the photograph, pixels.
+        height: of the photograph, pixels.
+        category: COCO category of the object.
+        split: of the reference, e.g. "val".
+        image_id: COCO's.
+        ann_id: COCO's, of the object.
+        ref_id: RefCOCOg's, of the object as it was referred to.
+        sent_id: RefCOCOg's, of this expression.
+        id: "refcocog/<splitBy>/<split>/<sent_id>".
+    """
+
+    path: Path
+    expression: str
+    question: str
+    target: Box
+    width: int
+    height: int
+    category: str
+    split: str
+    image_id: int
+    ann_id: int
+    ref_id: int
+    sent_id: int
+    id: str
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The photograph, decoded to RGB now.
+
+        Raises:
+            InputError: the file does not decode, or its size is not the one the annotations give.
+        """
+        try:
+            with Image.open(self.path) as image:
+                picture = image.convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise InputError(f"cannot decode {self.path}: {error}") from error
+        if picture.size != (self.width, self.height):
+            raise InputError(
+                f"{self.path} is {picture.width} x {picture.height} px, its annotation says {self.width} x "
+                f"{self.height}: the boxes would be wrong. Use the photographs at their published size"
+            )
+        return [picture]
+
+
+class RefCOCOg(Sequence[ReferringExpression]):
+    """The published RefCOCOg files: `instances.json`, `refs(<split_by>).p` and the COCO photographs.
+
+    One record an expression, in the order of the file. Boxes join on `ann_id` and are turned from COCO's
+    x, y, width, height into corners. The pickle is read without loading any code. Photographs are found by
+    `instances.json`'s file name, below `images/` or where `images` says; expressions whose photograph is not there
+    are left out, counted in `n_missing`, and reported by one warning.
+
+    Args:
+        folder: holds `instances.json` and `refs(<split_by>).p`.
+        split_by: "umd" (train, val, test with disjoint photographs; the usual one) or "google" (train, val).
+        split: "train", "val" or "test"; None for all.
+        max_samples: at most so many expressions.
+        seed: shuffle before cutting to `max_samples`; None keeps the order of the file.
+        question: template with `{expression}`, from which a final period is dropped.
+        images: folder of the photographs, with or without `train2014/` below it.
+
+    Raises:
+        InputError: a file is missing or not what it should be, the split is unknown, a reference has no annotation,
+            or not one photograph is there.
+
+    Example:
+        ```python
+        data = RefCOCOg("refcocog", split_by="umd", split="val", max_samples=100, seed=0)
+        samples = [model.prepare(r.question, images=r.images, target=r.target, id=r.id) for r in data]
+        ```
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split_by: str = "umd",
+        split: str | None = "val",
+        *,
+        max_samples: int | None = None,
+        seed: int | None = None,
+        question: str = QUESTION,
+        images: str | Path | None = None,
+    ) -> None:
+        if max_samples is not None and max_samples < 1:
+            raise InputError(f"expected max_samples >= 1 or None, got {max_samples}")
+        _check_template(question)
+        self.folder, self.split_by, self.split, self.question = Path(folder), split_by, split, question
+        refs = _read_refs(self.folder, split_by, split)
+        tables = _Tables.read(self.folder / "instances.json")
+        finder = _ImageFinder(self.folder, None if images is None else Path(images))
+        records: list[ReferringExpression] = []
+        self.n_missing = 0
+        self.missing_images: set[str] = set()
+        for ref in refs:
+            name = tables.image(ref)["file_name"]
+            path = finder.find(name)
+            if path is None:
+                self.n_missing += len(ref["sentences"])
+                self.missing_images.add(name)
+                continue
+            records += _records(ref, tables, path, split_by, question)
+        if not records:
+            raise InputError(
+                f"none of the {len(self.missing_images)} photographs of {self.folder} is there, e.g. "
+                f"{min(self.missing_images, default='(no reference at all)')}. Looked in {finder.where()}; "
+                f"pass images= with the folder that holds train2014/"
+            )
+        if self.n_missing:
+            warnings.warn(self._report(len(records)), stacklevel=2)
+        if seed is not None:
+            records = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
+        self._records = records[:max_samples]
+
+    def _report(self, present: int) -> str:
+        return (
+            f"{self.n_missing} of {self.n_missing + present} expressions left out: "
+            f"{len(self.missing_images)} photographs are missing, e.g. {min(self.missing_images)}"
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> ReferringExpression: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ReferringExpression]: ...
+    def __getitem__(self, index: int | slice) -> ReferringExpression | list[ReferringExpression]:
+        return self._records[index]
+
+    def __repr__(self) -> str:
+        missing = f", {self.n_missing} left out without their photograph" if self.n_missing else ""
+        return f"RefCOCOg({str(self.folder)!r}, {self.split_by!r}, {self.split!r}: {len(self)} expressions{missing})"
+
+    def samples(self, model: Any) -> Iterator[Any]:
+        """Each record as the model's own sample, prepared when its turn comes (photographs are large)."""
+        for record in self:
+            yield model.prepare(record.question, images=record.images, target=record.target, id=record.id)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """`instances.json`, by id."""
+
+    file: Path
+    images: dict[int, dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    categories: dict[int, str]
+
+    @classmethod
+    def read(cls, file: Path) -> "_Tables":
+        if not file.is_file():
+            raise InputError(f"{file} is missing. A RefCOCOg folder holds instances.json and refs(umd).p")
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+            return cls(
+                file,
+                images={i["id"]: i for i in data["images"]},
+                annotations={a["id"]: a for a in data["annotations"]},
+                categories={c["id"]: c["name"] for c in data["categories"]},
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{file} is not COCO's instances file: expected JSON with images, annotations and categories ({error!r})"
+            ) from error
+
+    def image(self, ref: dict[str, Any]) -> dict[str, Any]:
+        return self._row(self.images, "image", ref["image_id"], ref, ("file_name", "width", "height"))
+
+    def annotation(self, ref: dict[str, Any]) -> dict[str, Any]:
+        row = self._row(self.annotations, "annotation", ref["ann_id"], ref, ("bbox", "image_id", "category_id"))
+        if row["image_id"] != ref["image_id"]:
+            raise InputError(
+                f"reference {ref['ref_id']} is about image {ref['image_id']}, its annotation {ref['ann_id']} about "
+                f"image {row['image_id']}: {self.file} and the refs file do not belong together"
+            )
+        return row
+
+    def _row(self, table: dict[int, Any], kind: str, key: int, ref: dict, fields: tuple[str, ...]) -> dict[str, Any]:
+        row = table.get(key)
+        if row is None:
+            raise InputError(
+                f"reference {ref['ref_id']} needs {kind} {key}, which {self.file} does not have: "
+                f"the two files must come from the same release"
+            )
+        if lacking := [f for f in fields if f not in row]:
+            raise InputError(f"{kind} {key} of {self.file} lacks {', '.join(lacking)}")
+        return row
+
+
+class _ImageFinder:
+    """Photographs by COCO file name, with or without the folder of their COCO split in between."""
+
+    def __init__(self, folder: Path, images: Path | None) -> None:
+        self.roots = [images] if images is not None else [folder / name for name in _IMAGE_FOLDERS]
+
+    def find(self, name: str) -> Path | None:
+        split = re.match(r"COCO_([a-z]+\d{4})_", name)
+        below = (f"{split[1]}/{name}", name) if split else (name,)
+        for root in self.roots:
+            for path in (root / b for b in below):
+                if path.is_file():
+                    return path
+        return None
+
+    def where(self) -> str:
+        return ", ".join(str(root) for root in self.roots)
+
+
+def _read_refs(folder: Path, split_by: str, split: str | None) -> list[dict[str, Any]]:
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder. Expected RefCOCOg's: instances.json, refs(umd).p and images/")
+    file = folder / f"refs({split_by}).p"
+    if not file.is_file():
+        there = sorted(p.name[5:-3] for p in folder.glob("refs(*).p"))
+        raise InputError(
+            f"{file} is missing. {nearest(split_by, there)} This folder has split_by: {', '.join(there) or 'none'}"
+        )
+    refs = load_plain_pickle(file)
+    if not isinstance(refs, list) or not refs:
+        raise InputError(f"{file} should hold a list of references, it holds {type(refs).__name__}")
+    for i, ref in enumerate(refs):
+        if not isinstance(ref, dict) or (lacking := [k for k in _REF_KEYS if k not in ref]):
+            found = type(ref).__name__ if not isinstance(ref, dict) else f"a dict without {', '.join(lacking)}"
+            raise InputError(f"reference {i} of {file} should be a dict with {', '.join(_REF_KEYS)}; it is {found}")
+    if split is None:
+        return refs
+    counts = Counter(str(ref["split"]) for ref in refs)
+    if split not in counts:
+        have = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
+        raise InputError(f"{file} has no split {split!r}. It has {have}")
+    return [ref for ref in refs if ref["split"] == split]
+
+
+def _records(
+    ref: dict[str, Any], tables: _Tables, path: Path, split_by: str, question: str
+) -> Iterator[ReferringExpression]:
+    image, annotation = tables.image(ref), tables.annotation(ref)
+    box = _corners(annotation, image)
+    for sentence in ref["sentences"]:
+        if not isinstance(sentence, dict) or not {"sent", "sent_id"} <= sentence.keys():
+            raise InputError(
+                f"a sentence of reference {ref['ref_id']} should have sent and sent_id; it is {sentence!r}"
+            )
+        expression = str(sentence["sent"]).strip()
+        yield ReferringExpression(
+            path=path,
+            expression=expression,
+            question=question.format(expression=expression.rstrip(". ")),
+            target=box,
+            width=image["width"],
+            height=image["height"],
+            category=tables.categories.get(annotation["category_id"], "unknown"),
+            split=ref["split"],
+            image_id=ref["image_id"],
+            ann_id=ref["ann_id"],
+            ref_id=ref["ref_id"],
+            sent_id=sentence["sent_id"],
+            id=f"refcocog/{split_by}/{ref['split']}/{sentence['sent_id']}",
+        )
+
+
+def _corners(annotation: dict[str, Any], image: dict[str, Any]) -> Box:
+    if len(annotation["bbox"]) != 4:
+        raise InputError(f"annotation {annotation['id']}: expected bbox (x, y, w, h), got {annotation['bbox']}")
+    x, y, w, h = (float(v) for v in annotation["bbox"])
+    # COCO rounds to 0.01 px, so that x + w can pass the edge by as much
+    x1, y1 = min(x + w, image["width"]), min(y + h, image["height"])
+    x0, y0 = max(x, 0.0), max(y, 0.0)
+    if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 <= x0 or y1 <= y0:
+        raise InputError(
+            f"annotation {annotation['id']} has no area inside its {image['width']} x {image['height']} px image: "
+            f"bbox (x, y, w, h) = {annotation['bbox']}"
+        )
+    return Box(x0, y0, x1, y1)
+
+
+def _check_template(question: str) -> None:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(question) if name is not None]
+    except ValueError as error:
+        raise InputError(f"the question template {question!r} does not parse: {error}") from error
+    if set(fields) != {"expression"}:
+        raise InputError(f"expected a question template with {{expression}} and no other field, got {question!r}")

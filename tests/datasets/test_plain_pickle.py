@@ -1,0 +1,97 @@
+import os
+import pickle
+import struct
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hooked_mllm.datasets import load_plain_pickle
+from hooked_mllm.errors import InputError
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+    max_leaves=20,
+)
+
+
+class Malicious:
+    def __init__(self, callable_, *args):
+        self.call = callable_, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@given(value=PLAIN, protocol=st.integers(0, pickle.HIGHEST_PROTOCOL))
+def test_plain_data_comes_back(tmp_path_factory, value, protocol):
+    file = tmp_path_factory.mktemp("p") / "x.p"
+    file.write_bytes(pickle.dumps(value, protocol))
+    assert load_plain_pickle(file) == value
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_code_is_refused_before_it_runs(tmp_path, protocol):
+    touched, file = tmp_path / "touched", tmp_path / "refs(umd).p"
+    file.write_bytes(pickle.dumps([{"ann_id": Malicious(os.mkdir, str(touched))}], protocol))
+    pickle.loads(file.read_bytes())  # it is dangerous: the plain reader runs it
+    assert touched.is_dir()
+    touched.rmdir()
+    with pytest.raises(InputError, match=r"names (posix|nt|os)\.mkdir, and code is never loaded"):
+        load_plain_pickle(file)
+    assert not touched.exists()
+
+
+def hand_written(tmp_path: Path) -> dict[str, bytes]:
+    """Other ways to a callable than GLOBAL and REDUCE."""
+    target = str(tmp_path / "touched").encode()
+    text = b"X" + struct.pack("<I", len(target)) + target
+    return {
+        "inst": b"(" + text + b"ios\nmkdir\n.",
+        "obj": b"(cos\nmkdir\n" + text + b"o.",
+        "stack-global": b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93" + text + b"\x85R.",
+        "newobj": b"\x80\x02cos\nmkdir\n" + text + b"\x85\x81.",
+        "persistent": b"Psecret\n.",
+        "extension": b"\x80\x02\x82\x01.",
+    }
+
+
+@pytest.mark.parametrize("kind", ["inst", "obj", "stack-global", "newobj", "persistent", "extension"])
+def test_every_opcode_that_reaches_code_is_refused(tmp_path, kind):
+    file = tmp_path / "x.p"
+    file.write_bytes(hand_written(tmp_path)[kind])
+    with pytest.raises(InputError, match="not a pickle of plain data"):
+        load_plain_pickle(file)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_other_classes_are_refused_too(tmp_path):
+    file = tmp_path / "x.p"
+    file.write_bytes(pickle.dumps(OrderedDict(a=1)))
+    with pytest.raises(InputError, match=r"collections\.OrderedDict"):
+        load_plain_pickle(file)
+
+
+def test_python_2_strings(tmp_path):
+    # what Python 2 wrote for [{'sent': 'caf\xc3\xa9'}] and [{'sent': 'caf\xe9'}] with protocol 0
+    file = tmp_path / "x.p"
+    file.write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xc3\\xa9'\np3\nsa.")
+    assert load_plain_pickle(file) == [{"sent": "café"}]
+    file.write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xe9'\np3\nsa.")
+    assert load_plain_pickle(file) == [{"sent": "café"}]
+
+
+@pytest.mark.parametrize("data", [b"", b"not a pickle", b"\x80\x02]q\x00("], ids=["empty", "text", "cut"])
+def test_damaged(tmp_path, data):
+    file = tmp_path / "x.p"
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"x\.p is not a pickle of plain data"):
+        load_plain_pickle(file)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*nowhere\.p"):
+        load_plain_pickle(tmp_path / "nowhere.p")

@@ -1,0 +1,218 @@
+import json
+import pickle
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hooked_mllm.datasets import RefCOCOg
+from hooked_mllm.errors import InputError
+
+DATA = Path(__file__).parents[1] / "data" / "refcocog"
+PUBLISHED = [json.loads(line) for line in (DATA / "records.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(DATA, tmp_path / "refcocog"))
+
+
+def rewrite_refs(folder, change):
+    file = folder / "refs(sample).p"
+    refs = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps(change(refs), protocol=2))
+
+
+def rewrite_instances(folder, change):
+    file = folder / "instances.json"
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+
+
+def test_matches_the_flat_list_of_the_same_records():
+    with pytest.warns(UserWarning, match="9 of 19 expressions left out"):
+        data = RefCOCOg(DATA, "sample", split=None)
+    expected = {(r["ann_id"], r["expression"]): r for r in PUBLISHED if r["image_included"]}
+    assert {(r.ann_id, r.expression) for r in data} == expected.keys()
+    for record in data:
+        row = expected[record.ann_id, record.expression]
+        x, y, w, h = row["bbox_xywh"]
+        box = record.target
+        assert (box.x0, box.y0, box.image) == (x, y, 0)
+        assert (box.x1 - box.x0, box.y1 - box.y0) == pytest.approx((w, h))
+        assert (record.width, record.height) == (row["width"], row["height"])
+        assert record.path.name == row["file_name"]
+        assert (record.image_id, record.category) == (row["image_id"], row["category"])
+        assert record.images[0].size == (record.width, record.height) and record.images[0].mode == "RGB"
+
+
+def test_the_file_name_that_ends_in_the_annotation_id():
+    refs = json.loads((DATA / "refs(sample).json").read_text())
+    assert all(not list(DATA.rglob(ref["file_name"])) for ref in refs)  # the trap: no such file
+    data = RefCOCOg(DATA, "sample", "test")
+    assert len(data) == 9 and data.n_missing == 0
+    assert {r.path.parent.name for r in data} == {"train2014", "val2014"}
+
+
+def test_missing_photographs_are_counted_and_reported():
+    with pytest.warns(UserWarning, match=r"9 of 10 expressions left out: 8 photographs are missing, e\.g\. COCO"):
+        data = RefCOCOg(DATA, "sample", "val")
+    assert (len(data), data.n_missing, len(data.missing_images)) == (1, 9, 8)
+    assert data[0].ann_id == 187798 and data[0].id == "refcocog/sample/val/9000006"
+    assert "9 left out" in repr(data)
+
+
+def test_no_photograph_at_all(folder):
+    shutil.rmtree(folder / "images")
+    with pytest.raises(InputError, match=r"none of the 4 photographs.*COCO_train2014_000000000529\.jpg.*pass images="):
+        RefCOCOg(folder, "sample", "test")
+
+
+@pytest.mark.parametrize("below", ["elsewhere/train2014", "elsewhere"], ids=["with-split-folder", "flat"])
+def test_photographs_elsewhere(folder, below):
+    target = folder / below
+    target.mkdir(parents=True)
+    (folder / "images/train2014/COCO_train2014_000000000529.jpg").rename(target / "COCO_train2014_000000000529.jpg")
+    shutil.rmtree(folder / "images")
+    with pytest.warns(UserWarning, match="7 of 9"):
+        data = RefCOCOg(folder, "sample", "test", images=folder / "elsewhere")
+    assert [r.image_id for r in data] == [529, 529]
+
+
+def test_question_template():
+    data = RefCOCOg(DATA, "sample", "test", question="Point at {expression}, please.")
+    assert data[0].question == f"Point at {data[0].expression}, please."
+    assert RefCOCOg(DATA, "sample", "test")[0].question == f"Where is {data[0].expression}?"
+
+
+def test_question_drops_the_final_period(folder):
+    def change(refs):
+        refs[10]["sentences"][0]["sent"] = "the red bus."
+        return refs
+
+    rewrite_refs(folder, change)
+    record = RefCOCOg(folder, "sample", "test")[0]
+    assert (record.expression, record.question) == ("the red bus.", "Where is the red bus?")
+
+
+@pytest.mark.parametrize("template", ["Where?", "{thing}?", "{expression", "{expression} {thing}"])
+def test_bad_question_template(template):
+    with pytest.raises(InputError, match="question template"):
+        RefCOCOg(DATA, "sample", "test", question=template)
+
+
+def test_max_samples_and_seed():
+    everything = RefCOCOg(DATA, "sample", "test")
+    assert list(RefCOCOg(DATA, "sample", "test", max_samples=3)) == everything[:3]
+    assert len(RefCOCOg(DATA, "sample", "test", max_samples=100)) == 9
+    shuffled = RefCOCOg(DATA, "sample", "test", seed=1)
+    assert list(shuffled) != list(everything) and sorted(r.id for r in shuffled) == sorted(r.id for r in everything)
+    assert list(RefCOCOg(DATA, "sample", "test", seed=1, max_samples=4)) == shuffled[:4]
+    with pytest.raises(InputError, match="max_samples >= 1"):
+        RefCOCOg(DATA, "sample", "test", max_samples=0)
+
+
+def test_several_sentences_are_several_records(folder):
+    def change(refs):
+        refs[10]["sentences"].append({"sent": "the bus", "sent_id": 77, "raw": "The bus", "tokens": ["the", "bus"]})
+        return refs
+
+    rewrite_refs(folder, change)
+    data = RefCOCOg(folder, "sample", "test")
+    assert len(data) == 10
+    assert (data[0].ann_id, data[0].target) == (data[1].ann_id, data[1].target)
+    assert (data[1].expression, data[1].sent_id) == ("the bus", 77)
+
+
+def test_box_past_the_edge_by_rounding(folder):
+    def change(data):
+        row = next(a for a in data["annotations"] if a["id"] == 365995)
+        row["bbox"] = [440.0, 100.0, 40.01, 50.0]
+
+    rewrite_instances(folder, change)
+    assert RefCOCOg(folder, "sample", "test")[0].target.x1 == 480
+
+
+@pytest.mark.parametrize("bbox", [[5, 5, 0, 9], [700, 5, 9, 9], [5, 5, float("nan"), 9], [1, 2, 3]])
+def test_box_without_area(folder, bbox):
+    def change(data):
+        next(a for a in data["annotations"] if a["id"] == 365995)["bbox"] = bbox
+
+    rewrite_instances(folder, change)
+    with pytest.raises(InputError, match="annotation 365995"):
+        RefCOCOg(folder, "sample", "test")
+
+
+def test_annotation_missing(folder):
+    def change(data):
+        data["annotations"] = [a for a in data["annotations"] if a["id"] != 365995]
+
+    rewrite_instances(folder, change)
+    with pytest.raises(InputError, match="needs annotation 365995.*same release"):
+        RefCOCOg(folder, "sample", "test")
+
+
+def test_annotation_of_another_image(folder):
+    def change(data):
+        next(a for a in data["annotations"] if a["id"] == 365995)["image_id"] = 1
+
+    rewrite_instances(folder, change)
+    with pytest.raises(InputError, match="do not belong together"):
+        RefCOCOg(folder, "sample", "test")
+
+
+def test_photograph_of_another_size(folder):
+    file = folder / "images/train2014/COCO_train2014_000000000529.jpg"
+    Image.new("RGB", (20, 10)).save(file)
+    record = next(r for r in RefCOCOg(folder, "sample", "test") if r.image_id == 529)
+    with pytest.raises(InputError, match=r"is 20 x 10 px, its annotation says \d+ x \d+"):
+        record.images  # noqa: B018
+    file.write_bytes(b"not a picture")
+    with pytest.raises(InputError, match="cannot decode"):
+        record.images  # noqa: B018
+
+
+def test_bad_folders(folder, tmp_path):
+    with pytest.raises(InputError, match="is not a folder"):
+        RefCOCOg(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"refs\(umd\)\.p is missing.*split_by: sample"):
+        RefCOCOg(folder)
+    with pytest.raises(InputError, match=r"no split 'dev'. It has test \(9\), val \(10\)"):
+        RefCOCOg(folder, "sample", "dev")
+    (folder / "instances.json").write_text("{}")
+    with pytest.raises(InputError, match="not COCO's instances file"):
+        RefCOCOg(folder, "sample", "test")
+    (folder / "instances.json").unlink()
+    with pytest.raises(InputError, match=r"instances\.json is missing"):
+        RefCOCOg(folder, "sample", "test")
+
+
+@pytest.mark.parametrize("bad", [{}, [], [3], [{"ref_id": 1}]], ids=["dict", "empty", "number", "lacking"])
+def test_bad_refs(folder, bad):
+    (folder / "refs(sample).p").write_bytes(pickle.dumps(bad, 2))
+    with pytest.raises(InputError, match="should"):
+        RefCOCOg(folder, "sample", "test")
+
+
+def test_samples_are_prepared_one_at_a_time():
+    class Model:
+        calls = 0
+
+        def prepare(self, question, images, target, id):
+            self.calls += 1
+            return question, images[0].size, target, id
+
+    model, data = Model(), RefCOCOg(DATA, "sample", "test")
+    first = next(data.samples(model))
+    assert model.calls == 1
+    assert first == (data[0].question, (data[0].width, data[0].height), data[0].target, data[0].id)
+
+
+def test_reading_is_quiet_when_complete():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RefCOCOg(DATA, "sample", "test")
