@@ -1,0 +1,188 @@
+"""The one function that stands in for a model's attention: hooks on q, k, scores, pattern and z, and taps that only look.
+
+The forward keeps its own fast attention. Scores and patterns are computed explicitly only where a hook may edit them, for
+that layer and that call, and what the fast attention gave is kept unless a hook did edit.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from hooked_mllm.attention.backends import SITES, AttentionBackend, TowerSwitch, implementation
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.hooks.point import HookPoint
+
+
+@dataclass
+class AttentionCall:
+    """What one attention module was called with: q, k, v after position encoding, and the mask.
+
+    Shapes: q `[batch head query d_head]`, k, v `[batch kv_head key d_head]`.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: MaskRows
+    scale: float
+
+
+class AttentionSite:
+    """The attention of one block, wherever it is: text or vision.
+
+    Args:
+        module: The attention module.
+        layer: The block's index in its tower.
+        switch: The tower's switch.
+        causal: Whether a missing mask means causal.
+        softmax_float32: Whether the model's eager attention takes its softmax in float32.
+        points: Hook points by suffix: rot_q, rot_k, attn_scores, pattern, z.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: int,
+        switch: TowerSwitch,
+        causal: bool,
+        softmax_float32: bool,
+        points: dict[str, HookPoint],
+    ) -> None:
+        self.module = module
+        self.layer = layer
+        self.switch = switch
+        self.causal = causal
+        self.softmax_float32 = softmax_float32
+        self.points = points
+        self.taps: list[Callable[[AttentionCall], None]] = []
+        self.backend: AttentionBackend | None = None
+        self._on = False
+        SITES[module] = weakref.ref(self)
+
+    def refresh(self) -> None:
+        """Take or give back the tower's switch, as points, taps and backend need it."""
+        needed = bool(self.taps) or self.backend is not None or any(p.active for p in self.points.values())
+        if needed and not self._on:
+            self.switch.take()
+        elif self._on and not needed:
+            self.switch.give_back()
+        self._on = needed
+
+    def add_tap(self, tap: Callable[[AttentionCall], None]) -> None:
+        """Let `tap` look at every call; it must not edit."""
+        self.taps.append(tap)
+        self.refresh()
+
+    def remove_tap(self, tap: Callable[[AttentionCall], None]) -> None:
+        """Take a tap away."""
+        if tap in self.taps:
+            self.taps.remove(tap)
+            self.refresh()
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """What transformers calls: q, k, v `[batch head pos d_head]` in, z `[batch pos head d_head]` and weights out."""
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        points = self.points
+        if points["rot_q"].active:
+            query = _headed(points["rot_q"], query)
+        if points["rot_k"].active:
+            # These are the very tensors of the KV cache: what a hook edits in place must be a copy.
+            key = _headed(points["rot_k"], key.clone() if points["rot_k"].may_edit else key)
+        segments = _segments(kwargs)
+        mask: MaskRows | None = None
+        if self.taps or self.backend is not None or points["attn_scores"].active or points["pattern"].active:
+            mask = MaskRows.of(
+                attention_mask,
+                batch=query.shape[0],
+                q_length=query.shape[2],
+                kv_length=key.shape[2],
+                device=query.device,
+                causal=self.causal,
+                window=kwargs.get("sliding_window") if attention_mask is None else None,
+                segments=segments,
+            )
+            call = AttentionCall(self.layer, query, key, value, mask, scale)
+            for tap in tuple(self.taps):
+                tap(call)
+        explicit = None
+        if mask is not None and (points["attn_scores"].active or points["pattern"].active):
+            explicit = self._explicit(query, key, value, mask, scale)
+        if explicit is None:
+            z, weights = self._own(query, key, value, attention_mask, mask, scale, segments, kwargs)
+        else:
+            z, blind = explicit
+            weights = None
+            if bool(blind.any()):  # padded queries see nothing: leave them what the model's own attention makes of that
+                own, _ = self._own(query, key, value, attention_mask, mask, scale, segments, kwargs)
+                z = torch.where(blind[..., None, None], own, z)
+        if points["z"].active:
+            z, _ = points["z"].run(z)
+        return z, weights
+
+    def _own(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        mask: MaskRows | None,
+        scale: float,
+        segments: tuple[int, ...] | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.backend is not None and mask is not None:
+            return self.backend(query, key, value, mask, scale, self.layer), None
+        run = implementation(self.module, self.switch.base)
+        if segments is None or "flash" in self.switch.base:
+            return run(self.module, query, key, value, attention_mask, **kwargs)
+        # Each image attends to itself: the same calls, on the same chunks, as transformers makes without packing.
+        plain = {k: v for k, v in kwargs.items() if k not in _PACKED_ARGUMENTS}
+        chunks = zip(*(torch.split(t, list(segments), dim=2) for t in (query, key, value)), strict=True)
+        return torch.cat([run(self.module, *c, attention_mask, **plain)[0] for c in chunks], dim=1), None
+
+    def _explicit(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: MaskRows, scale: float
+    ) -> tuple[Tensor, Bool[Tensor, "batch query"]] | None:
+        """z through scores and pattern, with their hooks, and which queries see nothing.
+
+        None if no hook edited and no gradient is watched: what the model's own attention gives is then the answer.
+        """
+        groups = query.shape[1] // key.shape[1]
+        visible = mask.full()
+        scores = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * scale
+        scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+        scores, edited_scores = self.points["attn_scores"].run(scores)
+        dtype = torch.float32 if self.softmax_float32 else scores.dtype
+        pattern = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
+        pattern, edited_pattern = self.points["pattern"].run(pattern)
+        if not (edited_scores or edited_pattern):
+            return None
+        return torch.matmul(pattern, _repeat(value, groups)).transpose(1, 2).contiguous(), ~visible.any(-1)
+
+
+_PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def _segments(kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """Lengths of the packed images, where the call is a packed one."""
+    bounds = kwargs.get("cu_seq_lens_q")
+    return None if bounds is None else tuple((bounds[1:] - bounds[:-1]).tolist())
+
+
+def _headed(point: HookPoint, tensor: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:
+    """Run a point on `[batch pos head d_head]`, which is how a user sees q and k."""
+    value, edited = point.run(tensor.transpose(1, 2))
+    return value.transpose(1, 2) if edited else tensor
+
+
+def _repeat(tensor: Float[Tensor, "batch kv_head key d_head"], groups: int) -> Float[Tensor, "batch head key d_head"]:
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)

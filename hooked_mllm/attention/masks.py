@@ -1,0 +1,219 @@
+"""Which keys each query may see: the mask that the model used, held as a recipe and asked for row by row.
+
+A mask of N x N is what makes attention statistics run out of memory. `MaskRows` keeps what the mask was made from (the
+causal rule, the padding, the window) and builds only the rows asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooked_mllm.errors import NumericsError
+
+#: attribute under which a mask tensor carries the recipe it was made from
+RECIPE = "hooked_mllm_recipe"
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """The arguments from which transformers built a mask: a rule on (batch, head, query, key) and the padding."""
+
+    rule: Callable[[Any, Any, Any, Any], Any]
+    padding: Bool[Tensor, "batch key"] | None
+    q_offset: int = 0
+    kv_offset: int = 0
+
+
+@dataclass
+class MaskRows:
+    """The visibility of keys, as rows of a matrix that is never built whole.
+
+    Args:
+        batch: Number of sequences.
+        q_length: Number of queries.
+        kv_length: Number of keys, the ones of a KV cache included.
+        device: Where the rows are built.
+        recipe: How the model's mask was made, when that is known.
+        dense: The model's own 4D mask (True = visible), when it is not.
+        causal: With neither: query i sees key j iff `j <= i + kv_length - q_length`.
+        window: With `causal`: and `j > i + kv_length - q_length - window`.
+        segments: Lengths of packed images; a query sees the keys of its own image alone.
+
+    Example:
+        >>> rows = MaskRows.causal_rows(batch=1, length=3, device="cpu")
+        >>> rows.rows(torch.tensor([[0, 2]])).int().tolist()
+        [[[1, 0, 0], [1, 1, 1]]]
+    """
+
+    batch: int
+    q_length: int
+    kv_length: int
+    device: torch.device | str
+    recipe: MaskRecipe | None = None
+    dense: Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+    padding: Bool[Tensor, "batch key"] | None = None
+    segments: tuple[int, ...] | None = None
+    _segment_ids: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def causal_rows(cls, batch: int, length: int, device: torch.device | str) -> "MaskRows":
+        """A causal mask without padding over `length` positions."""
+        return cls(batch, length, length, device, causal=True)
+
+    @classmethod
+    def of(
+        cls,
+        mask: Tensor | None,
+        *,
+        batch: int,
+        q_length: int,
+        kv_length: int,
+        device: torch.device,
+        causal: bool,
+        window: int | None = None,
+        segments: tuple[int, ...] | None = None,
+    ) -> "MaskRows":
+        """The rows of the mask that reached the attention function.
+
+        Args:
+            mask: What came: None, a 2D padding mask, a 4D boolean one, or a 4D additive one.
+            causal: Whether None means causal (decoder) or everything visible (vision tower).
+            window: A sliding window that the attention function was to apply by itself.
+            segments: Lengths of packed images, for a packed vision tower.
+
+        Raises:
+            NumericsError: for an additive mask that holds anything but zero and "very negative".
+        """
+        recipe = getattr(mask, RECIPE, None)
+        common = (batch, q_length, kv_length, device)
+        if segments is not None:
+            return cls(*common, segments=segments)
+        if recipe is not None:
+            return cls(*common, recipe=recipe)
+        if mask is None:
+            return cls(*common, causal=causal and q_length > 1, window=window)
+        if mask.dim() == 2:
+            return cls(*common, causal=causal, window=window, padding=mask.bool())
+        if mask.dtype == torch.bool:
+            return cls(*common, dense=mask)
+        hidden = mask < torch.finfo(mask.dtype).min / 4
+        if bool(((mask != 0) & ~hidden).any()):
+            raise NumericsError(
+                "The attention mask adds numbers to the scores (expected 0 for visible and a very negative number for "
+                "hidden keys). Patterns recomputed from q and k would miss them: load the model with attention='eager' and "
+                "hook `hook_attn_scores`, or pass a boolean mask."
+            )
+        return cls(*common, dense=~hidden)
+
+    def to(self, device: torch.device | str) -> "MaskRows":
+        """The same mask, its rows built on `device`."""
+        moved = {
+            name: None if value is None else value.to(device)
+            for name, value in (("dense", self.dense), ("padding", self.padding))
+        }
+        recipe = self.recipe
+        if recipe is not None and recipe.padding is not None:
+            recipe = MaskRecipe(recipe.rule, recipe.padding.to(device), recipe.q_offset, recipe.kv_offset)
+        return MaskRows(
+            self.batch,
+            self.q_length,
+            self.kv_length,
+            device,
+            recipe=recipe,
+            causal=self.causal,
+            window=self.window,
+            segments=self.segments,
+            **moved,
+        )
+
+    @property
+    def plain_causal(self) -> bool:
+        """Whether this is the causal rule and nothing else, so that no per-sample row need be built."""
+        return self.causal and self.window is None and self.padding is None
+
+    def rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
+        """The rows of the mask at `index`: True where the query sees the key."""
+        index = index.to(self.device)
+        keys = torch.arange(self.kv_length, device=self.device)
+        if self.dense is not None:
+            mask = self.dense[:, 0, :, : self.kv_length].expand(self.batch, -1, -1)
+            return torch.take_along_dim(mask, index[..., None], dim=1)
+        if self.segments is not None:
+            if self._segment_ids is None:
+                ids = torch.arange(len(self.segments), device=self.device)
+                self._segment_ids = ids.repeat_interleave(torch.tensor(self.segments, device=self.device))
+            return self._segment_ids[index][..., None] == self._segment_ids
+        if self.recipe is not None:
+            return self._recipe_rows(self.recipe, index, keys)
+        visible = torch.ones(*index.shape, self.kv_length, dtype=torch.bool, device=self.device)
+        last = index[..., None] + (self.kv_length - self.q_length)
+        if self.causal:
+            visible &= keys <= last
+        if self.window is not None:
+            visible &= keys > last - self.window
+        if self.padding is not None:
+            visible &= self.padding[:, None, : self.kv_length]
+        return visible
+
+    def _recipe_rows(self, recipe: MaskRecipe, index: Tensor, keys: Tensor) -> Tensor:
+        sample = torch.arange(self.batch, device=self.device)[:, None, None]
+        query = index[..., None] + recipe.q_offset
+        key = keys + recipe.kv_offset
+        visible = recipe.rule(sample, torch.zeros_like(sample), query, key)
+        visible = visible.expand(self.batch, index.shape[1], self.kv_length)
+        if recipe.padding is not None:
+            padding = recipe.padding.to(self.device)
+            short = self.kv_length + recipe.kv_offset - padding.shape[1]
+            if short > 0:
+                padding = torch.nn.functional.pad(padding, (0, short))
+            visible = visible & padding[:, None, recipe.kv_offset : recipe.kv_offset + self.kv_length]
+        return visible
+
+    def full(self) -> Bool[Tensor, "batch query key"]:
+        """Every row: N x N booleans. For the explicit attention of one layer only."""
+        index = torch.arange(self.q_length, device=self.device).expand(self.batch, -1)
+        return self.rows(index)
+
+    def compact(self) -> "MaskRows":
+        """The same mask without closures, so that it can be written to a file: causal with padding where that is what it is."""
+        if self.recipe is None:
+            return self
+        index = torch.arange(self.q_length, device=self.device).expand(self.batch, -1)
+        padding = self.recipe.padding
+        if padding is not None:
+            short = self.kv_length - padding.shape[1]
+            padding = torch.nn.functional.pad(padding, (0, short)) if short > 0 else padding[:, : self.kv_length]
+        guess = MaskRows(self.batch, self.q_length, self.kv_length, self.device, causal=True, padding=padding)
+        chunks = index.split(1024, dim=1)
+        if all(torch.equal(guess.rows(chunk), self.rows(chunk)) for chunk in chunks):
+            return guess
+        dense = torch.cat([self.rows(chunk) for chunk in chunks], dim=1)[:, None]
+        return MaskRows(self.batch, self.q_length, self.kv_length, self.device, dense=dense)
+
+
+def with_recipe(mask: Any, **arguments: Any) -> Any:
+    """Let a mask tensor that transformers built carry the recipe it was built from.
+
+    Args:
+        mask: What transformers' mask function returned; None (nothing hidden but the future) has nothing to carry.
+        **arguments: What that function was called with.
+    """
+    rule = arguments.get("mask_function")
+    if isinstance(mask, Tensor) and rule is not None:
+        padding = arguments.get("attention_mask")
+        if padding is not None and padding.dim() != 2:
+            return mask
+        recipe = MaskRecipe(
+            rule=rule,
+            padding=None if padding is None else padding.bool(),
+            q_offset=int(arguments.get("q_offset") or 0),
+            kv_offset=int(arguments.get("kv_offset") or 0),
+        )
+        setattr(mask, RECIPE, recipe)
+    return mask

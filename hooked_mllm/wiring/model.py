@@ -1,0 +1,193 @@
+"""Joins all hook points of a model of any family to its modules."""
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_mllm.attention.backends import TowerSwitch
+from hooked_mllm.attention.engine import AttentionSite
+from hooked_mllm.errors import HookValueError
+from hooked_mllm.families.base import Family, TowerParts
+from hooked_mllm.hooks.junction import Call
+from hooked_mllm.hooks.point import HookPoint
+from hooked_mllm.hooks.registry import HookRegistry
+from hooked_mllm.wiring import norms
+from hooked_mllm.wiring.blocks import BlockWiring
+from hooked_mllm.wiring.builder import Builder
+
+
+@dataclass
+class Wiring:
+    """A model's hook points and attention sites.
+
+    Attributes:
+        registry: All hook points by name.
+        text: Attention sites of the language model, one a block.
+        vision: Attention sites of the vision tower, one a block.
+        switches: The attention switches, by tower.
+    """
+
+    registry: HookRegistry
+    text: list[AttentionSite] = field(default_factory=list)
+    vision: list[AttentionSite] = field(default_factory=list)
+    switches: dict[str, TowerSwitch] = field(default_factory=dict)
+
+
+class DeepStack:
+    """The visual features that Qwen3-VL adds after its first decoder blocks, outside any module.
+
+    The list of features is an argument of the language model and is read after each block: a point replaces its entry just
+    before that.
+    """
+
+    def __init__(self, builder: Builder, language_model: nn.Module) -> None:
+        self.features: list[Tensor] | None = None
+        self.mask: Tensor | None = None
+        self.builder = builder
+        self.points: list[HookPoint] = []
+        builder.junction(language_model, "pre").watch(self._enter, self.points)
+        builder.junction(language_model, "post").watch(self._leave, self.points)
+
+    def bind(self, layer: int, block: nn.Module) -> None:
+        """Make the point after one decoder block."""
+        point = self.builder.point(f"blocks.{layer}.hook_deepstack", tower="text", block=layer)
+        self.points.append(point)
+        self.builder.junction(block, "post").bind(
+            point, lambda call: self._get(call, layer), lambda call, x: self._put(x, layer)
+        )
+
+    def _enter(self, call: Call) -> None:
+        features = call.kwargs.get("deepstack_visual_embeds")
+        self.features = None if features is None else list(features)
+        self.mask = call.kwargs.get("visual_pos_masks")
+        if self.features is not None:
+            call.kwargs = {**call.kwargs, "deepstack_visual_embeds": self.features}
+            call.touched = True
+
+    def _leave(self, call: Call) -> None:
+        self.features = self.mask = None
+
+    def _get(self, call: Call, layer: int) -> Tensor | None:
+        if self.features is None or self.mask is None or layer >= len(self.features):
+            return None  # a step without images: nothing is added
+        hidden = call.main()
+        dense = torch.zeros_like(hidden)
+        mask = self.mask.to(hidden.device)
+        dense[mask] = self.features[layer].to(hidden.device, hidden.dtype)
+        return dense
+
+    def _put(self, value: Tensor, layer: int) -> None:
+        assert self.features is not None and self.mask is not None
+        mask = self.mask.to(value.device)
+        if bool((value[~mask] != 0).any()):
+            raise HookValueError(
+                f"A hook on blocks.{layer}.hook_deepstack wrote to positions that hold no visual token. DeepStack adds to "
+                f"visual positions alone: edit blocks.{layer}.hook_resid_post or blocks.{layer + 1}.hook_resid_pre for others."
+            )
+        self.features[layer] = value[mask]
+
+
+def wire(model: nn.Module | Any, family: Family) -> Wiring:
+    """Make every hook point of `model` and bind it to its module; nothing of the model is changed.
+
+    Args:
+        model: A transformers model of one of the family's classes.
+        family: Which module plays which part.
+    """
+    registry = HookRegistry(type(model).__name__)
+    builder = Builder(registry)
+    wiring = Wiring(registry)
+    _vision(model, family, builder, wiring)
+    _text(model, family, builder, wiring)
+    builder.finish()
+    weakref.finalize(wiring, _restore, tuple(wiring.switches.values()))
+    return wiring
+
+
+def _restore(switches: tuple[TowerSwitch, ...]) -> None:
+    for switch in switches:
+        switch.restore()
+
+
+def _vision(model: Any, family: Family, builder: Builder, wiring: Wiring) -> None:
+    config = family.vision_config(model.config)
+    n_heads = family.vision_heads(model.config)
+    switch = wiring.switches["vision"] = TowerSwitch(config, family.vision.packed)
+    builder.junction(model.get_submodule(family.patch_embed), "post").bind(
+        builder.point("vision.hook_patch_embed", tower="vision"),
+        lambda call: family.patch_embed_value(call.main()),
+        lambda call, x: call.set_main(family.patch_embed_output(x, call.main())),
+    )
+    blocks = model.get_submodule(family.vision.blocks)
+    for index, block in enumerate(blocks):
+        wiring.vision.append(
+            BlockWiring(
+                builder, block, family.vision, "vision.", index, n_heads, config.hidden_size // n_heads, switch
+            ).wire()
+        )
+    path, side = family.vision_out_module()
+    point = builder.point("vision.hook_out", tower="vision")
+    if side == "input":
+        builder.junction(model.get_submodule(path), "pre").bind(
+            point,
+            lambda call: family.vision_out_value(call.first(), model),
+            lambda call, x: call.set_first(family.vision_out_replace(x, call.first(), model)),
+        )
+    else:
+        builder.junction(model.get_submodule(path), "post").bind(
+            point,
+            lambda call: family.vision_out_value(call.output, model),
+            lambda call, x: call.set_main(family.vision_out_replace(x, call.output, model)),
+        )
+    _through(builder, model.get_submodule(family.projector), "projector", family.vision)
+
+
+def _through(builder: Builder, module: nn.Module, name: str, tower: TowerParts) -> None:
+    def lift(x: Tensor) -> Tensor:
+        return x[None] if tower.packed else x
+
+    def drop(x: Tensor) -> Tensor:
+        return x[0] if tower.packed else x
+
+    builder.junction(module, "pre").bind(
+        builder.point(f"{name}.hook_in", tower=name), lambda c: lift(c.first()), lambda c, x: c.set_first(drop(x))
+    )
+    builder.junction(module, "post").bind(
+        builder.point(f"{name}.hook_out", tower=name), lambda c: lift(c.main()), lambda c, x: c.set_main(drop(x))
+    )
+
+
+def _text(model: Any, family: Family, builder: Builder, wiring: Wiring) -> None:
+    config = family.text_config(model.config)
+    switch = wiring.switches["text"] = TowerSwitch(config, packed=False)
+    language_model = model.get_submodule(family.language_model)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    builder.junction(language_model, "pre").bind(
+        builder.point("hook_embed", tower="text"),
+        lambda call: call.kwargs["inputs_embeds"],
+        _set_embeds,
+    )
+    deepstack = DeepStack(builder, language_model)
+    for index, block in enumerate(model.get_submodule(family.text.blocks)):
+        wiring.text.append(
+            BlockWiring(builder, block, family.text, "", index, config.num_attention_heads, head_dim, switch).wire()
+        )
+        if index < family.n_deepstack(model):
+            deepstack.bind(index, block)
+    ln_final = builder.junction(model.get_submodule(family.ln_final), "post")
+    for suffix, get, put in (
+        ("hook_scale", norms.get_scale, norms.put_scale),
+        ("hook_normalized", norms.get_normalized, norms.put_normalized),
+    ):
+        ln_final.bind(builder.point(f"ln_final.{suffix}", tower="text"), get, put)
+    builder.junction(model.get_submodule(family.lm_head), "post").bind(
+        builder.point("hook_logits", tower="text"), Call.main, Call.set_main
+    )
+
+
+def _set_embeds(call: Call, value: Tensor) -> None:
+    call.kwargs = {**call.kwargs, "inputs_embeds": value}
+    call.touched = True
