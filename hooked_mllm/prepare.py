@@ -1,0 +1,240 @@
+"""From a question and pictures to model inputs, through the model's own processor and chat template."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.video_utils import VideoMetadata
+
+from hooked_mllm import images as pictures
+from hooked_mllm import video as clips
+from hooked_mllm.errors import InputError
+from hooked_mllm.families.base import Family
+from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
+from hooked_mllm.prompt import refuse_special, render, token_spans
+from hooked_mllm.sample import Sample, SampleBatch, is_per_token
+from hooked_mllm.video import Number, Video
+
+
+class Preparer:
+    """Makes samples for one model.
+
+    Args:
+        processor: the model's own processor, with its chat template.
+        config: the model's configuration.
+        family: what tells the pixels of each visual token.
+        tokenizer: in place of the processor's own.
+
+    Raises:
+        InputError: without a processor.
+    """
+
+    def __init__(self, processor: Any, config: Any, family: Family, tokenizer: Any = None) -> None:
+        if processor is None:
+            raise InputError(
+                "This model came without a processor, which `prepare` needs: give one to `from_model(model, processor=...)`, or "
+                "load a checkpoint that has its processor files. Everything else takes model inputs as a mapping."
+            )
+        self.processor, self.config, self.family = processor, config, family
+        self.tokenizer = tokenizer if tokenizer is not None else processor.tokenizer
+
+    def __call__(
+        self,
+        question: str | Sequence[str],
+        images: Any = None,
+        videos: Any = None,
+        system: str | Sequence[str | None] | None = None,
+        answer: str | Sequence[str | None] | None = None,
+        target: Any = None,
+        id: str | Sequence[str | None] | None = None,
+        *,
+        fps: Number | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        min_overlap: Number = 0.0,
+        padding_side: str = "left",
+        **processor_kwargs: Any,
+    ) -> Sample | SampleBatch:
+        """Prepare one sample, or with a list of questions a batch.
+
+        The prompt holds the images, then the videos, then the question, as the model's chat template writes them.
+
+        Args:
+            question: the question, or a list of them; everything below is then a list of as many, or `None`. (`system`
+                and the sampling of videos may also be one for all.)
+            images: a picture or a list of them: PIL images, paths, arrays (see `load_image`).
+            videos: a video or a list of them: paths, `Video`s, frames, pairs (frames, fps) (see `read_video`).
+            system: the system prompt; without one, the template's own default.
+            answer: a text put after the prompt, token by token what the model would have generated.
+            target: the region asked about, such as `Box(412, 230, 520, 371)`, or a list of regions.
+            id: a name for the sample.
+            fps: frames a second to take from a video file; of frames in memory, their own rate.
+            num_frames: frames to take from a video file.
+            max_frames: the most frames to take from a video file by `fps`.
+            min_overlap: the least share of a token's footprint that the target must cover.
+            padding_side: where a batch is padded.
+            **processor_kwargs: for the processor, such as `max_pixels` or `crop_to_patches`.
+
+        Raises:
+            InputError: an empty question or batch, pictures that cannot be read or hold NaN, frames without fps, a
+                question with special tokens in it, or what the processor refuses.
+            LayoutError: the question is not found in the prompt, the target lies outside its image or sees no token, or
+                the model's placeholders do not match its pictures.
+
+        Example:
+            >>> from hooked_mllm import HookedMLLM
+            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+            >>> sample = model.prepare("what color is the star ?", images=np.zeros((96, 96, 3), np.uint8))
+            >>> int(sample.mask("visual").sum())
+            36
+        """
+        decode = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames}
+        more = {"decode": decode, "min_overlap": min_overlap, "kwargs": processor_kwargs}
+        own = {"images": images, "videos": videos, "answer": answer, "target": target, "id": id}
+        if isinstance(question, str):
+            return self._one(question, system=system, **own, **more)
+        questions = list(question)
+        if not questions:
+            raise InputError("The batch is empty: give one question at least.")
+        if not (system is None or isinstance(system, str)):
+            own["system"] = system
+        columns = {name: _column(name, value, len(questions)) for name, value in own.items()}
+        columns.setdefault("system", [system] * len(questions))
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        samples = [self._one(q, **row, **more) for q, row in zip(questions, rows, strict=True)]
+        return SampleBatch.collate(samples, padding_side)
+
+    def _one(
+        self,
+        question: Any,
+        images: Any,
+        videos: Any,
+        system: Any,
+        answer: Any,
+        target: Any,
+        id: Any,
+        decode: dict[str, Any],
+        min_overlap: Number,
+        kwargs: dict[str, Any],
+    ) -> Sample:
+        for name, text in (("question", question), ("system", system), ("answer", answer)):
+            if not isinstance(text, str) and (name == "question" or text is not None):
+                raise InputError(f"The {name} is a text; got {type(text).__name__}.")
+        placeholders = [getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video")]
+        refuse_special(question, "question", self.tokenizer, placeholders)
+        refuse_special(system or "", "system prompt", self.tokenizer, placeholders)
+        shown = tuple(pictures.load_image(image) for image in pictures.as_list(images))
+        films = tuple(clips.as_video(video, **decode) for video in clips.as_list(videos))
+        prompt = render(self.processor, question, system, len(shown), len(films))
+        inputs = self._process(prompt.text, shown, films, kwargs)
+        # the processor's own placeholders in the text, before it widens them to `visual_token_ids`
+        marks = {self.tokenizer.convert_tokens_to_ids(p) for p in placeholders if p}
+        spans = token_spans(prompt, self.tokenizer, inputs["input_ids"][0].tolist(), marks)
+        media = tuple(
+            [ImageMedia(image.width, image.height) for image in shown]
+            + [VideoMedia(film.width, film.height, len(film), film.times_s) for film in films]
+        )
+        items = self.family.visual_items(self.config, self.processor, inputs, media)
+        if answer is not None:
+            spans["answer"] = [self._append(inputs, answer, placeholders)]
+        self.family.check_inputs(inputs, self.config)
+        visual_ids = self.family.visual_token_ids(self.config)
+        layout = TokenLayout.build(inputs["input_ids"][0], items, visual_ids, spans)
+        pad = self.tokenizer.pad_token_id
+        return Sample(
+            inputs,
+            layout,
+            question,
+            answer,
+            shown,
+            films,
+            target,
+            None if target is None else layout.target(target, min_overlap),
+            id,
+            hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()[:16],
+            pad if pad is not None else self.tokenizer.eos_token_id or 0,
+        )
+
+    def _process(
+        self, text: str, shown: Sequence[Image.Image], films: Sequence[Video], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        media: dict[str, Any] = {}
+        if shown:
+            # nested: LLaVA-OneVision takes a flat list for samples of one image each
+            media["images"] = [list(shown)]
+        if films:
+            media |= {"videos": [_channels_first(f) for f in films], "video_metadata": [_metadata(f) for f in films]}
+            media["videos_kwargs"] = {"input_data_format": "channels_first", "do_sample_frames": False}
+            if getattr(self.processor.video_processor, "cap_pixels_per_frame", True) is None:
+                media["videos_kwargs"]["cap_pixels_per_frame"] = (
+                    False  # what None means; said out loud, it does not warn
+                )
+        try:
+            out = self.processor(text=[text], return_tensors="pt", **media, **kwargs)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            lengths = sorted({len(f) for f in films})
+            hint = (
+                f" The videos have {lengths} frames: this processor may want one number for all videos of a sample, see num_frames=."
+                if len(lengths) > 1
+                else ""
+            )
+            raise InputError(f"{type(self.processor).__name__} refuses these inputs: {error}{hint}") from error
+        return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+    def _append(self, inputs: dict[str, Tensor], answer: str, placeholders: Sequence[str]) -> tuple[int, int]:
+        """Put the answer's tokens after the prompt's, which thereby stay those that `generate` would start from."""
+        found = [p for p in placeholders if p and p in answer]
+        if found:
+            raise InputError(
+                f"The answer contains {', '.join(map(repr, found))}, which stands for an image or a video."
+            )
+        ids = self.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+        if not ids.shape[-1]:
+            raise InputError("The answer is empty: leave it out, or give a text.")
+        n = inputs["input_ids"].shape[1]
+        for name, value in inputs.items():
+            if is_per_token(value, n):
+                more = torch.full_like(ids, int(name == "attention_mask")) if name != "input_ids" else ids
+                inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+        return n, n + ids.shape[1]
+
+
+def _column(name: str, value: Any, n: int) -> list[Any]:
+    """One entry for each question."""
+    if value is None:
+        return [None] * n
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != n:
+        got = (
+            f"{len(value)} entries"
+            if isinstance(value, Sequence) and not isinstance(value, str)
+            else type(value).__name__
+        )
+        raise InputError(f"With a list of {n} questions `{name}` is a list of {n} entries (or None); got {got}.")
+    return list(value)
+
+
+def _channels_first(film: Video) -> Tensor:
+    return torch.from_numpy(film.frames).permute(0, 3, 1, 2).contiguous()
+
+
+def _metadata(film: Video) -> VideoMetadata:
+    """The frames' times as frame numbers of the original, which is how processors take them.
+
+    Made afresh for each call: Qwen3-VL's processor appends to the list of frame numbers.
+    """
+    exact = [t * film.fps for t in film.times_s]
+    # an even frame rate gives whole numbers but for rounding, and prompts print times to a tenth of a second
+    whole = all(abs(x - round(x)) < 0.01 for x in exact)
+    numbers = [round(x) if whole else x for x in exact]
+    last = int(max(exact))
+    return VideoMetadata(
+        total_num_frames=max(last + 1, len(film)),
+        fps=film.fps,
+        width=film.width,
+        height=film.height,
+        duration=(last + 1) / film.fps,
+        frames_indices=numbers,
+    )

@@ -1,0 +1,159 @@
+"""A chat prompt and where exactly its question and system text lie among the tokens.
+
+The chat template is any program: words of the question may occur in it, it may strip or repeat what it is given. So the
+place of a text is found by rendering the template twice, with the text and with a unique sentinel in its stead; what stands
+before and after must agree. Characters become tokens by the tokenizer's own offsets. The processor then widens every image
+and video placeholder; placeholders are special tokens, which no merge crosses, so the tokens before the first and after the
+last of them stay the same, and that they do is checked.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hooked_mllm.errors import InputError, LayoutError
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt and the character ranges of the texts in it, end exclusive."""
+
+    text: str
+    spans: Mapping[str, Span]
+
+
+def render(template: Any, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0) -> Prompt:
+    """The prompt of one question: images first, then videos, then the question, up to where the answer starts.
+
+    Args:
+        template: an object with `apply_chat_template`, such as a processor.
+        question: what the user asks.
+        system: the system prompt.
+        n_images: how many image placeholders.
+        n_videos: how many video placeholders.
+
+    Raises:
+        LayoutError: when the template does not hold the question or the system prompt exactly once.
+        InputError: when there is no chat template, or it refuses the messages.
+    """
+    texts = {"question": question} | ({} if system is None else {"system": system})
+    for name, text in texts.items():
+        if not text.strip():
+            raise InputError(f"The {name} is empty: give a text with one visible character at least.")
+    rendered = _apply(template, texts, n_images, n_videos)
+    marks = {name: _sentinel(name, rendered) for name in texts}
+    marked = _apply(template, marks, n_images, n_videos)
+    for name, mark in marks.items():
+        if marked.count(mark) != 1:
+            raise LayoutError(
+                f"The chat template holds the {name} {marked.count(mark)} times, where once was expected: its tokens cannot be "
+                "told. Use another chat template" + (", or leave `system` out." if name == "system" else ".")
+            )
+    return Prompt(rendered, _between(rendered, marked, texts, marks))
+
+
+def token_spans(
+    prompt: Prompt, tokenizer: Any, input_ids: Sequence[int], placeholders: set[int]
+) -> dict[str, list[Span]]:
+    """Token ranges of the prompt's texts among the processor's `input_ids`, end exclusive.
+
+    A token belongs to a text if it holds one of its characters; a token that it shares with the template only if that
+    character is not white space.
+
+    Raises:
+        LayoutError: when the ids around the text are not those of the rendered prompt.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise LayoutError(
+            f"{type(tokenizer).__name__} gives no character offsets, so the question's tokens cannot be told: load the fast "
+            "tokenizer of this checkpoint."
+        )
+    encoded = tokenizer(prompt.text, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    at = [i for i, token in enumerate(ids) if token in placeholders]
+    first, after = (at[0], at[-1] + 1) if at else (len(ids), 0)
+    spans = {}
+    for name, (start, end) in prompt.spans.items():
+        low, high = _tokens(prompt.text, offsets, start, end, name)
+        shift = len(input_ids) - len(ids)
+        if low >= after and list(input_ids[low + shift :]) == ids[low:]:
+            spans[name] = [(low + shift, high + shift)]
+        elif high <= first and list(input_ids[:high]) == ids[:high]:
+            spans[name] = [(low, high)]
+        else:
+            where = "between its images and videos" if first < high and low < after else "with other tokens than alone"
+            raise LayoutError(
+                f"The {name} was not found: the prompt holds it {where}, so its tokens cannot be told. The prompt, before images "
+                f"and videos are filled in: {prompt.text!r}"
+            )
+    return spans
+
+
+def refuse_special(text: str, what: str, tokenizer: Any, placeholders: Sequence[str] = ()) -> None:
+    """Raise `InputError` when a text holds a special token, which would change the prompt's meaning."""
+    special = [str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special]
+    found = sorted({t for t in (*special, *placeholders) if t and t in text})
+    if found:
+        raise InputError(
+            f"The {what} contains {', '.join(map(repr, found))}, which this model reads as a special token and not as text. "
+            "Write it differently; images and videos get their placeholders from `images=` and `videos=`."
+        )
+
+
+def _apply(template: Any, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
+    parts = [{"type": "image"} for _ in range(n_images)] + [{"type": "video"} for _ in range(n_videos)]
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": texts["question"]}]}
+    messages = [user]
+    if "system" in texts:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts["system"]}]})
+    if not getattr(template, "chat_template", None):
+        raise InputError(
+            f"{type(template).__name__} has no chat template: set `processor.chat_template`, or load the checkpoint's own."
+        )
+    try:
+        return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is free to raise anything, among it jinja2's own errors
+        raise InputError(f"The chat template refuses this conversation: {error}") from error
+
+
+def _sentinel(name: str, taken: str) -> str:
+    mark = f"XhookedX{name}X"
+    while mark in taken:
+        mark += "X"
+    return mark
+
+
+def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mapping[str, str]) -> dict[str, Span]:
+    """Character ranges, from what stands around the sentinels; a template may strip the texts."""
+    order = sorted(texts, key=lambda name: marked.index(marks[name]))
+    pieces, rest = [], marked
+    for name in order:
+        before, rest = rest.split(marks[name])
+        pieces.append(before)
+    for strip in (str, str.strip, str.rstrip, str.lstrip):
+        for others in (str, str.strip, str.rstrip, str.lstrip):
+            spans, built = {}, ""
+            for name, before in zip(order, pieces, strict=True):
+                built += before
+                text = (strip if name == "question" else others)(texts[name])
+                spans[name] = (len(built), len(built) + len(text))
+                built += text
+            if built + rest == rendered:
+                return spans
+    raise LayoutError(
+        "The question was not found: the chat template changes the texts that it is given, or the rest with them. "
+        f"With the question it gives {rendered!r}, with a mark in its place {marked!r}."
+    )
+
+
+def _tokens(text: str, offsets: Sequence[Span], start: int, end: int, name: str) -> Span:
+    mine = []
+    for i, (a, b) in enumerate(offsets):
+        inside = text[max(a, start) : min(b, end)]
+        if a < end and b > start and (start <= a and b <= end or inside.strip()):
+            mine.append(i)
+    if not mine:
+        raise LayoutError(f"The {name} was not found: no token holds one of its characters.")
+    return mine[0], mine[-1] + 1

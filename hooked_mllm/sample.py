@@ -1,0 +1,201 @@
+"""What is asked of a model: one question with its pictures, or a batch of them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from PIL import Image
+from torch import Tensor
+
+from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.layout import Region, TokenLayout
+from hooked_mllm.video import Video
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A question with its pictures, the model inputs made of them, and the layout of its tokens.
+
+    Attributes:
+        inputs: what the model's `forward` takes; token tensors `[1 pos]`, without padding.
+        layout: which position is what.
+        question: the question.
+        answer: the answer that stands after the prompt (teacher forcing), or `None`.
+        images: the pictures, upright RGB; `layout` speaks of their pixels.
+        videos: the frames given to the model, with their times.
+        target: the region asked about, or a list of them.
+        target_mask: the tokens that see it, `[pos]` on the CPU.
+        id: a name of the user's own.
+        template: a fingerprint of the chat template.
+        pad_token_id: what a batch is padded with.
+    """
+
+    inputs: dict[str, Tensor]
+    layout: TokenLayout
+    question: str
+    answer: str | None = None
+    images: tuple[Image.Image, ...] = ()
+    videos: tuple[Video, ...] = ()
+    target: Region | list[Region] | None = None
+    target_mask: Bool[Tensor, " pos"] | None = None
+    id: str | None = None
+    template: str | None = None
+    pad_token_id: int = 0
+
+    def mask(self, name: str) -> Bool[Tensor, "1 pos"]:
+        """Positions by name, on the device of the inputs.
+
+        Args:
+            name: "target", or what `TokenLayout.mask` knows: "question", "answer", "system", "template", "visual", "last",
+                "text", "padding", "pixels".
+
+        Raises:
+            InputError: "target" when no target was given, "answer" when no answer was.
+            LayoutError: an unknown name, or one that no position has.
+        """
+        return self._positions(name)[None].to(self.device)
+
+    def _positions(self, name: str) -> Bool[Tensor, " pos"]:
+        if name == "target":
+            if self.target_mask is None:
+                raise InputError(
+                    f"{self._who()} has no target: give `target=` to prepare, such as Box(x0, y0, x1, y1)."
+                )
+            return self.target_mask
+        found = self.layout.mask(name)
+        if name == "padding" or found.any():
+            return found
+        if name == "answer":
+            raise InputError(f"{self._who()} has no answer: give `answer=` to prepare.")
+        why = {"visual": "its prompt has no image and no video", "system": "it was prepared without `system=`"}
+        raise LayoutError(f"{self._who()} has no {name} tokens: {why.get(name, 'no position is of that kind')}.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self.inputs["input_ids"].device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Sample":
+        """The same sample with its inputs elsewhere; `dtype` is for the pixels only."""
+        return replace(self, inputs=moved(self.inputs, device, dtype))
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def _who(self) -> str:
+        return "This sample" if self.id is None else f"Sample {self.id!r}"
+
+    def __repr__(self) -> str:
+        name = "" if self.id is None else f"{self.id}: "
+        return f"Sample({name}{self.question!r}, {self.layout!r})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SampleBatch:
+    """Samples of unequal length, padded to one.
+
+    Attributes:
+        samples: the samples, without padding.
+        inputs: what the model's `forward` takes, `[batch pos]`; pixels as the model's family lays them out in a batch.
+        layouts: the layout of each sample with its padding.
+        padding_side: "left" or "right".
+    """
+
+    samples: tuple[Sample, ...]
+    inputs: dict[str, Tensor]
+    layouts: tuple[TokenLayout, ...]
+    padding_side: str = field(default="left")
+
+    @classmethod
+    def collate(cls, samples: Sequence[Sample], padding_side: str = "left") -> "SampleBatch":
+        """Join samples of one model.
+
+        Token tensors are padded and stacked; pictures of all samples are joined in order, as each family's processor does
+        for a batch (LLaVA-OneVision's are filled up to one number of tiles).
+
+        Raises:
+            InputError: an empty batch, an unknown side, or pictures that the model cannot take in one batch.
+        """
+        samples = tuple(samples)
+        if not samples:
+            raise InputError("The batch is empty: give one sample at least.")
+        if padding_side not in ("left", "right"):
+            raise InputError(f"padding_side is 'left' or 'right'; got {padding_side!r}.")
+        longest = max(map(len, samples))
+        gaps = [longest - len(s) for s in samples]
+        pads = [(gap, 0) if padding_side == "left" else (0, gap) for gap in gaps]
+        names = dict.fromkeys(name for s in samples for name in s.inputs)
+        inputs = {name: _join(name, samples, pads) for name in names}
+        layouts = tuple(s.layout.padded(left, right) for s, (left, right) in zip(samples, pads, strict=True))
+        return cls(samples, inputs, layouts, padding_side)
+
+    def mask(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """Positions by name as in `Sample.mask`, padded; every sample must have some."""
+        if name == "padding":
+            return torch.stack([layout.padding for layout in self.layouts]).to(self.device)
+        out = torch.zeros(len(self), len(self.layouts[0]), dtype=torch.bool)
+        for row, sample, layout in zip(out, self.samples, self.layouts, strict=True):
+            row[~layout.padding] = sample._positions(name)
+        return out.to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs are."""
+        return self.inputs["input_ids"].device
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "SampleBatch":
+        """The same batch with its inputs elsewhere; `dtype` is for the pixels only."""
+        samples = tuple(s.to(device, dtype) for s in self.samples)
+        return replace(self, samples=samples, inputs=moved(self.inputs, device, dtype))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(str(len(s)) for s in self.samples)
+        return f"SampleBatch({len(self)} samples of {lengths} tokens, padded on the {self.padding_side})"
+
+
+def moved(inputs: Mapping[str, Any], device: Any = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Tensors on another device; floating ones, which are pixels, in another dtype as well."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+    return {name: one(value) for name, value in inputs.items()}
+
+
+def is_per_token(value: Tensor, n_tokens: int) -> bool:
+    """Whether a tensor of one sample's inputs holds a value for each token."""
+    return value.ndim == 2 and value.shape == (1, n_tokens)
+
+
+def _join(name: str, samples: Sequence[Sample], pads: Sequence[tuple[int, int]]) -> Tensor:
+    present = [(s.inputs[name], len(s)) for s in samples if name in s.inputs]
+    if is_per_token(*present[0]):
+        if len(present) < len(samples):
+            raise InputError(f"Some samples of the batch have {name!r} and some have not: prepare them with one model.")
+        fill = samples[0].pad_token_id if name == "input_ids" else 0
+        pad: Callable[..., Tensor] = torch.nn.functional.pad
+        return torch.cat([pad(value, sides, value=fill) for (value, _), sides in zip(present, pads, strict=True)])
+    values = [value for value, _ in present]
+    if name == "pixel_values" and values[0].ndim == 5:  # [image tile channel height width]; the model drops spare tiles
+        tiles = max(v.shape[1] for v in values)
+        values = [torch.cat([v, v.new_zeros(len(v), tiles - v.shape[1], *v.shape[2:])], 1) for v in values]
+    if len({v.shape[1:] for v in values}) > 1:
+        shapes = ", ".join(str(tuple(v.shape)) for v in values)
+        raise InputError(
+            f"{name!r} cannot be joined in one batch: shapes {shapes}. This model takes videos of one number of frames in a batch: "
+            "give num_frames= to prepare, or run the samples one by one."
+        )
+    return torch.cat(values)

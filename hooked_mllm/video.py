@@ -1,0 +1,240 @@
+"""Videos as arrays of frames with their real times: from files, or from frames in memory."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from hooked_mllm.decode import decode
+from hooked_mllm.errors import InputError
+from hooked_mllm.images import channels_last, load_image, to_uint8
+
+#: Qwen3-VL's own sampling, taken where nothing else is asked for
+DEFAULT_FPS, DEFAULT_MAX_FRAMES = 2.0, 768
+
+Number = float | int | np.floating | np.integer
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """The frames that a model is to see, and when each is shown.
+
+    Attributes:
+        frames: uint8 RGB, `[frame height width channel]`.
+        times_s: the time of each frame in seconds, from the start of the video.
+        fps: frame rate of the video they were taken from.
+        source: where they come from, for messages.
+
+    Example:
+        >>> Video.from_frames(np.zeros((4, 8, 6, 3), dtype=np.uint8), fps=2)
+        Video(4 frames of 6x8 px, 0 to 1.5 s, frames in memory)
+    """
+
+    frames: UInt8[np.ndarray, "frame height width 3"]
+    times_s: tuple[float, ...]
+    fps: float
+    source: str = "frames in memory"
+
+    def __post_init__(self) -> None:
+        if len(self.times_s) != len(self.frames):
+            raise InputError(
+                f"A video needs one time for each frame; got {len(self.frames)} frames and {len(self.times_s)} times."
+            )
+        if len(self.frames) == 0:
+            raise InputError("A video needs one frame at least; got none.")
+        if not all(np.isfinite(self.times_s)) or any(np.diff(self.times_s) <= 0):
+            raise InputError("The times of a video's frames must be finite and increasing.")
+
+    @classmethod
+    def from_frames(
+        cls,
+        frames: np.ndarray | Tensor | Sequence[Any],
+        fps: Number | None = None,
+        times_s: Sequence[Number] | None = None,
+        source: str = "frames in memory",
+    ) -> "Video":
+        """Frames in memory with their frame rate, or with a time in seconds for each.
+
+        Args:
+            frames: `[frame height width channel]` or `[frame channel height width]`, integers 0 to 255 or floats 0 to 1; or a
+                list of pictures of one size.
+            fps: frames a second, of these very frames.
+            times_s: instead of `fps`, for frames at uneven distances.
+            source: a name for messages.
+
+        Raises:
+            InputError: neither `fps` nor `times_s`, frames of unequal sizes, NaN.
+        """
+        if (fps is None) == (times_s is None):
+            raise InputError(
+                "Frames in memory carry no times: give fps= (frames a second, of these very frames), or times_s= with one "
+                f"time for each; got fps={fps}, times_s={times_s}."
+            )
+        if fps is not None:
+            _check_positive("fps", fps)
+        pixels = _stack(frames)
+        if times_s is None:
+            times_s = [i / float(fps) for i in range(len(pixels))]
+        elif fps is None:
+            gaps = np.diff(np.asarray(times_s, float))
+            fps = 1 / float(gaps.mean()) if len(gaps) and gaps.mean() > 0 else 1.0
+        return cls(pixels, tuple(float(t) for t in times_s), float(fps), source)
+
+    @property
+    def width(self) -> int:
+        """Pixels across."""
+        return self.frames.shape[2]
+
+    @property
+    def height(self) -> int:
+        """Pixels down."""
+        return self.frames.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __repr__(self) -> str:
+        span = f"{self.times_s[0]:g} to {self.times_s[-1]:g} s"
+        return f"Video({len(self)} frames of {self.width}x{self.height} px, {span}, {self.source})"
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    fps: Number | None = None,
+    num_frames: int | None = None,
+    max_frames: int | None = None,
+) -> Video:
+    """Frames of a video file, from its largest video stream, each with its real time.
+
+    Args:
+        path: the file.
+        fps: take the frame shown at 0, 1/fps, 2/fps, ... seconds (2 if `num_frames` is not given either).
+        num_frames: take that many frames at even distances, first and last included; all if the video has fewer.
+        max_frames: with `fps`, take no more than so many: spread evenly if there would be more (768 by default).
+
+    Times count from the video's first frame. Frames come upright: a rotation noted in the file is applied.
+
+    Raises:
+        InputError: no such file, no video in it, frames that do not decode, nothing but black, `fps` beside `num_frames`.
+    """
+    if fps is not None and num_frames is not None:
+        raise InputError(f"Give fps= or num_frames=, not both; got fps={fps}, num_frames={num_frames}.")
+    for name, value in (("fps", fps), ("num_frames", num_frames), ("max_frames", max_frames)):
+        if value is not None:
+            _check_positive(name, value)
+    if "://" in str(path):
+        raise InputError(f"Videos are read from files, not from addresses: download {str(path)!r} first.")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"No video file at {str(path)!r}.")
+
+    def choose(times: np.ndarray) -> np.ndarray:
+        return sampled(times, fps, num_frames, max_frames)
+
+    frames, times, rate = decode(file, choose)
+    if frames.max() <= _BLACK:
+        raise InputError(
+            f"{str(path)!r} decodes black: no pixel of the {len(frames)} frames taken is brighter than {_BLACK} of 255. "
+            "Check that the file plays, or take other frames with fps= or num_frames=."
+        )
+    return Video(frames, tuple(float(t) for t in times), rate, file.name)
+
+
+# compression leaves a few levels of noise on pure black
+_BLACK = 10
+
+
+def sampled(
+    times: np.ndarray, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
+) -> np.ndarray:
+    """Numbers of the frames to take, of frames shown at `times` (increasing, from 0).
+
+    Example:
+        >>> sampled(np.arange(10) / 10, fps=5).tolist()
+        [0, 2, 4, 6, 8]
+        >>> sampled(np.arange(10) / 10, num_frames=4).tolist()
+        [0, 3, 6, 9]
+    """
+    n = len(times)
+    if num_frames is None:
+        rate = float(fps or DEFAULT_FPS)
+        wanted = np.arange(int(np.floor(times[-1] * rate + 1e-6)) + 1) / rate
+        # the frame on show at that time; a stream's clock may round it to just after
+        shown = np.unique((np.searchsorted(times, wanted + 1e-3, side="right") - 1).clip(0))
+        limit = DEFAULT_MAX_FRAMES if max_frames is None else max_frames
+        if len(shown) <= limit:
+            return shown
+        num_frames, n = limit, len(shown)
+        return shown[_even(n, num_frames)]
+    return _even(n, num_frames)
+
+
+def _even(n: int, k: int) -> np.ndarray:
+    return np.unique(np.round(np.linspace(0, n - 1, min(n, k))).astype(int))
+
+
+def as_video(
+    video: Any, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
+) -> Video:
+    """Anything `prepare` takes for a video: a `Video`, a path, frames (with `fps`), or a pair (frames, fps).
+
+    Raises:
+        InputError: for anything else, and as `read_video` and `Video.from_frames` do.
+    """
+    if isinstance(video, Video):
+        return video
+    if isinstance(video, str | os.PathLike):
+        return read_video(video, fps, num_frames, max_frames)
+    if isinstance(video, tuple) and len(video) == 2 and isinstance(video[1], Number):
+        return Video.from_frames(video[0], fps=video[1])
+    if isinstance(video, np.ndarray | Tensor) or (isinstance(video, Sequence) and not isinstance(video, bytes)):
+        return Video.from_frames(video, fps=fps)
+    raise InputError(
+        f"A video is a path, a Video, an array of frames with fps=, or a pair (frames, fps); got {type(video).__name__}."
+    )
+
+
+def as_list(videos: Any) -> list[Any]:
+    """One video or a list of them, as a list; `None` gives an empty one."""
+    if videos is None:
+        return []
+    pair = isinstance(videos, tuple) and len(videos) == 2 and isinstance(videos[1], Number)
+    array = isinstance(videos, np.ndarray | Tensor) and videos.ndim == 4
+    if pair or array or isinstance(videos, str | os.PathLike | Video):
+        return [videos]
+    if isinstance(videos, Sequence) and not isinstance(videos, bytes):
+        return list(videos)
+    raise InputError(f"Videos are one video or a list of them; got {type(videos).__name__}.")
+
+
+def _stack(frames: Any) -> np.ndarray:
+    if not isinstance(frames, np.ndarray | Tensor):
+        if isinstance(frames, Image.Image) or not len(frames):
+            raise InputError(
+                "The frames of a video are a list of one picture or more, or an array [frame height width channel]."
+            )
+        pictures = [np.asarray(load_image(f)) for f in frames]
+        sizes = {p.shape[:2] for p in pictures}
+        if len(sizes) > 1:
+            raise InputError(f"The frames of a video have one size; got [height width] of {sorted(sizes)}.")
+        return np.stack(pictures)
+    if frames.ndim != 4 or 0 in frames.shape:
+        raise InputError(
+            "The frames of a video are an array [frame height width channel] or [frame channel height width]; got shape "
+            f"{tuple(frames.shape)}. Several videos go into a list."
+        )
+    pixels = channels_last(to_uint8(frames, "A video"), "A video")
+    if pixels.shape[-1] == 3:
+        return np.ascontiguousarray(pixels)
+    return np.stack([np.asarray(load_image(p)) for p in pixels])
+
+
+def _check_positive(name: str, value: Number) -> None:
+    if not value > 0 or not np.isfinite(value):
+        raise InputError(f"{name} must be positive; got {value}.")
