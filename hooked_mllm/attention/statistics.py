@@ -1,0 +1,109 @@
+"""The maths of attention rows, as pure functions: softmax rows, their mean, their mass, their largest keys.
+
+Axes: `layer`, `batch`, `head` (query heads), `kv_head`, `query` (the chosen query tokens), `key` (all positions) and
+`d_head`. All of it in float32 at least, whatever the dtype of q and k. In grouped-query attention, head h reads key
+head h // (head / kv_head).
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def attention_scores(
+    q: Float[Tensor, "layer batch head query d_head"],
+    k: Float[Tensor, "layer batch kv_head key d_head"],
+    scale: Float[Tensor, " layer"] | float,
+) -> Float[Tensor, "layer batch head query key"]:
+    """`scale * q k^T` with products summed in float32 (float64 for float64 operands), k not expanded to all heads."""
+    n_layers, batch, heads, queries, d_head = q.shape
+    kv_heads, keys = k.shape[2], k.shape[3]
+    # one matrix product per key head: the query heads that share it are rows of the same left operand
+    left = q.reshape(n_layers * batch * kv_heads, heads // kv_heads * queries, d_head)
+    right = k.reshape(n_layers * batch * kv_heads, keys, d_head).transpose(1, 2)
+    if q.dtype not in _HALF:
+        scores = torch.bmm(left, right)
+    elif q.is_cuda:
+        scores = torch.bmm(left, right, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(left.float(), right.float())
+    scores = scores.view(n_layers, batch, heads, queries, keys)
+    return scores.mul_(scale.view(-1, 1, 1, 1, 1) if isinstance(scale, Tensor) else scale)
+
+
+def attention_rows(
+    q: Float[Tensor, "layer batch head query d_head"],
+    k: Float[Tensor, "layer batch kv_head key d_head"],
+    scale: Float[Tensor, " layer"] | float,
+    visible: Bool[Tensor, "mask_layer batch query key"],
+) -> Float[Tensor, "layer batch head query key"]:
+    """`A[i, j] = softmax_j(scale * q_i k_j)` over the visible keys; zero elsewhere.
+
+    Args:
+        q: Queries after position encoding, the chosen rows only.
+        k: Keys after position encoding.
+        scale: One factor for all layers, or one per layer.
+        visible: True where the query sees the key; its first axis is 1 or the number of layers.
+
+    A row without any visible key has no softmax; it comes out uniform (finite), for the caller to discard.
+    """
+    scores = attention_scores(q, k, scale)
+    # the lowest finite number, not -inf: a row of padding would turn into NaN
+    scores.masked_fill_(~visible[:, :, None], torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1)
+
+
+def key_mass(
+    profile: Float[Tensor, "layer batch head key"], keys: Bool[Tensor, "batch key"]
+) -> Float[Tensor, "layer batch head"]:
+    """`sum_{j in K} a[j]`, summed in float64."""
+    return (profile * keys[:, None]).sum(-1, dtype=torch.float64)
+
+
+def top_mask(values: Float[Tensor, "*axes item"], k: Int[Tensor, "*k_axes"], k_max: int) -> Bool[Tensor, "*axes item"]:
+    """True at the `k` largest values of the last axis; among equal values the lower index comes first.
+
+    Args:
+        values: Finite numbers.
+        k: How many to take, at least 1, of a shape that broadcasts against the other axes.
+        k_max: The largest of `k`, known to the caller so that no device synchronisation is needed to read it.
+    """
+    largest = values.topk(k_max, dim=-1, sorted=True).values
+    place = (k - 1).expand(values.shape[:-1])[..., None]
+    threshold = largest.gather(-1, place)
+    above = values > threshold
+    level = values == threshold
+    room = k[..., None] - above.sum(-1, keepdim=True)
+    # ties at the threshold are filled from the left until there is no room
+    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
+
+
+def chance_level(
+    visible: Bool[Tensor, "mask batch query key"],
+    keys: Bool[Tensor, "batch key"],
+    weight: Float[Tensor, "batch query"],
+) -> Float[Tensor, "mask batch"]:
+    """The mass on K of a head that attends evenly to all it sees: mean over the queries of |K visible| / |visible|."""
+    seen = visible.sum(-1)
+    hit = (visible & keys[:, None]).sum(-1)
+    return (hit / seen.clamp(min=1) * weight).sum(-1, dtype=torch.float64)
+
+
+def first_rank(
+    top: Bool[Tensor, "layer batch head key"], ranks: Int[Tensor, "layer head"], n: int
+) -> Int[Tensor, "batch key"]:
+    """The lowest rank among the heads that hold each key in their top set; `n` where none does."""
+    nobody = torch.full((), n, dtype=ranks.dtype, device=ranks.device)
+    return torch.where(top, ranks[:, None, :, None], nobody).amin((0, 2))
+
+
+def coverage_by_rank(
+    best: Int[Tensor, "batch key"], target: Bool[Tensor, "batch key"], n: int
+) -> Float[Tensor, "batch k"]:
+    """The share of the target keys whose best rank is below k, for k = 0 .. n (arXiv:2606.05843 eq. 24, 25)."""
+    # a key held at rank r is covered from k = r + 1 on; rank n, never
+    arrivals = torch.zeros(best.shape[0], n + 2, dtype=torch.float64, device=best.device)
+    arrivals.scatter_add_(1, best.long() + 1, target.double())
+    return arrivals.cumsum(1)[:, : n + 1] / target.sum(1, keepdim=True)

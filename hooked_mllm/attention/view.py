@@ -1,0 +1,319 @@
+"""AttentionView: the attention rows of a group of layers, recomputed from q and k, shared by all metrics of a run."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.selection import QuerySelection, Selections
+from hooked_mllm.attention.statistics import attention_rows, chance_level, key_mass, top_mask
+from hooked_mllm.errors import InputError, NumericsError
+from hooked_mllm.heads.counting import share_count
+
+#: scratch memory for attention rows, in bytes
+MAX_BYTES = 1 << 30
+
+
+class _Chunk(NamedTuple):
+    """Rows of some layers, heads and queries, always of the whole batch."""
+
+    layers: slice
+    heads: slice
+    queries: slice
+    rows: Tensor
+
+
+class AttentionView:
+    """The post-softmax attention of a group of layers during one forward pass, of one sample or a batch.
+
+    What is asked is computed once, in float32, in pieces of at most `max_bytes`, and kept until the view is dropped:
+    every metric that asks for the profile of the question gets the same tensor. Nothing of size N x N is ever built.
+    Wherever a method takes `queries` or `keys`, that is the name of a mask ("question", "answer", "last", "target",
+    "visual", "text", ...) or a boolean tensor [batch pos]. Padding is never a query and never a key.
+
+    Args:
+        layers: Indices of the decoder layers, ascending.
+        q: One tensor per layer, [batch head pos d_head], after position encoding.
+        k: One tensor per layer, [batch kv_head pos d_head], after position encoding.
+        mask: Which keys each query of that layer saw; the same object for layers with the same mask.
+        scale: The factor of the scores before the softmax, one per layer.
+        masks: Gives the mask of a name, [batch pos]; must know "padding". On the CPU they spare waiting for the device.
+        n_layers: Number of decoder layers of the model.
+        max_bytes: Bound on the scratch memory for attention rows.
+
+    Raises:
+        InputError: if the lists differ in length or the tensors in shape.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        q: Sequence[Float[Tensor, "batch head pos d_head"]],
+        k: Sequence[Float[Tensor, "batch kv_head pos d_head"]],
+        mask: Sequence[MaskRows],
+        scale: Sequence[float],
+        masks: Callable[[str], Bool[Tensor, "batch pos"]],
+        n_layers: int,
+        max_bytes: int = MAX_BYTES,
+    ) -> None:
+        lengths = {"layers": len(layers), "q": len(q), "k": len(k), "mask": len(mask), "scale": len(scale)}
+        if len(set(lengths.values())) != 1 or not layers:
+            raise InputError(f"Expected one q, k, mask and scale for each of one or more layers; got {lengths}.")
+        for name, tensors in (("q", q), ("k", k)):
+            for layer, tensor in zip(layers, tensors, strict=True):
+                if tensor.shape != tensors[0].shape or tensor.device != q[0].device:
+                    raise InputError(
+                        f"Layers of one view share shape and device: {name} of layer {layer} is {list(tensor.shape)} "
+                        f"on {tensor.device}, of layer {layers[0]} {list(tensors[0].shape)} on {q[0].device}."
+                    )
+        if q[0].shape[1] % k[0].shape[1] or q[0].shape[2] != k[0].shape[2]:
+            raise InputError(
+                f"Expected q [batch head pos d_head] and k [batch kv_head pos d_head] over the same positions, head a "
+                f"multiple of kv_head; got q {list(q[0].shape)} and k {list(k[0].shape)}."
+            )
+        self.layers = tuple(int(layer) for layer in layers)
+        self.n_layers = n_layers
+        self.batch, self.n_heads, self.n_keys, _ = q[0].shape
+        self.n_kv_heads = k[0].shape[1]
+        self.device = q[0].device
+        self._q, self._k, self._mask, self._scale = q, k, mask, scale
+        self._max_bytes = max_bytes
+        self._selections = Selections(masks, (self.batch, self.n_keys), self.device)
+        self._profiles: dict[object, Tensor] = {}
+        self._tops: dict[tuple[object, float], Tensor] = {}
+        self._chances: dict[tuple[object, object], Tensor] = {}
+        self._bad: list[Tensor] = []
+        self._layer_index: Tensor | None = None
+
+    @property
+    def layer_index(self) -> Int[Tensor, " layer"]:
+        """The indices of the layers, on the device of the view."""
+        if self._layer_index is None:
+            self._layer_index = torch.tensor(self.layers).to(self.device, non_blocking=True)
+        return self._layer_index
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this view holds the model's last layer, so that the sample is complete with it."""
+        return self.layers[-1] == self.n_layers - 1
+
+    def mask(self, name: str | Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """The positions of that name, on the device of the view.
+
+        Raises:
+            InputError: if a sample of the batch has no such position.
+        """
+        return self._selections.mask(name)
+
+    @property
+    def question(self) -> Bool[Tensor, "batch pos"]:
+        """The user's question."""
+        return self.mask("question")
+
+    @property
+    def target(self) -> Bool[Tensor, "batch pos"]:
+        """The visual tokens of the target region."""
+        return self.mask("target")
+
+    @property
+    def visual(self) -> Bool[Tensor, "batch pos"]:
+        """All visual tokens."""
+        return self.mask("visual")
+
+    @property
+    def answer(self) -> Bool[Tensor, "batch pos"]:
+        """The answer given with the prompt."""
+        return self.mask("answer")
+
+    @property
+    def last(self) -> Bool[Tensor, "batch pos"]:
+        """The last token of the prompt."""
+        return self.mask("last")
+
+    @torch.no_grad()
+    def rows(
+        self,
+        queries: str | Bool[Tensor, "batch pos"],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+    ) -> Float[Tensor, "layer batch head query *key"]:
+        """The attention rows A[i, :] of the query tokens, in order of position.
+
+        Args:
+            queries: The query tokens. In a batch of unequal numbers, short samples get zero rows at the end.
+            reduce: Maps a piece of rows [layer batch head query key] to one value per row [layer batch head query];
+                with it, the rows themselves never exist all at once.
+
+        Returns:
+            Rows [layer batch head query key] in float32, or what `reduce` made of each, [layer batch head query].
+        """
+        selection = self._selections.queries(queries)
+        shape = (len(self.layers), self.batch, self.n_heads, selection.length)
+        out = bad = torch.empty(0)
+        for chunk in self._chunks(selection):
+            piece = chunk.rows if reduce is None else reduce(chunk.rows)
+            if reduce is not None and piece.shape != chunk.rows.shape[:-1]:
+                raise InputError(
+                    f"reduce must turn rows {list(chunk.rows.shape)} [layer batch head query key] into "
+                    f"{list(chunk.rows.shape[:-1])} [layer batch head query]; it returned {list(piece.shape)}."
+                )
+            if not out.numel():
+                out = piece.new_zeros(*shape, *piece.shape[4:])
+                bad = torch.zeros(shape[:3], dtype=torch.bool, device=self.device)
+            if not selection.even:
+                unused = ~selection.valid[:, None, chunk.queries]
+                piece = piece.masked_fill(unused[..., None] if reduce is None else unused, 0)
+            out[chunk.layers, :, chunk.heads, chunk.queries] = piece
+            bad[chunk.layers, :, chunk.heads] |= ~chunk.rows.sum((-1, -2)).isfinite()
+        self._bad.append(bad)
+        return out
+
+    def average(
+        self, values: Float[Tensor, "layer batch head query"], queries: str | Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "layer batch head"]:
+        """The mean over each sample's own query tokens of what `rows(queries, reduce=...)` made of each row."""
+        weight = self._selections.queries(queries).weight
+        return (values * weight[:, None]).sum(-1, dtype=torch.float64)
+
+    @torch.no_grad()
+    def profile(self, queries: str | Bool[Tensor, "batch pos"]) -> Float[Tensor, "layer batch head key"]:
+        """The mean attention row over the query tokens: `a[j] = 1/|Q| sum_{i in Q} A[i, j]` (arXiv:2606.05843 eq. 22).
+
+        The tensor is shared: change a copy of it only.
+        """
+        selection = self._selections.queries(queries)
+        if selection.key in self._profiles:
+            return self._profiles[selection.key]
+        out: Tensor | None = None
+        for chunk in self._chunks(selection):
+            if selection.even and chunk.rows.shape[3] == selection.length:
+                piece = chunk.rows.mean(-2)
+            else:
+                piece = chunk.rows.mul_(selection.weight[:, None, chunk.queries, None]).sum(-2)
+            if piece.shape[0] == len(self.layers) and piece.shape[2] == self.n_heads and out is None:
+                out = piece  # all in one piece, or the first queries of all heads
+                continue
+            if out is None:
+                out = piece.new_zeros(len(self.layers), self.batch, self.n_heads, self.n_keys)
+            out[chunk.layers, :, chunk.heads] += piece
+        assert out is not None
+        self._profiles[selection.key] = out
+        self._bad.append(~out.sum(-1).isfinite())  # a NaN anywhere in a row makes its sum one
+        return out
+
+    def mass(
+        self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "layer batch head"]:
+        """The attention that the query tokens pay to the keys: `sum_{j in K} a[j]`, in [0, 1], as float64."""
+        return key_mass(self.profile(queries), self.mask(keys))
+
+    def top(self, queries: str | Bool[Tensor, "batch pos"], share: float) -> Bool[Tensor, "layer batch head key"]:
+        """True at the `ceil(share * N)` largest entries of the profile (arXiv:2606.05843 eq. 23).
+
+        N is the sample's own length: padding does not count and is never chosen. Ties go to the lower index.
+
+        Raises:
+            InputError: for a share that is not above 0 and at most 1.
+        """
+        if not 0.0 < share <= 1.0:
+            raise InputError(f"Expected a share of the keys above 0 and at most 1; got {share!r}.")
+        key = (self._selections.queries(queries).key, share)
+        if key not in self._tops:
+            profile, padding = self.profile(queries), self._selections.padding
+            counts = [share_count(share, n) for n in self._selections.lengths]
+            if padding is not None:
+                profile = profile.masked_fill(padding[:, None], -1.0)
+            k = torch.tensor(counts).to(self.device, non_blocking=True)[:, None] if len(set(counts)) > 1 else None
+            k = torch.full((1, 1), counts[0], device=self.device) if k is None else k
+            self._tops[key] = top_mask(profile, k, max(counts))
+        return self._tops[key]
+
+    def chance(
+        self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "layer batch"]:
+        """The mass that a head attending evenly to all it sees would have: target tokens over visible tokens."""
+        selection, wanted = self._selections.queries(queries), self.mask(keys)
+        key = (selection.key, keys if isinstance(keys, str) else id(keys))
+        if key not in self._chances:
+            total = torch.zeros((), device=self.device)
+            step = self._query_step()
+            for start in range(0, selection.length, step):
+                part = slice(start, min(start + step, selection.length))
+                visible = self._visible(selection, part)
+                total = total + chance_level(visible, wanted, selection.weight[:, part])
+            self._chances[key] = total.expand(len(self.layers), self.batch)
+        return self._chances[key]
+
+    def check(self) -> None:
+        """Raise if any profile computed so far is not finite. Waits for the device; call it once per sample.
+
+        Raises:
+            NumericsError: naming layers and heads with a NaN or an infinity.
+        """
+        if not self._bad:
+            return
+        bad = torch.stack(self._bad).any(0)
+        if bool(bad.any()):
+            found = bad.nonzero().tolist()
+            names = ", ".join(f"L{self.layers[layer]}H{head} (sample {sample})" for layer, sample, head in found[:4])
+            raise NumericsError(
+                f"The attention of {len(found)} heads is not finite, first at {names}. The q or k of these layers hold "
+                "NaN or infinity: half precision overflowed before the attention (load the model in bfloat16 or "
+                "float32), or the inputs are damaged."
+            )
+
+    def _row_bytes(self, heads: int) -> int:
+        return self.batch * heads * self.n_keys * 4 * 2  # float32; the scores and their softmax live side by side
+
+    def _query_step(self) -> int:
+        """How many queries of one group of heads that share a key head fit into the scratch memory."""
+        return max(1, self._max_bytes // self._row_bytes(self.n_heads // self.n_kv_heads))
+
+    def _chunks(self, selection: QuerySelection) -> Iterator[_Chunk]:
+        """All rows of the selection, in pieces cut over layers first, then heads, then queries."""
+        group = self.n_heads // self.n_kv_heads
+        query_step = min(selection.length, self._query_step())
+        kv_step = min(self.n_kv_heads, max(1, self._max_bytes // (self._row_bytes(group) * query_step)))
+        layer_step = 1
+        if kv_step == self.n_kv_heads:
+            layer_step = max(1, self._max_bytes // (self._row_bytes(self.n_heads) * query_step))
+        n = len(self.layers)
+        for query in range(0, selection.length, query_step):
+            queries = slice(query, min(query + query_step, selection.length))
+            visible = self._visible(selection, queries)
+            for layer in range(0, n, layer_step):
+                layers = slice(layer, min(layer + layer_step, n))
+                some = visible if visible.shape[0] == 1 else visible[layers]
+                for kv_head in range(0, self.n_kv_heads, kv_step):
+                    kv_heads = slice(kv_head, min(kv_head + kv_step, self.n_kv_heads))
+                    heads = slice(kv_heads.start * group, kv_heads.stop * group)
+                    q = _stack([selection.take(q[:, heads], queries) for q in self._q[layers]])
+                    k = _stack([k[:, kv_heads] for k in self._k[layers]])
+                    rows = attention_rows(q, k, self._scales(layers), some)
+                    yield _Chunk(layers, heads, queries, rows)
+
+    def _scales(self, layers: slice) -> Tensor | float:
+        scales = self._scale[layers]
+        if len(set(scales)) == 1:
+            return float(scales[0])
+        return torch.tensor(scales, dtype=torch.float32).to(self.device, non_blocking=True)
+
+    def _visible(self, selection: QuerySelection, part: slice) -> Bool[Tensor, "mask_layer batch query key"]:
+        """The mask rows of these queries: one for all layers if they share one mask, else one per layer."""
+        index = selection.index[:, part]
+        rows = {id(mask): mask for mask in self._mask}
+        built = {key: mask.rows(index).to(self.device) for key, mask in rows.items()}
+        if len(built) == 1:
+            return next(iter(built.values()))[None]
+        return torch.stack([built[id(mask)] for mask in self._mask])
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """[batch ...] per layer to [layer batch ...] in one launch; a view if there is one layer."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    return torch.cat(tensors).view(
+        len(tensors), *tensors[0].shape
+    )  # cat takes 4 axes in one kernel, stack's 5 it would not

@@ -1,0 +1,202 @@
+"""HeadSet: an immutable, ordered set of attention heads of one model shape."""
+
+import operator
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_mllm.errors import HeadError
+
+_NAME = re.compile(r"\s*L(\d+)\s*H(\d+)\s*", re.IGNORECASE)
+
+
+def parse_head(text: str) -> tuple[int, int]:
+    """The (layer, head) that a name such as "L20H15" stands for.
+
+    Raises:
+        HeadError: if the text is not of that form.
+
+    Example:
+        >>> parse_head("L20H15")
+        (20, 15)
+    """
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise HeadError(f"Expected a head written like 'L20H15' (layer 20, head 15, both from 0); got {text!r}.")
+    return int(match[1]), int(match[2])
+
+
+def check_head(head: Any, n_layers: int, n_heads: int) -> tuple[int, int]:
+    """`head` as a (layer, head) pair that exists in a model of this shape.
+
+    Args:
+        head: A pair of integers or a name such as "L20H15".
+        n_layers: Number of decoder layers of the model.
+        n_heads: Number of query heads per layer.
+
+    Raises:
+        HeadError: if it is neither, or out of range.
+    """
+    if isinstance(head, str):
+        layer, index = parse_head(head)
+    else:
+        try:
+            layer, index = (operator.index(value) for value in head)
+        except (TypeError, ValueError):
+            raise HeadError(f"Expected a head as (layer, head) or 'L20H15'; got {head!r}.") from None
+    if not 0 <= layer < n_layers:
+        raise HeadError(f"Layer {layer} of head L{layer}H{index} is not there: layers are 0 to {n_layers - 1}.")
+    if not 0 <= index < n_heads:
+        raise HeadError(f"Head {index} of L{layer}H{index} is not there: heads are 0 to {n_heads - 1} in every layer.")
+    return layer, index
+
+
+class HeadSet:
+    """An immutable set of (layer, head), in the order in which they were given, for a model of one shape.
+
+    Two sets are equal if they hold the same heads of the same shape, whatever the order; the order is that of a ranking
+    when the set comes from `HeadScores.top`. Set algebra keeps the order of the left operand.
+
+    Args:
+        heads: Pairs (layer, head) or names such as "L20H15"; repeated ones count once. May be empty.
+        n_layers: Number of decoder layers of the model.
+        n_heads: Number of query heads per layer.
+
+    Raises:
+        HeadError: for a head that such a model does not have.
+
+    Example:
+        >>> core = HeadSet(["L20H15", (3, 2)], n_layers=36, n_heads=32)
+        >>> print(core - HeadSet.parse("L3H2", n_layers=36, n_heads=32))
+        L20H15
+        >>> core.by_layer
+        {3: (2,), 20: (15,)}
+    """
+
+    __slots__ = ("_heads", "n_heads", "n_layers")
+
+    n_layers: int
+    n_heads: int
+
+    def __init__(self, heads: Iterable[Any] = (), *, n_layers: int, n_heads: int) -> None:
+        if n_layers < 1 or n_heads < 1:
+            raise HeadError(f"A model has at least one layer and one head; got {n_layers} layers of {n_heads} heads.")
+        if isinstance(heads, str):
+            raise HeadError(f"For heads written as text use HeadSet.parse({heads!r}, n_layers=..., n_heads=...).")
+        pairs = dict.fromkeys(check_head(head, n_layers, n_heads) for head in heads)
+        object.__setattr__(self, "_heads", pairs)
+        object.__setattr__(self, "n_layers", int(n_layers))
+        object.__setattr__(self, "n_heads", int(n_heads))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"A HeadSet does not change: make a new one instead of setting {name!r}.")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("A HeadSet does not change.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (tuple(self._heads), self.n_layers, self.n_heads)
+
+    @classmethod
+    def parse(cls, text: str, *, n_layers: int, n_heads: int) -> "HeadSet":
+        """Read the text form "L20H15, L3H2" (commas, semicolons or spaces between heads; empty text, empty set).
+
+        Raises:
+            HeadError: for text of another form, or a head out of range.
+        """
+        names = [part for part in re.split(r"[,;\s]+", text) if part]
+        return cls(names, n_layers=n_layers, n_heads=n_heads)
+
+    @classmethod
+    def from_mask(cls, mask: Bool[Tensor, "layer head"]) -> "HeadSet":
+        """The heads where `mask` is true, layer by layer."""
+        n_layers, n_heads = mask.shape
+        return cls(mask.nonzero().tolist(), n_layers=n_layers, n_heads=n_heads)
+
+    def to_mask(self, device: torch.device | str = "cpu") -> Bool[Tensor, "layer head"]:
+        """True at the heads of the set."""
+        mask = torch.zeros(self.n_layers, self.n_heads, dtype=torch.bool)
+        for layer, head in self:
+            mask[layer, head] = True
+        return mask.to(device)
+
+    @property
+    def by_layer(self) -> dict[int, tuple[int, ...]]:
+        """The heads of each layer that has any, layers and heads in ascending order."""
+        layers: dict[int, list[int]] = {}
+        for layer, head in sorted(self):
+            layers.setdefault(layer, []).append(head)
+        return {layer: tuple(heads) for layer, heads in layers.items()}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(number of layers, number of heads per layer) of the model the heads belong to."""
+        return self.n_layers, self.n_heads
+
+    def __or__(self, other: "HeadSet") -> "HeadSet":
+        return self._like([*self, *self._same_model(other)])
+
+    def __and__(self, other: "HeadSet") -> "HeadSet":
+        self._same_model(other)
+        return self._like(head for head in self if head in other)
+
+    def __sub__(self, other: "HeadSet") -> "HeadSet":
+        self._same_model(other)
+        return self._like(head for head in self if head not in other)
+
+    union = __or__
+    intersection = __and__
+    difference = __sub__
+
+    def __contains__(self, head: object) -> bool:
+        if isinstance(head, str):
+            head = parse_head(head)
+        return isinstance(head, tuple) and head in self._heads
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._heads)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        """The head at a place in the order, or the set of a slice of it."""
+        heads = list(self._heads)[index]
+        return self._like(heads) if isinstance(index, slice) else heads
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HeadSet):
+            return NotImplemented
+        return self.shape == other.shape and self._heads.keys() == other._heads.keys()
+
+    def __hash__(self) -> int:
+        return hash((self.shape, frozenset(self._heads)))
+
+    def __str__(self) -> str:
+        return ", ".join(f"L{layer}H{head}" for layer, head in self)
+
+    def __repr__(self) -> str:
+        shown = str(self if len(self) <= 8 else self[:8]) + (", ..." if len(self) > 8 else "")
+        listed = f": {shown}" if shown else ""
+        return f"HeadSet({len(self)} of {self.n_layers} x {self.n_heads}{listed})"
+
+    def _like(self, heads: Iterable[Any]) -> "HeadSet":
+        return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)
+
+    def _same_model(self, other: "HeadSet") -> "HeadSet":
+        if not isinstance(other, HeadSet):
+            raise HeadError(f"Expected another HeadSet; got {type(other).__name__}.")
+        if self.shape != other.shape:
+            raise HeadError(
+                f"These heads belong to models of different shape, {self.n_layers} x {self.n_heads} and "
+                f"{other.n_layers} x {other.n_heads} (layers x heads), and cannot be combined."
+            )
+        return other
+
+
+def _rebuild(heads: tuple[tuple[int, int], ...], n_layers: int, n_heads: int) -> HeadSet:
+    return HeadSet(heads, n_layers=n_layers, n_heads=n_heads)

@@ -1,0 +1,280 @@
+"""What all metrics of attention heads share: states that stay exact, samples taken in whole or not at all."""
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import Metric
+
+from hooked_mllm.attention.protocol import ModelInfo
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.heads import HeadScores
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one view contributed to a sample: its layers, and tensors by name."""
+
+    layers: tuple[int, ...]
+    index: Tensor
+    parts: dict[str, Tensor]
+
+
+class AttentionMetric(Metric):
+    """A `torchmetrics.Metric` that is fed attention views; base of `HeadMetric` and of metrics of head groups.
+
+    A sample reaches the metric in one or more views, each a group of layers. They are held back until the last one has
+    come, so that a run stopped in the middle of a sample leaves no half of it in the sums. Sums are float64 and counts
+    int64, and stay so under `.half()` and `.to(dtype)`; they are in `state_dict()`, merge across processes by
+    `merge_state`, and are summed by torchmetrics when `compute()` is called under `torch.distributed`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._info: ModelInfo | None = None
+        self._pieces: list[Piece] = []
+
+    def setup(self, info: ModelInfo) -> None:
+        """Learn the shape of the model before the first sample, and drop a sample that was left unfinished.
+
+        Raises:
+            HeadError: if the metric already holds results of a model of another shape.
+        """
+        self._allocate(info.n_layers, info.n_heads)
+        self._info = info
+        self._pieces = []
+
+    def update(self, *, view: AttentionView) -> None:
+        """Take in one group of layers of a sample or of a batch of samples.
+
+        Raises:
+            InputError: if a layer comes twice within one sample.
+            HeadError: if the shape of the model is not that of the results held already.
+        """
+        self._allocate(view.n_layers, view.n_heads)
+        if not self._pieces and self.device != view.device:
+            self.to(view.device)
+        twice = {layer for piece in self._pieces for layer in piece.layers}.intersection(view.layers)
+        if twice:
+            raise InputError(
+                f"{self!r}: layer {min(twice)} came twice within one sample. Views come in order of layers and the last "
+                "holds the model's last layer; call setup() or reset() after an interrupted sample."
+            )
+        parts = {name: part.to(self.device) for name, part in self.observe(view).items()}
+        self._pieces.append(Piece(view.layers, view.layer_index.to(self.device), parts))
+        if view.is_last:
+            pieces, self._pieces = self._pieces, []
+            self.commit(pieces)
+
+    @abstractmethod
+    def observe(self, view: AttentionView) -> dict[str, Tensor]:
+        """What this view contributes, by name."""
+
+    @abstractmethod
+    def commit(self, pieces: Sequence[Piece]) -> None:
+        """Add a finished sample (or batch) to the states."""
+
+    @abstractmethod
+    def _allocate(self, n_layers: int, n_heads: int) -> None:
+        """Give the states their shape, once it is known."""
+
+    def config(self) -> dict[str, Any]:
+        """The settings: the constructor's arguments, as far as attributes of the same name hold them."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        return {name: getattr(self, name) for name in parameters if name != "self" and hasattr(self, name)}
+
+    def provenance(self) -> dict[str, Any]:
+        """What a result of this metric records of the metric and the model."""
+        model = {} if self._info is None else self._info.provenance()
+        return {"metric": type(self).__name__, "config": self.config(), **model}
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        super().reset()
+        self._pieces = []
+
+    def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
+        """Add the samples that another metric of the same kind and settings has taken in, or its `metric_state`.
+
+        Raises:
+            ValueError: for a metric of another class or with other settings.
+        """
+        if isinstance(incoming_state, AttentionMetric):
+            if type(incoming_state) is not type(self) or incoming_state.config() != self.config():
+                raise ValueError(
+                    f"Only metrics of one class with the same settings can be merged: {self!r} and {incoming_state!r}."
+                )
+            incoming_state = incoming_state.metric_state
+        if isinstance(incoming_state, dict):
+            incoming_state = {name: value.to(self.device) for name, value in incoming_state.items()}
+            self._match(incoming_state)
+        super().merge_state(incoming_state)
+        self._computed = None
+
+    @property
+    def update_called(self) -> bool:
+        """True: a `compute` without samples is answered by an error of our own."""
+        return True
+
+    def synced(self) -> AbstractContextManager[Any]:
+        """Within it the states are those of all processes; for results beside `compute()`."""
+        return self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync and not self._is_synced)
+
+    def _resize(self, name: str, shape: tuple[int, ...]) -> None:
+        """Give an empty state its shape; refuse to change that of one that is in use."""
+        state: Tensor = getattr(self, name)
+        if tuple(state.shape) == shape:
+            return
+        if state.numel():
+            raise HeadError(
+                f"{self!r} holds results of shape {list(state.shape)}; the model at hand needs {list(shape)}. Use a "
+                "metric object of its own for every model."
+            )
+        self._defaults[name] = state.new_zeros(shape)
+        setattr(self, name, state.new_zeros(shape))
+
+    def _match(self, states: dict[str, Any]) -> None:
+        """Let states that are still empty take the shape of incoming ones."""
+        for name in self._defaults:
+            if name in states and states[name].numel():
+                self._resize(name, tuple(states[name].shape))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in self._defaults:
+            value = state_dict.pop(prefix + name, None)
+            state: Tensor = getattr(self, name)
+            if value is None:
+                missing_keys.append(prefix + name)
+            elif value.dtype != state.dtype:
+                error_msgs.append(f"{prefix + name} must be {state.dtype}; got {value.dtype}.")
+            else:
+                self._match({name: value})
+                setattr(self, name, value.to(self.device, copy=True))
+        self._computed = None
+        self._pieces = []
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "AttentionMetric":
+        # devices change, dtypes do not: a float16 sum would lose the samples it adds
+        def move(state: Tensor) -> Tensor:
+            return state.to(fn(state.new_empty(0)).device)
+
+        return super()._apply(move, exclude_state)  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+        return f"{type(self).__name__}({settings})"
+
+
+class HeadMetric(AttentionMetric):
+    """A metric that gives every head one number per sample; the result is the mean over the samples.
+
+    Write one method, `score`. What a view offers is in `AttentionView`: `profile`, `mass`, `rows`, `top`, the masks.
+
+    Example:
+        >>> from hooked_mllm.metrics import HeadMetric
+        >>> class SinkMass(HeadMetric):
+        ...     '''Attention that the question pays to the very first token.'''
+        ...
+        ...     def score(self, view):
+        ...         return view.profile("question")[..., 0]
+        >>> SinkMass()
+        SinkMass()
+    """
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_sum("total")
+        self.add_state("count", torch.zeros(0, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
+
+    @abstractmethod
+    def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
+        """One number per layer of the view, sample of the batch and query head."""
+
+    def compute(self) -> HeadScores:
+        """The mean over all samples, for every head.
+
+        Raises:
+            InputError: if no sample was taken in.
+            NumericsError: if a score was NaN or infinite, naming the heads.
+        """
+        return self.scores("total")
+
+    def scores(self, state: str, name: str | None = None, **facts: Any) -> HeadScores:
+        """One of the states divided by the number of samples, as head scores."""
+        if not bool(self.count.any()):
+            raise InputError(f"{self!r} has seen no sample: there is nothing to compute.")
+        count = self.count.cpu()
+        values = getattr(self, state).to(device="cpu", dtype=torch.float64) / count[:, None]
+        return HeadScores(
+            values,
+            name=name or type(self).__name__,
+            provenance={**self.provenance(), **facts, "n_samples": int(count.max())},
+            counts=count,
+            missing=(count == 0).nonzero().flatten().tolist(),
+        )
+
+    def observe(self, view: AttentionView) -> dict[str, Tensor]:
+        """The scores of this view, checked; a subclass adds parts for states of its own."""
+        return {"total": _checked(self, self.score(view), view)}
+
+    def commit(self, pieces: Sequence[Piece]) -> None:
+        """Add each part, summed over the batch, to the state of its name, at its layers."""
+        for piece in pieces:
+            for name, part in piece.parts.items():
+                state: Tensor = getattr(self, name)
+                setattr(self, name, state.index_add(0, piece.index, part.sum(1, dtype=state.dtype)))
+            batch = torch.full_like(piece.index, piece.parts["total"].shape[1])
+            self.count = self.count.index_add(0, piece.index, batch)
+
+    def add_sum(self, name: str, *, per_head: bool = True, dtype: torch.dtype = torch.float64) -> None:
+        """Add a state that sums over samples, of shape [layer head] or [layer]; its parts come from `observe`."""
+        empty = torch.zeros((0, 0) if per_head else (0,), dtype=dtype)
+        self.add_state(name, empty, dist_reduce_fx="sum", persistent=True)
+
+    def _allocate(self, n_layers: int, n_heads: int) -> None:
+        for name, default in self._defaults.items():
+            if isinstance(default, Tensor):
+                self._resize(name, (n_layers, n_heads) if default.dim() == 2 else (n_layers,))
+
+
+def _checked(metric: HeadMetric, score: Any, view: AttentionView) -> Tensor:
+    expected = {"layer": len(view.layers), "batch": view.batch, "head": view.n_heads}
+    if not isinstance(score, Tensor):
+        raise InputError(f"{metric!r}: score() must return a tensor [layer batch head]; got {type(score).__name__}.")
+    wanted = list(expected.values())
+    if list(score.shape) != wanted:
+        if score.dim() != 3:
+            wrong = f"{score.dim()} axes instead of 3"
+        else:
+            pairs = zip(expected, wanted, score.shape, strict=True)
+            wrong = ", ".join(f"axis '{axis}' has {got} instead of {want}" for axis, want, got in pairs if got != want)
+        raise InputError(
+            f"{metric!r}: score() must return a tensor [layer batch head] of shape {wanted}; "
+            f"got {list(score.shape)}: {wrong}."
+        )
+    if not score.is_floating_point():
+        raise InputError(f"{metric!r}: score() must return floating-point numbers; got {score.dtype}.")
+    return score.detach()

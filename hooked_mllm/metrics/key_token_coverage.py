@@ -1,0 +1,187 @@
+"""KeyTokenCoverage: how much of the target a growing group of heads sees together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_mllm.attention.statistics import coverage_by_rank, first_rank
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import CacheFileError, HeadError, InputError
+from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads.files import read_json, write_json
+from hooked_mllm.metrics.base import AttentionMetric, Piece
+
+KIND = "hooked_mllm.CoverageCurve"
+
+
+@dataclass
+class CoverageCurve:
+    """Mean Key Token Coverage of the top k heads of a ranking, for every k asked for.
+
+    Args:
+        ks: Numbers of heads.
+        coverage: Mean coverage over the samples at each of them, in [0, 1].
+        n_samples: Number of samples behind the means.
+        share: Share of the sequence that counts as most attended.
+        provenance: Metric, settings, ranking and model.
+
+    Example:
+        >>> CoverageCurve(ks=[1, 2], coverage=[0.25, 0.5], n_samples=4, share=0.05).at(2)
+        0.5
+    """
+
+    ks: list[int]
+    coverage: list[float]
+    n_samples: int
+    share: float
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, k: int) -> float:
+        """The coverage of the top `k` heads.
+
+        Raises:
+            HeadError: if `k` is not among the computed ones.
+        """
+        if k not in self.ks:
+            raise HeadError(f"The coverage of the top {k} heads was not computed; it was for k in {self.ks}.")
+        return self.coverage[self.ks.index(k)]
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the curve with `hooked_mllm.plots.coverage_curve`; returns a matplotlib Figure."""
+        from hooked_mllm.plots import coverage_curve
+
+        return coverage_curve(self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write the curve as JSON."""
+        names = ("ks", "coverage", "n_samples", "share", "provenance")
+        write_json(Path(path), KIND, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CoverageCurve":
+        """Read a curve.
+
+        Raises:
+            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+        """
+        content = read_json(Path(path), KIND)
+        names = {"ks", "coverage", "n_samples", "share", "provenance"}
+        if set(content) != names | {"kind"} or len(content["ks"]) != len(content["coverage"]):
+            raise CacheFileError(f"{path} is damaged: its fields are not those of a coverage curve.")
+        return cls(**{name: content[name] for name in names})
+
+
+class KeyTokenCoverage(AttentionMetric):
+    r"""Key Token Coverage (KTC): the share of the target tokens that the top k heads see together, for every k at once.
+
+    $$\mathrm{KTC}(G) = \frac{\big|\bigcup_{(l,h)\in G}(S^{l,h}\cap K^*)\big|}{|K^*|}$$
+
+    - $G$: the first k heads of `ranking`.
+    - $S^{l,h}$: the `ceil(share * N)` positions that head h of layer l attends to most, as in `KeyTokenRatio`.
+    - $K^*$: the visual tokens of the target region; every sample needs one.
+
+    A target token is covered by the top k heads iff the best-ranked head that holds it has a rank below k, so that one
+    minimum per token gives the coverage for all k. Averaged over samples.
+
+    Args:
+        ranking: Head scores, best first, or a `HeadSet` in the order of a ranking.
+        ks: Numbers of heads to report; every one from 1 to the length of the ranking by default.
+        share: Share of the sequence that counts as most attended.
+        queries: Name of the mask of query tokens.
+
+    Returns (`compute()`):
+        A `CoverageCurve`.
+
+    Raises:
+        HeadError: for an empty ranking, or a k beyond its length.
+        InputError: on `update`, if a sample has no target or no question.
+
+    Source: arXiv:2606.05843 eq. 24 and 25, figure 6c.
+
+    Example:
+        >>> from hooked_mllm import HeadSet
+        >>> from hooked_mllm.metrics import KeyTokenCoverage
+        >>> KeyTokenCoverage(HeadSet.parse("L1H0, L0H3", n_layers=2, n_heads=4)).ks
+        [1, 2]
+    """
+
+    covered: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        ranking: HeadScores | HeadSet,
+        *,
+        ks: Sequence[int] | None = None,
+        share: float = 0.05,
+        queries: str = "question",
+    ) -> None:
+        super().__init__()
+        self.ranking = ranking.ranking if isinstance(ranking, HeadScores) else ranking
+        n = len(self.ranking)
+        if not n:
+            raise HeadError("The ranking is empty: there is no head whose coverage could be measured.")
+        self.ks = list(range(1, n + 1)) if ks is None else [int(k) for k in ks]
+        if not self.ks or min(self.ks) < 0 or max(self.ks) > n:
+            raise HeadError(f"Expected one or more k from 0 to {n}, the length of the ranking; got {self.ks}.")
+        if not 0.0 < share <= 1.0:
+            raise InputError(f"share must be above 0 and at most 1; got {share!r}.")
+        self.share = share
+        self.queries = queries
+        ranks = torch.full(self.ranking.shape, n, dtype=torch.int32)
+        for rank, (layer, head) in enumerate(self.ranking):
+            ranks[layer, head] = rank
+        self._ranks = ranks
+        # state [k]: the sum over samples of the coverage of the top k heads, k from 0
+        self.add_state("covered", torch.zeros(n + 1, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
+
+    def observe(self, view: AttentionView) -> dict[str, Tensor]:
+        """The best rank among the heads of this view that hold each token."""
+        if self._ranks.device != view.device:
+            self._ranks = self._ranks.to(view.device)
+        ranks = self._ranks[view.layer_index]
+        best = first_rank(view.top(self.queries, self.share), ranks, len(self.ranking))
+        return {"best": best, "target": view.mask("target")}
+
+    def commit(self, pieces: Sequence[Piece]) -> None:
+        """Join the layers of a sample and add its whole curve."""
+        best = torch.stack([piece.parts["best"] for piece in pieces]).amin(0)
+        curves = coverage_by_rank(best, pieces[0].parts["target"], len(self.ranking))
+        self.covered = self.covered + curves.sum(0)
+        self.count = self.count + curves.shape[0]
+
+    def compute(self) -> CoverageCurve:
+        """The mean curve over all samples.
+
+        Raises:
+            InputError: if no sample was taken in.
+        """
+        if not int(self.count):
+            raise InputError(f"{self!r} has seen no sample: there is nothing to compute.")
+        curve = (self.covered / self.count).tolist()
+        return CoverageCurve(
+            ks=list(self.ks),
+            coverage=[curve[k] for k in self.ks],
+            n_samples=int(self.count),
+            share=self.share,
+            provenance=self.provenance(),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The settings, the ranking as text."""
+        return {**super().config(), "ranking": str(self.ranking)}
+
+    def __repr__(self) -> str:
+        return f"KeyTokenCoverage({self.ranking!r}, share={self.share!r}, queries={self.queries!r})"
+
+    def _allocate(self, n_layers: int, n_heads: int) -> None:
+        if self.ranking.shape != (n_layers, n_heads):
+            raise HeadError(
+                f"The ranking is of a model of {self.ranking.n_layers} x {self.ranking.n_heads} (layers x heads), "
+                f"the model at hand has {n_layers} x {n_heads}."
+            )

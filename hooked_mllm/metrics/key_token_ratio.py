@@ -1,0 +1,65 @@
+"""KeyTokenRatio: how much of the target lies among the tokens a head looks at most."""
+
+import torch
+from torch import Tensor
+
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import InputError
+from hooked_mllm.heads import HeadScores
+from hooked_mllm.metrics.attention_score import AttentionScore
+
+
+class KeyTokenRatio(AttentionScore):
+    r"""Key Token Ratio (KTR): the share of the target tokens that a head holds among its most attended ones.
+
+    $$a^{l,h}[j] = \frac{1}{|Q|}\sum_{i\in Q} A^{l,h}[i,j],\qquad
+    \mathrm{KTR}[l,h] = \frac{|S^{l,h}\cap K^*|}{|K^*|}$$
+
+    - $S^{l,h}$: the `ceil(share * N)` positions with the largest $a^{l,h}$, over all N positions of the sequence
+      (padding is none of them); ties to the lower index.
+    - $Q$: the tokens of the user's question; `queries` chooses otherwise.
+    - $K^*$: the visual tokens of the target region; every sample needs one.
+
+    In [0, 1], averaged over samples. `hit_rate()` is the share of samples with KTR >= `hit`.
+
+    Args:
+        share: Share of the sequence that counts as most attended.
+        hit: KTR from which a sample counts as a hit.
+        queries: Name of the mask of query tokens.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head]; its `mean(heads)` is the mean KTR of a head group.
+
+    Raises:
+        InputError: for a share or a hit outside 0..1, and on `update` if a sample has no target or no question.
+
+    Source: arXiv:2606.05843 eq. 22 and 23.
+
+    Example:
+        >>> from hooked_mllm.metrics import KeyTokenRatio
+        >>> KeyTokenRatio(share=0.1)
+        KeyTokenRatio(share=0.1, hit=0.5, queries='question')
+    """
+
+    hits: Tensor
+
+    def __init__(self, *, share: float = 0.05, hit: float = 0.5, queries: str = "question") -> None:
+        super().__init__(queries=queries, keys="target", reduce="topk", share=share)
+        if not 0.0 < hit <= 1.0:
+            raise InputError(f"hit must be above 0 and at most 1; got {hit!r}.")
+        self.hit = hit
+        self.add_sum("hits", dtype=torch.int64)
+
+    def observe(self, view: AttentionView) -> dict[str, Tensor]:
+        """The ratios of this view and whether they are hits."""
+        parts = super().observe(view)
+        return {**parts, "hits": parts["total"] >= self.hit}
+
+    def hit_rate(self) -> HeadScores:
+        """The share of samples whose KTR reaches `hit`, for every head, over all processes.
+
+        Raises:
+            InputError: if no sample was taken in.
+        """
+        with self.synced():
+            return self.scores("hits", name=f"{type(self).__name__}.hit_rate")
