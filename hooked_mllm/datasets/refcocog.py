@@ -196,7 +196,8 @@ class _Tables:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{file} is not COCO's instances file: expected JSON with images, annotations and categories ({error!r})"
+                f"{file} is not COCO's instances file: expected JSON with images, annotations and categories "
+                f"({error!r})"
             ) from error
 
     def image(self, ref: dict[str, Any]) -> dict[str, Any]:
@@ -255,8 +256,9 @@ def _read_refs(folder: Path, split_by: str, split: str | None) -> list[dict[str,
     if not isinstance(refs, list) or not refs:
         raise InputError(f"{file} should hold a list of references, it holds {type(refs).__name__}")
     for i, ref in enumerate(refs):
-        if not isinstance(ref, dict) or (lacking := [k for k in _REF_KEYS if k not in ref]):
-            found = type(ref).__name__ if not isinstance(ref, dict) else f"a dict without {', '.join(lacking)}"
+        lacking = [k for k in _REF_KEYS if k not in ref] if isinstance(ref, dict) else _REF_KEYS
+        if lacking:
+            found = f"a {type(ref).__name__} without {', '.join(lacking)}"
             raise InputError(f"reference {i} of {file} should be a dict with {', '.join(_REF_KEYS)}; it is {found}")
     if split is None:
         return refs

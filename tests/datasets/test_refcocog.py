@@ -152,7 +152,7 @@ def test_annotation_missing(folder):
         data["annotations"] = [a for a in data["annotations"] if a["id"] != 365995]
 
     rewrite_instances(folder, change)
-    with pytest.raises(InputError, match="needs annotation 365995.*same release"):
+    with pytest.raises(InputError, match=r"needs annotation 365995.*same release"):
         RefCOCOg(folder, "sample", "test")
 
 
@@ -170,10 +170,10 @@ def test_photograph_of_another_size(folder):
     Image.new("RGB", (20, 10)).save(file)
     record = next(r for r in RefCOCOg(folder, "sample", "test") if r.image_id == 529)
     with pytest.raises(InputError, match=r"is 20 x 10 px, its annotation says \d+ x \d+"):
-        record.images  # noqa: B018
+        record.images
     file.write_bytes(b"not a picture")
     with pytest.raises(InputError, match="cannot decode"):
-        record.images  # noqa: B018
+        record.images
 
 
 def test_bad_folders(folder, tmp_path):

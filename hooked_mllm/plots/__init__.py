@@ -1,0 +1,9 @@
+"""Pictures: maps of the heads, token values over the image, curves. Each call returns a matplotlib `Figure`.
+
+No figure is registered with pyplot, so none has to be closed, and no setting of matplotlib is changed.
+"""
+
+from hooked_mllm.plots.curves import coverage_curve as coverage_curve
+from hooked_mllm.plots.head_map import head_map as head_map
+from hooked_mllm.plots.overlay import overlay as overlay
+from hooked_mllm.plots.overlay import overlay_grid as overlay_grid

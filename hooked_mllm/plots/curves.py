@@ -1,0 +1,57 @@
+"""Curves over the number of heads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from hooked_mllm.errors import InputError
+from hooked_mllm.plots.figure import as_array, new_figure
+
+
+def coverage_curve(
+    curves: Mapping[str, Any] | Any,
+    ks: Sequence[int] | None = None,
+    *,
+    title: str = "Key Token Coverage of the top-k heads",
+) -> Figure:
+    """Draw how much of the target a growing group of heads covers: KTC of the top k heads against k.
+
+    Args:
+        curves: label -> [k], shares from 0 to 1; or one such array alone.
+        ks: the numbers of heads, the same for all curves; 1, 2, 3, ... by default.
+        title: above the curves.
+
+    Raises:
+        InputError: no curves, a curve that is not one-dimensional, of another length than `ks`, or outside [0, 1].
+
+    Example:
+        >>> figure = coverage_curve({"RAM": [0.4, 0.7, 0.9], "random": [0.1, 0.2, 0.3]})
+        >>> len(figure.axes[0].lines)
+        2
+    """
+    if not isinstance(curves, Mapping):
+        curves = {"": curves}
+    if not curves:
+        raise InputError("nothing to draw: expected at least one curve")
+    figure = new_figure(5.0, 3.4)
+    axes = figure.add_subplot()
+    for label, curve in curves.items():
+        shares = as_array(curve, f"curve {label!r}")
+        if shares.ndim != 1 or shares.size == 0:
+            raise InputError(f"curve {label!r}: expected shares [k], got shape {shares.shape}")
+        if not ((shares >= 0) & (shares <= 1)).all():
+            raise InputError(f"curve {label!r}: coverage is a share from 0 to 1, got {shares.min()} to {shares.max()}")
+        x = np.arange(1, shares.size + 1) if ks is None else np.asarray(ks)
+        if x.shape != shares.shape:
+            raise InputError(f"curve {label!r} has {shares.size} values for {x.size} numbers of heads")
+        axes.plot(x, shares, label=label or None, marker="." if shares.size <= 30 else None)
+    axes.set(xlabel="number of heads k", ylabel="target tokens covered", title=title, ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.grid(alpha=0.3)
+    if any(curves):
+        axes.legend(frameon=False)
+    return figure

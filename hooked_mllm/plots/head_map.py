@@ -1,0 +1,78 @@
+"""Layer x head heat maps."""
+
+import numpy as np
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.plots.figure import colour_scale, new_figure
+
+MARK = "#00c8ff"  # stands out on both colour maps, and for colour-blind readers
+
+
+def head_map(
+    scores: HeadScores,
+    top: int | float | HeadSet | None = 10,
+    *,
+    title: str | None = None,
+    vmin: float | int | None = None,
+    vmax: float | int | None = None,
+    cmap: str | Colormap | None = None,
+) -> Figure:
+    """Draw every head's score: heads across, layers down from 0, the top heads framed.
+
+    Colours start at zero; scores with negative values get a scale with white at zero. Layers that were not measured
+    stay grey.
+
+    Args:
+        scores: [layer head].
+        top: how many heads to frame (int; all, if there are fewer), which share (float), which ones, or None.
+        title: above the map; the scores' name by default.
+        vmin: lower end of the colours.
+        vmax: upper end of the colours.
+        cmap: matplotlib colour map.
+
+    Raises:
+        HeadError: `top` is a share outside [0, 1], or heads of a model of another shape.
+
+    Example:
+        >>> figure = head_map(HeadScores([[0.1, 0.4], [0.3, 0.2]], name="RAM"), top=1)
+        >>> figure.axes[0].get_title()
+        'RAM'
+    """
+    values = scores.values.numpy()
+    marked = _marked(scores, top)
+    figure = new_figure(*_size(*values.shape))
+    axes = figure.add_subplot()
+    axes.set_facecolor("0.8")
+    colours, norm = colour_scale(values, vmin, vmax, cmap)
+    image = axes.imshow(values, cmap=colours, norm=norm, aspect="equal", interpolation="nearest")
+    for layer, head in marked:
+        axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=1.6))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    axes.set(xlabel="head", ylabel="layer", title=scores.name if title is None else title)
+    figure.colorbar(image, ax=axes, label=scores.name, shrink=0.9)
+    return figure
+
+
+def _marked(scores: HeadScores, top: int | float | HeadSet | None) -> HeadSet:
+    if isinstance(top, HeadSet):
+        if top.shape != scores.shape:
+            from hooked_mllm.errors import HeadError
+
+            raise HeadError(f"the scores are {scores.shape} (layers, heads), the heads to frame {top.shape}")
+        return top
+    if top is None:
+        return scores.top(0)
+    if isinstance(top, int):
+        top = min(top, int(scores.measured.sum()))
+    return scores.top(top)
+
+
+def _size(n_layers: int, n_heads: int) -> tuple[float, float]:
+    """Inches: square cells of a size that can be seen, on a page that can be printed."""
+    cell = float(np.clip(7.0 / max(n_layers, n_heads), 0.16, 0.5))
+    return max(3.6, cell * n_heads + 1.9), max(2.6, cell * n_layers + 1.0)

@@ -1,0 +1,54 @@
+"""Outlines of target regions."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+
+from hooked_mllm.layout import Box, Frames, Mask, Pages, Tube
+from hooked_mllm.layout.regions import Corners, corners
+
+COLOUR = "#35ff6b"
+_EDGE: list[AbstractPathEffect] = [withStroke(linewidth=3.4, foreground="black")]
+
+
+def draw_targets(axes: Axes, sample: Any, image: int | None, video: int | None, frame: int) -> None:
+    """Outline what of the sample's target lies in this image, or in this frame of this video."""
+    targets = sample.target if isinstance(sample.target, list | tuple) else [sample.target]
+    for region in targets:
+        if isinstance(region, Mask):
+            if region.image == image:
+                _contour(axes, region.pixels)
+        elif (box := _box(region, sample, image, video, frame)) is not None:
+            x0, y0, x1, y1 = box
+            patch = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=COLOUR, linewidth=1.8)
+            patch.set_path_effects(_EDGE)
+            axes.add_patch(patch)
+
+
+def _box(region: Any, sample: Any, image: int | None, video: int | None, frame: int) -> Corners | None:
+    if isinstance(region, Box):
+        return corners(region) if region.image == image else None
+    if isinstance(region, Pages):
+        if image is None or image not in region.images:
+            return None
+        return corners((0, 0, *sample.images[image].size))
+    if not isinstance(region, Frames | Tube) or region.video != video:
+        return None
+    time, frames = sample.videos[video].times_s[frame], sample.videos[video].frames
+    if isinstance(region, Tube):
+        return region.at(time)
+    if (region.start_s is not None and time < region.start_s) or (region.end_s is not None and time > region.end_s):
+        return None
+    return region.box or corners((0, 0, frames.shape[2], frames.shape[1]))
+
+
+def _contour(axes: Axes, pixels: np.ndarray) -> None:
+    centres_y, centres_x = (np.arange(n) + 0.5 for n in pixels.shape)
+    if pixels.all():
+        height, width = pixels.shape
+        axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor=COLOUR, linewidth=1.8))
+        return
+    axes.contour(centres_x, centres_y, pixels.astype(float), levels=[0.5], colors=[COLOUR], linewidths=1.8)

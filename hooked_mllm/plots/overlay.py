@@ -1,0 +1,189 @@
+"""Token values painted over the image or frame that the tokens see."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+
+from hooked_mllm.errors import InputError
+from hooked_mllm.plots.figure import as_array, colour_scale, new_figure, plain_axes
+from hooked_mllm.plots.outline import draw_targets
+
+
+def overlay(
+    sample: Any,
+    values: Any,
+    *,
+    image: int | None = None,
+    video: int | None = None,
+    frame: int = 0,
+    view: str | None = None,
+    target: bool = True,
+    title: str | None = None,
+    vmin: float | int | None = None,
+    vmax: float | int | None = None,
+    cmap: str | Colormap | None = None,
+    opacity: float | int = 0.85,
+) -> Figure:
+    """Paint one value per token over an image, or over one frame of a video, with a colour bar.
+
+    The picture is shown in grey; where a value is small the picture shines through, where it is large the colour
+    covers it by `opacity`. Pixels that no token sees keep the plain picture.
+
+    Args:
+        sample: what `HookedMLLM.prepare` returned for one question.
+        values: [pos], one number per position of the sample, such as a row of a pattern; NaN paints nothing.
+        image: number of the image; by default that of the target, or else the first.
+        video: number of the video, instead of an image.
+        frame: of a video, which of the frames given to the model.
+        view: of an image seen several times over (tiles and thumbnail), the view to paint; the finest by default.
+        target: outline the sample's target region.
+        title: above the picture.
+        vmin: lower end of the colours.
+        vmax: upper end of the colours.
+        cmap: matplotlib colour map.
+        opacity: of the largest value's colour, in (0, 1].
+
+    Raises:
+        InputError: the sample has no pictures, or opacity is out of range.
+        LayoutError: another number of values than positions; no such image, video, frame or view.
+        NumericsError: infinite values.
+
+    Example:
+        ```python
+        row = cache.pattern(13, queries="last")[0, 5, 0]      # head 5 of layer 13: [key]
+        overlay(sample, row).savefig("L13H5.png")
+        ```
+    """
+    options = {"image": image, "video": video, "frame": frame, "view": view}
+    return overlay_grid(
+        sample,
+        {title or "": values},
+        **options,
+        target=target,
+        columns=1,
+        vmin=vmin,
+        vmax=vmax,
+        cmap=cmap,
+        opacity=opacity,
+        panel=5.0,
+    )
+
+
+def overlay_grid(
+    sample: Any,
+    values: Mapping[str, Any],
+    *,
+    image: int | None = None,
+    video: int | None = None,
+    frame: int = 0,
+    view: str | None = None,
+    target: bool = True,
+    columns: int = 4,
+    title: str | None = None,
+    vmin: float | int | None = None,
+    vmax: float | int | None = None,
+    cmap: str | Colormap | None = None,
+    opacity: float | int = 0.85,
+    panel: float | int = 2.6,
+) -> Figure:
+    """Several `overlay`s of one picture side by side on one colour scale, such as the top heads'.
+
+    Args:
+        sample: as for `overlay`.
+        values: title of each panel -> [pos].
+        image: number of the image; by default that of the target, or else the first.
+        video: number of the video, instead of an image.
+        frame: of a video, which of the frames given to the model.
+        view: of an image seen several times over, the view to paint; the finest by default.
+        target: outline the sample's target region.
+        columns: panels in a row, at most.
+        title: above all panels.
+        vmin: lower end of the colours of all panels.
+        vmax: upper end of the colours of all panels.
+        cmap: matplotlib colour map.
+        opacity: of the largest value's colour, in (0, 1].
+        panel: longer side of a panel, inches.
+
+    Raises:
+        InputError: nothing to draw, no pictures, or columns or opacity out of range.
+        LayoutError: as for `overlay`.
+        NumericsError: infinite values.
+    """
+    if not values:
+        raise InputError("nothing to draw: expected at least one panel of values")
+    if columns < 1 or not 0 < opacity <= 1:
+        raise InputError(f"expected columns >= 1 and 0 < opacity <= 1, got {columns=}, {opacity=}")
+    image, video = _which(sample, image, video)
+    painted = {
+        name: sample.layout.to_image(as_array(v, f"values {name!r}"), image=image, video=video, frame=frame, view=view)
+        for name, v in values.items()
+    }
+    picture = _picture(sample, image, video, frame)
+    colours, norm = colour_scale(np.stack(list(painted.values())), vmin, vmax, cmap)
+    columns = min(columns, len(painted))
+    rows = math.ceil(len(painted) / columns)
+    height, width = picture.shape[:2]
+    scale = panel / max(height, width)
+    figure = new_figure(columns * width * scale + 0.9, rows * (height * scale + 0.3) + (0.3 if title else 0.0))
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[len(painted) :]:
+        axes.remove()
+    for axes, (name, pixels) in zip(grid, painted.items(), strict=False):
+        _draw(axes, picture, pixels, colours, norm, opacity)
+        axes.set_title(name, fontsize="medium")
+        if target and sample.target is not None:
+            draw_targets(axes, sample, image, video, frame)
+    figure.colorbar(ScalarMappable(norm, colours), ax=list(grid[: len(painted)]), shrink=0.9, aspect=30)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _draw(
+    axes: Axes, picture: np.ndarray, pixels: np.ndarray, colours: str | Colormap, norm: Normalize, opacity: float
+) -> None:
+    """Grey picture below, values above: the farther a value is from zero, the less shines through."""
+    height, width = pixels.shape
+    extent = (0.0, float(width), float(height), 0.0)  # pixel i spans [i, i + 1], as in the layout's boxes
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
+    strength = np.abs(pixels) / max(abs(norm.vmin or 0.0), abs(norm.vmax or 0.0))
+    alpha = np.nan_to_num(opacity * (0.35 + 0.65 * np.clip(strength, 0, 1)))
+    axes.imshow(
+        np.ma.masked_invalid(pixels), cmap=colours, norm=norm, alpha=alpha, extent=extent, interpolation="nearest"
+    )
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    plain_axes(axes)
+
+
+def _which(sample: Any, image: int | None, video: int | None) -> tuple[int | None, int | None]:
+    """The picture asked for, or else the target's, or else the first."""
+    if not hasattr(sample, "layout"):
+        raise InputError(f"expected one Sample, got {type(sample).__name__}; of a batch take one, as in batch[0]")
+    if image is not None or video is not None:
+        return image, video
+    if not sample.images and not sample.videos:
+        raise InputError("the sample has no images and no videos to paint on")
+    targets = sample.target if isinstance(sample.target, list | tuple) else [sample.target]
+    for region in targets:
+        if getattr(region, "image", None) is not None:
+            return region.image, None
+        if getattr(region, "images", None):
+            return region.images[0], None
+        if getattr(region, "video", None) is not None:
+            return None, region.video
+    return (0, None) if sample.images else (None, 0)
+
+
+def _picture(sample: Any, image: int | None, video: int | None, frame: int) -> np.ndarray:
+    """Grey levels [height width] of the original; image, video and frame were checked by the layout."""
+    if video is not None:
+        return np.asarray(Image.fromarray(sample.videos[video].frames[frame]).convert("L"))
+    assert image is not None
+    return np.asarray(sample.images[image].convert("L"))

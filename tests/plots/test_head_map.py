@@ -1,0 +1,80 @@
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from hooked_mllm.errors import HeadError
+from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.plots import head_map
+from hooked_mllm.plots.figure import NotebookFigure
+
+VALUES = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
+
+
+def framed(figure):
+    """The heads with a frame, as (layer, head)."""
+    return {(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in figure.axes[0].patches}
+
+
+def test_every_score_is_drawn_in_its_cell():
+    figure = head_map(HeadScores(VALUES, name="RAM"))
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(np.asarray(axes.images[0].get_array()), VALUES.double().numpy())
+    assert axes.get_xlim() == (-0.5, 6.5) and axes.get_ylim() == (4.5, -0.5)  # layer 0 on top
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("head", "layer", "RAM")
+    assert axes.images[0].get_clim() == (0, float(VALUES.max()))
+    assert figure.axes[1].get_ylabel() == "RAM"  # the colour bar
+
+
+@pytest.mark.parametrize(
+    "top", [3, 0.1, HeadSet([(0, 1), (4, 6)], n_layers=5, n_heads=7)], ids=["count", "share", "set"]
+)
+def test_the_top_heads_are_framed(top):
+    scores = HeadScores(VALUES)
+    expected = top if isinstance(top, HeadSet) else scores.top(top)
+    assert framed(head_map(scores, top)) == set(expected)
+
+
+def test_no_frames_and_more_frames_than_heads():
+    scores = HeadScores(VALUES)
+    assert framed(head_map(scores, None)) == set()
+    assert len(framed(head_map(scores, 1000))) == 35
+
+
+def test_signed_scores_have_white_at_zero():
+    clim = head_map(HeadScores(VALUES - 0.9)).axes[0].images[0].get_clim()
+    assert clim[0] == -clim[1] == pytest.approx(-float((VALUES - 0.9).abs().max()))
+
+
+def test_limits_can_be_given():
+    assert head_map(HeadScores(VALUES), vmin=0, vmax=2).axes[0].images[0].get_clim() == (0, 2)
+
+
+def test_layers_that_were_not_measured_are_left_out():
+    figure = head_map(HeadScores(VALUES, missing=[2]), top=35)
+    drawn = np.asarray(figure.axes[0].images[0].get_array())
+    assert np.isnan(drawn[2]).all() and not np.isnan(drawn[[0, 1, 3, 4]]).any()
+    assert 2 not in {layer for layer, _ in framed(figure)}
+
+
+def test_all_zero_scores_draw():
+    assert head_map(HeadScores(torch.zeros(2, 2))).axes[0].images[0].get_clim() == (0, 1)
+
+
+def test_heads_of_another_model():
+    with pytest.raises(HeadError, match=r"\(5, 7\).*\(2, 2\)"):
+        head_map(HeadScores(VALUES), HeadSet([(0, 0)], n_layers=2, n_heads=2))
+
+
+def test_nothing_global_is_left(tmp_path):
+    before = dict(matplotlib.rcParams)
+    figure = head_map(HeadScores(VALUES))
+    figure.savefig(tmp_path / "map.png")
+    assert plt.get_fignums() == [] and dict(matplotlib.rcParams) == before
+
+
+def test_scores_plot_themselves_and_show_in_notebooks():
+    figure = HeadScores(VALUES).plot(top=2)
+    assert isinstance(figure, NotebookFigure) and len(framed(figure)) == 2
+    assert figure._repr_png_().startswith(b"\x89PNG")
