@@ -4,12 +4,14 @@ import numpy as np
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.plots.figure import colour_scale, new_figure
 
-MARK = "#00c8ff"  # stands out on both colour maps, and for colour-blind readers
+MARK = "#35ff6b"
 
 
 def head_map(
@@ -50,7 +52,9 @@ def head_map(
     colours, norm = colour_scale(values, vmin, vmax, cmap)
     image = axes.imshow(values, cmap=colours, norm=norm, aspect="equal", interpolation="nearest")
     for layer, head in marked:
-        axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=1.6))
+        frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=1.6)
+        frame.set_path_effects([withStroke(linewidth=3.0, foreground="black")])  # to be seen on every colour
+        axes.add_patch(frame)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
     axes.set(xlabel="head", ylabel="layer", title=scores.name if title is None else title)
@@ -61,8 +65,6 @@ def head_map(
 def _marked(scores: HeadScores, top: int | float | HeadSet | None) -> HeadSet:
     if isinstance(top, HeadSet):
         if top.shape != scores.shape:
-            from hooked_mllm.errors import HeadError
-
             raise HeadError(f"the scores are {scores.shape} (layers, heads), the heads to frame {top.shape}")
         return top
     if top is None:
