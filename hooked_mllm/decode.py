@@ -6,6 +6,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
 
 from hooked_mllm.errors import InputError
 
@@ -17,11 +19,12 @@ class _Missed(Exception):
 def decode(path: Path, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
     """The frames that `choose` picks, given the times of all.
 
-    The file is read twice: once for the packets' time stamps, which costs no decoding, then to decode what is wanted, with
-    a jump wherever a whole group of pictures holds nothing of it.
+    The file is read twice: once for the packets' time stamps, which costs no decoding, then to decode what is wanted,
+    with a jump wherever a whole group of pictures holds nothing of it.
 
     Returns:
-        frames uint8 `[frame height width 3]`, their times in seconds from the first, and the stream's average frame rate.
+        frames uint8 `[frame height width 3]`, their times in seconds from the first, and the stream's average frame
+        rate.
 
     Raises:
         InputError: no video stream, or frames that do not decode.
@@ -47,8 +50,8 @@ def decode(path: Path, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.n
     if lost:
         at = ", ".join(f"{(w - stamps[0]) * float(base):.2f}" for w in lost[:4])
         raise InputError(
-            f"{str(path)!r} does not decode: {len(lost)} of the {len(wanted)} frames asked for are missing (at {at} s). "
-            "The file is cut off or damaged."
+            f"{str(path)!r} does not decode: {len(lost)} of the {len(wanted)} frames asked for are missing (at {at} "
+            "s). The file is cut off or damaged."
         )
     order = sorted(found)
     sizes = {found[s].shape for s in order}
@@ -59,15 +62,15 @@ def decode(path: Path, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.n
     return np.stack([found[s] for s in order]), times.clip(0), fps
 
 
-def _largest(container: av.container.InputContainer, path: Path) -> av.VideoStream:
+def _largest(container: InputContainer, path: Path) -> av.VideoStream:
     """The stream with most pixels; the first of equals. Cover pictures are streams of one frame and do not count."""
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         raise InputError(f"{str(path)!r} has no video stream.")
     return max(streams, key=lambda s: s.width * s.height)
 
 
-def _stamps(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[np.ndarray, np.ndarray]:
+def _stamps(container: InputContainer, stream: av.VideoStream) -> tuple[np.ndarray, np.ndarray]:
     """Time stamps of all frames, and of those at which decoding can start, in order of display."""
     stamps, keys = [], []
     for packet in container.demux(stream):
@@ -101,7 +104,7 @@ def _frames(path: Path, wanted: np.ndarray, keys: np.ndarray) -> dict[int, np.nd
 
 
 def _collect(frames: Iterator[av.VideoFrame], wanted: list[int], found: dict[int, np.ndarray], jumped: bool) -> None:
-    before: av.VideoFrame | None = None
+    before: tuple[int, av.VideoFrame] | None = None
     queue = list(wanted)
     for frame in frames:
         if frame.pts is None:
@@ -110,14 +113,13 @@ def _collect(frames: Iterator[av.VideoFrame], wanted: list[int], found: dict[int
             raise _Missed
         while queue and frame.pts >= queue[0]:
             stamp = queue.pop(0)
-            closer = before is not None and stamp - before.pts < frame.pts - stamp
-            take = before if closer else frame
-            found.setdefault(take.pts, _pixels(take))
+            take = frame if before is None or stamp - before[0] >= frame.pts - stamp else before[1]
+            found.setdefault(int(take.pts or 0), _pixels(take))
         if not queue:
             return
-        before = frame
+        before = frame.pts, frame
     if queue and before is not None:  # the stream ended before the stamps did
-        found.setdefault(before.pts, _pixels(before))
+        found.setdefault(before[0], _pixels(before[1]))
 
 
 def _pixels(frame: av.VideoFrame) -> np.ndarray:

@@ -21,8 +21,8 @@ def load_image(image: ImageLike) -> Image.Image:
     """One picture as a PIL image in RGB, upright.
 
     EXIF orientation is applied, palettes and greys are expanded, transparent pixels are laid on white, 16-bit greys are
-    reduced to 8. Arrays are `[height width channel]`, `[channel height width]` or `[height width]`, either integers from
-    0 to 255 or floats from 0 to 1.
+    reduced to 8. Arrays are `[height width channel]`, `[channel height width]` or `[height width]`, either integers
+    from 0 to 255 or floats from 0 to 1.
 
     Raises:
         InputError: no such file, not a picture, another shape or range, NaN or infinity among the pixels.
@@ -41,8 +41,8 @@ def load_image(image: ImageLike) -> Image.Image:
             pixels = pixels[..., None]
         if pixels.ndim != 3 or 0 in pixels.shape:
             raise InputError(
-                "An image array has shape [height width channel], [channel height width] or [height width]; "
-                f"got {tuple(image.shape)}."
+                "An image array has shape [height width channel], [channel height width] or [height width]; got "
+                f"{tuple(image.shape)}."
             )
         pixels = channels_last(pixels, "An image")
         return _rgb(Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
@@ -56,8 +56,8 @@ def to_uint8(array: np.ndarray | Tensor, what: str) -> np.ndarray:
         InputError: NaN, infinity, or values outside the range; `what` names the culprit.
     """
     if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        tensor = array.detach().cpu()
+        array = np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
     if array.dtype == np.uint8 or array.size == 0:
         return array.astype(np.uint8)
     if array.dtype == bool:
@@ -73,8 +73,8 @@ def to_uint8(array: np.ndarray | Tensor, what: str) -> np.ndarray:
     top = 1 if np.issubdtype(array.dtype, np.floating) else 255
     if low < 0 or high > top:
         raise InputError(
-            f"{what} of {array.dtype} must lie in 0 to {top}; got values from {low:g} to {high:g}. Give uint8 from 0 to 255 "
-            "or floats from 0 to 1, before any normalisation: the model's own processor normalises."
+            f"{what} of {array.dtype} must lie in 0 to {top}; got values from {low:g} to {high:g}. Give uint8 from 0 "
+            "to 255 or floats from 0 to 1, before any normalisation: the model's own processor normalises."
         )
     return np.round(array * 255).astype(np.uint8) if top == 1 else array.astype(np.uint8)
 
@@ -96,9 +96,10 @@ def as_list(images: Any) -> list[Any]:
     """One picture or a sequence of them, as a list; `None` gives an empty one."""
     if images is None:
         return []
-    if isinstance(images, str | os.PathLike | Image.Image | np.ndarray | Tensor):
-        many = isinstance(images, np.ndarray | Tensor) and images.ndim == 4
-        return list(images) if many else [images]
+    if isinstance(images, np.ndarray | Tensor):
+        return list(images) if images.ndim == 4 else [images]
+    if isinstance(images, str | os.PathLike | Image.Image):
+        return [images]
     if isinstance(images, Sequence):
         return list(images)
     raise InputError(f"Images are one picture or a list of them; got {type(images).__name__}.")

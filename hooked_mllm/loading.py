@@ -69,9 +69,8 @@ def load_model(
     _check_weights(source)
     safe = {"trust_remote_code": False, **where}
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **safe, **kwargs
-        )
+        load: Any = AutoModelForImageTextToText.from_pretrained
+        model, report = load(source, use_safetensors=True, output_loading_info=True, **safe, **kwargs)
     except SafetensorError as error:
         raise InputError(f"The weights of {source!r} are damaged: {error}. Download them again.") from error
     except OSError as error:
@@ -79,8 +78,8 @@ def load_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(
-            f"{source!r} lacks {len(missing)} of the weights of {type(model).__name__}, such as {', '.join(missing[:3])}: they would "
-            "be random. The checkpoint is incomplete or of another class."
+            f"{source!r} lacks {len(missing)} of the weights of {type(model).__name__}, such as "
+            f"{', '.join(missing[:3])}: they would be random. The checkpoint is incomplete or of another class."
         )
     if device is not None:
         model = model.to(device)
@@ -90,7 +89,7 @@ def load_model(
 def _checked(kwargs: dict[str, Any], device: Any, device_map: Any) -> dict[str, Any]:
     if device is not None and device_map is not None:
         raise InputError(
-            f"Give device= or device_map=, not both: one puts the whole model in one place, the other spreads it. Got "
+            "Give device= or device_map=, not both: one puts the whole model in one place, the other spreads it. Got "
             f"device={device!r}, device_map={device_map!r}."
         )
     if kwargs.get("trust_remote_code"):
@@ -106,7 +105,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype == "auto":
         return dtype
     found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found not in _DTYPES.values():
+    if found is None or found not in _DTYPES.values():
         names = ("bfloat16", "float16", "float32", "auto")
         hint = nearest(dtype, names) if isinstance(dtype, str) else ""
         raise InputError(f"dtype is one of {', '.join(names)}; got {str(dtype)!r}. {hint}".rstrip())
@@ -175,8 +174,9 @@ def _check_weights(source: str) -> None:
     other = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5") for p in folder.glob(kind))
     if other:
         raise UnsupportedModelError(
-            f"{source!r} has its weights in {', '.join(other[:3])}, which are pickles and can run code; only safetensors are read. "
-            "Save the model again with `save_pretrained`, or take a revision that has safetensors."
+            f"{source!r} has its weights in {', '.join(other[:3])}, which are pickles and can run code; only "
+            "safetensors are read. Save the model again with `save_pretrained`, or take a revision that has "
+            "safetensors."
         )
     raise InputError(f"{source!r} has no weights: no *.safetensors file in the folder.")
 

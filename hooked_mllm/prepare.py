@@ -35,8 +35,9 @@ class Preparer:
     def __init__(self, processor: Any, config: Any, family: Family, tokenizer: Any = None) -> None:
         if processor is None:
             raise InputError(
-                "This model came without a processor, which `prepare` needs: give one to `from_model(model, processor=...)`, or "
-                "load a checkpoint that has its processor files. Everything else takes model inputs as a mapping."
+                "This model came without a processor, which `prepare` needs: give one to `from_model(model, "
+                "processor=...)`, or load a checkpoint that has its processor files. Everything else takes model "
+                "inputs as a mapping."
             )
         self.processor, self.config, self.family = processor, config, family
         self.tokenizer = tokenizer if tokenizer is not None else processor.tokenizer
@@ -177,7 +178,8 @@ class Preparer:
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             lengths = sorted({len(f) for f in films})
             hint = (
-                f" The videos have {lengths} frames: this processor may want one number for all videos of a sample, see num_frames=."
+                f" The videos have {lengths} frames: this processor may want one number for all videos of a sample, "
+                "see num_frames=."
                 if len(lengths) > 1
                 else ""
             )
@@ -228,7 +230,7 @@ def _metadata(film: Video) -> VideoMetadata:
     exact = [t * film.fps for t in film.times_s]
     # an even frame rate gives whole numbers but for rounding, and prompts print times to a tenth of a second
     whole = all(abs(x - round(x)) < 0.01 for x in exact)
-    numbers = [round(x) if whole else x for x in exact]
+    numbers: list[Any] = [round(x) if whole else x for x in exact]
     last = int(max(exact))
     return VideoMetadata(
         total_num_frames=max(last + 1, len(film)),

@@ -1,10 +1,10 @@
 """A chat prompt and where exactly its question and system text lie among the tokens.
 
 The chat template is any program: words of the question may occur in it, it may strip or repeat what it is given. So the
-place of a text is found by rendering the template twice, with the text and with a unique sentinel in its stead; what stands
-before and after must agree. Characters become tokens by the tokenizer's own offsets. The processor then widens every image
-and video placeholder; placeholders are special tokens, which no merge crosses, so the tokens before the first and after the
-last of them stay the same, and that they do is checked.
+place of a text is found by rendering the template twice, with the text and with a unique sentinel in its stead; what
+stands before and after must agree. Characters become tokens by the tokenizer's own offsets. The processor then widens
+every image and video placeholder; placeholders are special tokens, which no merge crosses, so the tokens before the
+first and after the last of them stay the same, and that they do is checked.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,8 @@ def render(template: Any, question: str, system: str | None = None, n_images: in
     for name, mark in marks.items():
         if marked.count(mark) != 1:
             raise LayoutError(
-                f"The chat template holds the {name} {marked.count(mark)} times, where once was expected: its tokens cannot be "
+                f"The chat template holds the {name} {marked.count(mark)} times, where once was expected: its tokens "
+                "cannot be "
                 "told. Use another chat template" + (", or leave `system` out." if name == "system" else ".")
             )
     return Prompt(rendered, _between(rendered, marked, texts, marks))
@@ -67,8 +68,8 @@ def token_spans(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise LayoutError(
-            f"{type(tokenizer).__name__} gives no character offsets, so the question's tokens cannot be told: load the fast "
-            "tokenizer of this checkpoint."
+            f"{type(tokenizer).__name__} gives no character offsets, so the question's tokens cannot be told: load the "
+            "fast tokenizer of this checkpoint."
         )
     encoded = tokenizer(prompt.text, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
@@ -85,8 +86,8 @@ def token_spans(
         else:
             where = "between its images and videos" if first < high and low < after else "with other tokens than alone"
             raise LayoutError(
-                f"The {name} was not found: the prompt holds it {where}, so its tokens cannot be told. The prompt, before images "
-                f"and videos are filled in: {prompt.text!r}"
+                f"The {name} was not found: the prompt holds it {where}, so its tokens cannot be told. The prompt, "
+                f"before images and videos are filled in: {prompt.text!r}"
             )
     return spans
 
@@ -97,8 +98,8 @@ def refuse_special(text: str, what: str, tokenizer: Any, placeholders: Sequence[
     found = sorted({t for t in (*special, *placeholders) if t and t in text})
     if found:
         raise InputError(
-            f"The {what} contains {', '.join(map(repr, found))}, which this model reads as a special token and not as text. "
-            "Write it differently; images and videos get their placeholders from `images=` and `videos=`."
+            f"The {what} contains {', '.join(map(repr, found))}, which this model reads as a special token and not as "
+            "text. Write it differently; images and videos get their placeholders from `images=` and `videos=`."
         )
 
 
@@ -110,7 +111,8 @@ def _apply(template: Any, texts: Mapping[str, str], n_images: int, n_videos: int
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts["system"]}]})
     if not getattr(template, "chat_template", None):
         raise InputError(
-            f"{type(template).__name__} has no chat template: set `processor.chat_template`, or load the checkpoint's own."
+            f"{type(template).__name__} has no chat template: set `processor.chat_template`, or load the checkpoint's "
+            "own."
         )
     try:
         return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -152,7 +154,7 @@ def _tokens(text: str, offsets: Sequence[Span], start: int, end: int, name: str)
     mine = []
     for i, (a, b) in enumerate(offsets):
         inside = text[max(a, start) : min(b, end)]
-        if a < end and b > start and (start <= a and b <= end or inside.strip()):
+        if a < end and b > start and ((start <= a and b <= end) or inside.strip()):
             mine.append(i)
     if not mine:
         raise LayoutError(f"The {name} was not found: no token holds one of its characters.")

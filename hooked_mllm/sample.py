@@ -48,8 +48,8 @@ class Sample:
         """Positions by name, on the device of the inputs.
 
         Args:
-            name: "target", or what `TokenLayout.mask` knows: "question", "answer", "system", "template", "visual", "last",
-                "text", "padding", "pixels".
+            name: "target", or what `TokenLayout.mask` knows: "question", "answer", "system", "template", "visual",
+                "last", "text", "padding", "pixels".
 
         Raises:
             InputError: "target" when no target was given, "answer" when no answer was.
@@ -112,8 +112,8 @@ class SampleBatch:
     def collate(cls, samples: Sequence[Sample], padding_side: str = "left") -> "SampleBatch":
         """Join samples of one model.
 
-        Token tensors are padded and stacked; pictures of all samples are joined in order, as each family's processor does
-        for a batch (LLaVA-OneVision's are filled up to one number of tiles).
+        Token tensors are padded and stacked; pictures of all samples are joined in order, as each family's processor
+        does for a batch (LLaVA-OneVision's are filled up to one number of tiles).
 
         Raises:
             InputError: an empty batch, an unknown side, or pictures that the model cannot take in one batch.
@@ -195,7 +195,7 @@ def _join(name: str, samples: Sequence[Sample], pads: Sequence[tuple[int, int]])
     if len({v.shape[1:] for v in values}) > 1:
         shapes = ", ".join(str(tuple(v.shape)) for v in values)
         raise InputError(
-            f"{name!r} cannot be joined in one batch: shapes {shapes}. This model takes videos of one number of frames in a batch: "
-            "give num_frames= to prepare, or run the samples one by one."
+            f"{name!r} cannot be joined in one batch: shapes {shapes}. This model takes videos of one number of frames "
+            "in a batch: give num_frames= to prepare, or run the samples one by one."
         )
     return torch.cat(values)

@@ -62,8 +62,8 @@ class Video:
         """Frames in memory with their frame rate, or with a time in seconds for each.
 
         Args:
-            frames: `[frame height width channel]` or `[frame channel height width]`, integers 0 to 255 or floats 0 to 1; or a
-                list of pictures of one size.
+            frames: `[frame height width channel]` or `[frame channel height width]`, integers 0 to 255 or floats 0 to
+                1; or a list of pictures of one size.
             fps: frames a second, of these very frames.
             times_s: instead of `fps`, for frames at uneven distances.
             source: a name for messages.
@@ -73,18 +73,17 @@ class Video:
         """
         if (fps is None) == (times_s is None):
             raise InputError(
-                "Frames in memory carry no times: give fps= (frames a second, of these very frames), or times_s= with one "
-                f"time for each; got fps={fps}, times_s={times_s}."
+                "Frames in memory carry no times: give fps= (frames a second, of these very frames), or times_s= with "
+                f"one time for each; got fps={fps}, times_s={times_s}."
             )
         if fps is not None:
             _check_positive("fps", fps)
         pixels = _stack(frames)
-        if times_s is None:
-            times_s = [i / float(fps) for i in range(len(pixels))]
-        elif fps is None:
-            gaps = np.diff(np.asarray(times_s, float))
-            fps = 1 / float(gaps.mean()) if len(gaps) and gaps.mean() > 0 else 1.0
-        return cls(pixels, tuple(float(t) for t in times_s), float(fps), source)
+        if fps is not None:
+            return cls(pixels, tuple(i / float(fps) for i in range(len(pixels))), float(fps), source)
+        times = np.asarray(times_s, float)
+        length = float(times[-1] - times[0]) if len(times) > 1 else 0.0
+        return cls(pixels, tuple(times.tolist()), (len(times) - 1) / length if length > 0 else 1.0, source)
 
     @property
     def width(self) -> int:
@@ -121,7 +120,8 @@ def read_video(
     Times count from the video's first frame. Frames come upright: a rotation noted in the file is applied.
 
     Raises:
-        InputError: no such file, no video in it, frames that do not decode, nothing but black, `fps` beside `num_frames`.
+        InputError: no such file, no video in it, frames that do not decode, nothing but black, `fps` beside
+        `num_frames`.
     """
     if fps is not None and num_frames is not None:
         raise InputError(f"Give fps= or num_frames=, not both; got fps={fps}, num_frames={num_frames}.")
@@ -140,8 +140,8 @@ def read_video(
     frames, times, rate = decode(file, choose)
     if frames.max() <= _BLACK:
         raise InputError(
-            f"{str(path)!r} decodes black: no pixel of the {len(frames)} frames taken is brighter than {_BLACK} of 255. "
-            "Check that the file plays, or take other frames with fps= or num_frames=."
+            f"{str(path)!r} decodes black: no pixel of the {len(frames)} frames taken is brighter than {_BLACK} of "
+            "255. Check that the file plays, or take other frames with fps= or num_frames=."
         )
     return Video(frames, tuple(float(t) for t in times), rate, file.name)
 
@@ -196,7 +196,8 @@ def as_video(
     if isinstance(video, np.ndarray | Tensor) or (isinstance(video, Sequence) and not isinstance(video, bytes)):
         return Video.from_frames(video, fps=fps)
     raise InputError(
-        f"A video is a path, a Video, an array of frames with fps=, or a pair (frames, fps); got {type(video).__name__}."
+        "A video is a path, a Video, an array of frames with fps=, or a pair (frames, fps); got "
+        f"{type(video).__name__}."
     )
 
 
@@ -205,8 +206,9 @@ def as_list(videos: Any) -> list[Any]:
     if videos is None:
         return []
     pair = isinstance(videos, tuple) and len(videos) == 2 and isinstance(videos[1], Number)
-    array = isinstance(videos, np.ndarray | Tensor) and videos.ndim == 4
-    if pair or array or isinstance(videos, str | os.PathLike | Video):
+    if isinstance(videos, np.ndarray | Tensor):
+        return [videos] if videos.ndim == 4 else list(videos)
+    if pair or isinstance(videos, str | os.PathLike | Video):
         return [videos]
     if isinstance(videos, Sequence) and not isinstance(videos, bytes):
         return list(videos)
@@ -226,8 +228,8 @@ def _stack(frames: Any) -> np.ndarray:
         return np.stack(pictures)
     if frames.ndim != 4 or 0 in frames.shape:
         raise InputError(
-            "The frames of a video are an array [frame height width channel] or [frame channel height width]; got shape "
-            f"{tuple(frames.shape)}. Several videos go into a list."
+            "The frames of a video are an array [frame height width channel] or [frame channel height width]; got "
+            f"shape {tuple(frames.shape)}. Several videos go into a list."
         )
     pixels = channels_last(to_uint8(frames, "A video"), "A video")
     if pixels.shape[-1] == 3:

@@ -236,7 +236,7 @@ def tiny_frames(n: int = 4, width: int = 32, height: int = 24, seed: int = 0) ->
 
 
 def tiny_inputs(family: str, images: int = 1, batch: int = 1, video: bool = False, padding_side: str = "left"):
-    """What the processor returns for `batch` unequal prompts, each with `images` pictures of its own sizes and a video."""
+    """What the processor returns for `batch` unequal prompts, each with `images` pictures of its own sizes."""
     processor = tiny_processor(family)
     texts, pictures, clips = [], [], []
     for b in range(batch):
