@@ -96,7 +96,7 @@ def _frames(path: Path, wanted: np.ndarray, keys: np.ndarray) -> dict[int, np.nd
             int(keys[max(0, np.searchsorted(keys, run[0], side="right") - 1)]) if len(keys) else 0 for run in runs
         ]
         for number, (run, start) in enumerate(zip(runs, starts, strict=True)):
-            jumped = number > 0 or start > (keys[0] if len(keys) else 0)
+            jumped = number > 0 or start > (int(keys[0]) if len(keys) else 0)
             if jumped:
                 container.seek(start, stream=stream)
             _collect(container.decode(stream), run.tolist(), found, jumped)

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from hooked_mllm.errors import InputError
 
-ImageLike = Image.Image | np.ndarray | Tensor | str | os.PathLike[str]
-
 _CHANNELS = (1, 3, 4)
 
 
-def load_image(image: ImageLike) -> Image.Image:
+def load_image(image: Any) -> Image.Image:
     """One picture as a PIL image in RGB, upright.
 
     EXIF orientation is applied, palettes and greys are expanded, transparent pixels are laid on white, 16-bit greys are
