@@ -15,13 +15,13 @@ Cells = Float[np.ndarray, "cell 2"]
 Boxes = Float[np.ndarray, "token 4"]
 
 
-def even_cells(n: int, length: float) -> Cells:
+def even_cells(n: int, length: float | int) -> Cells:
     """`n` equal cells (start, end) that fill [0, length]."""
     edges = np.arange(n + 1) * length / n
     return np.stack([edges[:-1], edges[1:]], -1)
 
 
-def patch_cells(n: int, size: float, shown: float, length: float) -> Cells:
+def patch_cells(n: int, size: float | int, shown: float | int, length: float | int) -> Cells:
     """The first `n` cells of `size` pixels in a rendering `shown` pixels wide, in pixels of an original `length` wide.
 
     Patches that do not fill the rendering leave a strip at its end that no cell covers.
@@ -29,13 +29,13 @@ def patch_cells(n: int, size: float, shown: float, length: float) -> Cells:
     return even_cells(n, n * size) * (length / shown)
 
 
-def grid_boxes(x: Cells, y: Cells) -> Boxes:
+def grid_boxes(x: Float[np.ndarray, "col 2"], y: Float[np.ndarray, "row 2"]) -> Boxes:
     """Boxes x0, y0, x1, y1 of a grid, row by row."""
     cols, rows = np.tile(x, (len(y), 1)), np.repeat(y, len(x), axis=0)
     return np.stack([cols[:, 0], rows[:, 0], cols[:, 1], rows[:, 1]], -1)
 
 
-def inside(cells: Cells, length: float) -> Cells:
+def inside(cells: Cells, length: float | int) -> Cells:
     """The part of each cell within [0, length]; NaN where nothing is left."""
     cut = cells.clip(0, length)
     cut[cut[:, 1] - cut[:, 0] <= 1e-9 * length] = np.nan
@@ -48,7 +48,7 @@ def no_box(boxes: Boxes) -> Boxes:
     return boxes
 
 
-def image_item(index: int, media: ImageMedia, parts: Sequence[tuple[View, Boxes]]) -> VisualItem:
+def image_item(index: int, media: ImageMedia, parts: Sequence[tuple[View, Float[np.ndarray, "_ 4"]]]) -> VisualItem:
     """An image whose tokens are those of `parts`, one after the other; tokens without a box get no view."""
     boxes = no_box(np.concatenate([b for _, b in parts]))
     views = np.repeat(np.array([int(v) for v, _ in parts], np.int8), [len(b) for _, b in parts])

@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.families.base import BlockParts, Family, TowerParts
 from hooked_mllm.families.geometry import (
-    Boxes,
     frame_ranges,
     grid_boxes,
     image_item,
@@ -130,8 +130,8 @@ class InternVL(Family):
 
 
 def _views(
-    media: ImageMedia, tiles: int, n: int, cell: float, side: int, processor: Any, index: int
-) -> list[tuple[View, Boxes]]:
+    media: ImageMedia, tiles: int, n: int, cell: float | int, side: int, processor: Any, index: int
+) -> list[tuple[View, Float[np.ndarray, "_ 4"]]]:
     """The tiles of an image row by row, then its thumbnail; one tile alone is the whole image."""
     whole = grid_boxes(patch_cells(n, cell, side, media.width), patch_cells(n, cell, side, media.height))
     if tiles == 1:
