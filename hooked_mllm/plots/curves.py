@@ -20,8 +20,9 @@ def coverage_curve(
     """Draw how much of the target a growing group of heads covers: KTC of the top k heads against k.
 
     Args:
-        curves: label -> [k], shares from 0 to 1; or one such array alone.
-        ks: the numbers of heads, the same for all curves; 1, 2, 3, ... by default.
+        curves: label -> curve, or one curve alone. A curve is what `KeyTokenCoverage` computes, or shares [k] from
+            0 to 1.
+        ks: the numbers of heads, for curves that do not bring their own; 1, 2, 3, ... by default.
         title: above the curves.
 
     Raises:
@@ -39,12 +40,13 @@ def coverage_curve(
     figure = new_figure(5.0, 3.4)
     axes = figure.add_subplot()
     for label, curve in curves.items():
-        shares = as_array(curve, f"curve {label!r}")
+        own_ks = getattr(curve, "ks", ks)
+        shares = as_array(getattr(curve, "coverage", curve), f"curve {label!r}")
         if shares.ndim != 1 or shares.size == 0:
             raise InputError(f"curve {label!r}: expected shares [k], got shape {shares.shape}")
         if not ((shares >= 0) & (shares <= 1)).all():
             raise InputError(f"curve {label!r}: coverage is a share from 0 to 1, got {shares.min()} to {shares.max()}")
-        x = np.arange(1, shares.size + 1) if ks is None else np.asarray(ks)
+        x = np.arange(1, shares.size + 1) if own_ks is None else np.asarray(own_ks)
         if x.shape != shares.shape:
             raise InputError(f"curve {label!r} has {shares.size} values for {x.size} numbers of heads")
         axes.plot(x, shares, label=label or None, marker="." if shares.size <= 30 else None)

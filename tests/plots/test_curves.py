@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hooked_mllm.errors import InputError
+from hooked_mllm.metrics import CoverageCurve
 from hooked_mllm.plots import coverage_curve
 
 
@@ -21,6 +22,15 @@ def test_curves_are_drawn_as_given():
 def test_one_curve_with_its_own_ks():
     (line,) = coverage_curve(np.array([0.1, 0.9]), ks=[10, 250]).axes[0].lines
     np.testing.assert_array_equal(line.get_xdata(), [10, 250])
+
+
+def test_a_measured_curve_brings_its_ks():
+    measured = CoverageCurve(ks=[0, 5, 50], coverage=[0.0, 0.5, 0.75], n_samples=2, share=0.05)
+    (line,) = measured.plot().axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 0.0], [5, 0.5], [50, 0.75]])
+    first, second = coverage_curve({"RAM": measured, "random": [0.1, 0.2]}, ks=[3, 4]).axes[0].lines
+    np.testing.assert_array_equal(first.get_xdata(), [0, 5, 50])
+    np.testing.assert_array_equal(second.get_xdata(), [3, 4])
 
 
 @pytest.mark.parametrize(

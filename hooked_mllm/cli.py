@@ -1,0 +1,210 @@
+"""The command line: `hooked-mllm score` measures every head and draws where the best ones look."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hooked_mllm import metrics, plots
+from hooked_mllm.datasets import RefCOCOg
+from hooked_mllm.errors import HookedMLLMError, InputError
+from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads.files import write_atomically
+from hooked_mllm.model import HookedMLLM
+from hooked_mllm.toys import VisualRetrieval, bundled
+
+TOY = "toy-qwen3-vl"
+METRICS: dict[str, Callable[[], metrics.HeadMetric]] = {
+    "ram": metrics.RetrievalAttentionMass,
+    "ktr": metrics.KeyTokenRatio,
+    "vision-mass": metrics.VisionMass,
+}
+DATA_FORMS = "toy, refcocog:FOLDER, refcocog:FOLDER:SPLIT_BY or refcocog:FOLDER:SPLIT_BY:SPLIT"
+_USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the samples come from: a name for the record, how many there are, and each as the model's own sample."""
+
+    name: str
+    size: int
+    samples: Callable[[HookedMLLM], Iterable[Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 for a mistake of the caller's."""
+    arguments = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments.run(arguments)
+    except (HookedMLLMError, OSError) as error:
+        print(f"hooked-mllm {arguments.command}: error: {error}", file=sys.stderr)
+        return _USER_ERROR
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def score(arguments: argparse.Namespace) -> None:
+    """Measure, save, draw and print: what `hooked-mllm score` does."""
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    source = _source(arguments)
+    out = _folder(arguments.out)
+    model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
+    scores = model.measure(_Counted(source, model), METRICS[arguments.metric](), progress=not arguments.quiet)
+    scores.provenance.update(dataset=source.name, seed=arguments.seed)
+    scores.save(out / "scores")
+    top = scores.top(min(arguments.top, int(scores.measured.sum())))
+    written = [out / "scores.json", out / "scores.safetensors", out / "head_map.png"]
+    _save_figure(plots.head_map(scores, top), written[-1])
+    for i, sample in enumerate(source.samples(model)):
+        if i == arguments.pictures:
+            break
+        written.append(out / f"overlay_{i}.png")
+        _save_figure(_overlay(model, sample, scores, top), written[-1])
+    print(_summary(scores, top, source))
+    print("\n".join(str(path) for path in written))
+
+
+class _Counted:
+    """The samples one by one, with their number for the progress bar."""
+
+    def __init__(self, source: Source, model: HookedMLLM) -> None:
+        self.source, self.model = source, model
+
+    def __len__(self) -> int:
+        return self.source.size
+
+    def __iter__(self) -> Any:
+        return iter(self.source.samples(self.model))
+
+
+def _overlay(model: HookedMLLM, sample: Any, scores: HeadScores, top: HeadSet) -> Any:
+    """The mean attention of the question's tokens, of each top head, over the sample's picture."""
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in top.by_layer]
+    _, cache = model.run_with_cache(sample, names_filter=names)
+    panels = {}
+    for layer, head in top:
+        rows = cache.pattern(layer, queries="question", heads=head)
+        panels[f"L{layer}H{head}  {scores[layer, head]:.3f}"] = rows[0, 0].mean(0)
+    return plots.overlay_grid(sample, panels, title=_shortened(sample.question))
+
+
+def _summary(scores: HeadScores, top: HeadSet, source: Source) -> str:
+    lines = [f"{scores.n_layers} layers x {scores.n_heads} heads, {source.size} samples of {source.name}"]
+    chance = [c for c in scores.provenance.get("chance", []) if c is not None]
+    if chance:
+        even, median = sum(chance) / len(chance), float(scores.values.nanmedian())
+        lines.append(f"even attention would score {even:.3g}; the median head scores {median:.3g}")
+    return "\n".join([*lines, scores.table(len(top))])
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    """The data that was asked for, or the toy's own task for a toy."""
+    data = arguments.data
+    if data is None:
+        if arguments.model not in bundled():
+            raise InputError(f"--model {arguments.model} needs --data; expected {DATA_FORMS}")
+        data = "toy"
+    kind, _, rest = data.partition(":")
+    n = arguments.samples
+    if kind == "toy" and not rest:
+        task = VisualRetrieval(seed=arguments.seed)
+        return Source(repr(task), n, lambda model: (task.samples(model, 1, start=i)[0] for i in range(n)))
+    if kind == "refcocog" and rest:
+        folder, split_by, split = _refcocog_parts(rest)
+        records = RefCOCOg(folder, split_by, split, max_samples=n, seed=arguments.seed)
+        return Source(f"refcocog {split_by} {split}", len(records), records.samples)
+    raise InputError(f"--data {data!r} is not understood; expected {DATA_FORMS}")
+
+
+def _refcocog_parts(rest: str) -> tuple[str, str, str]:
+    if Path(rest).is_dir():  # a folder may have colons in its name
+        return rest, "umd", "val"
+    parts = rest.split(":")
+    if len(parts) > 3 or not all(parts):
+        raise InputError(f"--data refcocog:{rest} is not a folder, and not FOLDER:SPLIT_BY:SPLIT either")
+    folder, split_by, split = parts + ["umd", "val"][len(parts) - 1 :]
+    return folder, split_by, split
+
+
+def _folder(path: Path) -> Path:
+    """The folder, made if need be; found out before the measuring and not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path} is not a folder that can be written to: {error.strerror}") from error
+    return path
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+def _shortened(text: str, limit: int = 80) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"hooked-mllm: note: {message}", file=sys.stderr)
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return value
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a torch device, such as cpu or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f"{text!r} was asked for, but torch sees no CUDA device here")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hooked-mllm", description="Look inside multimodal language models.")
+    parser.add_argument("--version", action="version", version=f"hooked-mllm {version('hooked-mllm')}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser(
+        "score",
+        help="score every attention head and draw where the best ones look",
+        description="Score every attention head. Without arguments: the bundled toy model on its own task.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = command.add_argument
+    add("--model", default=TOY, help="folder, hub id, or a bundled toy")
+    add("--data", help=f"{DATA_FORMS} (for a toy: toy)")
+    add("--metric", choices=sorted(METRICS), default="ram", help="what to score heads by")
+    add("--samples", type=_count, default=64, help="samples at most")
+    add("--top", type=_count, default=8, help="heads to list, frame and draw")
+    add("--pictures", type=int, default=3, help="samples to paint the top heads' attention on")
+    add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (float32 on a CPU, else bfloat16)")
+    add("--device", type=_device, help="torch device (cuda if there is one, else cpu)")
+    add("--seed", type=int, default=0, help="of the choice of samples")
+    add("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=score)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
