@@ -1,0 +1,163 @@
+"""What the toy can do and where its retrieval heads are, by plain transformers alone.
+
+Run it on a checkpoint folder to measure again and update its `training.json`:
+
+    python examples/toy_evaluation.py FOLDER [EXAMPLES]
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers import AttentionInterface, AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+from hooked_mllm.toys import VisualRetrieval
+from hooked_mllm.toys.render import CELL, GRID
+from hooked_mllm.toys.task import PAGES, Example
+
+Heads = Iterable[tuple[int, int]]
+HYBRID, SINK, WINDOW = "toy_hybrid", 4, 16
+
+
+class Witness:
+    """The checkpoint under plain transformers."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> None:
+        self.processor = AutoProcessor.from_pretrained(folder)
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        self.model.eval().to(device)
+        self.device = device
+        self.answer_ids = self.processor.tokenizer.convert_tokens_to_ids(list(VisualRetrieval.answers))
+
+    def inputs(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+        """A left-padded batch."""
+        texts = []
+        for e in examples:
+            content = [*({"type": "image"} for _ in e.images), {"type": "text", "text": e.question}]
+            messages = [{"role": "system", "content": e.system}, {"role": "user", "content": content}]
+            texts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        images = [image for e in examples for image in e.images]
+        batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    @torch.no_grad()
+    def accuracy(self, examples: list[Example], zeroed: Heads = (), batch: int = 128) -> float:
+        """Share of examples whose next token is the right colour, with the z of some heads set to zero."""
+        layers = self.model.model.language_model.layers
+        handles = []
+        for layer, head in zeroed:
+            width = layers[layer].self_attn.head_dim
+
+            def zero(module, args, head=head, width=width):
+                z = args[0].clone()
+                z[..., head * width : (head + 1) * width] = 0
+                return (z,)
+
+            handles.append(layers[layer].self_attn.o_proj.register_forward_pre_hook(zero))
+        right = 0
+        for i in range(0, len(examples), batch):
+            part = examples[i : i + batch]
+            logits = self.model(**self.inputs(part), logits_to_keep=1, use_cache=False).logits[:, -1]
+            answers = [self.answer_ids[VisualRetrieval.answers.index(e.answer)] for e in part]
+            right += (logits.argmax(-1).cpu() == torch.tensor(answers)).sum().item()
+        for handle in handles:
+            handle.remove()
+        return right / len(examples)
+
+    @torch.no_grad()
+    def retrieval_attention_mass(self, examples: list[Example], batch: int = 32) -> np.ndarray:
+        """Mean over question tokens of the attention on the target's token, `[layer head]`; eager attention only."""
+        total = 0.0
+        for i in range(0, len(examples), batch):
+            part = examples[i : i + batch]
+            inputs = self.inputs(part)
+            attentions = torch.stack(self.model(**inputs, output_attentions=True, use_cache=False).attentions)
+            for row, e in enumerate(part):
+                visual = (inputs["input_ids"][row] == self.model.config.image_token_id).nonzero()[:, 0]
+                cell = int(e.target.y0) // CELL * GRID + int(e.target.x0) // CELL
+                key = visual[e.target.image * GRID * GRID + cell]
+                # after the question: <|im_end|> <|im_start|> assistant
+                n = len(self.processor.tokenizer(e.question)["input_ids"])
+                total = total + attentions[:, row, :, -3 - n : -3, key].double().mean(-1).cpu().numpy()
+        return total / len(examples)
+
+
+class Hybrid:
+    """Attention in which all but the `dense` heads see only the first `SINK` and the last `WINDOW` tokens."""
+
+    def __init__(self, dense: Heads) -> None:
+        self.dense = set(dense)
+        AttentionInterface.register(HYBRID, self)
+        AttentionMaskInterface.register(HYBRID, eager_mask)
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        """The function transformers calls for every layer."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        mask = attention_mask.expand(-1, query.shape[1], -1, -1).clone()
+        place = (mask[:, 0, -1] == 0).cumsum(-1) - 1  # position among the tokens that are not padding
+        near = (place[:, :, None] - place[:, None] < WINDOW) | (place[:, None] < SINK)
+        for head in range(query.shape[1]):
+            if (module.layer_idx, head) not in self.dense:
+                mask[:, head].masked_fill_(~near, torch.finfo(mask.dtype).min)
+        z = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        return z.transpose(1, 2), None
+
+
+def ranking(scores: np.ndarray) -> list[tuple[int, int]]:
+    """Heads from the highest score to the lowest."""
+    return [divmod(int(i), scores.shape[1]) for i in np.argsort(-scores, axis=None, kind="stable")]
+
+
+def evaluate(folder: Path, device: torch.device, n: int) -> dict:
+    """Accuracy by page count and precision, the RAM map, and on four pages what zeroing or narrowing heads does."""
+    witness = Witness(folder, device, torch.float32)
+    report: dict = {"parameters": sum(p.numel() for p in witness.model.parameters())}
+    report |= {"examples": n, "evaluated_on": f"{device.type}, transformers {transformers.__version__}"}
+    held_out = {pages: list(VisualRetrieval(seed=1000, pages=pages).examples(n)) for pages in PAGES}
+    report["accuracy_float32"] = {str(p): round(witness.accuracy(held_out[p]), 4) for p in PAGES}
+    half = Witness(folder, device, torch.bfloat16)
+    report["accuracy_bfloat16"] = {str(p): round(half.accuracy(held_out[p]), 4) for p in PAGES}
+    eager = Witness(folder, device, torch.float32, attention="eager")
+    scores = eager.retrieval_attention_mass(list(VisualRetrieval(seed=1001).examples(min(n, 256))))
+    order, four = ranking(scores), held_out[4]
+    report["ram"] = np.round(scores, 4).tolist()
+    report["ram_top"] = {f"L{layer}H{head}": round(float(scores[layer, head]), 4) for layer, head in order[:6]}
+    report["zeroed"] = {"none": report["accuracy_float32"]["4"]}
+    report["zeroed"] |= {f"top-{k} by RAM": round(witness.accuracy(four, order[:k]), 4) for k in (1, 2, 4, 8)}
+    report["zeroed"]["bottom-8 by RAM"] = round(witness.accuracy(four, order[-8:]), 4)
+    for seed in range(3):
+        others = np.random.default_rng(seed).permutation(len(order) - 4)[:8] + 4
+        report["zeroed"][f"random-8, top-4 excluded, seed {seed}"] = round(
+            witness.accuracy(four, [order[i] for i in others]), 4
+        )
+    report |= {"hybrid_sink": SINK, "hybrid_window": WINDOW, "hybrid": {}}
+    for name, dense in {"none": [], "bottom-4 by RAM": order[-4:]}.items():
+        report["hybrid"][name] = hybrid_accuracy(witness, dense, four)
+    for k in (1, 2, 4):
+        report["hybrid"][f"top-{k} by RAM"] = hybrid_accuracy(witness, order[:k], four)
+    return report
+
+
+def hybrid_accuracy(witness: Witness, dense: Heads, examples: list[Example]) -> float:
+    """Accuracy with only the `dense` heads seeing everything."""
+    Hybrid(dense)
+    witness.model.set_attn_implementation({"text_config": HYBRID})
+    accuracy = witness.accuracy(examples)
+    witness.model.set_attn_implementation({"text_config": "sdpa"})
+    return round(accuracy, 4)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    path = folder / "training.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    curve = report.pop("curve", [])
+    report |= evaluate(folder, torch.device("cpu"), int(sys.argv[2]) if len(sys.argv) > 2 else 512)
+    path.write_text(json.dumps(report | {"curve": curve}, indent=None, separators=(", ", ": ")) + "\n")
+    print(json.dumps(report, indent=1))

@@ -1,0 +1,9 @@
+"""A synthetic visual-retrieval task, and the small trained checkpoints that solve it."""
+
+from hooked_mllm.toys.checkpoint import bundled as bundled
+from hooked_mllm.toys.checkpoint import path as path
+from hooked_mllm.toys.checkpoint import resolve as resolve
+from hooked_mllm.toys.task import Example as Example
+from hooked_mllm.toys.task import Scene as Scene
+from hooked_mllm.toys.task import Turn as Turn
+from hooked_mllm.toys.task import VisualRetrieval as VisualRetrieval

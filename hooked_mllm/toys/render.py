@@ -1,0 +1,113 @@
+"""Drawing a page: a 6 x 6 grid of 16 px cells, a coloured shape in some of them, on grey noise."""
+
+from functools import cache
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from hooked_mllm.toys.vocabulary import COLORS, SHAPES
+
+GRID = 6
+CELL = 16
+PAGE = GRID * CELL
+RADII = (5.5, 6.25, 7.0)
+SHIFTS = (-1.0, 0.0, 1.0)
+VARIANTS = len(RADII) * len(SHIFTS) ** 2
+BACKGROUND = 128
+NOISE = 10
+COLOR_JITTER = 14
+_OVERSAMPLE = 4
+
+
+def _inside(name: str, x: Float[np.ndarray, " *points"], y: Float[np.ndarray, " *points"]) -> np.ndarray:
+    """Which points of the square [-1, 1]^2 (y downwards) belong to the shape."""
+    ax, ay = np.abs(x), np.abs(y)
+    radius, angle = np.hypot(x, y), np.arctan2(x, -y)
+    box = np.maximum(ax, ay) <= 0.92
+    match name:
+        case "circle":
+            return radius <= 1
+        case "square":
+            return box
+        case "triangle":
+            return (ax <= (y + 1) / 2) & (y <= 0.9)
+        case "diamond":
+            return ax + ay <= 1
+        case "plus":
+            return (np.minimum(ax, ay) <= 0.3) & (np.maximum(ax, ay) <= 1)
+        case "saltire":
+            return (np.abs(ax - ay) <= 0.38) & box
+        case "star":
+            return radius <= 0.72 + 0.28 * np.cos(5 * angle)
+        case "ring":
+            return (radius <= 1) & (radius >= 0.55)
+        case "frame":
+            return box & (np.maximum(ax, ay) >= 0.5)
+        case "heart":
+            lobes = (ax - 0.48) ** 2 + (y + 0.4) ** 2 <= 0.27
+            return lobes | ((ax * 0.98 + y * 0.9 <= 0.86) & (y >= -0.4) & (ax <= 0.98 - 0.6 * (y + 0.4) ** 2))
+        case "moon":
+            return (radius <= 1) & (np.hypot(x - 0.5, y) >= 0.8)
+        case "arrow":
+            return ((ax <= 0.28) & (ay <= 1)) | ((ax <= (y + 1) * 0.95) & (y <= 0))
+        case "hourglass":
+            return (ax <= ay) & box
+        case "bowtie":
+            return (ay <= ax) & box
+        case "pie":
+            return (radius <= 1) & ((x <= 0) | (y >= 0))
+        case "bar":
+            return (ay <= 0.38) & (ax <= 1)
+        case "pillar":
+            return (ax <= 0.38) & (ay <= 1)
+        case "tee":
+            return ((y <= -0.4) & box) | ((ax <= 0.28) & (ay <= 0.92))
+        case "stairs":
+            return box & (y >= np.floor((x + 0.92) * 1.63) * -0.62 + 0.3)
+        case "chevron":
+            return (np.abs(y - 0.55 * (2 * ax - 1)) <= 0.36) & (ax <= 1)
+    raise AssertionError(name)
+
+
+@cache
+def sprites() -> Float[np.ndarray, "shape variant row col"]:
+    """Coverage in [0, 1] of every shape in every size and shift, antialiased."""
+    steps = (np.arange(CELL * _OVERSAMPLE) + 0.5) / _OVERSAMPLE - CELL / 2
+    py, px = np.meshgrid(steps, steps, indexing="ij")
+    bank = np.empty((len(SHAPES), VARIANTS, CELL, CELL), np.float32)
+    for s, name in enumerate(SHAPES):
+        for v in range(VARIANTS):
+            radius = RADII[v % len(RADII)]
+            dx = SHIFTS[v // len(RADII) % len(SHIFTS)]
+            dy = SHIFTS[v // (len(RADII) * len(SHIFTS))]
+            fine = _inside(name, (px - dx) / radius, (py - dy) / radius).astype(np.float32)
+            bank[s, v] = fine.reshape(CELL, _OVERSAMPLE, CELL, _OVERSAMPLE).mean(axis=(1, 3))
+    return bank
+
+
+def draw(
+    rng: np.random.Generator,
+    pages: int,
+    shapes: Int[np.ndarray, " object"],
+    colors: Int[np.ndarray, " object"],
+    cells: Int[np.ndarray, " object"],
+) -> UInt8[np.ndarray, "page 96 96 3"]:
+    """Draw object i, shape `shapes[i]` in colour `colors[i]`, into cell `cells[i]`; everything else is grey noise.
+
+    Cells are counted page by page, row by row. Size, shift, shade and noise come from `rng`.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> draw(rng, 1, np.array([6]), np.array([0]), np.array([35])).shape  # a red star, bottom right
+        (1, 96, 96, 3)
+    """
+    canvas = rng.integers(-NOISE, NOISE + 1, (pages * GRID * GRID, CELL, CELL, 3), dtype=np.int16)
+    noise = canvas[cells].astype(np.float32)
+    canvas += BACKGROUND
+    alpha = sprites()[shapes, rng.integers(0, VARIANTS, len(shapes))][..., None]
+    shade = np.array(list(COLORS.values()), np.float32)[colors]
+    shade = shade + rng.integers(-COLOR_JITTER, COLOR_JITTER + 1, shade.shape)
+    blend = alpha * shade[:, None, None] + (1 - alpha) * BACKGROUND + noise
+    canvas[cells] = np.clip(np.rint(blend), 0, 255).astype(np.int16)
+    tiles = canvas.astype(np.uint8).reshape(pages, GRID, GRID, CELL, CELL, 3)
+    return np.ascontiguousarray(tiles.transpose(0, 1, 3, 2, 4, 5)).reshape(pages, PAGE, PAGE, 3)

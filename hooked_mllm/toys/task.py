@@ -1,0 +1,157 @@
+"""Synthetic visual retrieval: find one shape among sixteen on the pages, and name its colour."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from hooked_mllm.errors import InputError
+from hooked_mllm.layout.regions import Box
+from hooked_mllm.toys.render import CELL, GRID, draw
+from hooked_mllm.toys.vocabulary import COLORS, FILLER, SHAPES, TEMPLATES
+
+OBJECTS = 16
+PAGES = (1, 2, 4)
+_SPLITS = {"train": 1, "test": 2}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question about a scene: its answer (a colour word), the shape asked for, and the cell that holds it."""
+
+    question: str
+    answer: str
+    shape: str
+    target: Box
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Pages, the filler words that follow them, and questions in a fixed order."""
+
+    pixels: UInt8[np.ndarray, "page 96 96 3"]
+    system: str
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question as `HookedMLLM.prepare` takes it: images, `system` (the filler), question, answer, target."""
+
+    images: list[Image.Image]
+    question: str
+    system: str
+    answer: str
+    target: Box
+    shape: str
+    id: str
+
+
+class VisualRetrieval:
+    """A visual retrieval task without end: example i of a seed is always the same one.
+
+    Each example spreads 16 of 20 shapes, each in one of 8 colours, over `pages` images of 96 x 96 px (6 x 6 cells
+    of 16 px, one visual token a cell in the bundled toy), puts `filler` random words after the images and asks for
+    the colour of one shape. The answer is one word; chance is 1/8. The target is the shape's cell, in pixels.
+
+    Args:
+        seed: which sequence of examples. The splits never share one, whatever the seeds.
+        pages: images an example, at least 1.
+        filler: words between the images and the question.
+        split: "test" (the default) is never trained on; "train" is what `examples/train_toy.py` draws from.
+
+    Raises:
+        InputError: pages < 1, filler < 0 or an unknown split.
+
+    Example:
+        >>> example = VisualRetrieval(seed=0, pages=2, filler=3).example(0)
+        >>> len(example.images), len(example.system.split()), example.answer in COLORS
+        (2, 3, True)
+    """
+
+    answers: tuple[str, ...] = tuple(COLORS)
+
+    def __init__(
+        self, seed: int = 0, pages: int = 4, filler: int = 48, split: Literal["train", "test"] = "test"
+    ) -> None:
+        if pages < 1 or filler < 0 or seed < 0:
+            raise InputError(f"expected pages >= 1, filler >= 0 and seed >= 0, got {pages=}, {filler=}, {seed=}")
+        if split not in _SPLITS:
+            raise InputError(f"expected split to be one of {sorted(_SPLITS)}, got {split!r}")
+        self.seed, self.pages, self.filler, self.split = seed, pages, filler, split
+
+    def __repr__(self) -> str:
+        return f"VisualRetrieval(seed={self.seed}, pages={self.pages}, filler={self.filler}, split={self.split!r})"
+
+    def scene(self, index: int, turns: int = 1) -> Scene:
+        """Scene `index` with its first `turns` questions (at most 16, each about another shape)."""
+        if index < 0 or not 1 <= turns <= OBJECTS:
+            raise InputError(f"expected index >= 0 and 1 <= turns <= {OBJECTS}, got {index=}, {turns=}")
+        rng = np.random.default_rng([_SPLITS[self.split], self.seed, index])
+        shapes = rng.permutation(len(SHAPES))[:OBJECTS]
+        colors = rng.integers(0, len(COLORS), OBJECTS)
+        cells = rng.permutation(self.pages * GRID * GRID)[:OBJECTS]
+        asked, templates = rng.permutation(OBJECTS), rng.integers(0, len(TEMPLATES), OBJECTS)
+        filler = rng.integers(0, len(FILLER), self.filler)
+        names = tuple(COLORS)
+        return Scene(
+            pixels=draw(rng, self.pages, shapes, colors, cells),
+            system=" ".join(FILLER[w] for w in filler),
+            turns=tuple(
+                Turn(
+                    question=TEMPLATES[templates[t]].format(SHAPES[shapes[o]]),
+                    answer=names[colors[o]],
+                    shape=SHAPES[shapes[o]],
+                    target=_cell_box(int(cells[o])),
+                )
+                for t, o in enumerate(asked[:turns])
+            ),
+        )
+
+    def example(self, index: int) -> Example:
+        """Example `index`: the first question of scene `index`."""
+        scene = self.scene(index)
+        turn = scene.turns[0]
+        return Example(
+            images=[Image.fromarray(page) for page in scene.pixels],
+            question=turn.question,
+            system=scene.system,
+            answer=turn.answer,
+            target=turn.target,
+            shape=turn.shape,
+            id=f"visual-retrieval/{self.split}/{self.seed}/{self.pages}p/{self.filler}w/{index}",
+        )
+
+    def examples(self, n: int, start: int = 0) -> Iterator[Example]:
+        """Examples `start` to `start + n - 1`."""
+        return (self.example(i) for i in range(start, start + n))
+
+    def samples(self, model: Any, n: int, start: int = 0, answer: bool = False) -> list[Any]:
+        """The same examples as the model's own samples, through `model.prepare`.
+
+        Args:
+            model: a `HookedMLLM`, or anything with its `prepare`.
+            n: how many.
+            start: index of the first.
+            answer: append the answer to the prompt as well.
+        """
+        return [
+            model.prepare(
+                e.question,
+                images=e.images,
+                system=e.system or None,
+                answer=e.answer if answer else None,
+                target=e.target,
+                id=e.id,
+            )
+            for e in self.examples(n, start)
+        ]
+
+
+def _cell_box(cell: int) -> Box:
+    page, place = divmod(cell, GRID * GRID)
+    row, col = divmod(place, GRID)
+    return Box(col * CELL, row * CELL, (col + 1) * CELL, (row + 1) * CELL, image=page)
