@@ -1,7 +1,7 @@
 """Coordinate images: pictures whose red is x, green is y and blue is one, at the centre of every pixel.
 
-Sent through a real processor without rescaling, each patch of what comes out says by itself where in the original it was
-taken. Passed on through the model's own packing code, a token says which pixels it sees, without a weight in between.
+Sent through a real processor without rescaling, each patch of what comes out says by itself where in the original it
+was taken. Passed on through the model's own packing code, a token says which pixels it sees; no weight is in between.
 """
 
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ def real(family: str, *, max_patches: int = 12):
 
 @dataclass
 class Seen:
-    """What tokens saw: mean x, y; the centre of the picture in it (nan if none), its share; and the outermost pixels."""
+    """What tokens saw: mean x, y; the centre of the picture in them (nan if none), its share; the outermost pixels."""
 
     mean: np.ndarray  # [token 2]
     centre: np.ndarray  # [token 2]

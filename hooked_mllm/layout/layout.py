@@ -112,7 +112,7 @@ class TokenLayout:
         if left < 0 or right < 0:
             raise LayoutError(f"Padding must be zero or more positions; got left={left}, right={right}.")
 
-        def pad(values: Tensor, fill: float) -> Tensor:
+        def pad(values: Tensor, fill: float | int) -> Tensor:
             def rest(k: int) -> Tensor:
                 return values.new_full((k, *values.shape[1:]), fill)
 
@@ -237,7 +237,7 @@ class TokenLayout:
 
     # -- regions in, tokens out ----------------------------------------------------------------------------------------
 
-    def target(self, region: Region | Sequence[Region], min_overlap: Number = 0.0) -> Bool[Tensor, " pos"]:
+    def target(self, region: Region | Sequence[Any], min_overlap: Number = 0.0) -> Bool[Tensor, " pos"]:
         """The tokens whose pixels overlap a region, or the union of several.
 
         A token is a target iff the share of its footprint (of a video token: averaged over the frames it sees) that the
@@ -263,7 +263,7 @@ class TokenLayout:
 
     def region(
         self,
-        region: Region | Sequence[Region],
+        region: Region | Sequence[Any],
         image: int | None = None,
         video: int | None = None,
         min_overlap: Number = 0.0,

@@ -170,13 +170,13 @@ class Pages:
 Region = Box | Mask | Frames | Tube | Pages
 
 
-def as_regions(region: Region | Sequence[Region]) -> list[Region]:
+def as_regions(region: Any) -> list[Region]:
     """One region or several, as a list.
 
     Raises:
         LayoutError: for an empty list or something that is no region.
     """
-    regions = [region] if isinstance(region, Box | Mask | Frames | Tube | Pages) else list(region)
+    regions = list(region) if isinstance(region, Iterable) else [region]
     if not regions:
         raise LayoutError("The list of regions is empty: give one region at least.")
     for r in regions:

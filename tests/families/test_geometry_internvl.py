@@ -2,8 +2,18 @@
 
 import numpy as np
 import pytest
-from coordinates import RAW, centre_error, coordinate_image, coordinate_video, internvl_tokens, layout_of, media_of
-from coordinates import metadata, real, seen
+from coordinates import (
+    RAW,
+    centre_error,
+    coordinate_image,
+    coordinate_video,
+    internvl_tokens,
+    layout_of,
+    media_of,
+    metadata,
+    real,
+    seen,
+)
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import ImageMedia, VideoMedia, View
@@ -33,10 +43,9 @@ def check(config, processor, width: int, height: int) -> int:
 
 
 def test_tiles_and_thumbnail_at_hundreds_of_sizes():
-    config, processor = real("internvl")
     # at most six tiles here, for speed; the next test goes to twelve
-    _, fewer = real("internvl", max_patches=6)
-    counts = {check(config, fewer, w, h) for w, h in [*sizes(180, 10, 500, 0), *sizes(20, 600, 1500, 1)]}
+    config, processor = real("internvl", max_patches=6)
+    counts = {check(config, processor, w, h) for w, h in [*sizes(180, 10, 500, 0), *sizes(20, 600, 1500, 1)]}
     assert counts == {1, 3, 4, 5, 6, 7}
 
 

@@ -3,8 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from coordinates import RAW, centre_error, coordinate_image, coordinate_video, layout_of, llava_tokens
-from coordinates import llava_video_tokens, media_of, metadata, real, seen
+from coordinates import (
+    RAW,
+    centre_error,
+    coordinate_image,
+    coordinate_video,
+    layout_of,
+    llava_tokens,
+    llava_video_tokens,
+    media_of,
+    metadata,
+    real,
+    seen,
+)
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 
 from hooked_mllm.errors import LayoutError
@@ -31,7 +42,7 @@ def canvas_scale(config, width: int, height: int) -> float:
 
 
 def is_resampled(config, layout) -> bool:
-    """More than nine tiles' worth of patches, so the grid was shrunk: then a cell is larger than a patch of 14 pixels."""
+    """Whether the grid was shrunk, for it had many more than nine tiles: then a cell is larger than 14 pixels."""
     wide = layout.boxes[layout.view == View.HIGHRES]
     item = layout.items[0]
     return float((wide[:, 2:] - wide[:, :2]).median()) > 14.5 * canvas_scale(config, item.width, item.height)

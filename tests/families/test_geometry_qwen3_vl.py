@@ -3,8 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from coordinates import RAW, centre_error, coordinate_image, coordinate_video, layout_of, media_of, metadata
-from coordinates import qwen_tokens, real, seen
+from coordinates import (
+    RAW,
+    centre_error,
+    coordinate_image,
+    coordinate_video,
+    layout_of,
+    media_of,
+    metadata,
+    qwen_tokens,
+    real,
+    seen,
+)
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import ImageMedia, VideoMedia
@@ -83,7 +93,7 @@ def test_what_the_inputs_and_the_originals_disagree_on_is_named():
     config, processor = real("qwen3_vl")
     picture, video = coordinate_image(100, 100), coordinate_video(4, 64, 64)
     inputs = processor(text=IMAGE, images=[picture], **RAW)
-    with pytest.raises(LayoutError, match="1 images .* but 2 came"):
+    with pytest.raises(LayoutError, match=r"1 images .* but 2 came"):
         layout_of(config, processor, inputs, media_of(picture, picture))
     short = dict(inputs) | {"input_ids": inputs["input_ids"][:, 3:]}
     with pytest.raises(LayoutError, match=r"image placeholder tokens, but its images give 64 tokens \(image 0: 64\)"):
