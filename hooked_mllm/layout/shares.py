@@ -81,17 +81,19 @@ def _video_shares(
             groups[tuple(sorted(set(its)))].append(f)
     first, after = seen[:, 0], seen[:, 1] + 1
 
-    def count(frames: np.ndarray) -> np.ndarray:
+    def count(frames: np.ndarray, at: np.ndarray | slice) -> np.ndarray:
         total = np.concatenate([[0], np.cumsum(frames)])
-        return total[after] - total[first]
+        return total[after[at]] - total[first[at]]
 
-    covered = count(whole).astype(float)
+    covered = count(whole, slice(None)).astype(float)
+    # tokens by time, so that a frame finds those that see it without looking at all of them
+    order = np.argsort(first, kind="stable")
+    starts, ends = first[order], np.maximum.accumulate(after[order])
     for rectangles, frames in groups.items():
         chosen = np.zeros(item.n_frames, dtype=bool)
         chosen[frames] = True
-        times = count(chosen)
-        at = np.flatnonzero(times)
-        covered[at] += times[at] * _covered(Coverage(rectangles), boxes[at])
+        at = order[np.searchsorted(ends, min(frames), "right") : np.searchsorted(starts, max(frames), "right")]
+        covered[at] += count(chosen, at) * _covered(Coverage(rectangles), boxes[at])
     return covered / (after - first)
 
 
