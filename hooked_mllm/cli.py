@@ -5,11 +5,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.utils.logging
 
 from hooked_mllm import metrics, plots
 from hooked_mllm.datasets import RefCOCOg
@@ -18,6 +18,7 @@ from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.heads.files import write_atomically
 from hooked_mllm.model import HookedMLLM
 from hooked_mllm.toys import VisualRetrieval, bundled
+from hooked_mllm.version import __version__
 
 TOY = "toy-qwen3-vl"
 METRICS: dict[str, Callable[[], metrics.HeadMetric]] = {
@@ -58,6 +59,8 @@ def score(arguments: argparse.Namespace) -> None:
     """Measure, save, draw and print: what `hooked-mllm score` does."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    if arguments.quiet:
+        transformers.utils.logging.disable_progress_bar()
     source = _source(arguments)
     out = _folder(arguments.out)
     model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
@@ -182,7 +185,7 @@ def _device(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hooked-mllm", description="Look inside multimodal language models.")
-    parser.add_argument("--version", action="version", version=f"hooked-mllm {version('hooked-mllm')}")
+    parser.add_argument("--version", action="version", version=f"hooked-mllm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser(
         "score",
@@ -194,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=TOY, help="folder, hub id, or a bundled toy")
     add("--data", help=f"{DATA_FORMS} (for a toy: toy)")
     add("--metric", choices=sorted(METRICS), default="ram", help="what to score heads by")
-    add("--samples", type=_count, default=64, help="samples at most")
+    add("--samples", type=_count, default=32, help="samples at most")
     add("--top", type=_count, default=8, help="heads to list, frame and draw")
     add("--pictures", type=int, default=3, help="samples to paint the top heads' attention on")
     add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")

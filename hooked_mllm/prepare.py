@@ -14,7 +14,7 @@ from hooked_mllm import video as clips
 from hooked_mllm.errors import InputError
 from hooked_mllm.families.base import Family
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
-from hooked_mllm.prompt import refuse_special, render, token_spans
+from hooked_mllm.prompt import check_text, refuse_special, render, token_spans
 from hooked_mllm.sample import Sample, SampleBatch, is_per_token
 from hooked_mllm.video import Number, Video
 
@@ -97,6 +97,8 @@ class Preparer:
         own = {"images": images, "videos": videos, "answer": answer, "target": target, "id": id}
         if isinstance(question, str):
             return self._one(question, system=system, **own, **more)
+        if not isinstance(question, Sequence):
+            check_text("question", question)
         questions = list(question)
         if not questions:
             raise InputError("The batch is empty: give one question at least.")
@@ -121,9 +123,10 @@ class Preparer:
         min_overlap: Number,
         kwargs: dict[str, Any],
     ) -> Sample:
-        for name, text in (("question", question), ("system", system), ("answer", answer)):
-            if not isinstance(text, str) and (name == "question" or text is not None):
-                raise InputError(f"The {name} is a text; got {type(text).__name__}.")
+        check_text("question", question)
+        for name, text in (("system prompt", system), ("answer", answer)):
+            if text is not None:
+                check_text(name, text)
         placeholders = [getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video")]
         refuse_special(question, "question", self.tokenizer, placeholders)
         refuse_special(system or "", "system prompt", self.tokenizer, placeholders)

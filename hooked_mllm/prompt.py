@@ -39,9 +39,6 @@ def render(template: Any, question: str, system: str | None = None, n_images: in
         InputError: when there is no chat template, or it refuses the messages.
     """
     texts = {"question": question} | ({} if system is None else {"system": system})
-    for name, text in texts.items():
-        if not text.strip():
-            raise InputError(f"The {name} is empty: give a text with one visible character at least.")
     rendered = _apply(template, texts, n_images, n_videos)
     marks = {name: _sentinel(name, rendered) for name in texts}
     marked = _apply(template, marks, n_images, n_videos)
@@ -90,6 +87,14 @@ def token_spans(
                 f"before images and videos are filled in: {prompt.text!r}"
             )
     return spans
+
+
+def check_text(what: str, text: Any) -> None:
+    """Raise `InputError` for what is no text, or an empty one."""
+    if not isinstance(text, str):
+        raise InputError(f"The {what} is a text; got {type(text).__name__}.")
+    if not text.strip():
+        raise InputError(f"The {what} is empty: give a text with one visible character at least.")
 
 
 def refuse_special(text: str, what: str, tokenizer: Any, placeholders: Sequence[str] = ()) -> None:

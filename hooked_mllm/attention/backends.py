@@ -6,7 +6,8 @@ something needs to be seen or edited there, and back afterwards.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary
 
@@ -70,6 +71,11 @@ def twin(base: str, packed: bool = False) -> str:
     return name
 
 
+def is_known(base: str) -> bool:
+    """Whether transformers has an attention implementation of that name."""
+    return base == "eager" or base in ALL_ATTENTION_FUNCTIONS
+
+
 def implementation(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that `module` would call under `base`: for "eager", the one of its own modelling file."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -106,6 +112,16 @@ class TowerSwitch:
         self.users -= 1
         if self.users == 0:
             self.restore()
+
+    @contextmanager
+    def using(self, base: str) -> Iterator[None]:
+        """Within it, the tower runs another implementation, hooked if it is in use."""
+        own = self.base
+        try:
+            self.config._attn_implementation = twin(base, self.packed) if self.users else base
+            yield
+        finally:
+            self.config._attn_implementation = twin(own, self.packed) if self.users else own
 
     def restore(self) -> None:
         """Set the tower back to the model's own implementation."""

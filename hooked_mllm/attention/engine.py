@@ -31,6 +31,7 @@ class AttentionCall:
     v: Tensor
     mask: MaskRows
     scale: float
+    tower: str
 
 
 class AttentionSite:
@@ -39,6 +40,7 @@ class AttentionSite:
     Args:
         module: The attention module.
         layer: The block's index in its tower.
+        tower: "text" or "vision".
         switch: The tower's switch.
         causal: Whether a missing mask means causal.
         softmax_float32: Whether the model's eager attention takes its softmax in float32.
@@ -49,6 +51,7 @@ class AttentionSite:
         self,
         module: nn.Module,
         layer: int,
+        tower: str,
         switch: TowerSwitch,
         causal: bool,
         softmax_float32: bool,
@@ -56,6 +59,7 @@ class AttentionSite:
     ) -> None:
         self.module = module
         self.layer = layer
+        self.tower = tower
         self.switch = switch
         self.causal = causal
         self.softmax_float32 = softmax_float32
@@ -110,7 +114,7 @@ class AttentionSite:
                 window=kwargs.get("sliding_window") if attention_mask is None else None,
                 segments=segments,
             )
-            call = AttentionCall(self.layer, query, key, value, mask, scale)
+            call = AttentionCall(self.layer, query, key, value, mask, scale, self.tower)
             for tap in tuple(self.taps):
                 tap(call)
         explicit = None

@@ -5,7 +5,7 @@ causal rule, the padding, the window) and builds only the rows asked for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -120,17 +120,24 @@ class MaskRows:
         recipe = self.recipe
         if recipe is not None and recipe.padding is not None:
             recipe = MaskRecipe(recipe.rule, recipe.padding.to(device), recipe.q_offset, recipe.kv_offset)
-        return MaskRows(
-            self.batch,
-            self.q_length,
-            self.kv_length,
-            device,
-            recipe=recipe,
-            causal=self.causal,
-            window=self.window,
-            segments=self.segments,
-            **moved,
-        )
+        return replace(self, device=device, recipe=recipe, _segment_ids=None, **moved)
+
+    def samples(self, picked: Int[Tensor, " sample"]) -> "MaskRows":
+        """The mask of some samples of the batch."""
+        picked = picked.to(self.device)
+        chosen = {
+            name: None if value is None else value.expand(self.batch, *value.shape[1:])[picked]
+            for name, value in (("dense", self.dense), ("padding", self.padding))
+        }
+        recipe = self.recipe
+        if recipe is not None:
+            compact = self.compact()
+            return compact.samples(picked)
+        return replace(self, batch=len(picked), **chosen, _segment_ids=None)
+
+    def resized(self, batch: int, length: int, segments: tuple[int, ...] | None = None) -> "MaskRows":
+        """The same kind of mask over another batch and length, for calls of a vision tower put side by side."""
+        return replace(self, batch=batch, q_length=length, kv_length=length, segments=segments, _segment_ids=None)
 
     @property
     def plain_causal(self) -> bool:

@@ -38,7 +38,7 @@ class AttentionView:
         layers: Indices of the decoder layers, ascending.
         q: One tensor per layer, [batch head pos d_head], after position encoding.
         k: One tensor per layer, [batch kv_head pos d_head], after position encoding.
-        mask: Which keys each query of that layer saw; the same object for layers with the same mask.
+        mask: Which keys each query of that layer saw. Rows are built once for layers with the same mask.
         scale: The factor of the scores before the softmax, one per layer.
         masks: Gives the mask of a name, [batch pos]; must know "padding". On the CPU they spare waiting for the device.
         n_layers: Number of decoder layers of the model.
@@ -52,7 +52,7 @@ class AttentionView:
         self,
         layers: Sequence[int],
         q: Sequence[Float[Tensor, "batch head pos d_head"]],
-        k: Sequence[Float[Tensor, "batch kv_head pos d_head"]],
+        k: Sequence[Float[Tensor, "batch kv_head key_pos d_head"]],
         mask: Sequence[MaskRows],
         scale: Sequence[float],
         masks: Callable[[str], Bool[Tensor, "batch pos"]],
@@ -246,6 +246,13 @@ class AttentionView:
             self._chances[key] = total.expand(len(self.layers), self.batch)
         return self._chances[key]
 
+    def release(self) -> None:
+        """Let go of q, k and everything computed from them; `check` still answers."""
+        self._q, self._k, self._mask = [], [], []
+        self._profiles.clear()
+        self._tops.clear()
+        self._chances.clear()
+
     def check(self) -> None:
         """Raise if any profile computed so far is not finite. Waits for the device; call it once per sample.
 
@@ -303,17 +310,23 @@ class AttentionView:
     def _visible(self, selection: QuerySelection, part: slice) -> Bool[Tensor, "mask_layer batch query key"]:
         """The mask rows of these queries: one for all layers if they share one mask, else one per layer."""
         index = selection.index[:, part]
-        rows = {id(mask): mask for mask in self._mask}
-        built = {key: mask.rows(index).to(self.device) for key, mask in rows.items()}
+        kinds = [_identity(mask) for mask in self._mask]
+        distinct = dict(zip(kinds, self._mask, strict=True))
+        built = {kind: mask.rows(index).to(self.device) for kind, mask in distinct.items()}
         if len(built) == 1:
             return next(iter(built.values()))[None]
-        return torch.stack([built[id(mask)] for mask in self._mask])
+        return torch.stack([built[kind] for kind in kinds])
+
+
+def _identity(mask: MaskRows) -> tuple[object, ...]:
+    """Equal for masks that are made from the very same parts: transformers hands one mask tensor to many layers."""
+    parts = (mask.recipe, mask.dense, mask.padding)
+    return (*map(id, parts), mask.causal, mask.window, mask.segments, mask.q_length, mask.kv_length)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     """[batch ...] per layer to [layer batch ...] in one launch; a view if there is one layer."""
     if len(tensors) == 1:
         return tensors[0][None]
-    return torch.cat(tensors).view(
-        len(tensors), *tensors[0].shape
-    )  # cat takes 4 axes in one kernel, stack's 5 it would not
+    # cat copies up to 4 axes in one kernel; stacking to 5 would take one per layer
+    return torch.cat(tensors).view(len(tensors), *tensors[0].shape)

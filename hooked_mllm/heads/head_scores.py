@@ -57,7 +57,9 @@ class HeadScores(Arithmetic):
         counts: Any = None,
         missing: Sequence[int] = (),
     ) -> None:
-        self.values = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64, copy=True)
+        if not isinstance(values, Tensor):
+            values = torch.from_numpy(np.array(values, dtype=np.float64))  # torch would read a list as float32
+        self.values = values.detach().to(device="cpu", dtype=torch.float64, copy=True)
         if self.values.dim() != 2 or 0 in self.values.shape:
             raise HeadError(f"Expected values of shape [layer head]; got shape {list(self.values.shape)}.")
         self.name = name
@@ -176,8 +178,8 @@ class HeadScores(Arithmetic):
         for scores, values in ((self, mine), (other, theirs)):
             if bool((values == values[0]).all()):
                 raise NumericsError(f"All scores of {scores.name} are equal: a rank correlation is not defined.")
-        statistic, _ = spearmanr(mine.numpy(), theirs.numpy())
-        return float(statistic)
+        result: Any = spearmanr(mine.numpy(), theirs.numpy())
+        return float(result.statistic)
 
     def overlap(self, other: "HeadScores", k: int | float) -> float:
         """The share of the top `k` heads that is also in the other's top `k`, from 0 to 1.
@@ -191,7 +193,7 @@ class HeadScores(Arithmetic):
             raise HeadError(f"The overlap of the top {k} heads is not defined: expected at least one head.")
         return len(mine & theirs) / len(mine)
 
-    def percentile_mask(self, percentile: float = 95.0) -> Bool[Tensor, "layer head"]:
+    def percentile_mask(self, percentile: int | float = 95.0) -> Bool[Tensor, "layer head"]:
         """True where the score reaches the given percentile (0 to 100) of all scores, by linear interpolation.
 
         Source: arXiv:2606.05843 eq. 20.

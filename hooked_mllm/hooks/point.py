@@ -34,7 +34,13 @@ class Clock:
     """Where the model is in a generation: shared by all hook points of a model."""
 
     def __init__(self) -> None:
-        self.step = 0
+        #: calls of the model in this generation, less one; -1 before the first, when images may be encoded already
+        self.calls = 0
+
+    @property
+    def step(self) -> int:
+        """0 in the prefill or outside a generation, n in the n-th decoding step."""
+        return max(self.calls, 0)
 
 
 class HookPoint:

@@ -1,6 +1,7 @@
 """Regions of images and videos, in the coordinates of the original."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,10 +135,10 @@ class Tube:
     def at(self, time_s: Number, slack_s: Number = 1e-3) -> Corners | None:
         """The box at a time, or `None`; times closer than `slack_s` are taken to be the same."""
         times = list(self.boxes)
-        nearest = min(times, key=lambda t: abs(t - time_s))
-        if abs(nearest - time_s) <= slack_s:
-            return self.boxes[nearest]
-        after = int(np.searchsorted(times, time_s))
+        after = bisect_left(times, time_s)
+        for near in times[max(after - 1, 0) : after + 1]:
+            if abs(near - time_s) <= slack_s:
+                return self.boxes[near]
         if after in (0, len(times)):
             return None
         t0, t1 = times[after - 1], times[after]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -15,8 +14,8 @@ from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.metrics.base import HeadMetric, Piece
 
-Reduction = Literal["sum", "argmax", "topk"]
-OverSamples = Literal["mean", "frequency"]
+REDUCTIONS = ("sum", "argmax", "topk")
+OVER_SAMPLES = ("mean", "frequency")
 
 
 class AttentionScore(HeadMetric):
@@ -45,7 +44,7 @@ class AttentionScore(HeadMetric):
         select: With "frequency": how many heads (int), or which share of all heads (float), each sample elects.
 
     Raises:
-        ValueError: for an unknown reduction or a number out of range.
+        InputError: for an unknown reduction or a number out of range; on `update`, if a sample lacks the tokens asked for.
 
     Source: arXiv:2608.27417 (the common formula); arXiv:2606.05843 eq. 1, 22, 23.
 
@@ -62,15 +61,15 @@ class AttentionScore(HeadMetric):
         *,
         queries: str = "question",
         keys: str = "target",
-        reduce: Reduction = "sum",
-        over_samples: OverSamples = "mean",
+        reduce: str = "sum",
+        over_samples: str = "mean",
         share: float = 0.05,
         select: int | float = 0.05,
     ) -> None:
         super().__init__()
         for name, value, known in (
-            ("reduce", reduce, ("sum", "argmax", "topk")),
-            ("over_samples", over_samples, ("mean", "frequency")),
+            ("reduce", reduce, REDUCTIONS),
+            ("over_samples", over_samples, OVER_SAMPLES),
         ):
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}; got {value!r}.")

@@ -68,8 +68,8 @@ class AttentionMetric(Metric):
         twice = {layer for piece in self._pieces for layer in piece.layers}.intersection(view.layers)
         if twice:
             raise InputError(
-                f"{self!r}: layer {min(twice)} came twice within one sample. Views come in order of layers and the last "
-                "holds the model's last layer; call setup() or reset() after an interrupted sample."
+                f"{self!r}: layer {min(twice)} came twice within one sample. Views come in order of layers and the "
+                "last holds the model's last layer; call setup() or reset() after an interrupted sample."
             )
         parts = {name: part.to(self.device) for name, part in self.observe(view).items()}
         self._pieces.append(Piece(view.layers, view.layer_index.to(self.device), parts))

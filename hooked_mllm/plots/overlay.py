@@ -154,7 +154,7 @@ def _draw(
     extent = (0.0, float(width), float(height), 0.0)  # pixel i spans [i, i + 1], as in the layout's boxes
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
     strength = np.abs(pixels) / max(abs(norm.vmin or 0.0), abs(norm.vmax or 0.0))
-    alpha = np.nan_to_num(opacity * (0.35 + 0.65 * np.clip(strength, 0, 1)))
+    alpha = np.nan_to_num(opacity * (0.12 + 0.88 * np.sqrt(np.clip(strength, 0, 1))))
     axes.imshow(
         np.ma.masked_invalid(pixels), cmap=colours, norm=norm, alpha=alpha, extent=extent, interpolation="nearest"
     )

@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 
 def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
     """6 layers, 8 heads on 4 kv heads, head_dim 16; vision tower of 3 blocks, DeepStack after text layers 0 and 1."""
-    ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END)}
+    ids = tokenizer.get_vocab()
     return Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -68,9 +68,9 @@ def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
                 "mrope_section": [4, 2, 2],
                 "mrope_interleaved": True,
             },
-            "pad_token_id": tokenizer.convert_tokens_to_ids(PAD_TOKEN),
+            "pad_token_id": ids[PAD_TOKEN],
             "bos_token_id": None,
-            "eos_token_id": tokenizer.convert_tokens_to_ids(TURN_END),
+            "eos_token_id": ids[TURN_END],
         },
         vision_config={
             "depth": 3,

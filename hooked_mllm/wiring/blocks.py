@@ -152,8 +152,9 @@ class BlockWiring:
 
     def _attention(self) -> AttentionSite:
         points = {name: self.point(f"attn.hook_{name}") for name in ("rot_q", "rot_k", "attn_scores", "pattern", "z")}
+        tower = self.tower
         site = AttentionSite(
-            self.module(self.parts.attn), self.index, self.switch, self.tower.causal, self.tower.softmax_float32, points
+            self.module(self.parts.attn), self.index, self.kind, self.switch, tower.causal, tower.softmax_float32, points
         )
         for point in points.values():
             self.builder.on_change(point, site.refresh)
@@ -226,7 +227,7 @@ class BlockWiring:
         )
 
 
-def head_results(z: Tensor, o_proj: nn.Module | Any) -> Tensor:
+def head_results(z: Tensor, o_proj: nn.Module | Any, device: torch.device | str | None = None) -> Tensor:
     """What each head writes to the residual stream, `z_h W_O[h]`: `[batch pos head d_model]`."""
     weight = o_proj.weight.unflatten(1, (z.shape[-2], z.shape[-1]))
-    return torch.einsum("bphd,mhd->bphm", z, weight.to(z.device))
+    return torch.einsum("bphd,mhd->bphm", z, weight.to(device or z.device, z.dtype))

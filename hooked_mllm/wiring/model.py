@@ -28,12 +28,24 @@ class Wiring:
         text: Attention sites of the language model, one a block.
         vision: Attention sites of the vision tower, one a block.
         switches: The attention switches, by tower.
+        outputs: Output projections, by the name of the z that they take.
     """
 
     registry: HookRegistry
     text: list[AttentionSite] = field(default_factory=list)
     vision: list[AttentionSite] = field(default_factory=list)
     switches: dict[str, TowerSwitch] = field(default_factory=dict)
+    outputs: dict[str, nn.Module] = field(default_factory=dict)
+
+    def add(self, sites: list[AttentionSite], block: BlockWiring) -> None:
+        """Wire a block into one of the towers."""
+        site = block.wire()
+        sites.append(site)
+        self.outputs[site.points["z"].name] = block.module(block.parts.o)
+
+    def output_projection(self, site: AttentionSite) -> nn.Module:
+        """The module that maps z to the residual stream (W_O and its bias)."""
+        return self.outputs[site.points["z"].name]
 
 
 class DeepStack:
@@ -123,11 +135,10 @@ def _vision(model: Any, family: Family, builder: Builder, wiring: Wiring) -> Non
     )
     blocks = model.get_submodule(family.vision.blocks)
     for index, block in enumerate(blocks):
-        wiring.vision.append(
-            BlockWiring(
-                builder, block, family.vision, "vision.", index, n_heads, config.hidden_size // n_heads, switch
-            ).wire()
+        block_wiring = BlockWiring(
+            builder, block, family.vision, "vision.", index, n_heads, config.hidden_size // n_heads, switch
         )
+        wiring.add(wiring.vision, block_wiring)
     path, side = family.vision_out_module()
     point = builder.point("vision.hook_out", tower="vision")
     if side == "input":
@@ -172,9 +183,10 @@ def _text(model: Any, family: Family, builder: Builder, wiring: Wiring) -> None:
     )
     deepstack = DeepStack(builder, language_model)
     for index, block in enumerate(model.get_submodule(family.text.blocks)):
-        wiring.text.append(
-            BlockWiring(builder, block, family.text, "", index, config.num_attention_heads, head_dim, switch).wire()
+        block_wiring = BlockWiring(
+            builder, block, family.text, "", index, config.num_attention_heads, head_dim, switch
         )
+        wiring.add(wiring.text, block_wiring)
         if index < family.n_deepstack(model):
             deepstack.bind(index, block)
     ln_final = builder.junction(model.get_submodule(family.ln_final), "post")

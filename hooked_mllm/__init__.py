@@ -1,0 +1,35 @@
+"""Look inside multimodal language models: name, read, edit and score everything between pixels and words."""
+
+from hooked_mllm import metrics as metrics
+from hooked_mllm import plots as plots
+from hooked_mllm import toys as toys
+from hooked_mllm.attention.backends import AttentionBackend as AttentionBackend
+from hooked_mllm.attention.view import AttentionView as AttentionView
+from hooked_mllm.cache import ActivationCache as ActivationCache
+from hooked_mllm.cache import GenerationCache as GenerationCache
+from hooked_mllm.config import HookedConfig as HookedConfig
+from hooked_mllm.errors import CacheFileError as CacheFileError
+from hooked_mllm.errors import HeadError as HeadError
+from hooked_mllm.errors import HookedMLLMError as HookedMLLMError
+from hooked_mllm.errors import HookNameError as HookNameError
+from hooked_mllm.errors import HookValueError as HookValueError
+from hooked_mllm.errors import InputError as InputError
+from hooked_mllm.errors import LayoutError as LayoutError
+from hooked_mllm.errors import NumericsError as NumericsError
+from hooked_mllm.errors import UnsupportedModelError as UnsupportedModelError
+from hooked_mllm.heads import HeadScores as HeadScores
+from hooked_mllm.heads import HeadSet as HeadSet
+from hooked_mllm.hooks import HookPoint as HookPoint
+from hooked_mllm.layout import Box as Box
+from hooked_mllm.layout import Frames as Frames
+from hooked_mllm.layout import Mask as Mask
+from hooked_mllm.layout import Pages as Pages
+from hooked_mllm.layout import TokenLayout as TokenLayout
+from hooked_mllm.layout import Tube as Tube
+from hooked_mllm.metrics import HeadMetric as HeadMetric
+from hooked_mllm.model import HookedMLLM as HookedMLLM
+from hooked_mllm.sample import Sample as Sample
+from hooked_mllm.sample import SampleBatch as SampleBatch
+from hooked_mllm.version import __version__ as __version__
+from hooked_mllm.video import Video as Video
+from hooked_mllm.video import read_video as read_video

@@ -1,0 +1,312 @@
+"""ActivationCache: the activations of one run by name, patterns computed when they are read."""
+
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_mllm.cache.capture import take
+from hooked_mllm.cache.describe import describe
+from hooked_mllm.cache.keys import full_name, missing
+from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, value_of
+from hooked_mllm.cache.residual import ResidualTools
+from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
+
+#: positions: the name of a token kind ("question"), a mask, indices, one index, or a slice
+Positions = str | int | slice | Sequence[int] | Tensor
+
+
+class ActivationCache(ResidualTools, Mapping[str, Tensor]):
+    """The activations of one run.
+
+    Read them by hook name or in short: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["pattern", -1]`,
+    `cache["scale", 3, "ln1"]`, `cache["vision", "z", 2]`, `cache["projector", "out"]`, `cache["embed"]`, `cache["logits"]`.
+
+    Attention patterns and scores are recomputed in float32 when they are read; until then the cache holds q and k, whose
+    size grows with the number of tokens and not with its square. `cache.pattern(3, queries=..., keys=...)` computes just
+    those rows and columns.
+
+    Args:
+        entries: Activations by hook name.
+        n_layers: Blocks by tower.
+        masks: Gives `[batch pos]` booleans for the name of a token kind.
+        model: The model that ran, for the residual-stream tools.
+        has_batch_dim: Whether the first axis is the batch.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> logits, cache = model.run_with_cache(sample)
+        >>> cache["pattern", 0].shape == (1, model.cfg.n_heads, len(sample), len(sample))
+        True
+    """
+
+    def __init__(
+        self,
+        entries: dict[str, Entry],
+        n_layers: Mapping[str, int],
+        masks: Callable[[str], Bool[Tensor, "batch pos"]] | None = None,
+        model: Any = None,
+        has_batch_dim: bool = True,
+        query_positions: Int[Tensor, "batch query"] | None = None,
+        key_positions: Int[Tensor, "batch key"] | None = None,
+    ) -> None:
+        self._entries = entries
+        self._n_layers = dict(n_layers)
+        self._masks = masks
+        self.model = model
+        self.has_batch_dim = has_batch_dim
+        #: positions of the rows that patterns hold, where a run kept only some; -1 where a sample has fewer
+        self.query_positions = query_positions
+        #: positions of the columns that patterns hold, where a run kept only some
+        self.key_positions = key_positions
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def name_of(self, key: Any) -> str:
+        """The hook name that a key means, whether or not the cache holds it."""
+        if isinstance(key, str) and key in self._entries:
+            return key
+        return full_name(key, self._n_layers)
+
+    def entry(self, key: Any) -> Entry:
+        """What the cache holds under a key: a tensor, or the recipe of one."""
+        name = self.name_of(key)
+        if name not in self._entries:
+            raise missing(name, self._entries, key)
+        return self._entries[name]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        value = value_of(self.entry(key))
+        if not self.has_batch_dim and isinstance(self.entry(key), LazyPattern) and value.shape[0] == 1:
+            return value[0]
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return self.name_of(key) in self._entries
+        except HookNameError:
+            return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keys(self) -> KeysView[str]:
+        """The hook names held, in the order of the forward pass."""
+        return self._entries.keys()
+
+    def values(self) -> ValuesView[Tensor]:
+        """The activations; patterns are computed one by one as they are reached."""
+        return ValuesView(self)
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Names and activations; patterns are computed one by one as they are reached."""
+        return ItemsView(self)
+
+    def __repr__(self) -> str:
+        return describe(self._entries, self.nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, each storage counted once."""
+        storages = {
+            s.data_ptr(): s.nbytes() for e in self._entries.values() for t in parts_of(e) for s in [t.untyped_storage()]
+        }
+        return sum(storages.values())
+
+    # -- patterns --------------------------------------------------------------------------------------------------
+
+    def pattern(
+        self,
+        layer: int,
+        queries: Positions | None = None,
+        keys: Positions | None = None,
+        heads: int | Sequence[int] | None = None,
+        tower: str = "text",
+        scores: bool = False,
+    ) -> Float[Tensor, "batch head query key"]:
+        """Some rows, columns and heads of one layer's attention pattern, in float32.
+
+        Args:
+            layer: The block.
+            queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a mask, indices, an index, a slice.
+            keys: Columns, given in the same ways; the softmax is over all keys whatever is asked for.
+            heads: One head or several.
+            tower: "text" or "vision".
+            scores: Give masked scores before the softmax instead.
+
+        Raises:
+            HookNameError: when the run kept no pattern of that layer.
+            LayoutError: for a token kind without a layout, or positions that are not there.
+        """
+        name = "attn_scores" if scores else "pattern"
+        key = (name, layer) if tower == "text" else (tower, name, layer)
+        entry = self.entry(key)
+        chosen = None if heads is None else ([heads] if isinstance(heads, int) else list(heads))
+        rows = None if queries is None else self._places(queries, entry, 2, self.query_positions)
+        columns = None if keys is None else self._places(keys, entry, 3, self.key_positions)
+        if isinstance(entry, LazyPattern):
+            if columns is not None and entry.columns is not None:
+                columns = torch.where(columns >= 0, entry.columns.cpu().gather(1, columns.clamp(min=0)), -1)
+            return entry.rows(rows, columns, chosen)
+        value = value_of(entry)
+        value = value if rows is None else take(value, rows.to(value.device), dim=2)
+        value = value if columns is None else take(value, columns.to(value.device), dim=3)
+        return value if chosen is None else value[:, chosen]
+
+    def _places(self, wanted: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
+        """Positions of the sequence as places along an axis of which only the positions in `kept` are there."""
+        batch, length = entry.shape[0], entry.shape[axis]
+        if kept is None:
+            return self.positions(wanted, batch, length)
+        full = self.positions(wanted, batch, int(kept.max()) + 1 if isinstance(wanted, slice) else None)
+        match = full[:, :, None] == kept.cpu()[:, None, :]
+        if bool((~match.any(-1) & (full >= 0)).any()):
+            raise LayoutError(
+                f"{wanted!r} reaches positions that this run did not keep; it was made with `queries=` or `keys=` that leave them out."
+            )
+        return torch.where(full >= 0, match.int().argmax(-1), -1)
+
+    def positions(self, wanted: Positions, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
+        """Any way of naming positions as indices `[batch n]`, -1 where a sample has fewer than the others."""
+        return positions(wanted, batch, length, self._masks)
+
+    # -- moving and slicing ----------------------------------------------------------------------------------------
+
+    def _like(self, entries: dict[str, Entry], **changes: Any) -> "ActivationCache":
+        settings: dict[str, Any] = {
+            "masks": self._masks,
+            "model": self.model,
+            "has_batch_dim": self.has_batch_dim,
+            "query_positions": self.query_positions,
+            "key_positions": self.key_positions,
+        }
+        return ActivationCache(entries, self._n_layers, **{**settings, **changes})
+
+    def to(self, device: torch.device | str) -> "ActivationCache":
+        """The same cache with its tensors on another device; patterns are then computed there."""
+        return self._like({n: e.to(device) if isinstance(e, Tensor | LazyPattern) else value_of(e).to(device) for n, e in self._entries.items()})
+
+    def sample(self, index: int | slice) -> "ActivationCache":
+        """The activations of one sample of a batch, or of some; the batch axis stays.
+
+        Only what belongs to a sample can be sliced: vision and projector activations are packed over the images of the
+        whole batch and are left out.
+
+        Raises:
+            HookValueError: when the batch axis is gone, or has no such sample.
+        """
+        if not self.has_batch_dim:
+            raise HookValueError("This cache has no batch axis any more: slice it before `remove_batch_dim`.")
+        text = {n: e for n, e in self._entries.items() if not n.startswith(("vision.", "projector."))}
+        batch = max((e.shape[0] for e in text.values()), default=0)
+        choice = index if isinstance(index, slice) else slice(index, index + 1 if index != -1 else None)
+        if not range(batch)[choice]:
+            raise HookValueError(f"No sample {index} in a batch of {batch}.")
+        entries: dict[str, Entry] = {
+            n: e.samples(choice) if isinstance(e, LazyPattern) else value_of(e)[choice] for n, e in text.items()
+        }
+        masks = self._masks
+
+        def sliced(name: str) -> Tensor:
+            assert masks is not None
+            return masks(name)[choice]
+
+        return self._like(
+            entries,
+            masks=None if masks is None else sliced,
+            query_positions=None if self.query_positions is None else self.query_positions[choice],
+            key_positions=None if self.key_positions is None else self.key_positions[choice],
+        )
+
+    def apply_slice_to_batch_dim(self, batch_slice: int | slice) -> "ActivationCache":
+        """TransformerLens's name for `sample`."""
+        return self.sample(batch_slice)
+
+    def remove_batch_dim(self) -> "ActivationCache":
+        """The same cache without its batch axis.
+
+        Raises:
+            HookValueError: when the batch holds more than one sample.
+        """
+        if not self.has_batch_dim:
+            return self
+        text = {n: e for n, e in self._entries.items() if not n.startswith(("vision.", "projector."))}
+        if any(e.shape[0] != 1 for e in text.values()):
+            raise HookValueError("remove_batch_dim needs a batch of one; use `cache.sample(i)` first.")
+        entries: dict[str, Entry] = {}
+        for name, entry in self._entries.items():
+            if isinstance(entry, LazyPattern):
+                entries[name] = entry
+            else:
+                value = value_of(entry)
+                entries[name] = value[0] if value.shape[0] == 1 else value
+        return self._like(entries, has_batch_dim=False)
+
+    # -- files -----------------------------------------------------------------------------------------------------
+
+    def save(self, path: Any) -> None:
+        """Write the cache to a safetensors file; q, k and the mask of patterns are written, not the patterns."""
+        from hooked_mllm.cache.files import save
+
+        save(self, path)
+
+    @classmethod
+    def load(cls, path: Any, model: Any = None) -> "ActivationCache":
+        """Read a cache that `save` wrote.
+
+        Args:
+            path: The file.
+            model: The model that ran, for the residual-stream tools.
+
+        Raises:
+            CacheFileError: for a file that is corrupt, pickled, or something else.
+        """
+        from hooked_mllm.cache.files import load
+
+        return load(path, model)
+
+
+def positions(
+    wanted: Positions, batch: int, length: int | None, masks: Callable[[str], Tensor] | None
+) -> Int[Tensor, "batch n"]:
+    """Any way of naming positions as indices `[batch n]`, -1 where a sample has fewer than the others.
+
+    Raises:
+        LayoutError: for a token kind where there is no layout, a mask of another shape, or an index out of range.
+    """
+    if isinstance(wanted, str):
+        if masks is None:
+            raise LayoutError(
+                f"{wanted!r} names a kind of token, but these inputs carry no token layout. Use `model.prepare`, or give "
+                "positions as indices."
+            )
+        wanted = masks(wanted)
+    if isinstance(wanted, Tensor) and wanted.dtype == torch.bool:
+        mask = wanted.cpu().expand(batch, -1) if wanted.dim() == 1 else wanted.cpu()
+        if mask.shape[0] != batch or (length is not None and mask.shape[1] != length):
+            raise LayoutError(f"A mask of positions must be [{batch}, {length}]; got {tuple(mask.shape)}.")
+        counts = mask.sum(1)
+        order = (~mask).int().argsort(dim=1, stable=True)[:, : int(counts.max())]
+        return torch.where(torch.arange(order.shape[1]) < counts[:, None], order, -1)
+    if isinstance(wanted, slice):
+        if length is None:
+            raise LayoutError("A slice of positions needs a known length.")
+        index = torch.arange(length)[wanted]
+    elif isinstance(wanted, int):
+        index = torch.tensor([wanted])
+    else:
+        index = torch.as_tensor(wanted).cpu().long()
+    if index.dim() == 1:
+        index = index.expand(batch, -1)
+    if length is not None:
+        if bool(((index < -length) | (index >= length)).any()):
+            raise LayoutError(f"Positions {wanted!r} reach outside a sequence of {length} tokens.")
+        index = torch.where(index < 0, index + length, index)
+    return index

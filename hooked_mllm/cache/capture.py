@@ -1,0 +1,231 @@
+"""Fills caches during a forward pass or a generation: what to keep, in what form, and nothing more."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_mllm.attention.engine import AttentionCall, AttentionSite
+from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
+from hooked_mllm.hooks.point import Handle, HookPoint
+from hooked_mllm.wiring.model import Wiring
+
+Index = Tensor  # Int["batch pos"], -1 where a sample has fewer
+
+
+@dataclass
+class CaptureOptions:
+    """What `run_with_cache` was asked to keep.
+
+    Attributes:
+        points: Hook points to cache.
+        gradients: Hook points whose gradients to cache.
+        device: Where the cached tensors go.
+        positions: Positions to keep of everything in the language model that has a position axis.
+        queries: Rows of patterns and scores to keep; `keys`: their columns.
+        growing: Whether each step's keys extend those of the step before (a plain generation).
+        copy: Whether activations may be edited in place after they are seen, and must be copied.
+        packed_vision: Whether vision activations of several tower calls are joined along positions.
+    """
+
+    points: list[HookPoint]
+    gradients: list[HookPoint]
+    device: torch.device | str | None = None
+    positions: Index | None = None
+    queries: Index | None = None
+    keys: Index | None = None
+    growing: bool = False
+    copy: bool = False
+    packed_vision: bool = False
+
+
+class Capture:
+    """Collects activations, one dictionary of entries for each step of the run."""
+
+    def __init__(self, wiring: Wiring, options: CaptureOptions) -> None:
+        self.wiring, self.options = wiring, options
+        self.steps: dict[int, dict[str, list[Entry]]] = {}
+        self.gradients: dict[str, list[Tensor]] = {}
+        self._handles: list[tuple[HookPoint, Handle]] = []
+        self._taps: list[tuple[AttentionSite, Callable[[AttentionCall], None]]] = []
+        self._growing: dict[int, GrowingKeys] = {}
+
+    # -- hanging hooks ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Capture":
+        try:
+            self._attach()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for point, handle in self._handles:
+            point.remove(handle)
+        for site, tap in self._taps:
+            site.remove_tap(tap)
+        self._handles, self._taps = [], []
+
+    def _attach(self) -> None:
+        wanted = {p.name for p in self.options.points}
+        for tower, sites in (("text", self.wiring.text), ("vision", self.wiring.vision)):
+            for site in sites:
+                self._attach_attention(site, wanted, tower)
+        for point in self.options.points:
+            if point.name in wanted:
+                self._hang(point, self._keep)
+        for point in self.options.gradients:
+            self._handles.append((point, point.add_hook(self._keep_gradient, "bwd")))
+
+    def _hang(self, point: HookPoint, fn: Callable[..., None]) -> None:
+        self._handles.append((point, point.add_hook(fn, reads_only=True)))
+
+    def _attach_attention(self, site: AttentionSite, wanted: set[str], tower: str) -> None:
+        """Patterns, scores, keys of a generation and head results: by looking, not by asking the model for them."""
+        points = site.points
+        z, scores, pattern, rot_k = (points[n] for n in ("z", "attn_scores", "pattern", "rot_k"))
+        result = z.name.replace("hook_z", "hook_result")
+        lazy: list[tuple[str, bool]] = []
+        if scores.may_edit or pattern.may_edit:
+            # Somebody edits them: keep what the edits made of them.
+            for point in (scores, pattern):
+                if point.name in wanted:
+                    wanted.discard(point.name)
+                    self._hang(point, self._keep_rows)
+        else:
+            lazy = [(p.name, p is scores) for p in (scores, pattern) if p.name in wanted]
+            wanted.difference_update(name for name, _ in lazy)
+        grow_k = self.options.growing and tower == "text" and not rot_k.may_edit
+        keep_k = grow_k and rot_k.name in wanted
+        if keep_k:
+            wanted.discard(rot_k.name)
+        if lazy or keep_k:
+
+            def tap(call: AttentionCall) -> None:
+                self._tap(call, lazy, rot_k.name if keep_k else None, grow_k)
+
+            self._taps.append((site, tap))
+            site.add_tap(tap)
+        if result in wanted and not self.wiring.registry[result].may_edit:
+            wanted.discard(result)
+            o_proj = self.wiring.output_projection(site)
+
+            def keep_result(z: Tensor, *, hook: HookPoint) -> None:
+                self._store(result, LazyResult(self._moved(self._sliced(z, hook)), o_proj))
+
+            self._hang(z, keep_result)
+
+    # -- keeping ---------------------------------------------------------------------------------------------------
+
+    def _store(self, name: str, entry: Entry) -> None:
+        step = self.wiring.registry.clock.step
+        self.steps.setdefault(step, {}).setdefault(name, []).append(entry)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        x = x.detach()
+        if self.options.device is not None and x.device != torch.device(self.options.device):
+            return x.to(self.options.device)
+        return x.clone() if self.options.copy else x
+
+    def _sliced(self, x: Tensor, hook: HookPoint) -> Tensor:
+        index = self.options.positions
+        if index is None or hook.tower != "text" or x.dim() < 3 or hook.step > 0:
+            return x
+        if hook.name == "hook_logits" and x.shape[1] < int(index.max()) + 1:
+            return x
+        return take(x, index.to(x.device), dim=1)
+
+    def _keep(self, x: Tensor, *, hook: HookPoint) -> None:
+        self._store(hook.name, self._moved(self._sliced(x, hook)))
+
+    def _keep_gradient(self, x: Tensor, *, hook: HookPoint) -> None:
+        self.gradients.setdefault(hook.name + "_grad", []).append(self._moved(self._sliced(x, hook)))
+
+    def _keep_rows(self, x: Tensor, *, hook: HookPoint) -> None:
+        queries, keys = self._rows_wanted(hook.tower, hook.step)
+        if queries is not None:
+            x = take(x, queries.to(x.device), dim=2)
+        if keys is not None:
+            x = take(x, keys.to(x.device), dim=3)
+        self._store(hook.name, self._moved(x.float()))
+
+    def _rows_wanted(self, tower: str, step: int) -> tuple[Index | None, Index | None]:
+        if tower != "text":
+            return None, None
+        queries = self.options.queries if self.options.queries is not None else self.options.positions
+        return (queries if step == 0 else None), self.options.keys
+
+    def _tap(self, call: AttentionCall, lazy: list[tuple[str, bool]], rot_k: str | None, grow: bool) -> None:
+        step = self.wiring.registry.clock.step
+        k: Tensor | GrowingKeys
+        if grow:
+            k = self._grow(call)
+            if rot_k is not None:
+                self._store(rot_k, LazyKeys(k, call.k.shape[2]))
+        else:
+            k = call.k.detach().clone() if self.options.copy else self._moved(call.k)
+        if not lazy:
+            return
+        queries, keys = self._rows_wanted(call.tower, step)
+        q = call.q if queries is None else take(call.q, queries.to(call.q.device), dim=2)
+        q = self._moved(q)
+        mask = call.mask if self.options.device is None else call.mask.to(self.options.device)
+        for name, scores in lazy:
+            entry = LazyPattern(q, k, mask, call.scale, name, scores, index=_to(queries, q), columns=_to(keys, q))
+            self._store(name, value_of(entry) if keys is not None and queries is not None else entry)
+
+    def _grow(self, call: AttentionCall) -> GrowingKeys:
+        keys = self._growing.setdefault(call.layer, GrowingKeys())
+        new = call.k.shape[2] - keys.length
+        if new > 0:
+            keys.append(self._moved(call.k[:, :, -new:]))
+        return keys
+
+    # -- the result ------------------------------------------------------------------------------------------------
+
+    def entries(self, step: int) -> dict[str, Entry]:
+        """The entries of one step, in the order in which they were met; those of several tower calls joined."""
+        kept = self.steps.get(step, {})
+        order = {name: place for place, name in enumerate(self.wiring.registry.hook_dict)}
+        names = sorted(kept, key=lambda name: order[name])
+        return {name: self._joined(kept[name]) for name in names}
+
+    def gradient_entries(self) -> dict[str, Entry]:
+        """The gradients, in the order in which the backward pass met them."""
+        return {name: self._joined(list(parts)) for name, parts in self.gradients.items()}
+
+    def _joined(self, parts: list[Entry]) -> Entry:
+        if len(parts) == 1:
+            return parts[0]
+        if all(isinstance(p, LazyPattern) for p in parts):
+            return _join_patterns(parts, self.options.packed_vision)  # type: ignore[arg-type]
+        tensors = [value_of(p) for p in parts]
+        return torch.cat(tensors, dim=1 if self.options.packed_vision else 0)
+
+
+def _join_patterns(parts: list[LazyPattern], packed: bool) -> LazyPattern:
+    first = parts[0]
+    dim = 2 if packed else 0
+    q, k = torch.cat([p.q for p in parts], dim), torch.cat([p.keys() for p in parts], dim)
+    if packed:
+        segments = tuple(s for p in parts for s in (p.mask.segments or ()))
+        mask = first.mask.resized(batch=1, length=q.shape[2], segments=segments)
+    else:
+        mask = first.mask.resized(batch=q.shape[0], length=q.shape[2])
+    return LazyPattern(q, k, mask, first.scale, first.name, first.scores)
+
+
+def take(x: Tensor, index: Index, dim: int) -> Tensor:
+    """`x` at `index` `[batch n]` along `dim`, as a copy; zeros where the index is -1."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    index = index.view(shape)
+    out = torch.take_along_dim(x, index.clamp(min=0), dim=dim)
+    return out.masked_fill_(index < 0, 0) if bool((index < 0).any()) else out
+
+
+def _to(index: Index | None, like: Tensor) -> Index | None:
+    return None if index is None else index.to(like.device)

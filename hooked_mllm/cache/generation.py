@@ -1,0 +1,100 @@
+"""The caches of a generation: one for the prefill, one for each decoding step, and the two read as one sequence."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_mllm.cache.activation_cache import ActivationCache
+from hooked_mllm.cache.describe import human_bytes
+from hooked_mllm.cache.lazy import LazyPattern, parts_of, value_of
+from hooked_mllm.errors import HookValueError
+
+
+class GenerationCache:
+    """Activations of every step of a generation.
+
+    `cache.steps[0]` is the prefill, `cache.steps[n]` the n-th decoding step; each is an ActivationCache. Read whole,
+    `cache["z", 3]` joins the steps along positions, and `cache["pattern", 3]` puts their rows under one another (the last
+    token generated was never an input, so it has no row).
+
+    Args:
+        steps: The caches, prefill first.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> tokens, cache = model.run_with_cache(sample, names_filter="*hook_z", generate={"max_new_tokens": 2})
+        >>> len(cache.steps), cache["z", 0].shape[1] == len(sample) + 1
+        (2, True)
+    """
+
+    def __init__(self, steps: list[ActivationCache]) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[ActivationCache]:
+        return iter(self.steps)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.steps[0]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        first = self.steps[0].entry(key)
+        name = self.steps[0].name_of(key)
+        parts = [s.entry(key) for s in self.steps if key in s]
+        if isinstance(first, LazyPattern) or name.endswith(("hook_pattern", "hook_attn_scores")):
+            rows = [value_of(p) for p in parts]
+            width = max(r.shape[-1] for r in rows)
+            fill = float("-inf") if name.endswith("scores") else 0.0
+            return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[-1]), value=fill) for r in rows], dim=2)
+        if name.endswith("hook_rot_k"):
+            return value_of(parts[-1])  # each step's keys hold those of the steps before
+        if len(parts) == 1:
+            return value_of(first)
+        return torch.cat([value_of(p) for p in parts], dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held over all steps, each storage counted once."""
+        storages = {
+            s.data_ptr(): s.nbytes()
+            for step in self.steps
+            for entry in step._entries.values()
+            for t in parts_of(entry)
+            for s in [t.untyped_storage()]
+        }
+        return sum(storages.values())
+
+    def __repr__(self) -> str:
+        lines = repr(self.steps[0]).splitlines()
+        return "\n".join(
+            [f"GenerationCache: prefill and {len(self.steps) - 1} decoding steps, {human_bytes(self.nbytes)}", "prefill:", *lines]
+        )
+
+    def save(self, folder: Any) -> None:
+        """Write each step to its own file in `folder`."""
+        from pathlib import Path
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, step in enumerate(self.steps):
+            step.save(folder / f"step_{number:05d}.safetensors")
+
+    @classmethod
+    def load(cls, folder: Any, model: Any = None) -> "GenerationCache":
+        """Read what `save` wrote.
+
+        Raises:
+            HookValueError: when the folder holds no step.
+        """
+        from pathlib import Path
+
+        files = sorted(Path(folder).glob("step_*.safetensors"))
+        if not files:
+            raise HookValueError(f"No generation cache in {folder}: expected files step_00000.safetensors, ...")
+        return cls([ActivationCache.load(file, model) for file in files])

@@ -1,0 +1,77 @@
+"""What a model verifies of itself when it is wrapped: that every hook point is where its name says."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hooked_mllm.errors import HookedMLLMError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+
+def _fail(model: "HookedMLLM", what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{model.cfg.model_class} failed its check on loading: {what}. This version of transformers may run the model in "
+        "another way than this package knows; `check=False` loads it all the same."
+    )
+
+
+def probe(model: "HookedMLLM") -> tuple[dict[str, Any], Any]:
+    """A small input: an image and a question where there is a processor, a few tokens otherwise."""
+    if model.processor is None:
+        tokens = torch.arange(8, device=model.device)[None] % model.cfg.d_vocab
+        visual = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=model.device)
+        tokens = tokens.masked_fill(torch.isin(tokens, visual), 0)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, None
+    gradient = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    sample = model.prepare("What is this?", images=gradient)
+    return sample.inputs, sample
+
+
+@torch.no_grad()
+def self_check(model: "HookedMLLM") -> None:
+    """Verify the wiring; see `HookedMLLM.check`."""
+    if model.registry.list_hooks():
+        raise UnsupportedModelError("`check` compares with the plain model: call `reset_hooks` first.")
+    try:
+        inputs, sample = probe(model)
+    except HookedMLLMError as error:
+        raise _fail(model, f"a sample could not be prepared ({error})") from error
+    plain = model(inputs)
+    hooked, cache = model.run_with_cache(inputs)
+    if not torch.equal(plain, hooked):
+        difference = (plain.float() - hooked.float()).abs().max().item()
+        raise _fail(model, f"hooked logits differ from plain ones by up to {difference:.3g}")
+    expected = [n for n in model.hook_dict if sample is not None or not n.startswith(("vision.", "projector."))]
+    silent = [n for n in expected if n not in cache and not (sample is None and n.endswith("hook_deepstack"))]
+    if silent:
+        raise _fail(model, f"these hook points never fired: {', '.join(silent[:5])}")
+    layers = [("text", layer) for layer in {0, model.cfg.n_layers - 1}]
+    layers += [("vision", 0)] if sample is not None else []
+    for tower, layer in layers:
+        pattern = cache.pattern(layer, tower=tower)
+        if not torch.allclose(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-4):
+            raise _fail(model, f"the attention patterns of {tower} layer {layer} do not sum to one")
+        z, rebuilt = _z_both_ways(cache, pattern, tower, layer)
+        if not torch.allclose(z, rebuilt, atol=_tolerance(model.dtype) * float(z.abs().max())):
+            raise _fail(model, f"the pattern of {tower} layer {layer} times v is not that layer's z")
+    if sample is not None:
+        counted = int(sample.mask("visual").sum())
+        ids = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=sample.inputs["input_ids"].device)
+        held = int(torch.isin(sample.inputs["input_ids"], ids).sum())
+        if counted != held:
+            raise _fail(model, f"the layout counts {counted} visual tokens, the model {held}")
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return {torch.float32: 1e-4, torch.float64: 1e-6}.get(dtype, 3e-2)
+
+
+def _z_both_ways(cache: Any, pattern: Tensor, tower: str, layer: int) -> tuple[Tensor, Tensor]:
+    prefix = () if tower == "text" else (tower,)
+    z, v = (cache[(*prefix, name, layer)].float() for name in ("z", "v"))
+    v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
+    return z, torch.einsum("bhqk,bkhd->bqhd", pattern, v)

@@ -1,0 +1,225 @@
+"""`model.measure`: one forward pass a sample, without logits; attention rows shared among the metrics, layers in groups."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_mllm.attention.engine import AttentionCall
+from hooked_mllm.attention.protocol import Metric
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import CacheFileError, InputError
+from hooked_mllm.heads import HeadScores
+from hooked_mllm.inputs import ModelInput, ResolvedInput
+from hooked_mllm.sample import Sample, SampleBatch
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+#: q and k of this many bytes are held back before their rows are computed together
+GROUP_BYTES = 1 << 29
+FORMAT = "hooked_mllm.measure/1"
+
+
+class _Collector:
+    """Holds back q and k of consecutive layers and hands them to the metrics as one view."""
+
+    def __init__(self, metrics: Sequence[Metric], n_layers: int, inputs: ResolvedInput, group_bytes: int) -> None:
+        self.metrics, self.n_layers, self.inputs, self.group_bytes = metrics, n_layers, inputs, group_bytes
+        self.held: list[AttentionCall] = []
+        self.views: list[AttentionView] = []
+        self._bytes = 0
+
+    def __call__(self, call: AttentionCall) -> None:
+        if self.held and self.held[0].q.device != call.q.device:
+            self.flush()
+        self.held.append(call)
+        self._bytes += call.q.nbytes + call.k.nbytes
+        if self._bytes >= self.group_bytes or call.layer == self.n_layers - 1:
+            self.flush()
+
+    def flush(self) -> None:
+        calls, self.held, self._bytes = self.held, [], 0
+        view = AttentionView(
+            [c.layer for c in calls],
+            [c.q.detach() for c in calls],
+            [c.k.detach() for c in calls],
+            [c.mask for c in calls],
+            [c.scale for c in calls],
+            self.inputs.masks,
+            self.n_layers,
+        )
+        for metric in self.metrics:
+            metric.update(view=view)
+        view.release()
+        self.views.append(view)
+
+
+class _Checkpoint:
+    """A measurement's state on disk: what the metrics hold, and which samples are in it."""
+
+    def __init__(self, path: str | Path | None, metrics: Sequence[Metric]) -> None:
+        self.path = None if path is None else Path(path)
+        self.metrics = metrics
+        self.done: list[str] = []
+
+    def load(self, device: torch.device | str | None) -> None:
+        if self.path is None or not self.path.is_file():
+            return
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                header = json.loads((file.metadata() or {})["hooked_mllm"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            if header["format"] != FORMAT:
+                raise CacheFileError(f"{self.path} holds {header['format']!r}, expected {FORMAT!r}.")
+            settings = header["metrics"]
+        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+            raise CacheFileError(f"{self.path} is not a checkpoint of `measure` ({error!r}).") from error
+        if settings != [repr(m) for m in self.metrics]:
+            raise CacheFileError(
+                f"{self.path} was made with {', '.join(settings)}; this run measures "
+                f"{', '.join(map(repr, self.metrics))}. Use another file, or the same metrics."
+            )
+        for number, metric in enumerate(self.metrics):
+            prefix = f"{number}/"
+            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            metric.load_state_dict(state)  # type: ignore[attr-defined]
+        self.done = header["done"]
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for number, metric in enumerate(self.metrics):
+            for name, value in metric.state_dict().items():  # type: ignore[attr-defined]
+                tensors[f"{number}/{name}"] = value.detach().cpu().contiguous().clone()
+        header = {"format": FORMAT, "metrics": [repr(m) for m in self.metrics], "done": self.done}
+        temporary = self.path.with_name(self.path.name + ".partial")
+        try:
+            save_file(tensors, str(temporary), metadata={"hooked_mllm": json.dumps(header)})
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def fingerprint(inputs: ModelInput) -> str:
+    """A short name for what a sample asks: its tokens, target and pixels' sizes."""
+    digest = hashlib.sha256()
+    tensors = inputs.inputs if isinstance(inputs, Sample | SampleBatch) else inputs
+    for name in sorted(tensors):
+        value = tensors[name]
+        if isinstance(value, Tensor):
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            if not value.is_floating_point():
+                digest.update(value.cpu().numpy().tobytes())
+    if isinstance(inputs, Sample) and inputs.target_mask is not None:
+        digest.update(inputs.target_mask.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _each(samples: ModelInput | Iterable[ModelInput]) -> Iterator[ModelInput]:
+    if isinstance(samples, Sample | SampleBatch | Mapping):
+        yield samples
+    else:
+        yield from samples
+
+
+def measure(
+    model: "HookedMLLM",
+    samples: ModelInput | Iterable[ModelInput],
+    metrics: Metric | Sequence[Metric],
+    *,
+    checkpoint: str | Path | None = None,
+    save_every: int = 20,
+    progress: bool = True,
+    group_bytes: int = GROUP_BYTES,
+) -> Any:
+    """Score attention heads over samples; see `HookedMLLM.measure`."""
+    several = not isinstance(metrics, Metric)
+    chosen: list[Metric] = list(metrics) if several else [metrics]  # type: ignore[arg-type,list-item]
+    if not chosen or not all(isinstance(m, Metric) for m in chosen):
+        raise InputError(
+            f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of your "
+            "own subclasses metrics.HeadMetric."
+        )
+    for metric in chosen:
+        metric.setup(model.info)
+    state = _Checkpoint(checkpoint, chosen)
+    state.load(model.device)
+    skip, ids, templates = list(state.done), [], set()
+    total = len(samples) if hasattr(samples, "__len__") and not isinstance(samples, Sample | SampleBatch | Mapping) else None  # type: ignore[arg-type]
+    pending: list[AttentionView] = []
+    bar = tqdm(total=total, desc="measuring heads", unit="sample", disable=not progress)
+    try:
+        for number, source in enumerate(_each(samples)):
+            name = fingerprint(source) if checkpoint is not None else ""
+            inputs = model.resolve(source)
+            ids += [i for i in inputs.ids if i is not None]
+            templates |= {s.template for s in (source,) if isinstance(s, Sample) and s.template}
+            if number < len(skip):
+                if skip[number] != name:
+                    raise CacheFileError(
+                        f"{checkpoint} has sample {number} with other contents than this run: it is the checkpoint of another "
+                        "data set or order."
+                    )
+                bar.update()
+                continue
+            views = _one(model, inputs, chosen, group_bytes)
+            _check(pending)  # one sample late, so that the device is never waited for in between
+            pending = views
+            state.done.append(name)
+            bar.update()
+            if checkpoint is not None and (number + 1) % save_every == 0:
+                _check(pending)
+                state.save()
+        _check(pending)
+    except KeyboardInterrupt:
+        state.save()
+        raise
+    finally:
+        bar.close()
+    if not state.done:
+        raise InputError("There is no sample to measure: `samples` is empty.")
+    state.save()
+    results = [metric.compute() for metric in chosen]
+    for result in results:
+        if isinstance(result, HeadScores):
+            facts = {"sample_ids": ids, "templates": sorted(templates)}
+            result.provenance.update({k: v for k, v in facts.items() if v})
+    return results if several else results[0]
+
+
+def _check(views: list[AttentionView]) -> None:
+    for view in views:
+        view.check()
+    views.clear()
+
+
+def _one(
+    model: "HookedMLLM", inputs: ResolvedInput, metrics: Sequence[Metric], group_bytes: int
+) -> list[AttentionView]:
+    """One forward pass of the language model, no logits, the metrics fed layer by layer."""
+    collector = _Collector(metrics, model.cfg.n_layers, inputs, group_bytes)
+    sites = model.wiring.text
+    taken = []
+    try:
+        for site in sites:
+            site.add_tap(collector)
+            taken.append(site)
+        with torch.no_grad():
+            model.run_trunk(inputs)
+    except BaseException:
+        for metric in metrics:
+            metric.setup(model.info)  # drops the half-measured sample
+        raise
+    finally:
+        for site in taken:
+            site.remove_tap(collector)
+    return collector.views

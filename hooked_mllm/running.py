@@ -1,0 +1,104 @@
+"""How the transformers model is run: whole, without logits, up to a block, or step by step in a generation."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hooked_mllm.errors import HookNameError, InputError, NumericsError
+from hooked_mllm.families.base import Family
+from hooked_mllm.hooks.point import Clock
+from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.sample import Sample, SampleBatch
+
+
+class StopForwardError(Exception):
+    """Carries the residual stream out of a forward pass that is to go no further."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__("stopped")
+        self.residual = residual
+
+
+def stop_module(model: nn.Module, family: Family, layer: int) -> nn.Module:
+    """The module whose input is the residual stream entering block `layer`.
+
+    Raises:
+        HookNameError: for a layer that the model lacks.
+    """
+    blocks = model.get_submodule(family.text.blocks)
+    count = len(blocks)  # type: ignore[arg-type]
+    if not -count <= layer <= count:
+        raise HookNameError(f"stop_at_layer={layer} is out of range: the model has {count} blocks.")
+    layer = layer + count if layer < 0 else layer
+    return model.get_submodule(family.ln_final) if layer == count else blocks[layer]  # type: ignore[index]
+
+
+@contextmanager
+def stopping_at(module: nn.Module) -> Iterator[None]:
+    """Within it, a forward pass ends at the entrance of `module`."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise StopForwardError(args[0] if args else kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def counting_steps(model: nn.Module, clock: Clock) -> Iterator[None]:
+    """Within it, each call of the model is one step of a generation: 0 is the prefill."""
+    clock.calls = -1
+
+    def count(*_: Any) -> None:
+        clock.calls += 1
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+        clock.calls = 0
+
+
+def labels_of(inputs: ResolvedInput) -> Tensor:
+    """The labels of a loss over the answer's tokens: token ids where an answer stands, -100 elsewhere.
+
+    Raises:
+        InputError: when there is neither an answer nor `labels`.
+    """
+    labels = inputs.tensors.get("labels")
+    if labels is not None:
+        return labels
+    if not isinstance(inputs.source, Sample | SampleBatch):
+        raise InputError("A loss needs `labels` among the model inputs, or a sample prepared with `answer=`.")
+    tokens = inputs.tensors["input_ids"]
+    answer = inputs.masks("answer").to(tokens.device)
+    return tokens.masked_fill(~answer, -100)
+
+
+def check_generation(inputs: ResolvedInput) -> None:
+    """Refuse padding on the right, after which a generation goes on from nothing."""
+    attention = inputs.tensors.get("attention_mask")
+    if attention is not None and attention.dim() == 2 and bool((attention[:, -1] == 0).any()):
+        raise InputError(
+            "This batch is padded on the right, so that a generation would go on after padding. Prepare it with "
+            "padding_side='left'."
+        )
+
+
+def check_half(logits: Tensor) -> None:
+    """Refuse float16 logits that overflowed.
+
+    Raises:
+        NumericsError: when the last position's logits are not finite; an overflow anywhere before reaches it.
+    """
+    if logits.dtype == torch.float16 and not bool(torch.isfinite(logits[:, -1]).all()):
+        raise NumericsError(
+            "The model overflowed in float16: its logits are not finite. Load it with dtype='bfloat16' or 'float32'."
+        )
