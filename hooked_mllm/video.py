@@ -11,7 +11,6 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from hooked_mllm.decode import decode
 from hooked_mllm.errors import InputError
 from hooked_mllm.images import channels_last, load_image, to_uint8
 
@@ -136,6 +135,8 @@ def read_video(
 
     def choose(times: np.ndarray) -> np.ndarray:
         return sampled(times, fps, num_frames, max_frames)
+
+    from hooked_mllm.decode import decode  # PyAV is loaded only where a file is read
 
     frames, times, rate = decode(file, choose)
     if frames.max() <= _BLACK:
