@@ -124,11 +124,11 @@ def _attention(attention: str | Mapping[str, str]) -> str | dict[str, str]:
 def _locate(path_or_id: str | os.PathLike[str]) -> str:
     name = resolve(str(path_or_id))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"The folder {str(folder)!r} has no config.json: it is not a checkpoint.")
         return str(folder)
-    if folder.exists():
+    if folder.is_file():
         raise InputError(f"{name!r} is a file: give the folder of the checkpoint.")
     parts = name.split("/")
     if not isinstance(path_or_id, str) or name[:1] in ("/", ".", "~", "") or len(parts) != 2 or not all(parts):

@@ -12,6 +12,7 @@ from tiny import FAMILIES, tiny_config, tiny_frames, tiny_image, tiny_processor
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.prepare import Preparer
+from hooked_mllm.prompt import check_text
 
 # byte-level tokenizers write printable bytes as themselves and number the rest from U+0100
 PRINTABLE = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]
@@ -181,8 +182,14 @@ def test_text_like_a_special_token_is_refused(family, where):
 def test_an_empty_text_is_refused(family, empty):
     with pytest.raises(InputError, match="The question is empty"):
         preparer(family)(empty)
-    with pytest.raises(InputError, match="The system is empty"):
+    with pytest.raises(InputError, match="The system prompt is empty"):
         preparer(family)("What?", system=empty)
+
+
+@pytest.mark.parametrize("wrong", [None, 7, b"bytes", ["a"]])
+def test_what_is_no_text_is_refused(wrong):
+    with pytest.raises(InputError, match=f"The question is a text; got {type(wrong).__name__}"):
+        check_text("question", wrong)
 
 
 ONE = "{{- messages[-1].content[-1].text -}}"
