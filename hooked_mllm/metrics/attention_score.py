@@ -44,7 +44,7 @@ class AttentionScore(HeadMetric):
         select: With "frequency": how many heads (int), or which share of all heads (float), each sample elects.
 
     Raises:
-        InputError: for an unknown reduction or a number out of range; on `update`, if a sample lacks the tokens asked for.
+        InputError: for an unknown reduction or a number out of range; on `update`, if a sample lacks the tokens.
 
     Source: arXiv:2608.27417 (the common formula); arXiv:2606.05843 eq. 1, 22, 23.
 

@@ -1,0 +1,55 @@
+"""The row maths by itself, where the view's tests do not reach."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hooked_mllm.attention.statistics import attention_rows, attention_scores, coverage_by_rank, first_rank, top_mask
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.data())
+def test_top_mask_is_a_stable_sort(values, data):
+    k = data.draw(st.integers(1, len(values)))
+    mask = top_mask(torch.tensor([values], dtype=torch.float32), torch.tensor([k]), k)
+    want = np.argsort(-np.array(values), kind="stable")[:k]
+    assert mask[0].nonzero().flatten().tolist() == sorted(want)
+
+
+def test_top_mask_takes_a_number_of_its_own_for_each_sample():
+    values = torch.tensor([[3.0, 1.0, 2.0, 2.0]]).expand(3, -1)
+    mask = top_mask(values, torch.tensor([1, 2, 4]), 4)
+    assert mask.int().tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_are_at_least_float32_and_take_a_scale_per_layer(dtype):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, 6, 5, 16, generator=generator).to(dtype)
+    k = torch.randn(2, 3, 2, 7, 16, generator=generator).to(dtype)
+    scale = torch.tensor([0.5, 2.0])
+    scores = attention_scores(q, k, scale)
+    want = np.einsum("lbhqd,lbhkd->lbhqk", q.double().numpy(), k.double().repeat_interleave(3, dim=2).numpy())
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    np.testing.assert_allclose(scores, want * scale.numpy().reshape(2, 1, 1, 1, 1), atol=2e-5)
+
+
+def test_hidden_keys_have_no_weight_even_if_they_are_nan():
+    q, k = torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 3, 4)
+    k[..., 1, :] = torch.nan
+    visible = torch.tensor([[[[True, False, True], [True, False, False]]]])
+    rows = attention_rows(q, k, 1.0, visible)
+    assert rows[0, 0, 0].tolist() == [[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]]
+
+
+def test_coverage_counts_a_key_from_the_first_head_that_holds_it():
+    top = torch.tensor(
+        [[[[1, 0, 0, 1], [0, 1, 0, 0]]], [[[1, 1, 0, 0], [0, 0, 0, 0]]]]
+    ).bool()  # [layer batch head key]
+    ranks = torch.tensor([[2, 0], [1, 3]])
+    best = first_rank(top, ranks, 4)
+    assert best.tolist() == [[1, 0, 4, 2]]
+    target = torch.tensor([[True, True, True, False]])
+    np.testing.assert_allclose(coverage_by_rank(best, target, 4), [[0, 1 / 3, 2 / 3, 2 / 3, 2 / 3]])

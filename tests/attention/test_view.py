@@ -1,0 +1,204 @@
+"""AttentionView against attention in float64 NumPy, whatever the padding, grouping, mask, dtype and chunking."""
+
+import numpy as np
+import pytest
+import torch
+from attention_reference import random_layers
+
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import InputError, NumericsError
+
+CASES = {
+    "one-sample": {},
+    "multi-head": {"heads": 3, "kv_heads": 3},
+    "multi-query": {"heads": 6, "kv_heads": 1, "d_head": 5},
+    "left-padded": {"lengths": (23, 17, 20), "padding_side": "left"},
+    "right-padded": {"lengths": (23, 17, 20), "padding_side": "right"},
+    "sliding-window": {"window": 5, "n_layers": 4},
+    "windows-and-padding": {"window": 7, "n_layers": 3, "lengths": (19, 31), "padding_side": "left"},
+}
+# scratch memory in bytes -> everything at once, some layers, one key head, one query at a time
+BUDGETS = [1 << 30, 40_000, 4_000, 1]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_profile_is_the_mean_row(case, budget):
+    layers = random_layers(**case)
+    view = layers.view(max_bytes=budget)
+    profile = view.profile("question")
+    assert profile.dtype == torch.float32
+    np.testing.assert_allclose(profile.numpy(), layers.profile("question"), atol=2e-6)
+    view.check()
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_rows_are_the_attention_of_each_query_and_zero_where_a_sample_has_fewer(case, budget):
+    layers = random_layers(**case)
+    rows = layers.view(max_bytes=budget).rows("question").numpy()
+    for b, question in enumerate(layers.masks["question"].numpy()):
+        n = question.sum()
+        np.testing.assert_allclose(rows[:, b, :, :n], layers.attention[:, b][:, :, question], atol=2e-6)
+        assert not rows[:, b, :, n:].any()
+
+
+def test_scattered_queries_are_gathered_in_order():
+    layers = random_layers(lengths=(23, 23))
+    scattered = torch.zeros(2, 23, dtype=torch.bool)
+    scattered[0, [3, 9, 22]] = True
+    scattered[1, [11]] = True
+    rows = layers.view().rows(scattered).numpy()
+    np.testing.assert_allclose(rows[:, 0], layers.attention[:, 0][:, :, [3, 9, 22]], atol=2e-6)
+    np.testing.assert_allclose(rows[:, 1, :, 0], layers.attention[:, 1][:, :, 11], atol=2e-6)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_reduced_rows_equal_reducing_all_rows(budget):
+    layers = random_layers(lengths=(23, 18), window=6)
+    view = layers.view(max_bytes=budget)
+    entropy = lambda rows: -(rows * rows.clamp(min=1e-30).log()).sum(-1)  # noqa: E731
+    reduced = view.rows("question", reduce=entropy)
+    assert torch.allclose(reduced, entropy(view.rows("question")), atol=1e-6)
+    mean = view.average(reduced, "question").numpy()
+    for b, question in enumerate(layers.masks["question"].numpy()):
+        rows = layers.attention[:, b][:, :, question]
+        want = -(rows * np.log(np.maximum(rows, 1e-300))).sum(-1).mean(-1)
+        np.testing.assert_allclose(mean[:, b], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_q_and_k_give_float32_rows(dtype):
+    layers = random_layers(dtype=dtype, d_head=32, lengths=(37,))
+    # the reference reads the very same half-precision q and k: what is left is the error of float32 arithmetic
+    np.testing.assert_allclose(layers.view().profile("question").numpy(), layers.profile("question"), atol=3e-6)
+
+
+def test_scores_beyond_the_range_of_float16_do_not_overflow():
+    layers = random_layers(dtype=torch.float16)
+    q, k = [300 * t for t in layers.q], [300 * t for t in layers.k]
+    view = AttentionView(range(3), q, k, layers.mask, [1.0] * 3, layers.masks.__getitem__, 3)
+    sums = view.profile("question").sum(-1)
+    view.check()
+    assert torch.allclose(sums, torch.ones_like(sums), atol=1e-5)
+
+
+def test_contiguous_and_transposed_inputs_agree_exactly():
+    layers = random_layers(lengths=(23, 19))
+    q, k = ([t.contiguous() for t in tensors] for tensors in (layers.q, layers.k))
+    other = AttentionView(range(3), q, k, layers.mask, layers.scale, layers.masks.__getitem__, 3)
+    assert torch.equal(layers.view().profile("question"), other.profile("question"))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_mass_sums_the_profile_over_the_keys(case):
+    layers = random_layers(**case)
+    mass = layers.view().mass("question", "target").numpy()
+    target = layers.masks["target"].numpy()
+    want = (layers.profile("question") * target[None, :, None]).sum(-1)
+    assert mass.dtype == np.float64
+    np.testing.assert_allclose(mass, want, atol=3e-6)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 1.0])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_top_is_taken_over_the_sample_without_its_padding(case, share):
+    layers = random_layers(**case)
+    top = layers.view().top("question", share).numpy()
+    profile = layers.view().profile("question").numpy()
+    for b, padding in enumerate(layers.masks["padding"].numpy()):
+        real = np.flatnonzero(~padding)
+        k = int(np.ceil(round(share * len(real), 9)))
+        for layer, head in np.ndindex(top.shape[0], top.shape[2]):
+            order = real[np.argsort(-profile[layer, b, head, real], kind="stable")]
+            assert set(np.flatnonzero(top[layer, b, head])) == set(order[:k])
+
+
+def test_ties_go_to_the_lower_index_and_never_to_padding():
+    # all keys alike: every visible key of the one query has the same weight
+    n, masks = 12, {"padding": torch.arange(12)[None] < 3, "question": torch.arange(12)[None] == 11}
+    mask = MaskRows(1, n, n, "cpu", causal=True, padding=~masks["padding"])
+    q, k = torch.zeros(1, 2, n, 4), torch.zeros(1, 1, n, 4)
+    top = AttentionView([0], [q], [k], [mask], [1.0], masks.__getitem__, 1).top("question", 0.4)
+    assert top[0, 0].nonzero()[:, 1].tolist() == [3, 4, 5, 6] * 2  # ceil(0.4 * 9) = 4
+
+
+def test_chance_is_target_tokens_over_visible_tokens():
+    layers = random_layers(lengths=(23, 17), window=9)
+    for budget in BUDGETS:
+        chance = layers.view(max_bytes=budget).chance("question", "target").numpy()
+        for layer in range(layers.n_layers):
+            for b in range(2):
+                seen = layers.attention[layer, b, 0] > 0
+                target, question = (layers.masks[name][b].numpy() for name in ("target", "question"))
+                want = np.mean([(row & target).sum() / row.sum() for row in seen[question]])
+                assert chance[layer, b] == pytest.approx(want, abs=1e-6)
+
+
+def test_metrics_share_one_profile():
+    view = random_layers().view()
+    assert view.profile("question") is view.profile("question")
+    assert view.top("question", 0.1) is view.top("question", 0.1)
+
+
+def test_what_the_padding_holds_is_of_no_consequence():
+    layers = random_layers(lengths=(23, 15), padding_side="left")
+    want = layers.view().profile("question").clone()
+    for tensor in (*layers.q, *layers.k):
+        tensor[1, :, :8] = torch.nan  # attention over nothing gives NaN in some backends; it stays there
+    view = layers.view()
+    assert torch.equal(view.profile("question"), want)
+    view.rows("question")
+    view.check()
+
+
+@pytest.mark.parametrize("use", ["profile", "rows"])
+def test_nan_is_named_by_layer_head_and_sample(use):
+    layers = random_layers(lengths=(23, 20))
+    layers.q[2][1, 3, 20] = torch.nan  # a question token of the second sample
+    view = layers.view()
+    getattr(view, use)("question")
+    with pytest.raises(NumericsError, match=r"1 heads is not finite, first at L2H3 \(sample 1\)"):
+        view.check()
+
+
+def test_is_last_and_masks():
+    layers = random_layers()
+    assert not layers.view(range(2)).is_last
+    view = layers.view(range(1, 3))
+    assert view.is_last and view.layers == (1, 2) and view.n_keys == 23 and view.n_heads == 4
+    for name in ("question", "target", "visual", "answer", "last"):
+        assert torch.equal(getattr(view, name), layers.masks[name])
+
+
+def test_bad_input_is_refused():
+    layers = random_layers(lengths=(23, 20))
+    view = layers.view()
+    layers.masks["target"][1] = False
+    with pytest.raises(InputError, match="'target' mask is empty for sample 1"):
+        layers.view().mass("question", "target")
+    with pytest.raises(InputError, match=r"boolean of shape \[2, 23\]"):
+        view.profile(torch.ones(2, 22, dtype=torch.bool))
+    with pytest.raises(InputError, match="share of the keys"):
+        view.top("question", 0.0)
+    with pytest.raises(InputError, match=r"it returned \[3, 2, 4\]"):
+        view.rows("question", reduce=lambda rows: rows.sum((-1, -2)))
+    with pytest.raises(InputError, match="one q, k, mask and scale"):
+        AttentionView([0, 1], layers.q, layers.k, layers.mask, layers.scale, layers.masks.__getitem__, 3)
+    with pytest.raises(InputError, match="same positions"):
+        shorter = [k[:, :, 1:] for k in layers.k]
+        AttentionView(range(3), layers.q, shorter, layers.mask, layers.scale, layers.masks.__getitem__, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu_the_profile_is_that_of_float64(dtype):
+    layers = random_layers(dtype=dtype, d_head=64, lengths=(97, 64), heads=8, kv_heads=2)
+    device = torch.device("cuda")
+    q, k = ([t.to(device) for t in tensors] for tensors in (layers.q, layers.k))
+    mask = [m.to(device) for m in layers.mask]
+    view = AttentionView(range(3), q, k, mask, layers.scale, layers.masks.__getitem__, 3)
+    np.testing.assert_allclose(view.profile("question").cpu().numpy(), layers.profile("question"), atol=5e-6)
+    assert torch.equal(view.top("question", 0.1).cpu(), layers.view().top("question", 0.1))

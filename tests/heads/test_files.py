@@ -1,0 +1,92 @@
+"""Scores on disk: exact both ways, whole or absent, and never a pickle."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from hooked_mllm.errors import CacheFileError
+from hooked_mllm.heads import HeadScores
+from hooked_mllm.heads.files import write_atomically
+
+
+def sample_scores():
+    values = np.random.default_rng(0).standard_normal((3, 4)) / 3
+    provenance = {"model": "toy", "samples": ["a", "b"], "config": {"queries": "question"}, "note": "größer"}
+    return HeadScores(values, name="RAM", provenance=provenance, counts=[7, 7, 0], missing=[2])
+
+
+@pytest.mark.parametrize("suffix", ["", ".json", ".safetensors"])
+def test_what_is_loaded_is_what_was_saved(tmp_path, suffix):
+    scores = sample_scores()
+    scores.save(tmp_path / f"deep/run.v1{suffix}" if suffix else tmp_path / "deep/run.v1")
+    names = sorted(path.name for path in (tmp_path / "deep").iterdir())
+    assert names == ["run.v1.json", "run.v1.safetensors"]
+    loaded = HeadScores.load(tmp_path / f"deep/run.v1{suffix}")
+    assert loaded == scores and loaded.provenance == scores.provenance
+
+
+def test_each_file_is_whole_by_itself(tmp_path):
+    sample_scores().save(tmp_path / "scores")
+    (tmp_path / "scores.json").unlink()
+    assert HeadScores.load(tmp_path / "scores.safetensors") == sample_scores()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_pickle_is_never_loaded(tmp_path, suffix):
+    bare, zipped = tmp_path / f"bare{suffix}", tmp_path / f"zipped{suffix}"
+    bare.write_bytes(pickle.dumps({"values": [[1.0]]}))
+    torch.save({"values": torch.ones(1, 1)}, zipped)
+    for path in (bare, zipped):
+        with pytest.raises(CacheFileError, match="is a pickle, which this library never loads"):
+            HeadScores.load(path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+@pytest.mark.parametrize("keep", [0, 5, 60, -3])
+def test_a_damaged_file_is_named(tmp_path, suffix, keep):
+    sample_scores().save(tmp_path / "scores")
+    path = tmp_path / f"scores{suffix}"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CacheFileError, match="damaged"):
+        HeadScores.load(path)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    sample_scores().save(tmp_path / "scores")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    for change, message in (
+        ({"kind": "curve"}, "holds curve; expected a hooked_mllm.HeadScores"),
+        ({"name": None}, "damaged"),
+        ({"values": [[0.5]]}, "damaged"),
+        ({"values": "many"}, "damaged"),
+    ):
+        (tmp_path / "other.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(CacheFileError, match=message):
+            HeadScores.load(tmp_path / "other.json")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(CacheFileError, match="something else"):
+        HeadScores.load(tmp_path / "list.json")
+    with pytest.raises(CacheFileError, match="cannot be read"):
+        HeadScores.load(tmp_path / "absent")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "scores.json"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_provenance_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError):
+        HeadScores([[1.0]], provenance={"model": object()}).save(tmp_path / "scores")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,212 @@
+"""HeadScores: ranking, controls, comparison, arithmetic and what is refused."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from hooked_mllm.errors import HeadError, NumericsError
+from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads.counting import resolve_count, share_count
+
+
+def scores(seed=0, n_layers=6, n_heads=8, **options):
+    values = np.random.default_rng(seed).random((n_layers, n_heads))
+    return HeadScores(values, **{"name": "RAM", **options})
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 48, 0.0, 0.05, 0.5, 1.0])
+def test_top_and_bottom_follow_numpy(k):
+    s = scores()
+    n = k if isinstance(k, int) else int(np.ceil(k * 48))
+    order = np.argsort(-s.values.numpy().ravel(), kind="stable")
+    assert [layer * 8 + head for layer, head in s.top(k)] == order[:n].tolist()
+    assert [layer * 8 + head for layer, head in s.bottom(k)] == order[::-1][:n].tolist()
+
+
+def test_ties_go_to_the_lower_layer_then_head():
+    s = HeadScores([[0.5, 0.7, 0.5], [0.7, 0.5, 0.5]])
+    assert str(s.top(4)) == "L0H1, L1H0, L0H0, L0H2"
+    assert str(s.bottom(3)) == "L0H0, L0H2, L1H1"
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "want"), [(0.05, 140, 7), (0.1, 30, 3), (0.05, 1152, 58), (0.05, 1, 1), (0.0, 9, 0)]
+)
+def test_a_share_is_the_decimal_that_was_typed(share, n, want):
+    assert share_count(share, n) == want == resolve_count(share, n)
+
+
+@pytest.mark.parametrize("k", [49, -1, 1.5, -0.1, True])
+def test_more_heads_than_there_are(k):
+    with pytest.raises(HeadError, match=r"Expected a number|A float is a share"):
+        scores().top(k)
+
+
+def test_random_heads_have_the_layers_of_the_ranked_ones_and_none_of_them():
+    s = scores()
+    core = s.top(9)
+    seen = set()
+    for seed in range(20):
+        control = s.random(seed=seed, like=core)
+        assert control == s.random(seed=seed, like=core)
+        assert not control & core
+        assert Counter(layer for layer, _ in control) == Counter(layer for layer, _ in core)
+        seen.add(control)
+    assert len(seen) > 10
+
+
+def test_random_heads_by_number():
+    s = scores()
+    assert len(s.random(5, 3)) == len(s.random(0.1, 3)) == 5
+    rest = s.random(48 - 10, 1, exclude=s.top(10))
+    assert rest | s.top(10) == s.top(48)
+    assert s.random(9, seed=2, like=s.top(9)) == s.random(seed=2, like=s.top(9))
+
+
+def test_random_heads_that_do_not_exist():
+    s = scores()
+    crowded = HeadSet([(2, head) for head in range(5)], n_layers=6, n_heads=8)
+    with pytest.raises(HeadError, match="Layer 2: `like` has 5 heads there, but only 3 of 8 are left"):
+        s.random(seed=0, like=crowded)
+    assert len(s.random(seed=0, like=crowded, exclude=HeadSet(n_layers=6, n_heads=8))) == 5
+    with pytest.raises(HeadError, match="needs a number of heads"):
+        s.random()
+    with pytest.raises(HeadError, match="disagrees"):
+        s.random(3, like=s.top(4))
+    with pytest.raises(HeadError, match="only 8 are left"):
+        s.random(9, exclude=s.top(40))
+    with pytest.raises(HeadError, match="layers x heads"):
+        s.random(like=HeadSet(n_layers=1, n_heads=1))
+
+
+def test_spearman_with_ties_is_scipys():
+    rng = np.random.default_rng(3)
+    a, b = (HeadScores(rng.integers(0, 6, (6, 8)).astype(float)) for _ in range(2))
+    want = stats.spearmanr(a.values.ravel(), b.values.ravel()).statistic
+    assert a.spearman(b) == pytest.approx(want)
+    assert a.spearman(a * 3 - 1) == pytest.approx(1.0)
+    assert a.spearman(-a) == pytest.approx(-1.0)
+
+
+def test_comparisons_refuse_what_is_not_defined():
+    s = scores()
+    with pytest.raises(NumericsError, match="All scores of flat are equal"):
+        s.spearman(HeadScores(np.ones((6, 8)), name="flat"))
+    for compare in (s.spearman, lambda other: s.overlap(other, 3), lambda other: s + other):
+        with pytest.raises(HeadError, match="6 x 8 and RAM 6 x 7"):
+            compare(scores(n_heads=7))
+    with pytest.raises(HeadError, match="at least one head"):
+        s.overlap(s, 0)
+
+
+def test_overlap_is_the_share_of_common_heads():
+    a = HeadScores([[4.0, 3.0, 2.0, 1.0]])
+    b = HeadScores([[4.0, 1.0, 3.0, 2.0]])
+    assert [a.overlap(b, k) for k in (1, 2, 3, 1.0)] == [1.0, 0.5, 2 / 3, 1.0]
+
+
+def test_percentile_mask_interpolates_linearly():
+    s = scores()
+    threshold = np.percentile(s.values.numpy(), 95)
+    assert np.array_equal(s.percentile_mask().numpy(), s.values.numpy() >= threshold)
+    assert s.percentile_mask(0).all()
+
+
+def test_arithmetic_is_head_by_head_and_remembers():
+    a, b = scores(0), scores(1, name="VisionMass")
+    for got, want in (
+        (a + b, a.values + b.values),
+        (a - b, a.values - b.values),
+        (a * 2, a.values * 2),
+        (1 - a, 1 - a.values),
+        (a / b, a.values / b.values),
+        (0.1 / b, 0.1 / b.values),
+        (-a, -a.values),
+    ):
+        assert torch.equal(got.values, want)
+    ratio = (a - 0.5 * b) / 2
+    assert ratio.name == ratio.provenance["expression"] == "((RAM - (0.5 * VisionMass)) / 2)"
+    (inner,) = ratio.provenance["operands"]
+    assert [operand["name"] for operand in inner["provenance"]["operands"]] == ["RAM", "(0.5 * VisionMass)"]
+    with pytest.raises(TypeError):
+        a + "RAM"
+    with pytest.raises(NumericsError, match="not finite"):
+        a / (b - b)
+
+
+def test_counts_stay_only_where_all_operands_agree():
+    a, b = scores(0, counts=[5] * 6), scores(1, counts=[5] * 6)
+    assert torch.equal((a - b).counts, a.counts)
+    assert (a * 2).counts is not None
+    assert (a - scores(1, counts=[4] * 6)).counts is None
+
+
+def test_missing_layers_take_no_part():
+    values = np.arange(12.0).reshape(3, 4)
+    values[2] = np.nan
+    s = HeadScores(values, missing=[2])
+    assert str(s.top(2)) == "L1H3, L1H2" and len(s.ranking) == 8
+    assert len(s.top(0.5)) == 4
+    assert not s.percentile_mask(50)[2].any()
+    assert (s + HeadScores(np.ones((3, 4)), missing=[0])).missing == (0, 2)
+    assert s.mean() == np.arange(8.0).mean()
+    with pytest.raises(HeadError, match="Layer 2 was not measured"):
+        s[2, 0]
+    with pytest.raises(HeadError, match="Expected a number of measured heads from 0 to 8; got 9"):
+        s.top(9)
+
+
+def test_bad_values_are_refused():
+    values = np.ones((3, 4))
+    values[1, 2] = np.nan
+    with pytest.raises(NumericsError, match=r"1 scores are not finite, first at L1H2"):
+        HeadScores(values)
+    values[1, 2] = np.inf
+    with pytest.raises(NumericsError, match="L1H2"):
+        HeadScores(values, missing=[0])
+    with pytest.raises(HeadError, match=r"\[layer head\]; got shape \[4\]"):
+        HeadScores([1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(HeadError, match="Missing layer 3 is out of range"):
+        HeadScores(np.ones((3, 4)), missing=[3])
+    with pytest.raises(HeadError, match="Every layer"):
+        HeadScores(np.ones((1, 4)), missing=[0])
+    with pytest.raises(HeadError, match="Expected counts"):
+        HeadScores(np.ones((3, 4)), counts=[1, 2])
+
+
+def test_indexing_and_mean():
+    s = scores()
+    assert s[2, 3] == s["L2H3"] == s[(2, 3)] == float(s.values[2, 3])
+    assert torch.equal(s[2], s.values[2])
+    core = s.top(5)
+    assert s.mean(core) == pytest.approx(np.sort(s.values.numpy().ravel())[-5:].mean())
+    for head in ((6, 0), "L0H8", "best", 6):
+        with pytest.raises(HeadError):
+            s[head]
+    with pytest.raises(HeadError, match="empty set"):
+        s.mean(s.top(0))
+
+
+def test_equality_is_a_plain_boolean():
+    assert (scores(0) == scores(0)) is True
+    assert (scores(0) == scores(1)) is False
+    assert scores(0) != scores(0, name="other") and scores(0) != scores(0, counts=[1] * 6)
+    assert scores(0, missing=[1]) == scores(0, missing=[1]) != scores(0)
+    assert scores(0, provenance={"seed": 1}) == scores(0, provenance={"seed": 2})
+    assert scores(0) != 1
+
+
+def test_the_values_are_a_float64_copy():
+    source = torch.rand(2, 3, dtype=torch.float16)
+    s = HeadScores(source)
+    source.zero_()
+    assert s.values.dtype == torch.float64 and s.values.any()
+
+
+def test_text():
+    s = HeadScores([[0.25, 0.5], [0.125, 0.75]], name="RAM")
+    assert repr(s) == "HeadScores(RAM, 2 x 2 layers x heads, top: L1H1 0.75, L0H1 0.5, L0H0 0.25)"
+    assert s.table(2).splitlines() == ["rank  head      RAM", "   1  L1H1      0.75", "   2  L0H1      0.5"]
