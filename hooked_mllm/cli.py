@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for a mistake of the caller's."""
     arguments = _parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            arguments.run(arguments)
+        arguments.run(arguments)
     except (HookedMLLMError, OSError) as error:
         print(f"hooked-mllm {arguments.command}: error: {error}", file=sys.stderr)
         return _USER_ERROR
     except KeyboardInterrupt:
-        print("\nstopped; nothing was written", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         return 130
     return 0
 
@@ -104,7 +103,9 @@ def _overlay(model: HookedMLLM, sample: Any, scores: HeadScores, top: HeadSet) -
 
 
 def _summary(scores: HeadScores, top: HeadSet, source: Source) -> str:
-    lines = [f"{scores.n_layers} layers x {scores.n_heads} heads, {source.size} samples of {source.name}"]
+    lines = [
+        f"{scores.n_layers} layers x {scores.n_heads} heads, {source.size} sample{'s'[: source.size > 1]} of {source.name}"
+    ]
     chance = [c for c in scores.provenance.get("chance", []) if c is not None]
     if chance:
         even, median = sum(chance) / len(chance), float(scores.values.nanmedian())
@@ -126,7 +127,11 @@ def _source(arguments: argparse.Namespace) -> Source:
         return Source(repr(task), n, lambda model: (task.samples(model, 1, start=i)[0] for i in range(n)))
     if kind == "refcocog" and rest:
         folder, split_by, split = _refcocog_parts(rest)
-        records = RefCOCOg(folder, split_by, split, max_samples=n, seed=arguments.seed)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            records = RefCOCOg(folder, split_by, split, max_samples=n, seed=arguments.seed)
+        for note in notes:
+            print(f"hooked-mllm score: note: {note.message}", file=sys.stderr)
         return Source(f"refcocog {split_by} {split}", len(records), records.samples)
     raise InputError(f"--data {data!r} is not understood; expected {DATA_FORMS}")
 
@@ -159,17 +164,13 @@ def _shortened(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"hooked-mllm: note: {message}", file=sys.stderr)
-
-
-def _count(text: str) -> int:
+def _count(text: str, least: int = 1) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
     return value
 
 
@@ -199,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--metric", choices=sorted(METRICS), default="ram", help="what to score heads by")
     add("--samples", type=_count, default=32, help="samples at most")
     add("--top", type=_count, default=8, help="heads to list, frame and draw")
-    add("--pictures", type=int, default=3, help="samples to paint the top heads' attention on")
+    add("--pictures", type=partial(_count, least=0), default=3, help="samples to paint the top heads' attention on")
     add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (float32 on a CPU, else bfloat16)")
     add("--device", type=_device, help="torch device (cuda if there is one, else cpu)")
