@@ -1,8 +1,8 @@
 """The whole way: turn a block of the ORIGINAL picture into its negative, and see which tokens change.
 
-The vision blocks of a tiny model are made to write nothing, so each patch keeps to itself; processor, tower, projector and
-the joining with the text are the real ones. What the language model is handed must change in the tokens that the layout
-names, and nowhere else but where the kernel of the picture's resizing reaches.
+The vision blocks of a tiny model are made to write nothing, so each patch keeps to itself; processor, tower, projector
+and the joining with the text are the real ones. What the language model is handed must change in the tokens that the
+layout names, and nowhere else but where the kernel of the picture's resizing reaches.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from tiny import tiny_frames, tiny_model, tiny_processor
 from transformers.video_utils import VideoMetadata
 
 from hooked_mllm.families import family_of
-from hooked_mllm.layout import Box, Frames, ImageMedia, TokenLayout, VideoMedia
+from hooked_mllm.layout import Box, Frames, ImageMedia, Mask, TokenLayout, VideoMedia
 
 IMAGE = {
     "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
@@ -141,3 +141,26 @@ def test_a_block_of_one_frame(bench):
         target = layout.target(Frames(TIMES[frame], TIMES[frame], box=block)).numpy()
         assert change[target].sum() >= 0.9 * change.sum()
         assert (seen & ~may & layout.pixels.numpy()).any()
+
+
+def test_region_to_tokens_to_image(bench):
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        width, height = (int(v) for v in rng.integers(12, 120, 2))
+        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        layout = bench.layout([picture], tiny_frames(3, width, height))
+        x0, y0 = (int(v) for v in rng.integers(0, [width - 3, height - 3]))
+        block = (x0, y0, x0 + 3, y0 + 3)
+        inside = np.zeros((height, width), dtype=bool)
+        inside[y0 : y0 + 3, x0 : x0 + 3] = True
+        for target, where in [
+            (layout.target(Box(*block)), {"image": 0}),
+            (layout.target(Frames(TIMES[1], TIMES[1], box=block)), {"video": 0, "frame": 1}),
+        ]:
+            painted = layout.to_image(target.double(), **where)
+            seen = ~np.isnan(layout.to_image(torch.zeros(len(layout)), **where))
+            assert seen.all()  # at these sizes patches fill the tiles: nothing goes unseen
+            assert painted[inside].all()
+            # a token painted one overlaps the block: turned into a region again, its pixels lead back to it
+            back = layout.to_image(layout.target(Mask(painted == 1)).double()) if "image" in where else painted
+            assert (back >= painted).all()

@@ -200,4 +200,4 @@ def test_a_hundred_thousand_tokens_are_no_matter():
     found.target(Tube({t: (i, 0, i + 300, 400) for i, t in enumerate(item.times_s)}))
     found.to_image(torch.zeros(len(found)), video=0, frame=7)
     repr(found.padded(left=100))
-    assert len(found) > 100_000 and time.perf_counter() - start < 5
+    assert len(found) > 100_000 and time.perf_counter() - start < 10
