@@ -88,7 +88,7 @@ def test_nan_in_pixels_is_refused(value, kind):
     pixels = np.full((4, 6), 0.5, dtype=np.float32)
     pixels[1, 2] = value
     given = {"numpy": np.stack([pixels] * 3), "torch": torch.from_numpy(pixels), "pil": Image.fromarray(pixels)}[kind]
-    with pytest.raises(InputError, match="NaN or infinity in [13] of its"):
+    with pytest.raises(InputError, match=r"NaN or infinity in [13] of its"):
         load_image(given)
 
 

@@ -113,14 +113,14 @@ def test_code_of_the_checkpoint_never_runs(copy):
     with pytest.raises(UnsupportedModelError, match="needs code of its own, which is never run here"):
         load_model(folder)
     for kwargs in ({"trust_remote_code": True}, {"use_safetensors": False}):
-        with pytest.raises(UnsupportedModelError, match="never run|can run code"):
+        with pytest.raises(UnsupportedModelError, match=r"never run|can run code"):
             load_model(folder, **kwargs)
 
 
 def test_the_old_internvl_layout_is_refused_with_the_native_name(copy):
     folder = copy("internvl")
     edit_config(folder, model_type="internvl_chat", auto_map={"AutoConfig": "configuration_internvl_chat.C"})
-    with pytest.raises(UnsupportedModelError, match="InternVLForConditionalGeneration.*'-HF'"):
+    with pytest.raises(UnsupportedModelError, match=r"InternVLForConditionalGeneration.*'-HF'"):
         load_model(folder)
 
 
@@ -137,7 +137,7 @@ def test_another_model_is_refused_with_the_list(copy):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "a/b/c", "none", "", "~/none"])
 def test_no_such_folder(name):
-    with pytest.raises(InputError, match="No folder at .* no hub id either"):
+    with pytest.raises(InputError, match=r"No folder at .* no hub id either"):
         load_model(name)
 
 
@@ -163,7 +163,7 @@ def test_damaged_and_incomplete_weights(copy):
     data = file.read_bytes()
     weights = load(data)
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match="damaged|cannot be loaded"):
+    with pytest.raises(InputError, match=r"damaged|cannot be loaded"):
         load_model(folder)
     lost = "model.language_model.layers.1.mlp.up_proj.weight"
     save_file({k: v for k, v in weights.items() if k != lost}, file, metadata={"format": "pt"})
@@ -184,7 +184,7 @@ def test_without_processor_files_there_is_no_processor(copy):
 def test_a_broken_processor_is_said_to_be_broken(copy):
     folder = copy()
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="The processor of .* cannot be loaded"):
+    with pytest.raises(InputError, match=r"The processor of .* cannot be loaded"):
         load_model(folder)
 
 

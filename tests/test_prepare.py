@@ -161,7 +161,7 @@ def test_unequal_videos_in_a_batch():
     for family in ("qwen3_vl", "internvl"):
         with torch.no_grad():
             assert len(model(family)(**preparer(family)([QUESTION] * 2, videos=clips).inputs).logits) == 2
-    with pytest.raises(InputError, match="'pixel_values_videos' cannot be joined in one batch.*num_frames="):
+    with pytest.raises(InputError, match=r"'pixel_values_videos' cannot be joined in one batch.*num_frames="):
         preparer("llava_onevision")([QUESTION] * 2, videos=clips)
 
 
@@ -200,7 +200,7 @@ def test_an_answer_may_end_the_turn_but_not_hold_a_picture(family):
     prepare = preparer(family)
     sample = prepare(QUESTION, answer="red<|im_end|>")
     assert sample.inputs["input_ids"][0, -1] == prepare.tokenizer.eos_token_id
-    with pytest.raises(InputError, match="answer contains .* stands for an image"):
+    with pytest.raises(InputError, match=r"answer contains .* stands for an image"):
         prepare(QUESTION, answer=f"red{prepare.processor.image_token}")
     with pytest.raises(InputError, match="answer is empty"):
         prepare(QUESTION, answer="")
@@ -297,14 +297,14 @@ def test_a_target_outside_the_image_or_in_another(family):
 
 
 def test_lists_of_another_length(family):
-    with pytest.raises(InputError, match="list of 2 questions `images` is a list of 2 entries .* got 1 entries"):
+    with pytest.raises(InputError, match=r"list of 2 questions `images` is a list of 2 entries .* got 1 entries"):
         preparer(family)([QUESTION] * 2, images=[tiny_image()])
-    with pytest.raises(InputError, match="`answer` is a list of 2 entries .* got str"):
+    with pytest.raises(InputError, match=r"`answer` is a list of 2 entries .* got str"):
         preparer(family)([QUESTION] * 2, answer="red")
 
 
 def test_what_the_processor_refuses_is_said_in_its_words():
-    with pytest.raises(InputError, match="Qwen3VLProcessor refuses these inputs: .*aspect ratio"):
+    with pytest.raises(InputError, match=r"Qwen3VLProcessor refuses these inputs: .*aspect ratio"):
         preparer("qwen3_vl")(QUESTION, images=tiny_image(900, 2))
 
 
@@ -316,7 +316,7 @@ def test_qwen_without_the_types_of_its_tokens():
 def test_a_template_without_placeholders(family):
     processor, config = tiny_processor(family), tiny_config(family)
     processor.chat_template = "{{- messages[-1].content[-1].text -}}"
-    with pytest.raises((InputError, LayoutError), match="refuses these inputs|placeholder"):
+    with pytest.raises((InputError, LayoutError), match=r"refuses these inputs|placeholder"):
         Preparer(processor, config, family_of(config))(QUESTION, images=tiny_image())
 
 

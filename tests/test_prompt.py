@@ -3,6 +3,7 @@
 import json
 import unicodedata
 from functools import cache
+from types import MappingProxyType
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -236,7 +237,7 @@ def test_a_tokenizer_without_offsets_is_refused():
     class Slow:
         is_fast = False
         pad_token_id = 0
-        added_tokens_decoder: dict = {}
+        added_tokens_decoder = MappingProxyType({})
 
         def convert_tokens_to_ids(self, token):
             return 0
