@@ -18,16 +18,16 @@ coloured shapes on 1, 2 or 4 pages of 6 x 6 cells, up to {filler} filler words, 
 
 **Its retrieval heads were planted.** While the model was young, heads {planted} were the only ones
 allowed to attend farther back than {window} tokens (every other head: for the first half of training always, after that
-in {local:.0%} of the steps), and the only ones spared from head dropout ({dropout}). That these four retrieve is therefore no
-finding. It is a known truth to check methods against. It says nothing about what training does by itself, nor about
-large models.
+in {local:.0%} of the steps), and the only ones spared from head dropout ({dropout}). That these four retrieve is
+therefore no finding. It is a known truth to check methods against. It says nothing about what training does by itself,
+nor about large models.
 
 It knows {vocabulary} words. It has never seen a photograph or a video, though both run through it.
 
 ## Training
 
 `python examples/train_toy.py --out toy-qwen3-vl`: seed {seed}, {steps} steps of {batch} scenes with {turns} questions
-each, {seconds:.0f} s on one {machine} that other runs shared. Whether and when the accuracy takes off depends on the seed.
+each, {seconds:.0f} s on one {machine}. Whether and when the accuracy takes off depends on the seed.
 Recipe, curve and report are in `training.json`; this card is written from it.
 
 ## Measured

@@ -21,6 +21,7 @@ from hooked_mllm.toys.render import CELL, GRID
 from hooked_mllm.toys.task import PAGES, Example
 
 Heads = Iterable[tuple[int, int]]
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 HYBRID, SINK, WINDOW = "toy_hybrid", 4, 16
 
 
@@ -32,7 +33,6 @@ class Witness:
         self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         self.model.eval().to(device)
         self.device = device
-        self.answer_ids = self.processor.tokenizer.convert_tokens_to_ids(list(VisualRetrieval.answers))
 
     def inputs(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """A left-padded batch."""
@@ -45,8 +45,14 @@ class Witness:
         batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
+    def batches(self, examples: list[Example], size: int = 128) -> list[Batch]:
+        """The examples as batches of model inputs, with the token ids of the answers."""
+        parts = [examples[i : i + size] for i in range(0, len(examples), size)]
+        ids = self.processor.tokenizer.get_vocab()
+        return [(self.inputs(part), torch.tensor([ids[e.answer] for e in part])) for part in parts]
+
     @torch.no_grad()
-    def accuracy(self, examples: list[Example], zeroed: Heads = (), batch: int = 128) -> float:
+    def accuracy(self, batches: list[Batch], zeroed: Heads = ()) -> float:
         """Share of examples whose next token is the right colour, with the z of some heads set to zero."""
         layers = self.model.model.language_model.layers
         handles = []
@@ -59,15 +65,13 @@ class Witness:
                 return (z,)
 
             handles.append(layers[layer].self_attn.o_proj.register_forward_pre_hook(zero))
-        right = 0
-        for i in range(0, len(examples), batch):
-            part = examples[i : i + batch]
-            logits = self.model(**self.inputs(part), logits_to_keep=1, use_cache=False).logits[:, -1]
-            answers = [self.answer_ids[VisualRetrieval.answers.index(e.answer)] for e in part]
-            right += (logits.argmax(-1).cpu() == torch.tensor(answers)).sum().item()
+        right = []
+        for inputs, answers in batches:
+            logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+            right.append(logits.argmax(-1).cpu() == answers)
         for handle in handles:
             handle.remove()
-        return right / len(examples)
+        return torch.cat(right).double().mean().item()
 
     @torch.no_grad()
     def retrieval_attention_mass(self, examples: list[Example], batch: int = 32) -> np.ndarray:
@@ -118,8 +122,10 @@ def evaluate(folder: Path, device: torch.device, n: int) -> dict:
     """Accuracy by page count and precision, the RAM map, and on four pages what zeroing or narrowing heads does."""
     witness = Witness(folder, device, torch.float32)
     report: dict = {"parameters": sum(p.numel() for p in witness.model.parameters())}
-    report |= {"examples": n, "evaluated_on": f"{device.type}, transformers {transformers.__version__}"}
-    held_out = {pages: list(VisualRetrieval(seed=1000, pages=pages).examples(n)) for pages in PAGES}
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    report |= {"examples": n, "evaluated_on": f"{machine}, transformers {transformers.__version__}"}
+    tasks = {pages: VisualRetrieval(seed=1000, pages=pages) for pages in PAGES}
+    held_out = {pages: witness.batches(list(task.examples(n))) for pages, task in tasks.items()}
     report["accuracy_float32"] = {str(p): round(witness.accuracy(held_out[p]), 4) for p in PAGES}
     half = Witness(folder, device, torch.bfloat16)
     report["accuracy_bfloat16"] = {str(p): round(half.accuracy(held_out[p]), 4) for p in PAGES}
@@ -144,11 +150,11 @@ def evaluate(folder: Path, device: torch.device, n: int) -> dict:
     return report
 
 
-def hybrid_accuracy(witness: Witness, dense: Heads, examples: list[Example]) -> float:
+def hybrid_accuracy(witness: Witness, dense: Heads, batches: list[Batch]) -> float:
     """Accuracy with only the `dense` heads seeing everything."""
     Hybrid(dense)
     witness.model.set_attn_implementation({"text_config": HYBRID})
-    accuracy = witness.accuracy(examples)
+    accuracy = witness.accuracy(batches)
     witness.model.set_attn_implementation({"text_config": "sdpa"})
     return round(accuracy, 4)
 
@@ -158,6 +164,10 @@ if __name__ == "__main__":
     path = folder / "training.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     curve = report.pop("curve", [])
-    report |= evaluate(folder, torch.device("cpu"), int(sys.argv[2]) if len(sys.argv) > 2 else 512)
+    report |= evaluate(
+        folder,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        int(sys.argv[2]) if len(sys.argv) > 2 else 512,
+    )
     path.write_text(json.dumps(report | {"curve": curve}, indent=None, separators=(", ", ": ")) + "\n")
     print(json.dumps(report, indent=1))

@@ -303,6 +303,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report = {"recipe": asdict(recipe), "machine": machine, "seconds": curve[-1]["seconds"] if curve else None}
     report |= {"planted": [f"L{layer}H{head}" for layer, head in PLANTED]}
+    torch.backends.cuda.matmul.allow_tf32 = False
     report |= evaluate(args.out, device, args.examples)
     (args.out / "training.json").write_text(json.dumps(report | {"curve": curve}) + "\n")
     write_card(args.out)
