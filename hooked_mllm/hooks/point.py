@@ -213,6 +213,8 @@ class HookPoint:
             The activation and whether the caller must put it (back) on the data path.
         """
         edited = False
+        if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in self.fwd_hooks):
+            value = value.clone()  # autograd may have saved this very tensor: an edit in place would spoil the backward pass
         for handle in tuple(self._handles):
             if handle.dir == "bwd":
                 continue
