@@ -64,6 +64,8 @@ def resolve_input(source: ModelInput, family: Family, config: Any, device: torch
         )
     inputs = dict(source)
     check_mapping(inputs, family, config)
+    if inputs.get("inputs_embeds") is not None:
+        inputs["inputs_embeds"] = inputs["inputs_embeds"].clone()  # what hooks edit in place is not the caller's
     count = len(inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"])
     masks = MappingMasks(inputs, family, config)
     return ResolvedInput(moved(inputs, device), masks, (None,) * count, source)
@@ -77,19 +79,18 @@ def check_mapping(inputs: dict[str, Any], family: Family, config: Any) -> None:
     if tokens is not None and (not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0):
         shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise InputError(f"`input_ids` must be a tensor [batch pos] with at least one token; got {shape}.")
-    pixels = [name for name in family.pixel_inputs if inputs.get(name) is not None]
-    for name in pixels:
-        value = inputs[name]
+    for name in family.pixel_inputs:
+        value = inputs.get(name)
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"`{name}` holds NaN or infinity: the image or its processing is damaged.")
-    if tokens is not None and not pixels and inputs.get("mm_encoder_outputs") is None:
-        ids = torch.tensor(family.visual_token_ids(config), device=tokens.device)
-        count = int(torch.isin(tokens, ids).sum())
-        if count and inputs.get("past_key_values") is None:
-            raise InputError(
-                f"The prompt holds {count} visual tokens but none of {', '.join(family.pixel_inputs)} came with it: the "
-                "model would run on empty placeholders. Pass everything that the processor returns."
-            )
+    if tokens is not None and inputs.get("mm_encoder_outputs") is None and inputs.get("past_key_values") is None:
+        for token, name in zip(family.visual_token_ids(config), family.pixel_inputs, strict=True):
+            count = int((tokens == token).sum())
+            if count and inputs.get(name) is None:
+                raise InputError(
+                    f"The prompt holds {count} visual tokens (id {token}) but no `{name}` came with it: the model would run "
+                    "on empty placeholders. Pass everything that the processor returns."
+                )
     family.check_inputs(inputs, config)
 
 

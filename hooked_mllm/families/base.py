@@ -114,12 +114,12 @@ class Family(ABC):
 
     # -- inputs --------------------------------------------------------------------------------------------------------
 
-    #: names of the pixel tensors among the model inputs
+    #: names of the pixel tensors among the model inputs, in the order of `visual_token_ids`
     pixel_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos")
 
     @abstractmethod
     def visual_token_ids(self, config: Any) -> tuple[int, ...]:
-        """Ids of the placeholder tokens whose embeddings are replaced by visual features."""
+        """Ids of the placeholder tokens whose embeddings are replaced by visual features, one for each of `pixel_inputs`."""
 
     def check_inputs(self, inputs: dict[str, Any], config: Any) -> None:
         """Raise `InputError` for inputs that the model would take and get wrong."""

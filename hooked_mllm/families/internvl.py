@@ -68,6 +68,7 @@ class InternVL(Family):
     )
     patch_embed = "model.vision_tower.embeddings.patch_embeddings"
     projector = "model.multi_modal_projector"
+    pixel_inputs = ("pixel_values",)  # frames are tiles like any other
 
     def vision_heads(self, config: Any) -> int:
         return config.vision_config.num_attention_heads
