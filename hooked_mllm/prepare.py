@@ -86,9 +86,11 @@ class Preparer:
                 the model's placeholders do not match its pictures.
 
         Example:
-            >>> from hooked_mllm import HookedMLLM
-            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-            >>> sample = model.prepare("what color is the star ?", images=np.zeros((96, 96, 3), np.uint8))
+            >>> from hooked_mllm.families import family_of
+            >>> from hooked_mllm.loading import load_model
+            >>> model, processor = load_model("toy-qwen3-vl")
+            >>> prepare = Preparer(processor, model.config, family_of(model.config))
+            >>> sample = prepare("what color is the star ?", images=Image.new("RGB", (96, 96)))
             >>> int(sample.mask("visual").sum())
             36
         """

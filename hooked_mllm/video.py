@@ -31,6 +31,7 @@ class Video:
         source: where they come from, for messages.
 
     Example:
+        >>> import numpy as np
         >>> Video.from_frames(np.zeros((4, 8, 6, 3), dtype=np.uint8), fps=2)
         Video(4 frames of 6x8 px, 0 to 1.5 s, frames in memory)
     """
@@ -157,6 +158,7 @@ def sampled(
     """Numbers of the frames to take, of frames shown at `times` (increasing, from 0).
 
     Example:
+        >>> import numpy as np
         >>> sampled(np.arange(10) / 10, fps=5).tolist()
         [0, 2, 4, 6, 8]
         >>> sampled(np.arange(10) / 10, num_frames=4).tolist()
