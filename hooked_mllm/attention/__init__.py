@@ -1,0 +1,1 @@
+"""How attention is read and run: the switch in front of transformers' own, the masks it used, and what metrics see."""
