@@ -6,6 +6,7 @@ something needs to be seen or edited there, and back afterwards.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -82,6 +83,10 @@ def implementation(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, 
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
+#: switches that need the twin, by the identity of the configuration: several models may be built from one
+_TAKEN: Counter[int] = Counter()
+
+
 class TowerSwitch:
     """Switches one tower between its own attention implementation and the hooked twin of it, by need.
 
@@ -95,6 +100,9 @@ class TowerSwitch:
         self.packed = packed
         self.users = 0
 
+    def _set(self, base: str) -> None:
+        self.config._attn_implementation = twin(base, self.packed) if _TAKEN[id(self.config)] else base
+
     @property
     def base(self) -> str:
         """The implementation that the model itself runs."""
@@ -104,25 +112,29 @@ class TowerSwitch:
     def take(self) -> None:
         """One more user: switch on the twin with the first."""
         if self.users == 0:
-            self.config._attn_implementation = twin(self.base, self.packed)
+            _TAKEN[id(self.config)] += 1
+            self._set(self.base)
         self.users += 1
 
     def give_back(self) -> None:
         """One user less: restore the model's own implementation with the last."""
         self.users -= 1
         if self.users == 0:
-            self.restore()
+            _TAKEN[id(self.config)] -= 1
+            self._set(self.base)
 
     @contextmanager
     def using(self, base: str) -> Iterator[None]:
         """Within it, the tower runs another implementation, hooked if it is in use."""
         own = self.base
         try:
-            self.config._attn_implementation = twin(base, self.packed) if self.users else base
+            self._set(base)
             yield
         finally:
-            self.config._attn_implementation = twin(own, self.packed) if self.users else own
+            self._set(own)
 
-    def restore(self) -> None:
-        """Set the tower back to the model's own implementation."""
-        self.config._attn_implementation = self.base
+    def release(self) -> None:
+        """Let go for all users, whoever they were."""
+        if self.users:
+            self.users = 1
+            self.give_back()

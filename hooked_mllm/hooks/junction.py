@@ -86,7 +86,12 @@ class Junction:
                 self.handle = self.module.register_forward_pre_hook(self._pre, prepend=True, with_kwargs=True)
             else:
                 self.handle = self.module.register_forward_hook(self._post, prepend=True, with_kwargs=True)
-        elif not needed and self.handle is not None:
+        elif not needed:
+            self.detach()
+
+    def detach(self) -> None:
+        """Take the torch hook off."""
+        if self.handle is not None:
             self.handle.remove()
             self.handle = None
 

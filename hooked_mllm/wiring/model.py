@@ -11,7 +11,7 @@ from hooked_mllm.attention.backends import TowerSwitch
 from hooked_mllm.attention.engine import AttentionSite
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.families.base import Family, TowerParts
-from hooked_mllm.hooks.junction import Call
+from hooked_mllm.hooks.junction import Call, Junction
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookRegistry
 from hooked_mllm.wiring import norms
@@ -25,6 +25,7 @@ class Wiring:
 
     Attributes:
         registry: All hook points by name.
+        family: The family by which the model was wired.
         text: Attention sites of the language model, one a block.
         vision: Attention sites of the vision tower, one a block.
         switches: The attention switches, by tower.
@@ -32,6 +33,7 @@ class Wiring:
     """
 
     registry: HookRegistry
+    family: Family
     text: list[AttentionSite] = field(default_factory=list)
     vision: list[AttentionSite] = field(default_factory=list)
     switches: dict[str, TowerSwitch] = field(default_factory=dict)
@@ -102,26 +104,44 @@ class DeepStack:
         self.features[layer] = value[mask]
 
 
+#: the wiring of each wrapped model
+WIRED: "weakref.WeakKeyDictionary[nn.Module, weakref.ReferenceType[Wiring]]" = weakref.WeakKeyDictionary()
+
+
 def wire(model: nn.Module | Any, family: Family) -> Wiring:
     """Make every hook point of `model` and bind it to its module; nothing of the model is changed.
+
+    Hook points belong to the model: wrapped again while an earlier wrapper lives, it gets the same ones.
 
     Args:
         model: A transformers model of one of the family's classes.
         family: Which module plays which part.
     """
+    known = WIRED.get(model)
+    wiring = None if known is None else known()
+    if wiring is not None and wiring.family is family:
+        return wiring
     registry = HookRegistry(type(model).__name__)
     builder = Builder(registry)
-    wiring = Wiring(registry)
+    wiring = Wiring(registry, family)
     _vision(model, family, builder, wiring)
     _text(model, family, builder, wiring)
     builder.finish()
-    weakref.finalize(wiring, _restore, tuple(wiring.switches.values()))
+    # weak: a hook may hold the wrapper, and a junction in use is held by its module
+    junctions = [weakref.ref(j) for j in builder.junctions.values()]
+    weakref.finalize(wiring, _let_go, junctions, list(wiring.switches.values()))
+    WIRED[model] = weakref.ref(wiring)
     return wiring
 
 
-def _restore(switches: tuple[TowerSwitch, ...]) -> None:
+def _let_go(junctions: list[weakref.ReferenceType[Junction]], switches: list[TowerSwitch]) -> None:
+    """Leave the model as it was, also when its wrapper is dropped with hooks on it."""
+    for reference in junctions:
+        junction = reference()
+        if junction is not None:
+            junction.detach()
     for switch in switches:
-        switch.restore()
+        switch.release()
 
 
 def _vision(model: Any, family: Family, builder: Builder, wiring: Wiring) -> None:
