@@ -25,8 +25,10 @@ from hooked_mllm.measure import measure
 from hooked_mllm.prepare import Preparer
 from hooked_mllm.running import (
     StopForwardError,
+    check_arguments,
     check_generation,
     check_half,
+    checking_half,
     counting_steps,
     labels_of,
     stop_module,
@@ -271,7 +273,7 @@ class HookedMLLM(HookMethods):
 
     def forward(
         self,
-        inputs: ModelInput,
+        inputs: ModelInput | None = None,
         *,
         return_type: ReturnType | None = "logits",
         stop_at_layer: int | None = None,
@@ -280,7 +282,7 @@ class HookedMLLM(HookMethods):
         """One forward pass.
 
         Args:
-            inputs: A sample, a batch, or a mapping of model inputs.
+            inputs: A sample, a batch, or a mapping of model inputs; or none, with the model inputs as keywords.
             return_type: "logits" `[batch pos vocab]`; "loss" (mean negative log-likelihood of the answer's tokens, or of
                 `labels`); "both"; "output" for transformers' own output; None to compute no logits.
             stop_at_layer: Return the residual stream `[batch pos d_model]` entering this block and run no further;
@@ -288,9 +290,12 @@ class HookedMLLM(HookMethods):
             **kwargs: For the transformers model, such as `logits_to_keep=1`.
 
         Raises:
-            InputError: for inputs that the model would get wrong.
+            InputError: for inputs that the model would get wrong, or arguments that it does not know.
             NumericsError: when float16 overflowed.
         """
+        if inputs is None:
+            check_arguments(self.hf_model, kwargs)
+            return self.run(self.resolve(kwargs), return_type, stop_at_layer)
         return self.run(self.resolve(inputs), return_type, stop_at_layer, **kwargs)
 
     __call__ = forward
@@ -305,6 +310,7 @@ class HookedMLLM(HookMethods):
         """`forward` on inputs that are checked already."""
         if return_type not in ("logits", "loss", "both", "output", None):
             raise HookValueError(f"return_type is 'logits', 'loss', 'both', 'output' or None; got {return_type!r}.")
+        check_arguments(self.hf_model, kwargs)
         if return_type is None and stop_at_layer is None:
             self.run_trunk(inputs, **kwargs)
             return None
@@ -333,11 +339,11 @@ class HookedMLLM(HookMethods):
         self.hf_model.model(**{"use_cache": False, **tensors, **kwargs})
 
     @torch.no_grad()
-    def generate(self, inputs: ModelInput, **kwargs: Any) -> Tensor:
+    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor:
         """Generate, with hooks firing in the prefill (`hook.step == 0`) and in every decoding step (`hook.step == n`).
 
         Args:
-            inputs: A sample, a batch padded on the left, or a mapping of model inputs.
+            inputs: A sample, a batch padded on the left, or a mapping of model inputs; or none, with these as keywords.
             **kwargs: For transformers' `generate`, such as `max_new_tokens=20, do_sample=False`.
 
         Returns:
@@ -345,7 +351,10 @@ class HookedMLLM(HookMethods):
 
         Raises:
             InputError: for a batch padded on the right.
+            NumericsError: when float16 overflowed.
         """
+        if inputs is None:
+            return self.run_generate(self.resolve(kwargs))
         return self.run_generate(self.resolve(inputs), **kwargs)
 
     def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any:
@@ -353,7 +362,7 @@ class HookedMLLM(HookMethods):
         check_generation(inputs)
         self.family.reset(self.hf_model)
         tensors = {k: v for k, v in inputs.tensors.items() if k != "labels"}
-        with counting_steps(self.hf_model, self.registry.clock):
+        with counting_steps(self.hf_model, self.registry.clock), checking_half(self.hf_model):
             return self.hf_model.generate(**{**tensors, **kwargs})
 
     def run_with_cache(

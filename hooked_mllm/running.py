@@ -1,13 +1,16 @@
 """How the transformers model is run: whole, without logits, up to a block, or step by step in a generation."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import TransformersKwargs
 
-from hooked_mllm.errors import HookNameError, InputError, NumericsError
+from hooked_mllm.errors import HookNameError, InputError, NumericsError, nearest
 from hooked_mllm.families.base import Family
 from hooked_mllm.hooks.point import Clock
 from hooked_mllm.inputs import ResolvedInput
@@ -82,6 +85,27 @@ def labels_of(inputs: ResolvedInput) -> Tensor:
     return tokens.masked_fill(~answer, -100)
 
 
+@cache
+def _arguments(model_class: type) -> frozenset[str]:
+    named = set(inspect.signature(model_class.forward).parameters) - {"self", "kwargs"}
+    return frozenset(named | set(TransformersKwargs.__annotations__) | {"use_cache", "cache_position"})
+
+
+def check_arguments(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse what transformers would drop without a word: its models take any keyword.
+
+    Raises:
+        InputError: for an argument that the model does not know.
+    """
+    known = _arguments(type(model))
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"{type(model).__name__} takes no argument {name!r} and would ignore it. "
+                f"{nearest(name, (*known, 'return_type', 'stop_at_layer'))}"
+            )
+
+
 def check_generation(inputs: ResolvedInput) -> None:
     """Refuse padding on the right, after which a generation goes on from nothing."""
     attention = inputs.tensors.get("attention_mask")
@@ -102,3 +126,16 @@ def check_half(logits: Tensor) -> None:
         raise NumericsError(
             "The model overflowed in float16: its logits are not finite. Load it with dtype='bfloat16' or 'float32'."
         )
+
+
+@contextmanager
+def checking_half(model: nn.Module | Any) -> Iterator[None]:
+    """Within it, every call of a float16 model is checked for an overflow; other models are left alone."""
+    if model.dtype != torch.float16:
+        yield
+        return
+    handle = model.register_forward_hook(lambda _, args, output: check_half(output.logits))
+    try:
+        yield
+    finally:
+        handle.remove()
