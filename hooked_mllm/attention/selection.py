@@ -1,8 +1,13 @@
-"""From masks of positions to the rows to gather: which query tokens each sample of a batch asks about."""
+"""From masks of positions to the rows to gather: which query tokens each sample of a batch asks about.
+
+The masks of a batch are small and known before the forward pass. They are kept on the host, so that sizes and positions
+are read without waiting for the device, and copied to the device once, when first needed there.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -10,29 +15,53 @@ from torch import Tensor
 from hooked_mllm.errors import InputError
 
 
-@dataclass(frozen=True)
 class QuerySelection:
     """The query tokens of a batch, padded to the longest sample by repeating the last one of each.
 
     Args:
         key: What identifies the selection in a cache.
-        index: Position of each query token.
-        valid: False where the repetition begins.
-        weight: 1/|Q| of the sample at valid places, 0 elsewhere.
-        span: (start, end) if these are the same contiguous positions in every sample: a slice instead of a gather.
+        mask: True at the query tokens, on the host; at least one in every sample.
+        device: Where the attention is computed.
     """
 
-    key: object
-    index: Int[Tensor, "batch query"]
-    valid: Bool[Tensor, "batch query"]
-    weight: Float[Tensor, "batch query"]
-    even: bool
-    span: tuple[int, int] | None
+    def __init__(self, key: object, mask: Bool[np.ndarray, "batch pos"], device: torch.device) -> None:
+        self.key = key
+        self.device = device
+        #: number of query tokens of each sample
+        self.counts = mask.sum(1)
+        #: that of the longest
+        self.length = int(self.counts.max())
+        rows = [np.flatnonzero(row) for row in mask]
+        #: position of each query token [batch query]
+        self.positions = np.stack([np.pad(row, (0, self.length - len(row)), mode="edge") for row in rows])
+        #: whether all samples have the same number of query tokens
+        self.even = bool((self.counts == self.length).all())
+        start = int(self.positions[0, 0])
+        together = (self.positions == np.arange(start, start + self.length)).all()
+        #: (start, end) if these are the same contiguous positions in every sample: a slice instead of a gather
+        self.span = (start, start + self.length) if together else None
 
-    @property
-    def length(self) -> int:
-        """Number of query tokens of the longest sample."""
-        return self.index.shape[1]
+    @cached_property
+    def index(self) -> Int[Tensor, "batch query"]:
+        """Position of each query token, on the device."""
+        if self.span is not None:
+            return torch.arange(*self.span, device=self.device).expand(len(self.positions), -1)
+        return torch.from_numpy(self.positions).to(self.device, non_blocking=True)
+
+    @cached_property
+    def valid(self) -> Bool[Tensor, "batch query"]:
+        """False where the repetition begins, on the device."""
+        return torch.from_numpy(self._valid).to(self.device, non_blocking=True)
+
+    @cached_property
+    def weight(self) -> Float[Tensor, "batch query"]:
+        """1/|Q| of the sample at valid places and 0 elsewhere, float32 on the device."""
+        weight = (self._valid / self.counts[:, None]).astype(np.float32)
+        return torch.from_numpy(weight).to(self.device, non_blocking=True)
+
+    def average(self, values: Float[np.ndarray, "batch query"]) -> Float[np.ndarray, " batch"]:
+        """The mean over each sample's own query tokens, on the host."""
+        return (values * self._valid).sum(1) / self.counts
 
     def take(self, q: Float[Tensor, "batch head pos d_head"], part: slice) -> Float[Tensor, "batch head query d_head"]:
         """The chosen rows of q."""
@@ -41,12 +70,16 @@ class QuerySelection:
         index = self.index[:, None, part, None].expand(-1, q.shape[1], -1, q.shape[3])
         return q.gather(2, index)
 
+    @cached_property
+    def _valid(self) -> Bool[np.ndarray, "batch query"]:
+        return np.arange(self.length) < self.counts[:, None]
+
 
 class Selections:
-    """The masks of one batch by name, on the host and on the device, and the query selections made from them.
+    """The masks of one batch by name, and the query selections made from them; the views of a forward pass share one.
 
     Args:
-        masks: Gives the mask of a name, [batch pos].
+        masks: Gives the mask of a name, [batch pos]; must know "padding". On the CPU they spare waiting for the device.
         shape: (batch, pos) that every mask must have.
         device: Where the attention is computed.
     """
@@ -54,68 +87,59 @@ class Selections:
     def __init__(
         self, masks: Callable[[str], Bool[Tensor, "batch pos"]], shape: tuple[int, int], device: torch.device
     ) -> None:
+        self.shape = shape
+        self.device = device
         self._source = masks
-        self._shape = shape
-        self._device = device
-        self._masks: dict[object, tuple[Tensor, Tensor]] = {}  # key: (on the host, on the device)
+        self._hosts: dict[object, np.ndarray] = {}
+        self._devices: dict[object, Tensor] = {}
         self._queries: dict[object, QuerySelection] = {}
         self._kept: list[Tensor] = []  # tensors given as masks stay alive, so that their id stays theirs
-        self._real: Tensor | None = None
-        padding = self._fetch("padding")[0]
-        self._real = ~padding
+        self._real: np.ndarray | None = None
+        self._real = ~self.host("padding")
+        #: number of tokens of each sample, without padding
         self.lengths: list[int] = self._real.sum(1).tolist()
-        self.padding: Tensor | None = self._masks["padding"][1] if bool(padding.any()) else None
+        #: whether any sample has padding
+        self.padded = not bool(self._real.all())
+
+    def host(self, name: str | Bool[Tensor, "batch pos"]) -> Bool[np.ndarray, "batch pos"]:
+        """The mask on the host; refused if a sample has no such position."""
+        key = name if isinstance(name, str) else id(name)
+        if key not in self._hosts:
+            self._hosts[key] = self._read(name)
+            if not isinstance(name, str):
+                self._kept.append(name)
+        return self._hosts[key]
 
     def mask(self, name: str | Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """The mask on the device; refused if a sample has no such position."""
-        return self._fetch(name)[1]
+        key = name if isinstance(name, str) else id(name)
+        if key not in self._devices:
+            self._devices[key] = torch.from_numpy(self.host(name)).to(self.device, non_blocking=True)
+        return self._devices[key]
 
     def queries(self, name: str | Bool[Tensor, "batch pos"]) -> QuerySelection:
         """The rows to gather for a mask of query tokens."""
         key = name if isinstance(name, str) else id(name)
         if key not in self._queries:
-            host = self._fetch(name)[0]
-            self._queries[key] = _select(key, host, self._device)
+            self._queries[key] = QuerySelection(key, self.host(name), self.device)
         return self._queries[key]
 
-    def _fetch(self, name: str | Tensor) -> tuple[Tensor, Tensor]:
-        key = name if isinstance(name, str) else id(name)
-        if key not in self._masks:
-            mask = self._source(name) if isinstance(name, str) else name
-            label = repr(name) if isinstance(name, str) else "given"
-            if tuple(mask.shape) != self._shape or mask.dtype != torch.bool:
-                raise InputError(
-                    f"The {label} mask must be boolean of shape {list(self._shape)} [batch pos]; "
-                    f"got {mask.dtype} of shape {list(mask.shape)}."
-                )
-            host = mask.cpu()
-            if self._real is not None:
-                host = host & self._real  # padding is never a query or a key
-            empty = (~host.any(1)).nonzero().flatten().tolist()
-            if empty and name != "padding":
-                raise InputError(
-                    f"The {label} mask is empty for sample {empty[0]} of the batch: at least one such token is needed "
-                    "in every sample. Give the sample what is missing, or choose other queries or keys."
-                )
-            if not isinstance(name, str):
-                self._kept.append(name)
-            self._masks[key] = (host, host.to(self._device, non_blocking=True))
-        return self._masks[key]
-
-
-def _select(key: object, mask: Bool[Tensor, "batch pos"], device: torch.device) -> QuerySelection:
-    positions = [row.nonzero().flatten() for row in mask]
-    counts = torch.tensor([len(position) for position in positions])
-    longest = int(counts.max())
-    index = torch.stack([torch.cat([p, p[-1:].expand(longest - len(p))]) for p in positions])
-    valid = torch.arange(longest) < counts[:, None]
-    start = int(index[0, 0])
-    same = bool((index == torch.arange(start, start + longest)).all())
-    return QuerySelection(
-        key=key,
-        index=index.to(device, non_blocking=True),
-        valid=valid.to(device, non_blocking=True),
-        weight=(valid / counts[:, None]).to(device, non_blocking=True),
-        even=bool(valid.all()),
-        span=(start, start + longest) if same else None,
-    )
+    def _read(self, name: str | Tensor) -> np.ndarray:
+        mask = self._source(name) if isinstance(name, str) else name
+        label = repr(name) if isinstance(name, str) else "given"
+        if tuple(mask.shape) != self.shape or mask.dtype != torch.bool:
+            raise InputError(
+                f"The {label} mask must be boolean of shape {list(self.shape)} [batch pos]; "
+                f"got {mask.dtype} of shape {list(mask.shape)}."
+            )
+        host = mask.cpu().numpy()
+        if self._real is None:  # the padding itself
+            return host
+        host = host & self._real  # padding is never a query or a key
+        found = host.any(1)
+        if not found.all():
+            raise InputError(
+                f"The {label} mask is empty for sample {int(found.argmin())} of the batch: at least one such token is "
+                "needed in every sample. Give the sample what is missing, or choose other queries or keys."
+            )
+        return host

@@ -5,6 +5,8 @@ Axes: `layer`, `batch`, `head` (query heads), `kv_head`, `query` (the chosen que
 head h // (head / kv_head).
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,35 +25,43 @@ def attention_scores(
     # one matrix product per key head: the query heads that share it are rows of the same left operand
     left = q.reshape(n_layers * batch * kv_heads, heads // kv_heads * queries, d_head)
     right = k.reshape(n_layers * batch * kv_heads, keys, d_head).transpose(1, 2)
-    if q.dtype not in _HALF:
-        scores = torch.bmm(left, right)
-    elif q.is_cuda:
-        scores = torch.bmm(left, right, out_dtype=torch.float32)
+    wide: dict[str, Any] = {}
+    if q.dtype in _HALF:
+        if q.is_cuda:
+            wide = {"out_dtype": torch.float32}
+        else:
+            left, right = left.float(), right.float()
+    if isinstance(scale, Tensor):
+        scores = torch.bmm(left, right, **wide).view(n_layers, -1).mul_(scale[:, None])
     else:
-        scores = torch.bmm(left.float(), right.float())
-    scores = scores.view(n_layers, batch, heads, queries, keys)
-    return scores.mul_(scale.view(-1, 1, 1, 1, 1) if isinstance(scale, Tensor) else scale)
+        # with beta = 0 the product takes the scale in and `scores` is written, never read: one pass over memory less
+        scores = left.new_empty(*left.shape[:2], keys, dtype=wide.get("out_dtype", left.dtype))
+        torch.baddbmm(scores, left, right, beta=0, alpha=scale, out=scores, **wide)
+    return scores.view(n_layers, batch, heads, queries, keys)
 
 
 def attention_rows(
     q: Float[Tensor, "layer batch head query d_head"],
     k: Float[Tensor, "layer batch kv_head key d_head"],
     scale: Float[Tensor, " layer"] | float,
-    visible: Bool[Tensor, "mask_layer batch query key"],
+    hidden: Bool[Tensor, "mask_layer batch query tail"],
 ) -> Float[Tensor, "layer batch head query key"]:
-    """`A[i, j] = softmax_j(scale * q_i k_j)` over the visible keys; zero elsewhere.
+    """`A[i, j] = softmax_j(scale * q_i k_j)` over the keys that are not hidden; zero elsewhere.
 
     Args:
         q: Queries after position encoding, the chosen rows only.
         k: Keys after position encoding.
         scale: One factor for all layers, or one per layer.
-        visible: True where the query sees the key; its first axis is 1 or the number of layers.
+        hidden: True where the query does not see one of the last `tail` keys; all see the keys before. The first axis
+            is 1 or the number of layers.
 
     A row without any visible key has no softmax; it comes out uniform (finite), for the caller to discard.
     """
     scores = attention_scores(q, k, scale)
+    tail = hidden.shape[-1]
     # the lowest finite number, not -inf: a row of padding would turn into NaN
-    scores.masked_fill_(~visible[:, :, None], torch.finfo(scores.dtype).min)
+    lowest = torch.finfo(scores.dtype).min
+    scores.narrow(-1, scores.shape[-1] - tail, tail).masked_fill_(hidden[:, :, None], lowest)
     return torch.softmax(scores, dim=-1)
 
 
@@ -62,20 +72,26 @@ def key_mass(
     return (profile * keys[:, None]).sum(-1, dtype=torch.float64)
 
 
-def top_mask(values: Float[Tensor, "*axes item"], k: Int[Tensor, "*k_axes"], k_max: int) -> Bool[Tensor, "*axes item"]:
+def top_mask(
+    values: Float[Tensor, "*axes item"], k: Int[Tensor, "*k_axes"] | int, k_max: int | None = None
+) -> Bool[Tensor, "*axes item"]:
     """True at the `k` largest values of the last axis; among equal values the lower index comes first.
 
     Args:
         values: Finite numbers.
-        k: How many to take, at least 1, of a shape that broadcasts against the other axes.
-        k_max: The largest of `k`, known to the caller so that no device synchronisation is needed to read it.
+        k: How many to take, at least 1; a tensor broadcasts against the other axes.
+        k_max: With a tensor: its largest, known to the caller so that the device need not be waited for.
     """
-    largest = values.topk(k_max, dim=-1, sorted=True).values
-    place = (k - 1).expand(values.shape[:-1])[..., None]
-    threshold = largest.gather(-1, place)
+    if isinstance(k, int):
+        threshold = values.topk(k, dim=-1).values[..., -1:]
+        room: Tensor | int = k
+    else:
+        largest = values.topk(k_max or values.shape[-1], dim=-1).values
+        threshold = largest.gather(-1, (k - 1).expand(values.shape[:-1])[..., None])
+        room = k[..., None]
     above = values > threshold
     level = values == threshold
-    room = k[..., None] - above.sum(-1, keepdim=True)
+    room = room - above.sum(-1, keepdim=True)
     # ties at the threshold are filled from the left until there is no room
     return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
 

@@ -1,8 +1,10 @@
 """AttentionView: the attention rows of a group of layers, recomputed from q and k, shared by all metrics of a run."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -41,6 +43,7 @@ class AttentionView:
         mask: Which keys each query of that layer saw. Rows are built once for layers with the same mask.
         scale: The factor of the scores before the softmax, one per layer.
         masks: Gives the mask of a name, [batch pos]; must know "padding". On the CPU they spare waiting for the device.
+            Or one `Selections` made of it, for all views of a forward pass to share.
         n_layers: Number of decoder layers of the model.
         max_bytes: Bound on the scratch memory for attention rows.
 
@@ -55,7 +58,7 @@ class AttentionView:
         k: Sequence[Float[Tensor, "batch kv_head key_pos d_head"]],
         mask: Sequence[MaskRows],
         scale: Sequence[float],
-        masks: Callable[[str], Bool[Tensor, "batch pos"]],
+        masks: Callable[[str], Bool[Tensor, "batch pos"]] | Selections,
         n_layers: int,
         max_bytes: int = MAX_BYTES,
     ) -> None:
@@ -81,11 +84,19 @@ class AttentionView:
         self.device = q[0].device
         self._q, self._k, self._mask, self._scale = q, k, mask, scale
         self._max_bytes = max_bytes
-        self._selections = Selections(masks, (self.batch, self.n_keys), self.device)
+        if not isinstance(masks, Selections):
+            masks = Selections(masks, (self.batch, self.n_keys), self.device)
+        elif (masks.shape, masks.device) != ((self.batch, self.n_keys), self.device):
+            raise InputError(
+                f"The masks are of shape {list(masks.shape)} on {masks.device}; q is of {self.batch} samples of "
+                f"{self.n_keys} positions on {self.device}."
+            )
+        self._selections = masks
         self._profiles: dict[object, Tensor] = {}
         self._tops: dict[tuple[object, float], Tensor] = {}
         self._chances: dict[tuple[object, object], Tensor] = {}
-        self._bad: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._plain_causal = all(rows.plain_causal for rows in mask)
         self._layer_index: Tensor | None = None
 
     @property
@@ -151,7 +162,7 @@ class AttentionView:
         """
         selection = self._selections.queries(queries)
         shape = (len(self.layers), self.batch, self.n_heads, selection.length)
-        out = bad = torch.empty(0)
+        out = sums = torch.empty(0)
         for chunk in self._chunks(selection):
             piece = chunk.rows if reduce is None else reduce(chunk.rows)
             if reduce is not None and piece.shape != chunk.rows.shape[:-1]:
@@ -161,13 +172,13 @@ class AttentionView:
                 )
             if not out.numel():
                 out = piece.new_zeros(*shape, *piece.shape[4:])
-                bad = torch.zeros(shape[:3], dtype=torch.bool, device=self.device)
+                sums = chunk.rows.new_zeros(shape[:3])
             if not selection.even:
                 unused = ~selection.valid[:, None, chunk.queries]
                 piece = piece.masked_fill(unused[..., None] if reduce is None else unused, 0)
             out[chunk.layers, :, chunk.heads, chunk.queries] = piece
-            bad[chunk.layers, :, chunk.heads] |= ~chunk.rows.sum((-1, -2)).isfinite()
-        self._bad.append(bad)
+            sums[chunk.layers, :, chunk.heads] += chunk.rows.sum((-1, -2))
+        self._sums.append(sums)
         return out
 
     def average(
@@ -200,7 +211,7 @@ class AttentionView:
             out[chunk.layers, :, chunk.heads] += piece
         assert out is not None
         self._profiles[selection.key] = out
-        self._bad.append(~out.sum(-1).isfinite())  # a NaN anywhere in a row makes its sum one
+        self._sums.append(out.sum(-1))
         return out
 
     def mass(
@@ -221,29 +232,36 @@ class AttentionView:
             raise InputError(f"Expected a share of the keys above 0 and at most 1; got {share!r}.")
         key = (self._selections.queries(queries).key, share)
         if key not in self._tops:
-            profile, padding = self.profile(queries), self._selections.padding
+            profile = self.profile(queries)
             counts = [share_count(share, n) for n in self._selections.lengths]
-            if padding is not None:
-                profile = profile.masked_fill(padding[:, None], -1.0)
-            k = torch.tensor(counts).to(self.device, non_blocking=True)[:, None] if len(set(counts)) > 1 else None
-            k = torch.full((1, 1), counts[0], device=self.device) if k is None else k
-            self._tops[key] = top_mask(profile, k, max(counts))
+            if self._selections.padded:
+                profile = profile.masked_fill(self.mask("padding")[:, None], -1.0)
+            if len(set(counts)) == 1:
+                self._tops[key] = top_mask(profile, counts[0])
+            else:
+                k = torch.tensor(counts).to(self.device, non_blocking=True)[:, None]
+                self._tops[key] = top_mask(profile, k, max(counts))
         return self._tops[key]
 
+    @torch.no_grad()
     def chance(
         self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "layer batch"]:
         """The mass that a head attending evenly to all it sees would have: target tokens over visible tokens."""
-        selection, wanted = self._selections.queries(queries), self.mask(keys)
+        selection = self._selections.queries(queries)
         key = (selection.key, keys if isinstance(keys, str) else id(keys))
         if key not in self._chances:
-            total = torch.zeros((), device=self.device)
-            step = self._query_step()
-            for start in range(0, selection.length, step):
-                part = slice(start, min(start + step, selection.length))
-                visible = self._visible(selection, part)
-                total = total + chance_level(visible, wanted, selection.weight[:, part])
-            self._chances[key] = total.expand(len(self.layers), self.batch)
+            if self._plain_causal:
+                level = self._causal_chance(selection, self._selections.host(keys))
+            else:
+                wanted = self.mask(keys)
+                level = torch.zeros((), device=self.device)
+                step = self._query_step()
+                for start in range(0, selection.length, step):
+                    part = slice(start, min(start + step, selection.length))
+                    hidden = self._hidden(selection, part)
+                    level = level + chance_level(~hidden, wanted, selection.weight[:, part])
+            self._chances[key] = level.expand(len(self.layers), self.batch)
         return self._chances[key]
 
     def release(self) -> None:
@@ -259,9 +277,10 @@ class AttentionView:
         Raises:
             NumericsError: naming layers and heads with a NaN or an infinity.
         """
-        if not self._bad:
+        # a NaN anywhere in a row makes its sum one, and the sum of all sums
+        if not self._sums or math.isfinite(float(torch.stack([sums.sum() for sums in self._sums]).sum())):
             return
-        bad = torch.stack(self._bad).any(0)
+        bad = ~torch.stack(self._sums).isfinite().all(0)
         if bool(bad.any()):
             found = bad.nonzero().tolist()
             names = ", ".join(f"L{self.layers[layer]}H{head} (sample {sample})" for layer, sample, head in found[:4])
@@ -289,16 +308,18 @@ class AttentionView:
         n = len(self.layers)
         for query in range(0, selection.length, query_step):
             queries = slice(query, min(query + query_step, selection.length))
-            visible = self._visible(selection, queries)
+            hidden = self._hidden(selection, queries)
             for layer in range(0, n, layer_step):
                 layers = slice(layer, min(layer + layer_step, n))
-                some = visible if visible.shape[0] == 1 else visible[layers]
+                some = hidden if hidden.shape[0] == 1 else hidden[layers]
                 for kv_head in range(0, self.n_kv_heads, kv_step):
                     kv_heads = slice(kv_head, min(kv_head + kv_step, self.n_kv_heads))
                     heads = slice(kv_heads.start * group, kv_heads.stop * group)
-                    q = _stack([selection.take(q[:, heads], queries) for q in self._q[layers]])
-                    k = _stack([k[:, kv_heads] for k in self._k[layers]])
-                    rows = attention_rows(q, k, self._scales(layers), some)
+                    q, k = list(self._q[layers]), list(self._k[layers])
+                    if kv_step < self.n_kv_heads:
+                        q, k = [t[:, heads] for t in q], [t[:, kv_heads] for t in k]
+                    chosen = _stack([selection.take(t, queries) for t in q])
+                    rows = attention_rows(chosen, _stack(k), self._scales(layers), some)
                     yield _Chunk(layers, heads, queries, rows)
 
     def _scales(self, layers: slice) -> Tensor | float:
@@ -307,15 +328,26 @@ class AttentionView:
             return float(scales[0])
         return torch.tensor(scales, dtype=torch.float32).to(self.device, non_blocking=True)
 
-    def _visible(self, selection: QuerySelection, part: slice) -> Bool[Tensor, "mask_layer batch query key"]:
-        """The mask rows of these queries: one for all layers if they share one mask, else one per layer."""
+    def _hidden(self, selection: QuerySelection, part: slice) -> Bool[Tensor, "mask_layer batch query tail"]:
+        """Which of the last `tail` keys these queries do not see; they all see the keys before.
+
+        One mask for all layers if they share it, else one per layer.
+        """
         index = selection.index[:, part]
+        if self._plain_causal:  # all see what precedes the first of them
+            first = int(selection.positions[:, part].min()) + 1
+            return (torch.arange(first, self.n_keys, device=self.device) > index[..., None])[None]
         kinds = [_identity(mask) for mask in self._mask]
         distinct = dict(zip(kinds, self._mask, strict=True))
-        built = {kind: mask.rows(index).to(self.device) for kind, mask in distinct.items()}
+        built = {kind: ~mask.rows(index).to(self.device) for kind, mask in distinct.items()}
         if len(built) == 1:
             return next(iter(built.values()))[None]
         return torch.stack([built[kind] for kind in kinds])
+
+    def _causal_chance(self, selection: QuerySelection, keys: np.ndarray) -> Float[Tensor, " batch"]:
+        """`chance` where query i sees keys 0 .. i, counted on the host."""
+        hit = np.take_along_axis(keys.cumsum(1), selection.positions, axis=1)
+        return torch.from_numpy(selection.average(hit / (selection.positions + 1))).to(self.device, non_blocking=True)
 
 
 def _identity(mask: MaskRows) -> tuple[object, ...]:

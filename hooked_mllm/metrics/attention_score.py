@@ -131,7 +131,7 @@ class AttentionScore(HeadMetric):
         layers, batch, heads = scores.shape
         k = resolve_count(self.select, layers * heads)
         flat = scores.transpose(0, 1).reshape(batch, layers * heads)
-        elected = top_mask(flat, torch.full((1,), k, device=flat.device), k).view(batch, layers, heads).transpose(0, 1)
+        elected = top_mask(flat, k).view(batch, layers, heads).transpose(0, 1)
         # a NaN elects nobody silently; let it through to be named
         votes = torch.where(scores.isnan(), scores, elected.to(scores.dtype)).split([len(p.layers) for p in pieces])
         return [replace(p, parts={**p.parts, "total": vote}) for p, vote in zip(pieces, votes, strict=True)]

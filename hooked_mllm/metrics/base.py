@@ -23,7 +23,6 @@ class Piece:
     """What one view contributed to a sample: its layers, and tensors by name."""
 
     layers: tuple[int, ...]
-    index: Tensor
     parts: dict[str, Tensor]
 
 
@@ -72,7 +71,7 @@ class AttentionMetric(Metric):
                 "last holds the model's last layer; call setup() or reset() after an interrupted sample."
             )
         parts = {name: part.to(self.device) for name, part in self.observe(view).items()}
-        self._pieces.append(Piece(view.layers, view.layer_index.to(self.device), parts))
+        self._pieces.append(Piece(view.layers, parts))
         if view.is_last:
             pieces, self._pieces = self._pieces, []
             self.commit(pieces)
@@ -242,12 +241,21 @@ class HeadMetric(AttentionMetric):
 
     def commit(self, pieces: Sequence[Piece]) -> None:
         """Add each part, summed over the batch, to the state of its name, at its layers."""
-        for piece in pieces:
-            for name, part in piece.parts.items():
+        whole = [layer for piece in pieces for layer in piece.layers] == list(range(len(self.count)))
+        if whole:  # the usual case: one addition per state
+            for name in pieces[0].parts:
+                parts = [piece.parts[name] for piece in pieces]
+                part = parts[0] if len(parts) == 1 else torch.cat(parts)
                 state: Tensor = getattr(self, name)
-                setattr(self, name, state.index_add(0, piece.index, part.sum(1, dtype=state.dtype)))
-            batch = torch.full_like(piece.index, piece.parts["total"].shape[1])
-            self.count = self.count.index_add(0, piece.index, batch)
+                setattr(self, name, state + part.sum(1, dtype=state.dtype))
+            self.count = self.count + pieces[0].parts["total"].shape[1]
+            return
+        for piece in pieces:
+            index = torch.tensor(piece.layers).to(self.device)
+            for name, part in piece.parts.items():
+                state = getattr(self, name)
+                setattr(self, name, state.index_add(0, index, part.sum(1, dtype=state.dtype)))
+            self.count = self.count.index_add(0, index, torch.full_like(index, piece.parts["total"].shape[1]))
 
     def add_sum(self, name: str, *, per_head: bool = True, dtype: torch.dtype = torch.float64) -> None:
         """Add a state that sums over samples, of shape [layer head] or [layer]; its parts come from `observe`."""

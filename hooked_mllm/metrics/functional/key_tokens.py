@@ -35,7 +35,7 @@ def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool
     if not 0.0 < share <= 1.0 or not n:
         raise InputError(f"Expected a share above 0 and at most 1 of at least one position; got {share!r} of {n}.")
     k = share_count(share, n)
-    return top_mask(profile, torch.full((1,) * (profile.dim() - 1), k, device=profile.device), k)
+    return top_mask(profile, k)
 
 
 @jaxtyped(typechecker=beartype)
