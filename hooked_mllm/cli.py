@@ -3,14 +3,15 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.utils.logging
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hooked_mllm import metrics, plots
 from hooked_mllm.datasets import RefCOCOg
@@ -58,11 +59,10 @@ def score(arguments: argparse.Namespace) -> None:
     """Measure, save, draw and print: what `hooked-mllm score` does."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    if arguments.quiet:
-        transformers.utils.logging.disable_progress_bar()
     source = _source(arguments)
     out = _folder(arguments.out)
-    model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
+    with _loading_bar(not arguments.quiet):
+        model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
     scores = model.measure(_Counted(source, model), METRICS[arguments.metric](), progress=not arguments.quiet)
     scores.provenance.update(dataset=source.name, seed=arguments.seed)
     scores.save(out / "scores")
@@ -78,6 +78,19 @@ def score(arguments: argparse.Namespace) -> None:
     print("\n".join(str(path) for path in written))
 
 
+@contextmanager
+def _loading_bar(wanted: bool) -> Iterator[None]:
+    """Within it, transformers' own bar only if it is wanted."""
+    hide = not wanted and is_progress_bar_enabled()
+    if hide:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bar()
+
+
 class _Counted:
     """The samples one by one, with their number for the progress bar."""
 
@@ -87,7 +100,7 @@ class _Counted:
     def __len__(self) -> int:
         return self.source.size
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.source.samples(self.model))
 
 
@@ -103,9 +116,8 @@ def _overlay(model: HookedMLLM, sample: Any, scores: HeadScores, top: HeadSet) -
 
 
 def _summary(scores: HeadScores, top: HeadSet, source: Source) -> str:
-    lines = [
-        f"{scores.n_layers} layers x {scores.n_heads} heads, {source.size} sample{'s'[: source.size > 1]} of {source.name}"
-    ]
+    samples = f"{source.size} sample{'s' if source.size > 1 else ''} of {source.name}"
+    lines = [f"{scores.n_layers} layers x {scores.n_heads} heads, {samples}"]
     chance = [c for c in scores.provenance.get("chance", []) if c is not None]
     if chance:
         even, median = sum(chance) / len(chance), float(scores.values.nanmedian())

@@ -22,6 +22,7 @@ def run(tmp_path, capsys):
     """The command line in this process: arguments -> (status, out, err)."""
 
     def call(*arguments):
+        capsys.readouterr()  # what the test wrote before
         status = cli.main(["score", "--quiet", "--out", str(tmp_path / "out"), *map(str, arguments)])
         return status, *capsys.readouterr()
 

@@ -1,0 +1,57 @@
+"""The README's and the manual's code runs as printed, and what is generated from the code is up to date."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import hooked_mllm
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MODULES = sorted(m.name for m in pkgutil.walk_packages(hooked_mllm.__path__, "hooked_mllm."))
+
+
+def blocks(page):
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text, names = page.read_text(encoding="utf-8"), {"__name__": "page"}
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start(1))
+        exec(compile("\n" * line + match[1], str(page), "exec"), names)  # errors then name the page's own line
+
+
+def test_the_readme_keeps_its_promises():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    metric = next(b for b in blocks(ROOT / "README.md") if "HeadMetric" in b)
+    assert sum(bool(line.strip()) for line in metric.splitlines()) <= 10  # "your own metric in ten lines"
+    for name in ("main-job", "tests"):  # what .ci/run runs
+        assert re.search(rf"^<!-- {name} -->\n```bash\n[^\n]+\n```$", text, re.MULTILINE)
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(name)
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for example in finder.find(module, name):
+        result = doctest.DocTestRunner(optionflags=flags).run(example)
+        assert result.failed == 0, f"{example.name}: see the output above"
+
+
+def test_every_hook_point_is_listed_with_its_shape():
+    page = importlib.import_module("hook_points_page").page()
+    assert (ROOT / "docs" / "hook-points.md").read_text(encoding="utf-8") == page, (
+        "run `python tests/hook_points_page.py` to write the page again"
+    )
