@@ -193,12 +193,14 @@ class BlockWiring:
         self.builder.junction(self.module(self.parts.ln1), "pre").watch(keep("resid_pre", Call.first), [point])
         self.builder.junction(self.module(self.parts.attn), "post").watch(keep("attn", Call.main), [point])
 
-        def put(call: Call, x: Tensor) -> None:
-            call.first().copy_(x + self.state.pop("resid_pre"))
+        def get(call: Call) -> Tensor:
+            call.state["resid_pre"] = self.state.pop("resid_pre")
+            return getattr(self.block, gain) * self.state.pop("attn")
 
-        self.builder.junction(self.module(self.parts.ln2), "pre").bind(
-            point, lambda call: getattr(self.block, gain) * self.state.pop("attn"), put
-        )
+        def put(call: Call, x: Tensor) -> None:
+            call.first().copy_(x + call.state["resid_pre"])
+
+        self.builder.junction(self.module(self.parts.ln2), "pre").bind(point, get, put)
 
     def _mlp(self) -> None:
         parts = self.parts
@@ -220,10 +222,13 @@ class BlockWiring:
         ln2, mlp = self.module(parts.ln2), self.module(parts.mlp)
         self.builder.junction(ln2, "pre").watch(lambda call: self.state.__setitem__("mid", call.first()), [point])
         self.builder.junction(mlp, "post").watch(lambda call: self.state.__setitem__("mlp", call.main()), [point])
+
+        def get(call: Call) -> Tensor:
+            call.state["mid"] = self.state.pop("mid")
+            return getattr(self.block, gain) * self.state.pop("mlp")
+
         self.builder.junction(self.block, "post").bind(
-            point,
-            lambda call: getattr(self.block, gain) * self.state.pop("mlp"),
-            lambda call, x: call.set_main(x + self.state.pop("mid")),
+            point, get, lambda call, x: call.set_main(x + call.state["mid"])
         )
 
 
