@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,9 @@ from hooked_mllm.attention.engine import AttentionCall, AttentionSite
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
 from hooked_mllm.hooks.point import Handle, HookPoint
 from hooked_mllm.wiring.model import Wiring
+
+#: hooks whose activations are queries by keys
+QUADRATIC = ("hook_attn_scores", "hook_pattern")
 
 Index = Tensor  # Int["batch pos"], -1 where a sample has fewer
 
@@ -130,6 +132,10 @@ class Capture:
             return x.to(self.options.device)
         return x.clone() if self.options.copy else x
 
+    def _copied(self, x: Tensor) -> Tensor:
+        moved = self._moved(x)
+        return moved.clone() if moved.data_ptr() == x.data_ptr() else moved
+
     def _sliced(self, x: Tensor, hook: HookPoint) -> Tensor:
         index = self.options.positions
         if index is None or hook.tower != "text" or x.dim() < 3 or hook.step > 0:
@@ -142,15 +148,17 @@ class Capture:
         self._store(hook.name, self._moved(self._sliced(x, hook)))
 
     def _keep_gradient(self, x: Tensor, *, hook: HookPoint) -> None:
-        self.gradients.setdefault(hook.name + "_grad", []).append(self._moved(self._sliced(x, hook)))
+        x = self._chosen_rows(x, hook) if hook.name.endswith(QUADRATIC) else self._sliced(x, hook)
+        self.gradients.setdefault(hook.name + "_grad", []).append(self._moved(x))
 
     def _keep_rows(self, x: Tensor, *, hook: HookPoint) -> None:
+        self._store(hook.name, self._moved(self._chosen_rows(x, hook).float()))
+
+    def _chosen_rows(self, x: Tensor, hook: HookPoint) -> Tensor:
         queries, keys = self._rows_wanted(hook.tower, hook.step)
         if queries is not None:
             x = take(x, queries.to(x.device), dim=2)
-        if keys is not None:
-            x = take(x, keys.to(x.device), dim=3)
-        self._store(hook.name, self._moved(x.float()))
+        return x if keys is None else take(x, keys.to(x.device), dim=3)
 
     def _rows_wanted(self, tower: str, step: int) -> tuple[Index | None, Index | None]:
         if tower != "text":
@@ -160,13 +168,10 @@ class Capture:
 
     def _tap(self, call: AttentionCall, lazy: list[tuple[str, bool]], rot_k: str | None, grow: bool) -> None:
         step = self.wiring.registry.clock.step
-        k: Tensor | GrowingKeys
-        if grow:
-            k = self._grow(call)
-            if rot_k is not None:
-                self._store(rot_k, LazyKeys(k, call.k.shape[2]))
-        else:
-            k = call.k.detach().clone() if self.options.copy else self._moved(call.k)
+        k: Tensor | GrowingKeys = self._grow(call) if grow else self._moved(call.k)
+        if rot_k is not None:
+            entry = LazyKeys(k, call.k.shape[2]) if isinstance(k, GrowingKeys) else k.transpose(1, 2)
+            self._store(rot_k, entry)
         if not lazy:
             return
         queries, keys = self._rows_wanted(call.tower, step)
@@ -174,14 +179,15 @@ class Capture:
         q = self._moved(q)
         mask = call.mask if self.options.device is None else call.mask.to(self.options.device)
         for name, scores in lazy:
-            entry = LazyPattern(q, k, mask, call.scale, name, scores, index=_to(queries, q), columns=_to(keys, q))
-            self._store(name, value_of(entry) if keys is not None and queries is not None else entry)
+            rows = LazyPattern(q, k, mask, call.scale, name, scores, index=_to(queries, q), columns=_to(keys, q))
+            self._store(name, value_of(rows) if keys is not None and queries is not None else rows)
 
-    def _grow(self, call: AttentionCall) -> GrowingKeys:
+    def _grow(self, call: AttentionCall) -> GrowingKeys | Tensor:
         keys = self._growing.setdefault(call.layer, GrowingKeys())
-        new = call.k.shape[2] - keys.length
-        if new > 0:
-            keys.append(self._moved(call.k[:, :, -new:]))
+        new = call.q.shape[2]
+        if keys.length + new != call.k.shape[2]:
+            return self._copied(call.k)  # a KV cache of fixed size, which drops or overwrites keys
+        keys.append(self._copied(call.k[:, :, -new:]))  # a view would keep the keys of all steps before alive
         return keys
 
     # -- the result ------------------------------------------------------------------------------------------------
@@ -194,8 +200,11 @@ class Capture:
         return {name: self._joined(kept[name]) for name in names}
 
     def gradient_entries(self) -> dict[str, Entry]:
-        """The gradients, in the order in which the backward pass met them."""
-        return {name: self._joined(list(parts)) for name, parts in self.gradients.items()}
+        """The gradients, in the order in which the backward pass met them.
+
+        It meets several calls of the vision tower last call first; joined, they stand in the order of the activations.
+        """
+        return {name: self._joined(list(reversed(parts))) for name, parts in self.gradients.items()}
 
     def _joined(self, parts: list[Entry]) -> Entry:
         if len(parts) == 1:

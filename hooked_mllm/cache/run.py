@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from hooked_mllm.cache.activation_cache import ActivationCache, positions
-from hooked_mllm.cache.capture import Capture, CaptureOptions
+from hooked_mllm.cache.capture import QUADRATIC, Capture, CaptureOptions
 from hooked_mllm.cache.generation import GenerationCache
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs import MappingMasks, ResolvedInput
 
 #: generation options under which one step's keys are not simply those of the step before and some more
-_REORDERS = ("num_beams", "assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "past_key_values")
-_QUADRATIC = ("hook_attn_scores", "hook_pattern")
+_REORDERS = (
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "cache_implementation",
+    "past_key_values",
+)
 
 
 @dataclass
@@ -59,6 +64,8 @@ def run_cached(model: Any, inputs: ResolvedInput, request: CacheRequest) -> tupl
         raise HookValueError(f"remove_batch_dim needs a batch of one; this one has {batch}.")
     points = model.registry.select(request.names_filter)
 
+    reorders = request.generate is not None and _reorders(model.hf_model.generation_config, request.generate)
+
     def places(wanted: Any) -> Tensor | None:
         return None if wanted is None else positions(wanted, batch, length, inputs.masks)
 
@@ -69,19 +76,23 @@ def run_cached(model: Any, inputs: ResolvedInput, request: CacheRequest) -> tupl
         positions=places(request.pos_slice),
         queries=places(request.queries),
         keys=places(request.keys),
-        growing=request.generate is not None and not any(k in request.generate for k in _REORDERS),
-        copy=any(p.may_edit for p in model.registry.hook_dict.values())
-        or (request.generate is not None and any(k in request.generate for k in _REORDERS)),
+        growing=request.generate is not None and not reorders,
+        copy=reorders or any(p.may_edit for p in model.registry.hook_dict.values()),
         packed_vision=model.family.vision.packed,
     )
     with Capture(model.wiring, options) as capture:
         output = _run(model, inputs, request)
 
+    def masks(name: str) -> Tensor:
+        if name == "visual":  # from the tokens: a text alone has none, which is no error for the residual stream
+            return MappingMasks(inputs.tensors, model.family, model.hf_model.config)(name)
+        return inputs.masks(name)
+
     def cache_of(entries: dict[str, Any]) -> ActivationCache:
         return ActivationCache(
             entries,
             {"text": model.cfg.n_layers, "vision": model.cfg.vision_n_layers},
-            masks=inputs.masks,
+            masks=masks,
             model=model,
             query_positions=options.queries if options.queries is not None else options.positions,
             key_positions=options.keys,
@@ -96,11 +107,30 @@ def run_cached(model: Any, inputs: ResolvedInput, request: CacheRequest) -> tupl
     return output, cache.remove_batch_dim() if request.remove_batch_dim else cache
 
 
+def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a generation does more with its keys than add each step's to those before.
+
+    Raises:
+        HookValueError: for a generation without a KV cache, whose steps run the whole sequence anew.
+    """
+    given = options.get("generation_config", defaults)
+
+    def option(name: str) -> Any:
+        return options.get(name, getattr(given, name, None))
+
+    if option("use_cache") is False:
+        raise HookValueError(
+            "Without a KV cache (use_cache=False) every step of a generation runs the whole sequence anew, so that its "
+            "activations are not those of one step. Leave use_cache on, or run the finished sequence once."
+        )
+    return (option("num_beams") or 1) > 1 or any(option(name) is not None for name in _REORDERS)
+
+
 def _gradient_points(points: list[HookPoint], request: CacheRequest) -> list[HookPoint]:
     if not request.incl_bwd:
         return []
     if request.names_filter is None:
-        return [p for p in points if not p.name.endswith((*_QUADRATIC, "hook_result"))]
+        return [p for p in points if not p.name.endswith((*QUADRATIC, "hook_result"))]
     return points
 
 
