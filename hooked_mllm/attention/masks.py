@@ -135,6 +135,11 @@ class MaskRows:
             return compact.samples(picked)
         return replace(self, batch=len(picked), **chosen, _segment_ids=None)
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors that this mask keeps alive."""
+        held = (self.dense, self.padding, None if self.recipe is None else self.recipe.padding)
+        return [t for t in held if t is not None]
+
     def resized(self, batch: int, length: int, segments: tuple[int, ...] | None = None) -> "MaskRows":
         """The same kind of mask over another batch and length, for calls of a vision tower put side by side."""
         return replace(self, batch=batch, q_length=length, kv_length=length, segments=segments, _segment_ids=None)

@@ -80,10 +80,10 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         return self._entries[name]
 
     def __getitem__(self, key: Any) -> Tensor:
-        value = value_of(self.entry(key))
-        if not self.has_batch_dim and isinstance(self.entry(key), LazyPattern) and value.shape[0] == 1:
-            return value[0]
-        return value
+        return self._unbatched(value_of(self.entry(key)))
+
+    def _unbatched(self, value: Tensor, dim: int = 0) -> Tensor:
+        return value if self.has_batch_dim or value.shape[dim] != 1 else value.squeeze(dim)
 
     def __contains__(self, key: object) -> bool:
         try:
@@ -130,7 +130,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         heads: int | Sequence[int] | None = None,
         tower: str = "text",
         scores: bool = False,
-    ) -> Float[Tensor, "batch head query key"]:
+    ) -> Float[Tensor, "*batch head query key"]:
         """Some rows, columns and heads of one layer's attention pattern, in float32.
 
         Args:
@@ -149,23 +149,24 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         key = (name, layer) if tower == "text" else (tower, name, layer)
         entry = self.entry(key)
         chosen = None if heads is None else ([heads] if isinstance(heads, int) else list(heads))
-        rows = None if queries is None else self._places(queries, entry, 2, self.query_positions)
-        columns = None if keys is None else self._places(keys, entry, 3, self.key_positions)
+        kept = (self.query_positions, self.key_positions) if tower == "text" else (None, None)
+        rows = None if queries is None else self._places(queries, entry, 2, kept[0])
+        columns = None if keys is None else self._places(keys, entry, 3, kept[1])
         if isinstance(entry, LazyPattern):
             if columns is not None and entry.columns is not None:
                 columns = torch.where(columns >= 0, entry.columns.cpu().gather(1, columns.clamp(min=0)), -1)
-            return entry.rows(rows, columns, chosen)
+            return self._unbatched(entry.rows(rows, columns, chosen))
         value = value_of(entry)
         value = value if rows is None else take(value, rows.to(value.device), dim=2)
         value = value if columns is None else take(value, columns.to(value.device), dim=3)
-        return value if chosen is None else value[:, chosen]
+        return self._unbatched(value if chosen is None else value[:, chosen])
 
     def _places(self, wanted: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
         """Positions of the sequence as places along an axis of which only the positions in `kept` are there."""
         batch, length = entry.shape[0], entry.shape[axis]
         if kept is None:
             return self.positions(wanted, batch, length)
-        full = self.positions(wanted, batch, int(kept.max()) + 1 if isinstance(wanted, slice) else None)
+        full = self.positions(wanted, batch, None if self._masks is None else self._masks("padding").shape[1])
         match = full[:, :, None] == kept.cpu()[:, None, :]
         if bool((~match.any(-1) & (full >= 0)).any()):
             raise LayoutError(
@@ -191,7 +192,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> "ActivationCache":
         """The same cache with its tensors on another device; patterns are then computed there."""
-        return self._like({n: e.to(device) if isinstance(e, Tensor | LazyPattern) else value_of(e).to(device) for n, e in self._entries.items()})
+        return self._like({name: entry.to(device) for name, entry in self._entries.items()})
 
     def sample(self, index: int | slice) -> "ActivationCache":
         """The activations of one sample of a batch, or of some; the batch axis stays.
@@ -210,7 +211,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         if not range(batch)[choice]:
             raise HookValueError(f"No sample {index} in a batch of {batch}.")
         entries: dict[str, Entry] = {
-            n: e.samples(choice) if isinstance(e, LazyPattern) else value_of(e)[choice] for n, e in text.items()
+            n: e[choice] if isinstance(e, Tensor) else e.samples(choice) for n, e in text.items()
         }
         masks = self._masks
 
@@ -230,7 +231,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         return self.sample(batch_slice)
 
     def remove_batch_dim(self) -> "ActivationCache":
-        """The same cache without its batch axis.
+        """The same cache, read without its batch axis; so are what `pattern` and the residual-stream tools return.
 
         Raises:
             HookValueError: when the batch holds more than one sample.
@@ -240,22 +241,15 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         text = {n: e for n, e in self._entries.items() if not n.startswith(("vision.", "projector."))}
         if any(e.shape[0] != 1 for e in text.values()):
             raise HookValueError("remove_batch_dim needs a batch of one; use `cache.sample(i)` first.")
-        entries: dict[str, Entry] = {}
-        for name, entry in self._entries.items():
-            if isinstance(entry, LazyPattern):
-                entries[name] = entry
-            else:
-                value = value_of(entry)
-                entries[name] = value[0] if value.shape[0] == 1 else value
-        return self._like(entries, has_batch_dim=False)
+        return self._like(self._entries, has_batch_dim=False)
 
     # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: Any) -> None:
-        """Write the cache to a safetensors file; q, k and the mask of patterns are written, not the patterns."""
+        """Write the cache to a safetensors file; what patterns are computed from is written, not the patterns."""
         from hooked_mllm.cache.files import save
 
-        save(self, path)
+        save([self], path)
 
     @classmethod
     def load(cls, path: Any, model: Any = None) -> "ActivationCache":
@@ -266,11 +260,11 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
             model: The model that ran, for the residual-stream tools.
 
         Raises:
-            CacheFileError: for a file that is corrupt, pickled, or something else.
+            CacheFileError: for a file that is missing, corrupt, pickled, or something else.
         """
         from hooked_mllm.cache.files import load
 
-        return load(path, model)
+        return load(path, model)[0]
 
 
 def positions(
@@ -279,7 +273,8 @@ def positions(
     """Any way of naming positions as indices `[batch n]`, -1 where a sample has fewer than the others.
 
     Raises:
-        LayoutError: for a token kind where there is no layout, a mask of another shape, or an index out of range.
+        LayoutError: for a token kind where there is no layout, a mask of another shape, an index out of range, or no
+            position at all.
     """
     if isinstance(wanted, str):
         if masks is None:
@@ -293,6 +288,8 @@ def positions(
         if mask.shape[0] != batch or (length is not None and mask.shape[1] != length):
             raise LayoutError(f"A mask of positions must be [{batch}, {length}]; got {tuple(mask.shape)}.")
         counts = mask.sum(1)
+        if not bool(counts.any()):
+            raise LayoutError("No position is of the kind asked for: its mask is False everywhere.")
         order = (~mask).int().argsort(dim=1, stable=True)[:, : int(counts.max())]
         return torch.where(torch.arange(order.shape[1]) < counts[:, None], order, -1)
     if isinstance(wanted, slice):
@@ -309,4 +306,6 @@ def positions(
         if bool(((index < -length) | (index >= length)).any()):
             raise LayoutError(f"Positions {wanted!r} reach outside a sequence of {length} tokens.")
         index = torch.where(index < 0, index + length, index)
+    elif bool((index < 0).any()):
+        raise LayoutError(f"Positions {wanted!r} count from the end of a sequence whose length is not known here.")
     return index

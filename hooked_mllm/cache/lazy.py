@@ -54,6 +54,14 @@ class LazyKeys:
         """The tensors that this entry keeps alive."""
         return list(self.keys.chunks)
 
+    def to(self, device: torch.device | str) -> Tensor:
+        """The activation on another device."""
+        return self.tensor().to(device)
+
+    def samples(self, choice: slice) -> Tensor:
+        """The activation of some samples of the batch."""
+        return self.tensor()[choice]
+
     def tensor(self) -> Tensor:
         """The activation itself."""
         return self.keys.upto(self.length).transpose(1, 2)
@@ -92,7 +100,7 @@ class LazyPattern:
 
     def parts(self) -> list[Tensor]:
         """The tensors that this entry keeps alive."""
-        return [self.q, *(self.k.chunks if isinstance(self.k, GrowingKeys) else [self.k])]
+        return [self.q, *(self.k.chunks if isinstance(self.k, GrowingKeys) else [self.k]), *self.mask.tensors()]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -201,6 +209,14 @@ class LazyResult:
     def parts(self) -> list[Tensor]:
         """The tensors that this entry keeps alive."""
         return [self.z]
+
+    def to(self, device: torch.device | str) -> "LazyResult":
+        """The same, computed on `device`."""
+        return LazyResult(self.z.to(device), self.o_proj)
+
+    def samples(self, choice: slice) -> "LazyResult":
+        """The results of some samples of the batch."""
+        return LazyResult(self.z[choice], self.o_proj)
 
     def tensor(self) -> Tensor:
         """The activation itself."""

@@ -11,23 +11,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_mllm.cache.lazy import value_of
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
 from hooked_mllm.wiring.norms import centred
 
 if TYPE_CHECKING:
     from hooked_mllm.cache.activation_cache import Positions
 
-Stack = Float[Tensor, "component batch pos d_model"]
+#: without the batch axis where the cache is read without it
+Stack = Float[Tensor, "component *batch pos d_model"]
 
 
 class ResidualTools:
     """The residual-stream methods of an ActivationCache."""
 
     model: Any
+    has_batch_dim: bool
 
     def _need(self, *key: Any) -> Tensor:
         try:
-            return self[key if len(key) > 1 else key[0]]  # type: ignore[index]
+            return value_of(self.entry(key if len(key) > 1 else key[0]))  # type: ignore[attr-defined]
         except HookNameError as error:
             raise HookNameError(
                 f"This needs {key!r} in the cache. {error} Run with `names_filter=None`, or with a filter that keeps it."
@@ -35,7 +38,9 @@ class ResidualTools:
 
     def _model(self) -> Any:
         if self.model is None:
-            raise InputError("This needs the model's weights: load the cache with `ActivationCache.load(path, model=model)`.")
+            raise InputError(
+                "This needs the model's weights: load the cache with `ActivationCache.load(path, model=model)`."
+            )
         return self.model
 
     def _layer(self, layer: int | None) -> int:
@@ -100,8 +105,13 @@ class ResidualTools:
             if mode == "all" and l < self._n_deepstack():
                 parts.append(self._deepstack(l, parts[-1]))
                 labels.append(f"{l}_deepstack")
+        if not parts:
+            raise HookValueError("No terms: below layer 0 there is nothing but the embeddings (`incl_embeds`).")
         stack = torch.stack(parts)
-        stack = self.apply_ln_to_stack(stack, layer) if apply_ln else stack
+        return self._given(self._scaled(stack, layer) if apply_ln else stack, labels, return_labels)
+
+    def _given(self, stack: Tensor, labels: list[str], return_labels: bool) -> Any:
+        stack = self._unbatched(stack, 1)  # type: ignore[attr-defined]
         return (stack, labels) if return_labels else stack
 
     def _n_deepstack(self) -> int:
@@ -109,7 +119,7 @@ class ResidualTools:
 
     def _deepstack(self, layer: int, like: Tensor) -> Tensor:
         if ("deepstack", layer) in self:  # type: ignore[operator]
-            return self["deepstack", layer]  # type: ignore[index]
+            return self._need("deepstack", layer)
         if self._masks is not None and not bool(self._masks("visual").any()):  # type: ignore[attr-defined]
             return torch.zeros_like(like)  # no image, nothing was added
         return self._need("deepstack", layer)
@@ -150,12 +160,15 @@ class ResidualTools:
         if apply_ln:
             norm = self._model().ln_final
             stack = torch.stack([norm(part.to(norm.weight.device)).to(part.device) for part in stack])
-        return (stack, labels) if return_labels else stack
+        return self._given(stack, labels, return_labels)
 
     def stack_activation(self, name: str, layer: int | None = None, part: str | None = None) -> Tensor:
         """One kind of activation of every block below `layer`, stacked along a new first axis."""
         key = (part,) if part else ()
-        return torch.stack([self._need(name, l, *key) for l in range(self._layer(layer))])
+        parts = [self._need(name, l, *key) for l in range(self._layer(layer))]
+        if not parts:
+            raise HookValueError("There is no block below layer 0; give `layer` at least 1, or None for all.")
+        return self._unbatched(torch.stack(parts), 1)  # type: ignore[attr-defined]
 
     def stack_head_results(
         self,
@@ -179,7 +192,7 @@ class ResidualTools:
         parts: list[Tensor] = []
         labels: list[str] = []
         for l in range(stop):
-            result = self[("result", l)] if ("result", l) in self else self._results(l)  # type: ignore[index,operator]
+            result = self._need("result", l) if ("result", l) in self else self._results(l)  # type: ignore[operator]
             parts += list(result.unbind(-2))
             labels += [f"L{l}H{h}" for h in range(result.shape[-2])]
         if incl_remainder:
@@ -189,8 +202,7 @@ class ResidualTools:
         if not parts:
             raise HookValueError("There are no heads below layer 0; give `layer` at least 1, or None for all.")
         stack = torch.stack(parts)
-        stack = self.apply_ln_to_stack(stack, layer) if apply_ln else stack
-        return (stack, labels) if return_labels else stack
+        return self._given(self._scaled(stack, layer) if apply_ln else stack, labels, return_labels)
 
     def _results(self, layer: int) -> Tensor:
         from hooked_mllm.wiring.blocks import head_results
@@ -212,10 +224,16 @@ class ResidualTools:
             stack: `[component batch pos d_model]`.
             layer: The block whose input the terms sum to; None: the input of the final norm.
         """
+        return self._unbatched(self._scaled(self._batched(stack), layer), 1)  # type: ignore[attr-defined]
+
+    def _batched(self, stack: Tensor) -> Tensor:
+        return stack if self.has_batch_dim or stack.dim() == 4 else stack.unsqueeze(1)
+
+    def _scaled(self, stack: Tensor, layer: int | None = None) -> Tensor:
         norm: nn.Module = self._model().ln_final
         stop, count = self._layer(layer), self._n_layers["text"]  # type: ignore[attr-defined]
         if stop == count and "ln_final.hook_scale" in self:  # type: ignore[operator]
-            scale = self["ln_final.hook_scale"]  # type: ignore[index]
+            scale = self._need("ln_final.hook_scale")
         else:
             stream = centred(norm, self._stream(stop))
             scale = torch.sqrt(stream.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)  # type: ignore[operator]
@@ -243,6 +261,7 @@ class ResidualTools:
         Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
         """
         stack, labels = self.accumulated_resid(layer, incl_mid, return_labels=True)
+        stack = self._batched(stack)
         index = self.positions(positions, stack.shape[1], stack.shape[2])  # type: ignore[attr-defined]
         from hooked_mllm.cache.capture import take
 
@@ -250,7 +269,7 @@ class ResidualTools:
         rows = torch.stack([take(part, index.to(part.device), dim=1) for part in stack])
         device = model.lm_head.weight.device
         logits = torch.stack([model.lm_head(model.ln_final(row.to(device))) for row in rows]).to(stack.device)
-        return (logits, labels) if return_labels else logits
+        return self._given(logits, labels, return_labels)
 
     def logit_attrs(
         self,
@@ -258,7 +277,7 @@ class ResidualTools:
         tokens: str | int | Sequence[int] | Int[Tensor, "..."],
         incorrect_tokens: str | int | Sequence[int] | Int[Tensor, "..."] | None = None,
         positions: "Positions" = "last",
-    ) -> Float[Tensor, "component batch query"]:
+    ) -> Float[Tensor, "component *batch query"]:
         """How much each term of the final residual stream adds to a token's logit, or to a logit difference.
 
         Args:
@@ -273,11 +292,13 @@ class ResidualTools:
         from hooked_mllm.cache.capture import take
 
         model = self._model()
+        residual_stack = self._batched(residual_stack)
         batch = residual_stack.shape[1]
         direction = model.unembed(tokens, batch)
         if incorrect_tokens is not None:
             direction = direction - model.unembed(incorrect_tokens, batch)
-        scaled = self.apply_ln_to_stack(residual_stack.float())
+        scaled = self._scaled(residual_stack.float())
         index = self.positions(positions, batch, residual_stack.shape[2])  # type: ignore[attr-defined]
         rows = torch.stack([take(part, index.to(part.device), dim=1) for part in scaled])
-        return torch.einsum("cbqd,bd->cbq", rows, direction.to(rows.device).float())
+        attributions = torch.einsum("cbqd,bd->cbq", rows, direction.to(rows.device).float())
+        return self._unbatched(attributions, 1)  # type: ignore[attr-defined]
