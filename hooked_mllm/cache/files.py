@@ -1,20 +1,25 @@
-"""Caches as safetensors files: tensors and a JSON header, never a pickle."""
+"""Caches as safetensors files: tensors and a JSON header, never a pickle.
+
+What a cache computes when it is read is written as what it is computed from: q, k and the mask of a pattern, z and W_O of
+head results; and what several entries share, such as the keys of all steps of a generation, once.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.cache.lazy import Entry, LazyPattern, value_of
+from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
 
 FORMAT = "hooked_mllm.ActivationCache/1"
+KINDS = ("question", "answer", "system", "template", "visual", "text", "padding", "last", "target")
 
 
 class _Writer:
@@ -22,62 +27,68 @@ class _Writer:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._known: dict[tuple[Any, ...], str] = {}
+        self._known: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
 
-    def add(self, name: str, tensor: Tensor) -> str:
+    def add(self, name: str, tensor: Tensor | None) -> str | None:
+        if tensor is None:
+            return None
         tensor = tensor.detach()
-        view = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if view not in self._known:
-            self._known[view] = name
+        view = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if view not in self._known or tensor.numel() == 0:
+            self._known[view] = name, tensor  # kept alive, so that its address stays its own
             self.tensors[name] = tensor.cpu().contiguous().clone()
-        return self._known[view]
+        return self._known[view][0]
+
+    def keys(self, name: str, k: Tensor | GrowingKeys) -> str | None:
+        return self.add(name, k.upto(k.length) if isinstance(k, GrowingKeys) else k)
+
+    def entry(self, name: str, entry: Entry) -> dict[str, Any]:
+        if isinstance(entry, LazyPattern):
+            return self._pattern(name, entry)
+        if isinstance(entry, LazyResult):
+            weight = self.add(f"{name}/W_O", entry.o_proj.weight)  # type: ignore[arg-type]
+            return {"kind": "result", "z": self.add(f"{name}/z", entry.z), "W_O": weight}
+        if isinstance(entry, LazyKeys):
+            return {"kind": "keys", "k": self.keys(f"{name}/k", entry.keys), "length": entry.length}
+        return {"kind": "tensor", "tensor": self.add(name, value_of(entry))}
+
+    def _pattern(self, name: str, entry: LazyPattern) -> dict[str, Any]:
+        mask = entry.mask.compact()
+        tensors = {"index": entry.index, "columns": entry.columns, "dense": mask.dense, "padding": mask.padding}
+        return {
+            "kind": "pattern",
+            "q": self.add(f"{name}/q", entry.q),
+            "k": self.keys(f"{name}/k", entry.k),
+            "growing": isinstance(entry.k, GrowingKeys),
+            "scale": float(entry.scale),
+            "scores": entry.scores,
+            "batch": mask.batch,
+            "q_length": mask.q_length,
+            "kv_length": mask.kv_length,
+            "causal": mask.causal,
+            "window": mask.window,
+            "segments": mask.segments,
+            **{key: self.add(f"{name}/{key}", tensor) for key, tensor in tensors.items()},
+        }
+
+    def cache(self, cache: Any, prefix: str) -> dict[str, Any]:
+        masks = None if cache._masks is None else known_masks(cache._masks)
+        return {
+            "entries": {name: self.entry(prefix + name, entry) for name, entry in cache._entries.items()},
+            "n_layers": cache._n_layers,
+            "has_batch_dim": cache.has_batch_dim,
+            "query_positions": self.add(f"{prefix}/query_positions", cache.query_positions),
+            "key_positions": self.add(f"{prefix}/key_positions", cache.key_positions),
+            "masks": None if masks is None else {k: self.add(f"{prefix}/mask/{k}", m) for k, m in masks.items()},
+        }
 
 
-def _pattern_header(writer: _Writer, name: str, entry: LazyPattern) -> dict[str, Any]:
-    mask = entry.mask.compact()
-    header: dict[str, Any] = {
-        "kind": "pattern",
-        "q": writer.add(f"{name}/q", entry.q),
-        "k": writer.add(f"{name}/k", entry.keys()),
-        "scale": float(entry.scale),
-        "scores": entry.scores,
-        "batch": mask.batch,
-        "q_length": mask.q_length,
-        "kv_length": mask.kv_length,
-        "causal": mask.causal,
-        "window": mask.window,
-        "segments": mask.segments,
-    }
-    extra = {"index": entry.index, "columns": entry.columns, "dense": mask.dense, "padding": mask.padding}
-    for key, tensor in extra.items():
-        header[key] = None if tensor is None else writer.add(f"{name}/{key}", tensor)
-    return header
-
-
-def save(cache: Any, path: str | Path) -> None:
-    """Write a cache to `path`, by way of a temporary name."""
+def save(caches: Sequence[Any], path: str | Path, *, generation: bool = False) -> None:
+    """Write a cache, or the caches of a generation's steps, to `path`, by way of a temporary name."""
     path = Path(path)
     writer = _Writer()
-    entries = {
-        name: _pattern_header(writer, name, entry)
-        if isinstance(entry, LazyPattern)
-        else {"kind": "tensor", "tensor": writer.add(name, value_of(entry))}
-        for name, entry in cache._entries.items()
-    }
-    header = {
-        "format": FORMAT,
-        "entries": entries,
-        "n_layers": cache._n_layers,
-        "has_batch_dim": cache.has_batch_dim,
-        "query_positions": None
-        if cache.query_positions is None
-        else writer.add("/query_positions", cache.query_positions),
-        "key_positions": None if cache.key_positions is None else writer.add("/key_positions", cache.key_positions),
-    }
-    if cache._masks is not None:
-        header["masks"] = {
-            kind: writer.add(f"/mask/{kind}", mask) for kind, mask in known_masks(cache._masks).items()
-        }
+    steps = [writer.cache(cache, f"{number}:" if generation else "") for number, cache in enumerate(caches)]
+    header = {"format": FORMAT, "generation": generation, "steps": steps}
     temporary = path.with_name(path.name + ".partial")
     try:
         save_file(writer.tensors, str(temporary), metadata={"hooked_mllm": json.dumps(header)})
@@ -89,7 +100,7 @@ def save(cache: Any, path: str | Path) -> None:
 def known_masks(masks: Any) -> Mapping[str, Tensor]:
     """The token kinds that a layout can name, as masks."""
     found = {}
-    for kind in ("question", "answer", "system", "template", "visual", "text", "padding", "last", "target"):
+    for kind in KINDS:
         try:
             found[kind] = masks(kind)
         except HookedMLLMError:  # a kind that this sample does not have: nothing to write
@@ -97,49 +108,85 @@ def known_masks(masks: Any) -> Mapping[str, Tensor]:
     return found
 
 
-def load(path: str | Path, model: Any = None) -> Any:
-    """Read a cache from `path`.
+def load(path: str | Path, model: Any = None, *, generation: bool = False) -> list[Any]:
+    """Read from `path` a cache, or the caches of a generation's steps.
 
     Raises:
-        CacheFileError: for a file that is corrupt, pickled, or something else.
+        CacheFileError: for a file that is missing, corrupt, pickled, or something else.
     """
-    from hooked_mllm.cache.activation_cache import ActivationCache
-
     path = Path(path)
+    header, tensors = _read(path)
+    if header["generation"] is not generation:
+        kinds = ("ActivationCache", "GenerationCache")
+        raise CacheFileError(f"{path} holds a {kinds[not generation]}: read it with {kinds[not generation]}.load.")
+    growing: dict[str, GrowingKeys] = {}
+    try:
+        return [_cache(step, tensors, growing, model) for step in header["steps"]]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CacheFileError(f"The header of {path} does not fit what it holds ({error!r}): it is damaged.") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise CacheFileError(f"No cache file at {path}.")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         with path.open("rb") as raw:
             start = raw.read(2)
-        kind = "a pickle or torch.save file, which is never read" if start in (b"\x80\x02", b"\x80\x04", b"PK") else "damaged"
+        # a pickle of protocol 2 and up starts with \x80 and its number, a file of torch.save is a zip archive
+        pickled = start == b"PK" or (len(start) == 2 and start[0] == 0x80 and start[1] < 16)
+        kind = "a pickle or torch.save file, which is never read" if pickled else "damaged"
         raise CacheFileError(
             f"{path} is not a readable safetensors file ({error}); it is {kind}. Expected what `cache.save` writes."
         ) from error
     try:
         header = json.loads(metadata["hooked_mllm"])
-        if header["format"] != FORMAT:
-            raise CacheFileError(f"{path} holds {header['format']!r}; expected {FORMAT!r}.")
-        entries = {name: _entry(name, spec, tensors) for name, spec in header["entries"].items()}
+        found, _, _ = header["format"], header["generation"], header["steps"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CacheFileError(f"{path} is a safetensors file, but not one that `cache.save` wrote ({error!r}).") from error
-    named = header.get("masks")
+        raise CacheFileError(
+            f"{path} is a safetensors file, but not one that `cache.save` wrote ({error!r})."
+        ) from error
+    if found != FORMAT:
+        raise CacheFileError(f"{path} holds {found!r}; expected {FORMAT!r}.")
+    return header, tensors
+
+
+def _cache(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys], model: Any) -> Any:
+    from hooked_mllm.cache.activation_cache import ActivationCache
+
+    named = header["masks"]
 
     def masks(kind: str) -> Tensor:
         if kind not in named:
             raise LayoutError(f"The file keeps no positions of kind {kind!r}; it has {', '.join(named)}.")
         return tensors[named[kind]]
 
-    place = {k: None if header[k] is None else tensors[header[k]] for k in ("query_positions", "key_positions")}
-    return ActivationCache(entries, header["n_layers"], None if named is None else masks, model, header["has_batch_dim"], **place)
+    entries = {name: _entry(name, spec, tensors, growing) for name, spec in header["entries"].items()}
+    places = {k: None if header[k] is None else tensors[header[k]] for k in ("query_positions", "key_positions")}
+    return ActivationCache(
+        entries, header["n_layers"], None if named is None else masks, model, header["has_batch_dim"], **places
+    )
 
 
-def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Entry:
+def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys]) -> Entry:
+    def keys(k: str) -> GrowingKeys:
+        if k not in growing:
+            growing[k] = GrowingKeys()
+            growing[k].append(tensors[k])
+        return growing[k]
+
     if spec["kind"] == "tensor":
         return tensors[spec["tensor"]]
+    if spec["kind"] == "keys":
+        return LazyKeys(keys(spec["k"]), spec["length"])
+    if spec["kind"] == "result":
+        weight = tensors[spec["W_O"]]
+        o_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        o_proj.weight = nn.Parameter(weight, requires_grad=False)
+        return LazyResult(tensors[spec["z"]], o_proj)
     get = {k: None if spec[k] is None else tensors[spec[k]] for k in ("index", "columns", "dense", "padding")}
     mask = MaskRows(
         spec["batch"],
@@ -152,13 +199,5 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Entry
         window=spec["window"],
         segments=None if spec["segments"] is None else tuple(spec["segments"]),
     )
-    return LazyPattern(
-        tensors[spec["q"]],
-        tensors[spec["k"]],
-        mask,
-        spec["scale"],
-        name,
-        spec["scores"],
-        get["index"],
-        get["columns"],
-    )
+    k = keys(spec["k"]) if spec["growing"] else tensors[spec["k"]]
+    return LazyPattern(tensors[spec["q"]], k, mask, spec["scale"], name, spec["scores"], get["index"], get["columns"])

@@ -9,7 +9,6 @@ from torch import Tensor
 from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.describe import human_bytes
 from hooked_mllm.cache.lazy import LazyPattern, parts_of, value_of
-from hooked_mllm.errors import HookValueError
 
 
 class GenerationCache:
@@ -73,28 +72,26 @@ class GenerationCache:
     def __repr__(self) -> str:
         lines = repr(self.steps[0]).splitlines()
         return "\n".join(
-            [f"GenerationCache: prefill and {len(self.steps) - 1} decoding steps, {human_bytes(self.nbytes)}", "prefill:", *lines]
+            [
+                f"GenerationCache: prefill and {len(self.steps) - 1} decoding steps, {human_bytes(self.nbytes)}",
+                "prefill:",
+                *lines,
+            ]
         )
 
-    def save(self, folder: Any) -> None:
-        """Write each step to its own file in `folder`."""
-        from pathlib import Path
+    def save(self, path: Any) -> None:
+        """Write all steps to one safetensors file, what they share once."""
+        from hooked_mllm.cache.files import save
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, step in enumerate(self.steps):
-            step.save(folder / f"step_{number:05d}.safetensors")
+        save(self.steps, path, generation=True)
 
     @classmethod
-    def load(cls, folder: Any, model: Any = None) -> "GenerationCache":
+    def load(cls, path: Any, model: Any = None) -> "GenerationCache":
         """Read what `save` wrote.
 
         Raises:
-            HookValueError: when the folder holds no step.
+            CacheFileError: for a file that is missing, corrupt, pickled, or something else.
         """
-        from pathlib import Path
+        from hooked_mllm.cache.files import load
 
-        files = sorted(Path(folder).glob("step_*.safetensors"))
-        if not files:
-            raise HookValueError(f"No generation cache in {folder}: expected files step_00000.safetensors, ...")
-        return cls([ActivationCache.load(file, model) for file in files])
+        return cls(load(path, model, generation=True))
