@@ -69,6 +69,13 @@ class _Checkpoint:
         self.path = None if path is None else Path(path)
         self.metrics = metrics
         self.done: list[str] = []
+        self._states: list[dict[str, Tensor]] = []
+
+    def finished(self, name: str) -> None:
+        """A sample is in all metrics: keep their states, for the next may be interrupted between two of them."""
+        self.done.append(name)
+        if self.path is not None:
+            self._states = [_state_of(metric) for metric in self.metrics]
 
     def load(self, device: torch.device | str | None) -> None:
         if self.path is None or not self.path.is_file():
@@ -76,7 +83,7 @@ class _Checkpoint:
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["hooked_mllm"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
             if header["format"] != FORMAT:
                 raise CacheFileError(f"{self.path} holds {header['format']!r}, expected {FORMAT!r}.")
             settings = header["metrics"]
@@ -92,14 +99,16 @@ class _Checkpoint:
             state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             metric.load_state_dict(state)  # type: ignore[attr-defined]
         self.done = header["done"]
+        self._states = [_state_of(metric) for metric in self.metrics]
 
     def save(self) -> None:
-        if self.path is None:
+        if self.path is None or not self._states:
             return
-        tensors: dict[str, Tensor] = {}
-        for number, metric in enumerate(self.metrics):
-            for name, value in metric.state_dict().items():  # type: ignore[attr-defined]
-                tensors[f"{number}/{name}"] = value.detach().cpu().contiguous().clone()
+        tensors = {
+            f"{number}/{name}": value.cpu().contiguous()
+            for number, state in enumerate(self._states)
+            for name, value in state.items()
+        }
         header = {"format": FORMAT, "metrics": [repr(m) for m in self.metrics], "done": self.done}
         temporary = self.path.with_name(self.path.name + ".partial")
         try:
@@ -109,18 +118,29 @@ class _Checkpoint:
             temporary.unlink(missing_ok=True)
 
 
+def _state_of(metric: Metric) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in metric.state_dict().items()}  # type: ignore[attr-defined]
+
+
+#: numbers of a pixel tensor that its fingerprint reads
+PIXELS = 1 << 16
+
+
 def fingerprint(inputs: ModelInput) -> str:
-    """A short name for what a sample asks: its tokens, target and pixels' sizes."""
+    """A short name for what a sample asks: its tokens and target, and its pixels at evenly spaced places."""
     digest = hashlib.sha256()
     tensors = inputs.inputs if isinstance(inputs, Sample | SampleBatch) else inputs
     for name in sorted(tensors):
         value = tensors[name]
         if isinstance(value, Tensor):
             digest.update(f"{name}{tuple(value.shape)}".encode())
-            if not value.is_floating_point():
-                digest.update(value.cpu().numpy().tobytes())
-    if isinstance(inputs, Sample) and inputs.target_mask is not None:
-        digest.update(inputs.target_mask.numpy().tobytes())
+            if value.is_floating_point():
+                flat = value.reshape(-1)
+                value = flat[:: max(1, len(flat) // PIXELS)].float()
+            digest.update(value.cpu().numpy().tobytes())
+    for sample in [inputs] if isinstance(inputs, Sample) else inputs if isinstance(inputs, SampleBatch) else []:
+        if sample.target_mask is not None:
+            digest.update(sample.target_mask.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -153,16 +173,19 @@ def measure(
         metric.setup(model.info)
     state = _Checkpoint(checkpoint, chosen)
     state.load(model.device)
-    skip, ids, templates = list(state.done), [], set()
-    total = len(samples) if hasattr(samples, "__len__") and not isinstance(samples, Sample | SampleBatch | Mapping) else None  # type: ignore[arg-type]
+    skip, ids, templates, seen = list(state.done), [], set(), 0
+    counted = hasattr(samples, "__len__") and not isinstance(samples, Sample | SampleBatch | Mapping)
+    total = len(samples) if counted else None  # type: ignore[arg-type]
     pending: list[AttentionView] = []
     bar = tqdm(total=total, desc="measuring heads", unit="sample", disable=not progress)
     try:
         for number, source in enumerate(_each(samples)):
+            seen = number + 1
             name = fingerprint(source) if checkpoint is not None else ""
             inputs = model.resolve(source)
             ids += [i for i in inputs.ids if i is not None]
-            templates |= {s.template for s in (source,) if isinstance(s, Sample) and s.template}
+            held = source if isinstance(source, SampleBatch) else [source] if isinstance(source, Sample) else []
+            templates |= {s.template for s in held if s.template}
             if number < len(skip):
                 if skip[number] != name:
                     raise CacheFileError(
@@ -174,17 +197,23 @@ def measure(
             views = _one(model, inputs, chosen, group_bytes)
             _check(pending)  # one sample late, so that the device is never waited for in between
             pending = views
-            state.done.append(name)
+            state.finished(name)
             bar.update()
             if checkpoint is not None and (number + 1) % save_every == 0:
                 _check(pending)
                 state.save()
         _check(pending)
     except KeyboardInterrupt:
+        _check(pending)
         state.save()
         raise
     finally:
         bar.close()
+    if seen < len(skip):
+        raise CacheFileError(
+            f"{checkpoint} holds {len(skip)} samples; this run has {seen}: it is the checkpoint of a larger data set. Use "
+            "another file."
+        )
     if not state.done:
         raise InputError("There is no sample to measure: `samples` is empty.")
     state.save()
