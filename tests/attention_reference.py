@@ -74,6 +74,7 @@ def random_layers(
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
     sharpness: float = 2.0,
+    one_scale: bool = False,
 ) -> Layers:
     """Layers with samples of the given lengths; layers 1, 3, ... have a sliding window if one is given.
 
@@ -103,14 +104,12 @@ def random_layers(
         for w in {None, window}
     }
     mask = [shared[window if layer % 2 else None] for layer in range(n_layers)]
-    scale = [d_head**-0.5 * (1 + 0.25 * layer) for layer in range(n_layers)]
+    scale = [d_head**-0.5 * (1 if one_scale else 1 + 0.25 * layer) for layer in range(n_layers)]
     attention = []
     for layer in range(n_layers):
         i, j = np.arange(n)[:, None], np.arange(n)[None, :]
         visible = (j <= i) & (real.numpy()[:, None, :]) & (real.numpy()[:, :, None])
         if layer % 2 and window is not None:
             visible &= j > i - window
-        attention.append(
-            softmax_attention(q[layer].float().numpy(), k[layer].float().numpy(), visible, scale[layer])
-        )
+        attention.append(softmax_attention(q[layer].float().numpy(), k[layer].float().numpy(), visible, scale[layer]))
     return Layers(q, k, mask, scale, masks, np.stack(attention))

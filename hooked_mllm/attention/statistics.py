@@ -5,6 +5,7 @@ Axes: `layer`, `batch`, `head` (query heads), `kv_head`, `query` (the chosen que
 head h // (head / kv_head).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,44 +15,54 @@ from torch import Tensor
 _HALF = (torch.bfloat16, torch.float16)
 
 
+#: numbers in the keys of one layer from which on a product per layer costs less than copying all keys together
+_COPY_BELOW = 1 << 22
+
+
 def attention_scores(
     q: Float[Tensor, "layer batch head query d_head"],
-    k: Float[Tensor, "layer batch kv_head key d_head"],
-    scale: Float[Tensor, " layer"] | float,
+    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
+    scale: Sequence[float],
 ) -> Float[Tensor, "layer batch head query key"]:
     """`scale * q k^T` with products summed in float32 (float64 for float64 operands), k not expanded to all heads."""
     n_layers, batch, heads, queries, d_head = q.shape
-    kv_heads, keys = k.shape[2], k.shape[3]
+    kv_heads, keys = k[0].shape[1:3]
     # one matrix product per key head: the query heads that share it are rows of the same left operand
-    left = q.reshape(n_layers * batch * kv_heads, heads // kv_heads * queries, d_head)
-    right = k.reshape(n_layers * batch * kv_heads, keys, d_head).transpose(1, 2)
+    left = q.reshape(n_layers, batch * kv_heads, heads // kv_heads * queries, d_head)
+    scores = left.new_empty(*left.shape[:3], keys, dtype=torch.float32 if q.dtype in _HALF else q.dtype)
+    if n_layers > 1 and k[0].numel() < _COPY_BELOW and len(set(scale)) == 1:
+        right = torch.cat(list(k)).view(-1, keys, d_head)
+        _product(left.flatten(0, 1), right, scale[0], scores.view(-1, *scores.shape[2:]))
+    else:
+        for layer in range(n_layers):
+            _product(left[layer], k[layer].reshape(-1, keys, d_head), scale[layer], scores[layer])
+    return scores.view(n_layers, batch, heads, queries, keys)
+
+
+def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """Write `scale * left right^T` into `out`."""
     wide: dict[str, Any] = {}
-    if q.dtype in _HALF:
-        if q.is_cuda:
+    if left.dtype in _HALF:
+        if left.is_cuda:
             wide = {"out_dtype": torch.float32}
         else:
             left, right = left.float(), right.float()
-    if isinstance(scale, Tensor):
-        scores = torch.bmm(left, right, **wide).view(n_layers, -1).mul_(scale[:, None])
-    else:
-        # with beta = 0 the product takes the scale in and `scores` is written, never read: one pass over memory less
-        scores = left.new_empty(*left.shape[:2], keys, dtype=wide.get("out_dtype", left.dtype))
-        torch.baddbmm(scores, left, right, beta=0, alpha=scale, out=scores, **wide)
-    return scores.view(n_layers, batch, heads, queries, keys)
+    # with beta = 0 the product takes the scale in and `out` is written, never read: one pass over memory less
+    torch.baddbmm(out, left, right.transpose(1, 2), beta=0, alpha=scale, out=out, **wide)
 
 
 def attention_rows(
     q: Float[Tensor, "layer batch head query d_head"],
-    k: Float[Tensor, "layer batch kv_head key d_head"],
-    scale: Float[Tensor, " layer"] | float,
+    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
+    scale: Sequence[float],
     hidden: Bool[Tensor, "mask_layer batch query tail"],
 ) -> Float[Tensor, "layer batch head query key"]:
     """`A[i, j] = softmax_j(scale * q_i k_j)` over the keys that are not hidden; zero elsewhere.
 
     Args:
         q: Queries after position encoding, the chosen rows only.
-        k: Keys after position encoding.
-        scale: One factor for all layers, or one per layer.
+        k: Keys after position encoding, one tensor per layer.
+        scale: One factor per layer.
         hidden: True where the query does not see one of the last `tail` keys; all see the keys before. The first axis
             is 1 or the number of layers.
 

@@ -319,14 +319,8 @@ class AttentionView:
                     if kv_step < self.n_kv_heads:
                         q, k = [t[:, heads] for t in q], [t[:, kv_heads] for t in k]
                     chosen = _stack([selection.take(t, queries) for t in q])
-                    rows = attention_rows(chosen, _stack(k), self._scales(layers), some)
+                    rows = attention_rows(chosen, k, self._scale[layers], some)
                     yield _Chunk(layers, heads, queries, rows)
-
-    def _scales(self, layers: slice) -> Tensor | float:
-        scales = self._scale[layers]
-        if len(set(scales)) == 1:
-            return float(scales[0])
-        return torch.tensor(scales, dtype=torch.float32).to(self.device, non_blocking=True)
 
     def _hidden(self, selection: QuerySelection, part: slice) -> Bool[Tensor, "mask_layer batch query tail"]:
         """Which of the last `tail` keys these queries do not see; they all see the keys before.

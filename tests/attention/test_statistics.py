@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hooked_mllm.attention import statistics
 from hooked_mllm.attention.statistics import attention_rows, attention_scores, coverage_by_rank, first_rank, top_mask
 
 
@@ -24,23 +25,25 @@ def test_top_mask_takes_a_number_of_its_own_for_each_sample():
     assert mask.int().tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
 
 
+@pytest.mark.parametrize("copy_below", [0, 1 << 22], ids=["by-layer", "together"])
+@pytest.mark.parametrize("scale", [(0.5, 0.5), (0.5, 2.0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_scores_are_at_least_float32_and_take_a_scale_per_layer(dtype):
+def test_scores_are_at_least_float32_and_take_a_scale_per_layer(dtype, scale, copy_below, monkeypatch):
+    monkeypatch.setattr(statistics, "_COPY_BELOW", copy_below)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, 6, 5, 16, generator=generator).to(dtype)
     k = torch.randn(2, 3, 2, 7, 16, generator=generator).to(dtype)
-    scale = torch.tensor([0.5, 2.0])
-    scores = attention_scores(q, k, scale)
+    scores = attention_scores(q, list(k), list(scale))
     want = np.einsum("lbhqd,lbhkd->lbhqk", q.double().numpy(), k.double().repeat_interleave(3, dim=2).numpy())
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    np.testing.assert_allclose(scores, want * scale.numpy().reshape(2, 1, 1, 1, 1), atol=2e-5)
+    np.testing.assert_allclose(scores, want * np.reshape(scale, (2, 1, 1, 1, 1)), atol=2e-5)
 
 
 def test_hidden_keys_have_no_weight_even_if_they_are_nan():
     q, k = torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 3, 4)
     k[..., 1, :] = torch.nan
     visible = torch.tensor([[[[True, False, True], [True, False, False]]]])
-    rows = attention_rows(q, k, 1.0, ~visible)
+    rows = attention_rows(q, list(k), [1.0], ~visible)
     assert rows[0, 0, 0].tolist() == [[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]]
 
 

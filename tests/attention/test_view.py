@@ -6,11 +6,13 @@ import torch
 from attention_reference import random_layers
 
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.selection import Selections
 from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError, NumericsError
 
 CASES = {
     "one-sample": {},
+    "one-scale": {"one_scale": True},
     "multi-head": {"heads": 3, "kv_heads": 3},
     "multi-query": {"heads": 6, "kv_heads": 1, "d_head": 5},
     "left-padded": {"lengths": (23, 17, 20), "padding_side": "left"},
@@ -161,6 +163,19 @@ def test_nan_is_named_by_layer_head_and_sample(use):
     getattr(view, use)("question")
     with pytest.raises(NumericsError, match=r"1 heads is not finite, first at L2H3 \(sample 1\)"):
         view.check()
+
+
+def test_views_of_one_forward_pass_share_their_masks():
+    layers = random_layers(lengths=(23, 20))
+    masks = Selections(layers.masks.__getitem__, (2, 23), torch.device("cpu"))
+    for layer in range(3):
+        part = slice(layer, layer + 1)
+        view = AttentionView([layer], layers.q[part], layers.k[part], layers.mask[part], layers.scale[part], masks, 3)
+        np.testing.assert_allclose(view.profile("question")[0], layers.profile("question")[layer], atol=2e-6)
+        assert view.question is masks.mask("question")
+    shorter = Selections(lambda name: layers.masks[name][:, 1:], (2, 22), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"masks are of shape \[2, 22\] on cpu"):
+        AttentionView([0], layers.q[:1], layers.k[:1], layers.mask[:1], layers.scale[:1], shorter, 3)
 
 
 def test_is_last_and_masks():
