@@ -1,4 +1,4 @@
-"""Short names for cached activations: `("pattern", 3)`, `("vision", "z", 2)`, `"embed"`, and TransformerLens's aliases."""
+"""Short names of cached activations: `("pattern", 3)`, `("vision", "z", 2)`, `"embed"`; TransformerLens's aliases."""
 
 import re
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
     """The hook name that a cache key means.
 
     Args:
-        key: A hook name, or `(name, layer)`, `(name, layer, part)`, `("vision", name, layer, ...)`, `("projector", name)`.
+        key: A hook name, or `(name, layer)`, `(name, layer, part)`, `("vision", name, layer, ...)`, `("projector",
+            name)`.
         n_layers: Blocks by tower ("text", "vision"), for layers counted from the end.
 
     Raises:
@@ -46,16 +47,16 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
             parts = (short["name"], int(short["layer"]), *([short["type"]] if short["type"] else []))
             return full_name(parts, n_layers)
         return _unlayered(key)
-    if not isinstance(key, tuple) or not key or not all(k is None or isinstance(k, str | int) for k in key):
-        raise HookNameError(
-            f"A cache key is a hook name or a tuple such as ('pattern', 3), ('scale', 3, 'ln1') or ('vision', 'z', 2); got {key!r}."
-        )
-    tower, prefix = "text", ""
-    if key[0] in ("vision", "text"):
-        tower, prefix = str(key[0]), "vision." if key[0] == "vision" else ""
+    asked, tower, prefix = key, "text", ""
+    if isinstance(key, tuple) and key and key[0] in ("vision", "text", "projector"):
+        tower, prefix = str(key[0]), "" if key[0] == "text" else f"{key[0]}."
         key = key[1:]
-    elif key[0] == "projector":
-        return f"projector.hook_{key[1]}"
+    known = isinstance(key, tuple) and key and all(k is None or isinstance(k, str | int) for k in key)
+    if not known or (tower == "projector" and len(key) > 1):
+        raise HookNameError(
+            "A cache key is a hook name or a tuple such as ('pattern', 3), ('scale', 3, 'ln1'), ('vision', 'z', 2) or "
+            f"('projector', 'out'); got {asked!r}."
+        )
     if len(key) == 1 or (len(key) == 2 and key[1] is None):
         name = str(key[0])
         return f"{prefix}hook_{name}" if prefix else _unlayered(name)
@@ -87,7 +88,9 @@ def _inside(name: str, kind: Any) -> str:
     if name in MLP:
         return f"mlp.hook_{name}"
     if name in ("scale", "normalized"):
-        raise HookNameError(f"{name!r} is ambiguous in a block: say ('{name}', layer, 'ln1') or ('{name}', layer, 'ln2').")
+        raise HookNameError(
+            f"{name!r} is ambiguous in a block: say ('{name}', layer, 'ln1') or ('{name}', layer, 'ln2')."
+        )
     return f"hook_{name}"
 
 
