@@ -1,16 +1,16 @@
 """Key tokens: the positions that a head attends to most, and how much of a target they hold."""
 
 import torch
-from beartype import beartype
-from jaxtyping import Bool, Float, jaxtyped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.attention.statistics import coverage_by_rank, first_rank, top_mask
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads.counting import share_count
+from hooked_mllm.metrics.functional.checked import checked
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool[Tensor, "*axes key"]:
     r"""The set S of the `ceil(share * N)` largest entries of a profile; ties to the lower index.
 
@@ -38,7 +38,7 @@ def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool
     return top_mask(profile, k)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def key_token_ratio(
     profile: Float[Tensor, "*axes key"], target: Bool[Tensor, " key"], share: float = 0.05
 ) -> Float[Tensor, "*axes"]:
@@ -66,7 +66,7 @@ def key_token_ratio(
     return key_tokens(profile, share)[..., target].double().mean(-1)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def key_token_coverage(
     profile: Float[Tensor, "head key"], target: Bool[Tensor, " key"], share: float = 0.05
 ) -> Float[Tensor, " k"]:

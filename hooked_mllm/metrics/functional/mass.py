@@ -1,13 +1,13 @@
 """Mass of attention: how much of it falls on a set of keys."""
 
-from beartype import beartype
-from jaxtyping import Bool, Float, jaxtyped
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
+from hooked_mllm.metrics.functional.checked import checked
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def attention_profile(
     pattern: Float[Tensor, "*axes query key"], queries: Bool[Tensor, " query"]
 ) -> Float[Tensor, "*axes key"]:
@@ -36,7 +36,7 @@ def attention_profile(
     return pattern[..., queries, :].mean(-2)
 
 
-@jaxtyped(typechecker=beartype)
+@checked
 def attention_mass(
     pattern: Float[Tensor, "*axes query key"], queries: Bool[Tensor, " query"], keys: Bool[Tensor, " key"]
 ) -> Float[Tensor, "*axes"]:

@@ -1,0 +1,22 @@
+"""Shape checks that are always on: `@checked` holds a function to its jaxtyping annotations."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import jaxtyped
+
+try:
+    from beartype import beartype as typechecker
+except TypeError:  # nnsight gives every object a `save`, after which beartype 0.23 cannot be imported any more
+    typechecker = None
+    warnings.warn(
+        "nnsight was imported before hooked_mllm, and beartype cannot be imported after it: functions in "
+        "hooked_mllm.metrics.functional do not check the shapes of their arguments. Import hooked_mllm first.",
+        stacklevel=2,
+    )
+
+
+def checked(function: Callable[..., Any]) -> Any:
+    """Check arguments and result against the annotations at every call."""
+    return function if typechecker is None else jaxtyped(function, typechecker=typechecker)
