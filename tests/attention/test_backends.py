@@ -1,0 +1,133 @@
+"""The hooked twins of transformers' attention implementations, and when a tower runs them."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from tiny import tiny_config
+from transformers import AttentionInterface, AttentionMaskInterface, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl import modeling_qwen3_vl
+from transformers.models.siglip import modeling_siglip
+from wrapped import fresh, model_inputs, plain, wrapped
+
+from hooked_mllm import HookedMLLM
+from hooked_mllm.attention.backends import PREFIX, TowerSwitch, implementation, is_known, twin
+from hooked_mllm.errors import UnsupportedModelError
+
+
+class Config:
+    def __init__(self, name="sdpa"):
+        self._attn_implementation = name
+
+
+@pytest.mark.parametrize("base", ["sdpa", "eager"])
+def test_a_twin_is_registered_with_its_mask(base):
+    name = twin(base)
+    assert name == PREFIX + base and is_known(name) and is_known(base)
+    assert name in AttentionInterface() and name in AttentionMaskInterface()
+    assert twin(base) == name
+    assert not is_known("spda")
+
+
+def test_eager_is_the_function_of_the_modules_own_file():
+    llava, qwen = plain("llava_onevision"), plain("qwen3_vl")
+    siglip = llava.model.vision_tower.encoder.layers[0].self_attn
+    assert implementation(siglip, "eager") is modeling_siglip.eager_attention_forward
+    assert implementation(qwen.model.language_model.layers[0].self_attn, "eager") is (
+        modeling_qwen3_vl.eager_attention_forward
+    )
+
+
+def test_a_tower_runs_the_twin_while_anybody_needs_it():
+    config = Config()
+    switch = TowerSwitch(config, packed=False)
+    switch.take()
+    switch.take()
+    assert config._attn_implementation == twin("sdpa") and switch.base == "sdpa"
+    switch.give_back()
+    assert config._attn_implementation == twin("sdpa")
+    switch.give_back()
+    assert config._attn_implementation == "sdpa" == switch.base
+
+
+def test_another_implementation_for_a_while_whatever_the_order():
+    config = Config()
+    switch = TowerSwitch(config, packed=True)
+    with switch.using("eager"):
+        assert config._attn_implementation == "eager"
+        switch.take()
+        assert config._attn_implementation == twin("eager", packed=True) and switch.base == "eager"
+    assert config._attn_implementation == twin("sdpa", packed=True)
+    with switch.using("eager"):
+        switch.give_back()
+        assert config._attn_implementation == "eager"
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_change_of_implementation_by_transformers_is_followed():
+    model = fresh("internvl")
+    hooked = HookedMLLM.from_model(model, check=False)
+    model.set_attn_implementation("eager")
+    with hooked.hooks([("blocks.0.attn.hook_z", lambda z, hook: None)]):
+        assert model.config.text_config._attn_implementation == twin("eager")
+    assert model.config.text_config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+def test_models_built_from_one_configuration_do_not_disturb_each_other():
+    config = tiny_config("qwen3_vl", layers=2, vision_layers=2)
+    one, two = (HookedMLLM.from_model(Qwen3VLForConditionalGeneration(config).eval(), check=False) for _ in "12")
+    assert one.hf_model.config.text_config is two.hf_model.config.text_config
+    inputs = model_inputs("qwen3_vl")
+    base = two(inputs)
+    with two.hooks([("blocks.0.attn.hook_z", lambda z, hook: z * 0)]):
+        edited = two(inputs)
+        one.run_with_hooks(inputs, fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * 0)])
+        assert torch.equal(two(inputs), edited)
+        with one.attention("eager"):
+            assert (two(inputs) - base).abs().max() > 0.1
+    assert torch.equal(two(inputs), base)
+    assert config.text_config._attn_implementation == "sdpa"
+
+
+def test_a_module_of_no_wrapper_under_a_twin_says_so():
+    model = fresh("internvl")
+    model.config.text_config._attn_implementation = twin("sdpa")
+    with pytest.raises(UnsupportedModelError, match="without belonging to a HookedMLLM. Load the model with"):
+        model(**model_inputs("internvl"))
+
+
+@torch.no_grad()
+def test_a_copy_of_a_wrapped_model_is_a_plain_model():
+    inputs = model_inputs("llava_onevision")
+    model = copy.deepcopy(wrapped("llava_onevision").hf_model)
+    assert torch.equal(model(**inputs).logits, plain("llava_onevision")(**inputs).logits)
+
+
+@torch.no_grad()
+def test_the_packed_tower_is_called_once_and_gives_the_same():
+    model, calls = wrapped("qwen3_vl"), []
+    inputs = model_inputs("qwen3_vl", 2, 2)
+
+    def count(z, hook):
+        calls.append(z.shape)
+
+    hooked = model.run_with_hooks(inputs, fwd_hooks=[("vision.blocks.1.attn.hook_z", count)])
+    patches = int(inputs["image_grid_thw"].prod(-1).sum())
+    assert calls == [(1, patches, 2, 16)]
+    assert torch.equal(hooked, plain("qwen3_vl")(**inputs).logits)
+
+
+def test_towers_go_back_when_a_wrapper_is_dropped_with_hooks_on():
+    model = fresh("internvl")
+    hooked = HookedMLLM.from_model(model, check=False)
+    hooked.add_hook("*hook_z", lambda z, hook: z * 0)
+    hooked.add_perma_hook("*hook_resid_pre", lambda z, hook: z * 0)
+    assert model.config.text_config._attn_implementation.startswith(PREFIX)
+    del hooked
+    gc.collect()
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    inputs = model_inputs("internvl")
+    assert torch.equal(model(**inputs).logits, plain("internvl")(**inputs).logits)
