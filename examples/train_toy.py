@@ -1,6 +1,6 @@
 """Train the bundled toy, `toy-qwen3-vl`: a small Qwen3-VL with four planted retrieval heads.
 
-On one data-centre GPU it takes about 2 minutes; on CPU expect the better part of an hour, and use `--batch 64`:
+On one data-centre GPU it takes 2 to 3 minutes; without one it runs too, far slower (`--batch 64` helps):
 
     python examples/train_toy.py --out toy-qwen3-vl
 
