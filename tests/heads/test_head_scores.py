@@ -210,3 +210,8 @@ def test_text():
     s = HeadScores([[0.25, 0.5], [0.125, 0.75]], name="RAM")
     assert repr(s) == "HeadScores(RAM, 2 x 2 layers x heads, top: L1H1 0.75, L0H1 0.5, L0H0 0.25)"
     assert s.table(2).splitlines() == ["rank  head      RAM", "   1  L1H1      0.75", "   2  L0H1      0.5"]
+
+
+def test_plot_is_a_figure_of_all_heads():
+    figure = scores().plot()
+    assert figure.axes[0].images or figure.axes[0].collections

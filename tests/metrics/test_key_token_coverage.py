@@ -99,6 +99,12 @@ def test_the_curve_on_disk(tmp_path):
             CoverageCurve.load(tmp_path / f"{name}.json")
 
 
+def test_plot_draws_the_curve():
+    curve = CoverageCurve([1, 5], [0.1, 0.4], n_samples=7, share=0.05)
+    (line,) = curve.plot().axes[0].lines
+    assert line.get_xdata().tolist() == [1, 5] and line.get_ydata().tolist() == [0.1, 0.4]
+
+
 def test_misuse_is_refused():
     layers = random_layers()
     some = HeadSet([(0, 1)], n_layers=3, n_heads=4)
