@@ -94,7 +94,12 @@ def plot_curve(folder: Path, picture: Path) -> None:
     curve = report["curve"]
     steps, stages = [point["step"] for point in curve], [point["stage"] for point in curve]
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot(steps, [point["accuracy"] for point in curve], color="#1f5fa8", label="accuracy, running mean (restarts with the stage)")
+    axes.plot(
+        steps,
+        [point["accuracy"] for point in curve],
+        color="#1f5fa8",
+        label="accuracy, running mean (restarts with the stage)",
+    )
     change = next((step for step, stage in zip(steps, stages, strict=True) if stage != stages[0]), steps[-1])
     axes.axvspan(0, change, color="#e9edf2", label=f"{stages[0]}, no filler")
     axes.axhline(1 / 8, color="grey", linestyle=":", label="chance")
