@@ -58,8 +58,8 @@ vision tower has the suffixes of a text block behind `vision.`, the projector ha
 
 Names are given whole (`"blocks.3.attn.hook_z"`), as a glob (`"blocks.*.attn.hook_z"`), a compiled regular expression, a
 predicate, or a list of these. The cache also takes short forms: `cache["z", 3]`, `cache["pattern", -1]`,
-`cache["vision", "resid_post", 0]`, `cache["scale", 3, "ln1"]`, `cache["projector", "out"]`. A name that a model lacks is
-an error that lists the nearest ones; `model.hook_dict` has them all.
+`cache["vision", "resid_post", 0]`, `cache["scale", 3, "ln1"]`, `cache["projector", "out"]`. A name that a model lacks
+is an error that lists the nearest ones; `model.hook_dict` has them all.
 
 A hook sees the tensor on its way, in the model's dtype, and what it returns or writes takes effect. In `generate` it
 fires in the prefill (`hook.step == 0`) and in every decoding step. Patterns and scores are made only if a hook asks for
