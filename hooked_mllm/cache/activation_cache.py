@@ -22,11 +22,12 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
     """The activations of one run.
 
     Read them by hook name or in short: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["pattern", -1]`,
-    `cache["scale", 3, "ln1"]`, `cache["vision", "z", 2]`, `cache["projector", "out"]`, `cache["embed"]`, `cache["logits"]`.
+    `cache["scale", 3, "ln1"]`, `cache["vision", "z", 2]`, `cache["projector", "out"]`, `cache["embed"]`,
+    `cache["logits"]`.
 
-    Attention patterns and scores are recomputed in float32 when they are read; until then the cache holds q and k, whose
-    size grows with the number of tokens and not with its square. `cache.pattern(3, queries=..., keys=...)` computes just
-    those rows and columns.
+    Attention patterns and scores are recomputed in float32 when they are read; until then the cache holds q and k,
+    whose size grows with the number of tokens and not with its square. `cache.pattern(3, queries=..., keys=...)`
+    computes just those rows and columns.
 
     Args:
         entries: Activations by hook name.
@@ -135,7 +136,8 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
 
         Args:
             layer: The block.
-            queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a mask, indices, an index, a slice.
+            queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a mask, indices, an index, a
+                slice.
             keys: Columns, given in the same ways; the softmax is over all keys whatever is asked for.
             heads: One head or several.
             tower: "text" or "vision".
@@ -170,7 +172,8 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         match = full[:, :, None] == kept.cpu()[:, None, :]
         if bool((~match.any(-1) & (full >= 0)).any()):
             raise LayoutError(
-                f"{wanted!r} reaches positions that this run did not keep; it was made with `queries=` or `keys=` that leave them out."
+                f"{wanted!r} reaches positions that this run did not keep; it was made with `queries=` or `keys=` "
+                "that leave them out."
             )
         return torch.where(full >= 0, match.int().argmax(-1), -1)
 
@@ -279,8 +282,8 @@ def positions(
     if isinstance(wanted, str):
         if masks is None:
             raise LayoutError(
-                f"{wanted!r} names a kind of token, but these inputs carry no token layout. Use `model.prepare`, or give "
-                "positions as indices."
+                f"{wanted!r} names a kind of token, but these inputs carry no token layout. Use `model.prepare`, or "
+                "give positions as indices."
             )
         wanted = masks(wanted)
     if isinstance(wanted, Tensor) and wanted.dtype == torch.bool:

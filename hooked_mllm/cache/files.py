@@ -1,7 +1,7 @@
 """Caches as safetensors files: tensors and a JSON header, never a pickle.
 
-What a cache computes when it is read is written as what it is computed from: q, k and the mask of a pattern, z and W_O of
-head results; and what several entries share, such as the keys of all steps of a generation, once.
+What a cache computes when it is read is written as what it is computed from: q, k and the mask of a pattern, z and W_O
+of head results; and what several entries share, such as the keys of all steps of a generation, once.
 """
 
 import json

@@ -15,8 +15,8 @@ class GenerationCache:
     """Activations of every step of a generation.
 
     `cache.steps[0]` is the prefill, `cache.steps[n]` the n-th decoding step; each is an ActivationCache. Read whole,
-    `cache["z", 3]` joins the steps along positions, and `cache["pattern", 3]` puts their rows under one another (the last
-    token generated was never an input, so it has no row).
+    `cache["z", 3]` joins the steps along positions, and `cache["pattern", 3]` puts their rows under one another (the
+    last token generated was never an input, so it has no row).
 
     Args:
         steps: The caches, prefill first.

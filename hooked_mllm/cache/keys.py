@@ -51,7 +51,7 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
     if isinstance(key, tuple) and key and key[0] in ("vision", "text", "projector"):
         tower, prefix = str(key[0]), "" if key[0] == "text" else f"{key[0]}."
         key = key[1:]
-    known = isinstance(key, tuple) and key and all(k is None or isinstance(k, str | int) for k in key)
+    known = isinstance(key, tuple) and len(key) > 0 and all(k is None or isinstance(k, str | int) for k in key)
     if not known or (tower == "projector" and len(key) > 1):
         raise HookNameError(
             "A cache key is a hook name or a tuple such as ('pattern', 3), ('scale', 3, 'ln1'), ('vision', 'z', 2) or "
@@ -60,7 +60,8 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
     if len(key) == 1 or (len(key) == 2 and key[1] is None):
         name = str(key[0])
         return f"{prefix}hook_{name}" if prefix else _unlayered(name)
-    name, layer, kind = str(key[0]), key[1], key[2] if len(key) > 2 else None
+    first, layer, *rest = key
+    name, kind = str(first), rest[0] if rest else None
     if not isinstance(layer, int):
         raise HookNameError(f"The layer of a cache key is a number; got {layer!r} in {key!r}.")
     count = n_layers[tower]

@@ -43,11 +43,13 @@ class LazyKeys:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape that `tensor` will have."""
         b, h, _, d = self.keys.chunks[0].shape
         return (b, self.length, h, d)
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that `tensor` will have."""
         return self.keys.chunks[0].dtype
 
     def parts(self) -> list[Tensor]:
@@ -81,7 +83,7 @@ class LazyPattern:
         name: The hook's name, for messages.
         scores: Give the masked scores instead of the pattern.
         index: Which queries `q` holds, `[batch query]`; -1 where a sample has fewer.
-        columns: Which keys are wanted, `[batch key]`; -1 where a sample has fewer.
+        columns: Which keys are wanted, `[batch column]`; -1 where a sample has fewer.
     """
 
     q: Float[Tensor, "batch head query d_head"]
@@ -91,7 +93,7 @@ class LazyPattern:
     name: str
     scores: bool = False
     index: Int[Tensor, "batch query"] | None = None
-    columns: Int[Tensor, "batch key"] | None = None
+    columns: Int[Tensor, "batch column"] | None = None
     dtype: torch.dtype = field(default=torch.float32, init=False)
 
     def keys(self) -> Float[Tensor, "batch kv_head key d_head"]:
@@ -104,6 +106,7 @@ class LazyPattern:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape that `tensor` will have."""
         b, h, q, _ = self.q.shape
         return (b, h, q, self.mask.kv_length if self.columns is None else self.columns.shape[1])
 
@@ -141,9 +144,9 @@ class LazyPattern:
     def rows(
         self,
         queries: Int[Tensor, "batch query"] | None = None,
-        columns: Int[Tensor, "batch key"] | None = None,
+        columns: Int[Tensor, "batch column"] | None = None,
         heads: Sequence[int] | None = None,
-    ) -> Float[Tensor, "batch head query key"]:
+    ) -> Float[Tensor, "batch head query column"]:
         """Some rows (places in `q`), columns and heads.
 
         Args:
@@ -199,11 +202,13 @@ class LazyResult:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape that `tensor` will have."""
         b, p, h, _ = self.z.shape
         return (b, p, h, self.o_proj.weight.shape[0])  # type: ignore[union-attr]
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that `tensor` will have."""
         return self.z.dtype
 
     def parts(self) -> list[Tensor]:

@@ -33,7 +33,8 @@ class ResidualTools:
             return value_of(self.entry(key if len(key) > 1 else key[0]))  # type: ignore[attr-defined]
         except HookNameError as error:
             raise HookNameError(
-                f"This needs {key!r} in the cache. {error} Run with `names_filter=None`, or with a filter that keeps it."
+                f"This needs {key!r} in the cache. {error} Run with `names_filter=None`, or with a filter that keeps "
+                "it."
             ) from error
 
     def _model(self) -> Any:
@@ -73,7 +74,8 @@ class ResidualTools:
         r"""The terms whose sum is the residual stream entering a block (or the final norm).
 
         $x_l = e + v + \sum_{i<l} (a_i + m_i + s_i)$ with the text embedding e (zero at visual positions), the projected
-        image v (zero elsewhere), attention and MLP outputs a and m, and DeepStack's features s where the model has them.
+        image v (zero elsewhere), attention and MLP outputs a and m, and DeepStack's features s where the model has
+        them.
 
         Args:
             layer: The block whose input is taken apart; None: the input of the final norm.
@@ -83,7 +85,8 @@ class ResidualTools:
             return_labels: Also give the labels.
 
         Returns:
-            `[component batch pos d_model]`, with labels such as "embed", "visual", "0_attn_out", "0_mlp_out", "0_deepstack".
+            `[component batch pos d_model]`, with labels such as "embed", "visual", "0_attn_out", "0_mlp_out",
+            "0_deepstack".
 
         Raises:
             HookNameError: when the cache lacks a term.

@@ -79,7 +79,22 @@ def test_layers_out_of_range_are_refused(key):
         full_name(key, LAYERS)
 
 
-@pytest.mark.parametrize("key", [3, None, (), [1], ("z", "1"), ("z", 1.5), (("z",), 1), ("scale", 3), ("vision",), ("projector",), ("projector", "z", 1)])
+@pytest.mark.parametrize(
+    "key",
+    [
+        3,
+        None,
+        (),
+        [1],
+        ("z", "1"),
+        ("z", 1.5),
+        (("z",), 1),
+        ("scale", 3),
+        ("vision",),
+        ("projector",),
+        ("projector", "z", 1),
+    ],
+)
 def test_other_keys_are_refused(key):
     with pytest.raises(HookNameError):
         full_name(key, LAYERS)
