@@ -48,7 +48,7 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
 
     Example:
         >>> nearest("hook_patern", ["hook_pattern", "hook_z"])
-        "Did you mean 'hook_pattern'?"
+        "Did you mean 'hook_pattern' or 'hook_z'?"
     """
     close = difflib.get_close_matches(name, list(choices), n=n, cutoff=0.4)
     if not close:
