@@ -177,7 +177,8 @@ def report(title: str, timings: dict[str, Timing], bases: dict[str, str]) -> str
         ratios = sorted(a / b for a, b in zip(timing.ms, base.ms, strict=True))
         spread = f"{ratios[0]:.3f}-{ratios[-1]:.3f}"
         lines.append(
-            f"{name:<44}{timing.median:>10.2f}{statistics.median(ratios):>9.3f}{spread:>16}{timing.peak_gib:>10.2f}  {bases[name]}"
+            f"{name:<44}{timing.median:>10.2f}{statistics.median(ratios):>9.3f}{spread:>16}{timing.peak_gib:>10.2f}  "
+            f"{bases[name]}"
         )
     return "\n".join(lines)
 

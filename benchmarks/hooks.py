@@ -1,10 +1,10 @@
-"""What looking inside costs: hooks, caches and head metrics against the same model's plain forward, and against the peers.
+"""What looking inside costs: hooks, caches and head metrics against the plain forward, and against the peers.
 
 Run on a GPU:  python benchmarks/hooks.py
 On a CPU:      python benchmarks/hooks.py --tiny
 
-Every ratio comes from one process in which variants take turns. Results are compared before anything is timed; where they
-differ, nothing is printed but the difference.
+Every ratio comes from one process in which variants take turns. Results are compared before anything is timed; where
+they differ, nothing is printed but the difference.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def demand(condition: bool, what: str) -> None:
 
 
 def plain_z_and_residuals(hf: Any, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """z and the residual stream of every layer by bare torch hooks."""
+    """Z and the residual stream of every layer by bare torch hooks."""
     z: list[torch.Tensor] = []
     residual: list[torch.Tensor] = []
     handles = []
@@ -70,7 +70,9 @@ def check_ours(model: HookedMLLM, sample: Sample) -> None:
         best = profile.argsort(dim=-1, descending=True, stable=True)[:, : -(-len(k) * 5 // 100)]
         hits = target[best].sum(-1).double().cpu() / target.sum().cpu()
         error = (hits - ktr.values[layer]).abs().max().item()
-        demand(error <= 2 / float(target.sum()), f"KTR of layer {layer} by {error:.2g}")  # near-ties may fall either way
+        demand(
+            error <= 2 / float(target.sum()), f"KTR of layer {layer} by {error:.2g}"
+        )  # near-ties may fall either way
 
 
 def three() -> list[Any]:
@@ -79,7 +81,7 @@ def three() -> list[Any]:
 
 
 def nnsight_variant(model: HookedMLLM, sample: Sample) -> Callable[[], Any]:
-    """nnsight saving the same tensors."""
+    """Nnsight saving the same tensors."""
     from nnsight import NNsight
 
     traced = NNsight(model.hf_model)
@@ -87,7 +89,7 @@ def nnsight_variant(model: HookedMLLM, sample: Sample) -> Callable[[], Any]:
 
     def run() -> Any:
         with traced.trace(**sample.inputs, use_cache=False):
-            kept = list().save()  # noqa: C408 (nnsight adds .save to the list)
+            kept = list().save()
             for layer in layers:
                 kept.append(layer.self_attn.o_proj.input)
                 kept.append(layer.output)
@@ -112,7 +114,9 @@ def transformer_lens_variant(model: HookedMLLM, sample: Sample) -> Callable[[], 
         tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")), unk_token="a", pad_token="a"
     )
     tokenizer.init_kwargs["name_or_path"] = tokenizer.name_or_path = "none"
-    bridge = TransformerBridge.boot_transformers("Qwen/Qwen3-VL-8B-Instruct", hf_model=model.hf_model, tokenizer=tokenizer)
+    bridge = TransformerBridge.boot_transformers(
+        "Qwen/Qwen3-VL-8B-Instruct", hf_model=model.hf_model, tokenizer=tokenizer
+    )
     inputs = dict(sample.inputs)
     tokens = inputs.pop("input_ids")
     names = [n for i in range(model.cfg.n_layers) for n in (f"blocks.{i}.attn.hook_z", f"blocks.{i}.hook_resid_post")]
@@ -136,9 +140,13 @@ def main() -> None:
     device = "cpu" if arguments.tiny else "cuda"
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
-    hf = random_model(TINY if arguments.tiny else QWEN3_VL_8B, device, torch.float32 if arguments.tiny else torch.bfloat16)
+    hf = random_model(
+        TINY if arguments.tiny else QWEN3_VL_8B, device, torch.float32 if arguments.tiny else torch.bfloat16
+    )
     model = HookedMLLM.from_model(hf)
-    title = "CPU miniature" if arguments.tiny else f"{torch.cuda.get_device_name()}, Qwen3-VL-8B, random weights, bfloat16"
+    title = (
+        "CPU miniature" if arguments.tiny else f"{torch.cuda.get_device_name()}, Qwen3-VL-8B, random weights, bfloat16"
+    )
     print(f"{title}; torch {torch.__version__}")
     samples = {n: make_sample(hf, n, 64, grid=16 if n < 4096 else 32) for n in arguments.tokens}
     for n, sample in samples.items():
@@ -155,11 +163,15 @@ def main() -> None:
             "plain forward": plain,
             "plain forward, no logits": trunk,
             "hooked_mllm, no hooks": lambda sample=sample: model(sample),
-            "hooked_mllm, z and residuals cached": lambda sample=sample: model.run_with_cache(sample, names_filter=WANTED),
+            "hooked_mllm, z and residuals cached": lambda sample=sample: model.run_with_cache(
+                sample, names_filter=WANTED
+            ),
             "hooked_mllm, everything cached": lambda sample=sample: model.run_with_cache(sample),
             f"hooked_mllm, measure x{len(many)}": lambda many=many: model.measure(many, three(), progress=False),
             f"plain forward x{len(many)}": lambda many=many, plain=plain: [plain() for _ in many][-1:] and None,
-            f"plain forward, no logits x{len(many)}": lambda many=many, trunk=trunk: [trunk() for _ in many][-1:] and None,
+            f"plain forward, no logits x{len(many)}": lambda many=many, trunk=trunk: (
+                [trunk() for _ in many][-1:] and None
+            ),
         }
         bases = {name: "plain forward" for name in variants}
         bases[f"hooked_mllm, measure x{len(many)}"] = f"plain forward x{len(many)}"

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def _fail(model: "HookedMLLM", what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{model.cfg.model_class} failed its check on loading: {what}. This version of transformers may run the model in "
-        "another way than this package knows; `check=False` loads it all the same."
+        f"{model.cfg.model_class} failed its check on loading: {what}. This version of transformers may run the "
+        "model in another way than this package knows; `check=False` loads it all the same."
     )
 
 
@@ -60,7 +60,9 @@ def self_check(model: "HookedMLLM") -> None:
             raise _fail(model, f"the pattern of {tower} layer {layer} times v is not that layer's z")
     if sample is not None:
         counted = int(sample.mask("visual").sum())
-        ids = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=sample.inputs["input_ids"].device)
+        ids = torch.tensor(
+            model.family.visual_token_ids(model.hf_model.config), device=sample.inputs["input_ids"].device
+        )
         held = int(torch.isin(sample.inputs["input_ids"], ids).sum())
         if counted != held:
             raise _fail(model, f"the layout counts {counted} visual tokens, the model {held}")

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from hooked_mllm.families.base import Family
 
 
@@ -42,7 +40,7 @@ class HookedConfig:
     vision_d_head: int
 
     @classmethod
-    def of(cls, model: nn.Module | Any, family: Family) -> "HookedConfig":
+    def of(cls, model: Any, family: Family) -> "HookedConfig":
         """Read the sizes off a transformers model."""
         text, vision = family.text_config(model.config), family.vision_config(model.config)
         heads = family.vision_heads(model.config)

@@ -88,8 +88,8 @@ def check_mapping(inputs: dict[str, Any], family: Family, config: Any) -> None:
             count = int((tokens == token).sum())
             if count and inputs.get(name) is None:
                 raise InputError(
-                    f"The prompt holds {count} visual tokens (id {token}) but no `{name}` came with it: the model would run "
-                    "on empty placeholders. Pass everything that the processor returns."
+                    f"The prompt holds {count} visual tokens (id {token}) but no `{name}` came with it: the model "
+                    "would run on empty placeholders. Pass everything that the processor returns."
                 )
     family.check_inputs(inputs, config)
 
@@ -103,6 +103,7 @@ class MappingMasks:
     config: Any
 
     def __call__(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """Positions of one kind."""
         tokens = self.inputs.get("input_ids")
         if tokens is None:
             raise LayoutError("Inputs without `input_ids` say nothing of their positions; use `model.prepare`.")

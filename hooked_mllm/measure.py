@@ -1,4 +1,4 @@
-"""`model.measure`: one forward pass a sample, without logits; attention rows shared among the metrics, layers in groups."""
+"""`model.measure`: one forward pass a sample, no logits; attention rows shared by the metrics, layers in groups."""
 
 import hashlib
 import json
@@ -144,7 +144,7 @@ def fingerprint(inputs: ModelInput) -> str:
     return digest.hexdigest()[:16]
 
 
-def _each(samples: ModelInput | Iterable[ModelInput]) -> Iterator[ModelInput]:
+def _each(samples: Any) -> Iterator[ModelInput]:
     if isinstance(samples, Sample | SampleBatch | Mapping):
         yield samples
     else:
@@ -166,8 +166,8 @@ def measure(
     chosen: list[Metric] = list(metrics) if several else [metrics]  # type: ignore[arg-type,list-item]
     if not chosen or not all(isinstance(m, Metric) for m in chosen):
         raise InputError(
-            f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of your "
-            "own subclasses metrics.HeadMetric."
+            f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of "
+            "your own subclasses metrics.HeadMetric."
         )
     for metric in chosen:
         metric.setup(model.info)
@@ -189,8 +189,8 @@ def measure(
             if number < len(skip):
                 if skip[number] != name:
                     raise CacheFileError(
-                        f"{checkpoint} has sample {number} with other contents than this run: it is the checkpoint of another "
-                        "data set or order."
+                        f"{checkpoint} has sample {number} with other contents than this run: it is the checkpoint "
+                        "of another data set or order."
                     )
                 bar.update()
                 continue
@@ -211,8 +211,8 @@ def measure(
         bar.close()
     if seen < len(skip):
         raise CacheFileError(
-            f"{checkpoint} holds {len(skip)} samples; this run has {seen}: it is the checkpoint of a larger data set. Use "
-            "another file."
+            f"{checkpoint} holds {len(skip)} samples; this run has {seen}: it is the checkpoint of a larger data "
+            "set. Use another file."
         )
     if not state.done:
         raise InputError("There is no sample to measure: `samples` is empty.")

@@ -44,7 +44,8 @@ ReturnType = Literal["logits", "loss", "both", "output"]
 class HookedMLLM(HookMethods):
     """A multimodal language model with a name for every activation: read it, edit it, score its heads.
 
-    The transformers model inside is not changed: no module is replaced, and with no hook added it runs as it always does.
+    The transformers model inside is not changed: no module is replaced, and with no hook added it runs as it always
+    does.
 
     Attributes:
         hf_model: The transformers model.
@@ -77,8 +78,8 @@ class HookedMLLM(HookMethods):
         self.family = family_of(config)
         if type(hf_model).__name__ not in self.family.model_classes:
             raise UnsupportedModelError(
-                f"Expected {' or '.join(self.family.model_classes)}; got {type(hf_model).__name__}. Pass the whole model, "
-                "with its language-model head."
+                f"Expected {' or '.join(self.family.model_classes)}; got {type(hf_model).__name__}. Pass the whole "
+                "model, with its language-model head."
             )
         self.hf_model: Any = hf_model
         self.processor = processor
@@ -123,10 +124,9 @@ class HookedMLLM(HookMethods):
             InputError: when there is no such checkpoint, it is damaged, or arguments contradict each other.
             UnsupportedModelError: for another kind of model, or one that needs code of its own.
         """
-        own = attention if attention is not None and not isinstance(attention, str | Mapping) else None
-        hf_model, processor = load_model(
-            path_or_id, dtype, device, device_map, revision, None if own is not None else attention, **kwargs
-        )
+        own: Any = attention if attention is not None and not isinstance(attention, str | Mapping) else None
+        named: Any = None if own is not None else attention
+        hf_model, processor = load_model(path_or_id, dtype, device, device_map, revision, named, **kwargs)
         model = cls(hf_model, processor, name=str(path_or_id), revision=revision, check=check)
         if own is not None:
             model._set_backend(own, "text")
@@ -197,7 +197,11 @@ class HookedMLLM(HookMethods):
             if len(ids) != 1:
                 raise InputError(f"{tokens!r} is {len(ids)} tokens; expected one. Give an id.")
             tokens = ids[0]
-        index = torch.as_tensor(tokens, dtype=torch.long).reshape(-1).expand(batch if torch.as_tensor(tokens).numel() == 1 else -1)
+        index = (
+            torch.as_tensor(tokens, dtype=torch.long)
+            .reshape(-1)
+            .expand(batch if torch.as_tensor(tokens).numel() == 1 else -1)
+        )
         if len(index) != batch:
             raise InputError(f"Expected one token, or one for each of {batch} samples; got {len(index)}.")
         if bool(((index < 0) | (index >= self.cfg.d_vocab)).any()):
@@ -246,7 +250,8 @@ class HookedMLLM(HookMethods):
             images: A picture or several: PIL images, paths, arrays.
             videos: A video or several: paths, `Video`s, pairs (frames, fps).
             **options: `system=`, `answer=` (teacher forcing), `target=` (the region asked about), `id=`, `fps=`,
-                `num_frames=`, `max_frames=`, `min_overlap=`, `padding_side=`, and options of the processor; see `Preparer`.
+                `num_frames=`, `max_frames=`, `min_overlap=`, `padding_side=`, and options of the processor; see
+                `Preparer`.
 
         Returns:
             A `Sample`, or a `SampleBatch` for a list.
@@ -259,7 +264,8 @@ class HookedMLLM(HookMethods):
             >>> from PIL import Image
             >>> from hooked_mllm import Box, HookedMLLM
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-            >>> sample = model.prepare("what color is the star ?", images=Image.new("RGB", (96, 96)), target=Box(0, 0, 16, 16))
+            >>> sample = model.prepare("what color is the star ?", images=Image.new("RGB", (96, 96)), target=Box(0, 0,
+            16, 16))
             >>> int(sample.mask("target").sum())
             1
         """
@@ -283,8 +289,8 @@ class HookedMLLM(HookMethods):
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs; or none, with the model inputs as keywords.
-            return_type: "logits" `[batch pos vocab]`; "loss" (mean negative log-likelihood of the answer's tokens, or of
-                `labels`); "both"; "output" for transformers' own output; None to compute no logits.
+            return_type: "logits" `[batch pos vocab]`; "loss" (mean negative log-likelihood of the answer's tokens, or
+                of `labels`); "both"; "output" for transformers' own output; None to compute no logits.
             stop_at_layer: Return the residual stream `[batch pos d_model]` entering this block and run no further;
                 negative counts from the end.
             **kwargs: For the transformers model, such as `logits_to_keep=1`.
@@ -330,7 +336,9 @@ class HookedMLLM(HookMethods):
         check_half(output.logits)
         if return_type == "output":
             return output
-        return {"logits": output.logits, "loss": output.loss, "both": (output.logits, output.loss)}[return_type]
+        if return_type == "both":
+            return output.logits, output.loss
+        return output.loss if return_type == "loss" else output.logits
 
     def run_trunk(self, inputs: ResolvedInput, **kwargs: Any) -> None:
         """A forward pass without the unembedding, for what hooks and taps see on the way."""
@@ -391,11 +399,12 @@ class HookedMLLM(HookMethods):
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs.
-            names_filter: What to keep: None (all), a name, a glob, a regular expression, a predicate, or a list of these.
+            names_filter: What to keep: None (all), a name, a glob, a regular expression, a predicate, or a list of
+                these.
             device: Move what is kept there, such as "cpu".
-            incl_bwd: Also keep gradients under `<name>_grad`: True for those of the loss (of the answer or of `labels`), or
-                a function that makes a scalar of the logits. Gradients of scores and patterns are kept only if
-                `names_filter` names them, for they need N x N memory.
+            incl_bwd: Also keep gradients under `<name>_grad`: True for those of the loss (of the answer or of
+                `labels`), or a function that makes a scalar of the logits. Gradients of scores and patterns are kept
+                only if `names_filter` names them, for they need N x N memory.
             stop_at_layer: Run only the blocks below it and return the residual stream entering it.
             queries: Rows of patterns and scores to keep: a token kind such as "question", a mask, indices, or a slice.
             keys: Columns of patterns and scores to keep, given alike; with both, patterns are computed at once.
@@ -409,8 +418,8 @@ class HookedMLLM(HookMethods):
             **forward: For the transformers model.
 
         Returns:
-            Logits and an ActivationCache; the residual stream with `stop_at_layer`; token ids and a GenerationCache with
-            `generate`; the loss with `incl_bwd`, if it is True.
+            Logits and an ActivationCache; the residual stream with `stop_at_layer`; token ids and a GenerationCache
+            with `generate`; the loss with `incl_bwd`, if it is True.
 
         Raises:
             HookNameError: for a name that this model lacks.
@@ -519,7 +528,8 @@ class HookedMLLM(HookMethods):
             if isinstance(implementation, str):
                 if not is_known(implementation):
                     raise HookValueError(
-                        f"transformers knows no attention implementation {implementation!r}; 'eager' and 'sdpa' are always there."
+                        f"transformers knows no attention implementation {implementation!r}; 'eager' and 'sdpa' are "
+                        "always there."
                     )
                 stack.enter_context(self.wiring.switches[tower].using(implementation))
             elif callable(implementation):
@@ -535,8 +545,8 @@ class HookedMLLM(HookMethods):
     def check(self) -> None:
         """Verify the wiring on a small input, with an image where there is a processor.
 
-        Checked: every part is there; hooked logits equal plain ones bit for bit; every hook point fires; patterns sum to
-        one and give z back; the layout counts as many visual tokens as the model.
+        Checked: every part is there; hooked logits equal plain ones bit for bit; every hook point fires; patterns sum
+        to one and give z back; the layout counts as many visual tokens as the model.
 
         Raises:
             UnsupportedModelError: naming what failed.

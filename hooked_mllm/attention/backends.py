@@ -1,8 +1,8 @@
 """Attention backends, and how this package takes its place in transformers' attention interface.
 
-For every implementation that transformers knows ("eager", "sdpa", ...) a twin is registered under `hooked_mllm_<name>`: it
-runs the hooks and then the very same implementation on the very same mask. A tower is switched to its twin only while
-something needs to be seen or edited there, and back afterwards.
+For every implementation that transformers knows ("eager", "sdpa", ...) a twin is registered under `hooked_mllm_<name>`:
+it runs the hooks and then the very same implementation on the very same mask. A tower is switched to its twin only
+while something needs to be seen or edited there, and back afterwards.
 """
 
 import sys
@@ -36,7 +36,9 @@ class AttentionBackend(Protocol):
     `mask.rows(index)` gives the rows of the model's mask.
     """
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor: ...
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
+        """The attention of one layer."""
+        ...
 
 
 def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -44,8 +46,9 @@ def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
     site = None if reference is None else reference()
     if site is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} runs under a '{PREFIX}...' attention implementation without belonging to a HookedMLLM. "
-            "Load the model with a transformers implementation such as 'sdpa' and wrap it with HookedMLLM.from_model."
+            f"{type(module).__name__} runs under a '{PREFIX}...' attention implementation without belonging to a "
+            "HookedMLLM. Load the model with a transformers implementation such as 'sdpa' and wrap it with "
+            "HookedMLLM.from_model."
         )
     return site(*args, **kwargs)
 
@@ -79,7 +82,7 @@ def is_known(base: str) -> bool:
 
 def implementation(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that `module` would call under `base`: for "eager", the one of its own modelling file."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 

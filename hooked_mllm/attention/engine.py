@@ -1,7 +1,7 @@
-"""The one function that stands in for a model's attention: hooks on q, k, scores, pattern and z, and taps that only look.
+"""What stands in for a model's attention: hooks on q, k, scores, pattern and z, and taps that only look.
 
-The forward keeps its own fast attention. Scores and patterns are computed explicitly only where a hook may edit them, for
-that layer and that call, and what the fast attention gave is kept unless a hook did edit.
+The forward keeps its own fast attention. Scores and patterns are computed explicitly only where a hook may edit them,
+for that layer and that call, and what the fast attention gave is kept unless a hook did edit.
 """
 
 import weakref
@@ -92,7 +92,7 @@ class AttentionSite:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """What transformers calls: q, k, v `[batch head pos d_head]` in, z `[batch pos head d_head]` and weights out."""
+        """What transformers calls: q, k, v `[batch head pos d_head]` in; z `[batch pos head d_head]`, weights out."""
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         points = self.points
@@ -156,7 +156,7 @@ class AttentionSite:
     def _explicit(
         self, query: Tensor, key: Tensor, value: Tensor, mask: MaskRows, scale: float
     ) -> tuple[Tensor, Bool[Tensor, "batch query"]] | None:
-        """z through scores and pattern, with their hooks, and which queries see nothing.
+        """Z through scores and pattern, with their hooks, and which queries see nothing.
 
         None if no hook edited and no gradient is watched: what the model's own attention gives is then the answer.
         """

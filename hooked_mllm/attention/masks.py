@@ -82,6 +82,10 @@ class MaskRows:
         """The rows of the mask that reached the attention function.
 
         Args:
+            batch: Number of sequences.
+            q_length: Number of queries.
+            kv_length: Number of keys.
+            device: Where rows are built.
             mask: What came: None, a 2D padding mask, a 4D boolean one, or a 4D additive one.
             causal: Whether None means causal (decoder) or everything visible (vision tower).
             window: A sliding window that the attention function was to apply by itself.
@@ -106,8 +110,8 @@ class MaskRows:
         if bool(((mask != 0) & ~hidden).any()):
             raise NumericsError(
                 "The attention mask adds numbers to the scores (expected 0 for visible and a very negative number for "
-                "hidden keys). Patterns recomputed from q and k would miss them: load the model with attention='eager' and "
-                "hook `hook_attn_scores`, or pass a boolean mask."
+                "hidden keys). Patterns recomputed from q and k would miss them: load the model with "
+                "attention='eager' and hook `hook_attn_scores`, or pass a boolean mask."
             )
         return cls(*common, dense=~hidden)
 
@@ -193,7 +197,7 @@ class MaskRows:
         return self.rows(index)
 
     def compact(self) -> "MaskRows":
-        """The same mask without closures, so that it can be written to a file: causal with padding where that is what it is."""
+        """The same mask without closures, so that it can be written: causal with padding where that is what it is."""
         if self.recipe is None:
             return self
         index = torch.arange(self.q_length, device=self.device).expand(self.batch, -1)

@@ -14,9 +14,9 @@ from hooked_mllm.layout.items import Media, VisualItem
 class BlockParts:
     """Module paths inside one transformer block, as dotted names relative to the block.
 
-    `q`, `k`, `v` name the modules whose output is the tensor before rotation; `qkv` replaces them where the projection is
-    fused. `pre` and `post` of the MLP: output of the first projection, input of the last one. `attn_gain` and `mlp_gain`
-    name per-channel gains that the block applies after attention and after the MLP (LayerScale).
+    `q`, `k`, `v` name the modules whose output is the tensor before rotation; `qkv` replaces them where the projection
+    is fused. `pre` and `post` of the MLP: output of the first projection, input of the last one. `attn_gain` and
+    `mlp_gain` name per-channel gains that the block applies after attention and after the MLP (LayerScale).
     """
 
     ln1: str
@@ -39,8 +39,8 @@ class BlockParts:
 class TowerParts:
     """One stack of blocks: the module that holds them, their parts, and the shape of what flows through.
 
-    `packed`: hidden states are `[position, d_model]` with the images of the whole batch in one row, each image (each frame)
-    attending to itself alone. The hooks then show them as `[1, position, d_model]`.
+    `packed`: hidden states are `[position, d_model]` with the images of the whole batch in one row, each image (each
+    frame) attending to itself alone. The hooks then show them as `[1, position, d_model]`.
     """
 
     root: str
@@ -86,7 +86,7 @@ class Family(ABC):
     def vision_heads(self, config: Any) -> int:
         """Attention heads in one block of the vision tower."""
 
-    def n_deepstack(self, model: nn.Module) -> int:
+    def n_deepstack(self, model: Any) -> int:
         """How many decoder blocks are followed by an addition of visual features (DeepStack)."""
         return 0
 
@@ -104,11 +104,11 @@ class Family(ABC):
     def vision_out_module(self) -> tuple[str, str]:
         """Where `vision.hook_out` sits: a module path and whether its "input" or its "output" carries it."""
 
-    def vision_out_value(self, output: Any, model: nn.Module) -> Tensor:
+    def vision_out_value(self, output: Any, model: Any) -> Tensor:
         """`vision.hook_out` from what the module of `vision_out_module` takes or returns."""
         return output
 
-    def vision_out_replace(self, value: Tensor, output: Any, model: nn.Module) -> Any:
+    def vision_out_replace(self, value: Tensor, output: Any, model: Any) -> Any:
         """What that module must take or return for `vision.hook_out` to be `value`."""
         return value
 
@@ -119,12 +119,12 @@ class Family(ABC):
 
     @abstractmethod
     def visual_token_ids(self, config: Any) -> tuple[int, ...]:
-        """Ids of the placeholder tokens whose embeddings are replaced by visual features, one for each of `pixel_inputs`."""
+        """Ids of the placeholders whose embeddings are replaced by visual features, one for each of `pixel_inputs`."""
 
-    def check_inputs(self, inputs: dict[str, Any], config: Any) -> None:
+    def check_inputs(self, inputs: dict[str, Any], config: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
         """Raise `InputError` for inputs that the model would take and get wrong."""
 
-    def reset(self, model: nn.Module) -> None:
+    def reset(self, model: Any) -> None:  # noqa: B027 (most families keep nothing)
         """Forget what the model keeps from one call to the next."""
 
     # -- pixels to tokens ----------------------------------------------------------------------------------------------

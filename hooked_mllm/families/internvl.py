@@ -1,11 +1,11 @@
-"""InternVL3.5 as `InternVLForConditionalGeneration`: tiles and a thumbnail, CLS dropped, pixel shuffle, LayerScale in the tower."""
+"""InternVL3.5, native class: tiles and a thumbnail, CLS dropped, pixel shuffle, LayerScale in the tower."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from hooked_mllm.errors import LayoutError
@@ -76,11 +76,11 @@ class InternVL(Family):
     def vision_out_module(self) -> tuple[str, str]:
         return "model.vision_tower", "output"
 
-    def vision_out_value(self, output: Any, model: nn.Module) -> Tensor:
+    def vision_out_value(self, output: Any, model: Any) -> Tensor:
         layer = model.config.vision_feature_layer
         return output.last_hidden_state if layer == -1 else output.hidden_states[layer]
 
-    def vision_out_replace(self, value: Tensor, output: Any, model: nn.Module) -> Any:
+    def vision_out_replace(self, value: Tensor, output: Any, model: Any) -> Any:
         layer = model.config.vision_feature_layer
         if layer == -1:
             output.last_hidden_state = value

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: SigLIP tower, base and high-resolution views, a newline token after each row of the high-resolution grid."""
+"""LLaVA-OneVision: SigLIP tower, base and high-resolution views, a newline token after each high-resolution row."""
 
 import math
 from typing import Any
@@ -81,7 +81,8 @@ class LlavaOnevision(Family):
         return value.transpose(1, 2).reshape(output.shape)
 
     def vision_out_module(self) -> tuple[str, str]:
-        # The model picks hidden_states[vision_feature_layer] and drops CLS if asked to: what the projector takes is the result.
+        # The model picks hidden_states[vision_feature_layer] and drops CLS if asked to: what the projector takes is the
+        # result.
         return self.projector, "input"
 
     def visual_token_ids(self, config: Any) -> tuple[int, ...]:
@@ -176,7 +177,7 @@ def _highres(media: ImageMedia, config: Any) -> Boxes:
 
 
 def _across_tiles(cells: Cells, n: int, side: int, patch: int) -> Cells:
-    """From units of patches, `n` to a tile, to pixels of tiles `side` wide, each of which may end in an unseen strip."""
+    """From units of patches, `n` to a tile, to pixels of tiles `side` wide that may end in an unseen strip."""
     slack = 1e-9  # cells of a resampled grid end at fractions of a patch
     first, last = np.floor(cells[:, 0] / n + slack), np.ceil(cells[:, 1] / n - slack) - 1
     tile = np.stack([first, last], -1)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.base import BlockParts, Family, TowerParts, placeholder_count
@@ -65,7 +65,7 @@ class Qwen3VL(Family):
     def vision_heads(self, config: Any) -> int:
         return config.vision_config.num_heads
 
-    def n_deepstack(self, model: nn.Module) -> int:
+    def n_deepstack(self, model: Any) -> int:
         return len(model.config.vision_config.deepstack_visual_indexes)
 
     def patch_embed_value(self, output: Tensor) -> Tensor:
@@ -74,10 +74,10 @@ class Qwen3VL(Family):
     def vision_out_module(self) -> tuple[str, str]:
         return self.projector, "input"
 
-    def vision_out_value(self, output: Any, model: nn.Module) -> Tensor:
+    def vision_out_value(self, output: Any, model: Any) -> Tensor:
         return output[None]
 
-    def vision_out_replace(self, value: Tensor, output: Any, model: nn.Module) -> Any:
+    def vision_out_replace(self, value: Tensor, output: Any, model: Any) -> Any:
         return value[0]
 
     def visual_token_ids(self, config: Any) -> tuple[int, ...]:
@@ -90,12 +90,12 @@ class Qwen3VL(Family):
             inputs["input_ids"], self.visual_token_ids(config)
         ):
             raise InputError(
-                "Qwen3-VL needs `mm_token_type_ids` beside images or videos: without them `generate` silently uses text "
-                "positions for visual tokens. The processor returns them; pass everything that it returns, or use "
+                "Qwen3-VL needs `mm_token_type_ids` beside images or videos: without them `generate` silently uses "
+                "text positions for visual tokens. The processor returns them; pass everything that it returns, or use "
                 "`model.prepare`."
             )
 
-    def reset(self, model: nn.Module) -> None:
+    def reset(self, model: Any) -> None:
         model.get_submodule("model").rope_deltas = None
 
     def visual_items(

@@ -39,9 +39,9 @@ def family_of(config: Any) -> Family:
         return FAMILIES[model_type]
     if model_type == "internvl_chat":
         raise UnsupportedModelError(
-            "This is InternVL's own checkpoint layout (model_type 'internvl_chat'), which needs remote code. Use the native "
-            "transformers checkpoint, InternVLForConditionalGeneration: the repositories whose name ends in '-HF', such as "
-            "OpenGVLab/InternVL3_5-8B-HF."
+            "This is InternVL's own checkpoint layout (model_type 'internvl_chat'), which needs remote code. Use the "
+            "native transformers checkpoint, InternVLForConditionalGeneration: the repositories whose name ends in "
+            "'-HF', such as OpenGVLab/InternVL3_5-8B-HF."
         )
     known = ", ".join(f"{f.model_classes[0]} ({', '.join(f.model_types)})" for f in dict.fromkeys(FAMILIES.values()))
     raise UnsupportedModelError(f"No family for model_type {model_type!r}. Supported: {known}.")

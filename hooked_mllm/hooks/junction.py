@@ -59,8 +59,8 @@ class Binding:
 class Junction:
     """All points that live on one side of one module, run in the order in which they were bound.
 
-    Points are hung before any other hook of the module: transformers records hidden states with forward hooks of its own,
-    and an edit must be what they see.
+    Points are hung before any other hook of the module: transformers records hidden states with forward hooks of its
+    own, and an edit must be what they see.
     """
 
     module: nn.Module

@@ -15,7 +15,9 @@ Direction = Literal["fwd", "bwd"]
 class HookFunction(Protocol):
     """A function of the activation and its hook point: None keeps the activation, a tensor replaces it."""
 
-    def __call__(self, activation: Tensor, /, *, hook: "HookPoint") -> Any: ...
+    def __call__(self, activation: Tensor, /, *, hook: "HookPoint") -> Any:
+        """None to leave the activation, or a tensor in its place."""
+        ...
 
 
 @dataclass(eq=False)
@@ -214,7 +216,9 @@ class HookPoint:
         """
         edited = False
         if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in self.fwd_hooks):
-            value = value.clone()  # autograd may have saved this very tensor: an edit in place would spoil the backward pass
+            value = (
+                value.clone()
+            )  # autograd may have saved this very tensor: an edit in place would spoil the backward pass
         for handle in tuple(self._handles):
             if handle.dir == "bwd":
                 continue
@@ -240,7 +244,7 @@ class HookPoint:
             value.requires_grad_(True)
         for handle in handles:
 
-            def on_gradient(gradient: Tensor, handle: Handle = handle) -> Tensor | None:
+            def on_gradient(gradient: Tensor, handle: Handle = handle) -> Any:
                 result = handle.fn(gradient, hook=self)
                 if isinstance(result, tuple) and len(result) == 1:
                     result = result[0]
@@ -264,8 +268,8 @@ class HookPoint:
         ):
             if got != due:
                 raise HookValueError(
-                    f"A hook on {self.name} returned {what} {got}; expected {due}. Return a tensor like the one received "
-                    "(`.to(activation)` fixes dtype and device), or None to leave the activation as it is."
+                    f"A hook on {self.name} returned {what} {got}; expected {due}. Return a tensor like the one "
+                    "received (`.to(activation)` fixes dtype and device), or None to leave the activation as it is."
                 )
 
 

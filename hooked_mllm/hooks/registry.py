@@ -9,7 +9,8 @@ from typing import Any, Literal
 from hooked_mllm.errors import HookNameError, HookValueError, nearest
 from hooked_mllm.hooks.point import Clock, Direction, Handle, HookPoint
 
-#: a hook name, a glob ("blocks.*.attn.hook_z"), a compiled regular expression, a predicate on names, or several of these
+#: a hook name, a glob ("blocks.*.attn.hook_z"), a compiled regular expression, a predicate on names, or several of
+#: these
 NameFilter = str | re.Pattern[str] | Callable[[str], bool] | Iterable[Any] | None
 #: what `run_with_hooks` takes: pairs of a name filter and a hook function
 HookList = Sequence[tuple[Any, Callable[..., Any]]]
@@ -73,8 +74,8 @@ class HookRegistry:
             return [p for name in names for p in self._matches(name)]
         else:
             raise HookValueError(
-                f"A name filter is a hook name, a glob, a compiled regular expression, a predicate on names, or a list of "
-                f"these; got {type(names).__name__}."
+                "A name filter is a hook name, a glob, a compiled regular expression, a predicate on names, or a "
+                f"list of these; got {type(names).__name__}."
             )
         if not found:
             pattern = names if isinstance(names, str) else names.pattern
@@ -104,7 +105,9 @@ class HookRegistry:
 
     # -- adding and removing ---------------------------------------------------------------------------------------
 
-    def attach(self, names: NameFilter, fn: Callable[..., Any], dir: Direction = "fwd", **how: Any) -> list[tuple[HookPoint, Handle]]:
+    def attach(
+        self, names: NameFilter, fn: Callable[..., Any], dir: Direction = "fwd", **how: Any
+    ) -> list[tuple[HookPoint, Handle]]:
         """Hang `fn` on every point that `names` means; all of them or, on an error, none."""
         added: list[tuple[HookPoint, Handle]] = []
         try:
@@ -131,9 +134,10 @@ class HookRegistry:
         """Hang hooks for the body of a `with`; on leaving, however it is left, exactly these are taken away."""
         added: list[tuple[HookPoint, Handle]] = []
         try:
-            for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
-                for names, fn in pairs:
-                    added += self.attach(names, fn, direction)
+            for names, fn in fwd_hooks:
+                added += self.attach(names, fn, "fwd")
+            for names, fn in bwd_hooks:
+                added += self.attach(names, fn, "bwd")
             yield
         finally:
             if reset_hooks_end:

@@ -1,7 +1,7 @@
 """Joins the hook points of one transformer block, text or vision, to its modules."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +154,13 @@ class BlockWiring:
         points = {name: self.point(f"attn.hook_{name}") for name in ("rot_q", "rot_k", "attn_scores", "pattern", "z")}
         tower = self.tower
         site = AttentionSite(
-            self.module(self.parts.attn), self.index, self.kind, self.switch, tower.causal, tower.softmax_float32, points
+            self.module(self.parts.attn),
+            self.index,
+            self.kind,
+            self.switch,
+            tower.causal,
+            tower.softmax_float32,
+            points,
         )
         for point in points.values():
             self.builder.on_change(point, site.refresh)
@@ -166,8 +172,8 @@ class BlockWiring:
             return head_results(z, call.module)
 
         def put(call: Call, result: Tensor) -> None:
-            out = result.sum(-2)
-            call.set_main(self.drop(out if call.module.bias is None else out + call.module.bias))
+            out, module = result.sum(-2), cast(Any, call.module)
+            call.set_main(self.drop(out if module.bias is None else out + module.bias))
 
         self.builder.junction(self.module(self.parts.o), "post").bind(self.point("attn.hook_result"), get, put)
 
@@ -178,9 +184,7 @@ class BlockWiring:
             if new.data_ptr() != place.data_ptr():
                 place.copy_(new)
 
-        self.builder.junction(self.module(self.parts.ln2), "pre").bind(
-            point, lambda call: self.lift(call.first()), put
-        )
+        self.builder.junction(self.module(self.parts.ln2), "pre").bind(point, lambda call: self.lift(call.first()), put)
 
     def _scaled_attn_out(self, point: HookPoint) -> None:
         # LayerScale: the gain is applied by the block, outside any module, so the point sits where the sum arrives.
@@ -227,12 +231,10 @@ class BlockWiring:
             call.state["mid"] = self.state.pop("mid")
             return getattr(self.block, gain) * self.state.pop("mlp")
 
-        self.builder.junction(self.block, "post").bind(
-            point, get, lambda call, x: call.set_main(x + call.state["mid"])
-        )
+        self.builder.junction(self.block, "post").bind(point, get, lambda call, x: call.set_main(x + call.state["mid"]))
 
 
-def head_results(z: Tensor, o_proj: nn.Module | Any, device: torch.device | str | None = None) -> Tensor:
+def head_results(z: Tensor, o_proj: Any, device: torch.device | str | None = None) -> Tensor:
     """What each head writes to the residual stream, `z_h W_O[h]`: `[batch pos head d_model]`."""
     weight = o_proj.weight.unflatten(1, (z.shape[-2], z.shape[-1]))
     return torch.einsum("bphd,mhd->bphm", z, weight.to(device or z.device, z.dtype))

@@ -53,8 +53,8 @@ class Wiring:
 class DeepStack:
     """The visual features that Qwen3-VL adds after its first decoder blocks, outside any module.
 
-    The list of features is an argument of the language model and is read after each block: a point replaces its entry just
-    before that.
+    The list of features is an argument of the language model and is read after each block: a point replaces its entry
+    just before that.
     """
 
     def __init__(self, builder: Builder, language_model: nn.Module) -> None:
@@ -98,8 +98,9 @@ class DeepStack:
         mask = self.mask.to(value.device)
         if bool((value[~mask] != 0).any()):
             raise HookValueError(
-                f"A hook on blocks.{layer}.hook_deepstack wrote to positions that hold no visual token. DeepStack adds to "
-                f"visual positions alone: edit blocks.{layer}.hook_resid_post or blocks.{layer + 1}.hook_resid_pre for others."
+                f"A hook on blocks.{layer}.hook_deepstack wrote to positions that hold no visual token. DeepStack "
+                f"adds to visual positions alone: edit blocks.{layer}.hook_resid_post or "
+                f"blocks.{layer + 1}.hook_resid_pre for others."
             )
         self.features[layer] = value[mask]
 
@@ -203,9 +204,7 @@ def _text(model: Any, family: Family, builder: Builder, wiring: Wiring) -> None:
     )
     deepstack = DeepStack(builder, language_model)
     for index, block in enumerate(model.get_submodule(family.text.blocks)):
-        block_wiring = BlockWiring(
-            builder, block, family.text, "", index, config.num_attention_heads, head_dim, switch
-        )
+        block_wiring = BlockWiring(builder, block, family.text, "", index, config.num_attention_heads, head_dim, switch)
         wiring.add(wiring.text, block_wiring)
         if index < family.n_deepstack(model):
             deepstack.bind(index, block)

@@ -1,24 +1,26 @@
 """`hook_scale` and `hook_normalized` of RMSNorm and LayerNorm, as TransformerLens names them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from hooked_mllm.hooks.junction import Call
 
 
-def centred(norm: nn.Module, x: Tensor) -> Tensor:
+def centred(norm: Any, x: Tensor) -> Tensor:
     """The input in float32, less its mean for a LayerNorm."""
     x = x.float()
     return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
 
 
-def scale_of(norm: nn.Module, x: Tensor) -> Tensor:
+def scale_of(norm: Any, x: Tensor) -> Tensor:
     r"""$\sqrt{\overline{x^2} + \epsilon}$ of the centred input: `[... 1]`, float32."""
     eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
     return torch.sqrt(centred(norm, x).pow(2).mean(-1, keepdim=True) + eps)
 
 
-def affine(norm: nn.Module, normalized: Tensor) -> Tensor:
+def affine(norm: Any, normalized: Tensor) -> Tensor:
     """The norm's gain (and bias) on a normalised input, in its dtype."""
     if isinstance(norm, nn.LayerNorm):
         out = normalized.float()
