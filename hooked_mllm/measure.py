@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.attention.engine import AttentionCall
 from hooked_mllm.attention.protocol import Metric
+from hooked_mllm.attention.selection import Selections
 from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
@@ -36,6 +37,7 @@ class _Collector:
         self.held: list[AttentionCall] = []
         self.views: list[AttentionView] = []
         self._bytes = 0
+        self._selections: dict[torch.device, Selections] = {}  # resolved once a sample, for they may wait for a device
 
     def __call__(self, call: AttentionCall) -> None:
         if self.held and self.held[0].q.device != call.q.device:
@@ -47,13 +49,16 @@ class _Collector:
 
     def flush(self) -> None:
         calls, self.held, self._bytes = self.held, [], 0
+        q = calls[0].q
+        if q.device not in self._selections:
+            self._selections[q.device] = Selections(self.inputs.masks, (q.shape[0], q.shape[2]), q.device)
         view = AttentionView(
             [c.layer for c in calls],
             [c.q.detach() for c in calls],
             [c.k.detach() for c in calls],
             [c.mask for c in calls],
             [c.scale for c in calls],
-            self.inputs.masks,
+            self._selections[q.device],
             self.n_layers,
         )
         for metric in self.metrics:

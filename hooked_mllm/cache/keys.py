@@ -47,7 +47,8 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
             parts = (short["name"], int(short["layer"]), *([short["type"]] if short["type"] else []))
             return full_name(parts, n_layers)
         return _unlayered(key)
-    asked, tower, prefix = key, "text", ""
+    asked: Any = key
+    tower, prefix = "text", ""
     if isinstance(key, tuple) and key and key[0] in ("vision", "text", "projector"):
         tower, prefix = str(key[0]), "" if key[0] == "text" else f"{key[0]}."
         key = key[1:]
@@ -60,8 +61,8 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
     if len(key) == 1 or (len(key) == 2 and key[1] is None):
         name = str(key[0])
         return f"{prefix}hook_{name}" if prefix else _unlayered(name)
-    first, layer, *rest = key
-    name, kind = str(first), rest[0] if rest else None
+    parts: list[Any] = [*key, None]
+    name, layer, kind = str(parts[0]), parts[1], parts[2]
     if not isinstance(layer, int):
         raise HookNameError(f"The layer of a cache key is a number; got {layer!r} in {key!r}.")
     count = n_layers[tower]
