@@ -61,8 +61,8 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
     if len(key) == 1 or (len(key) == 2 and key[1] is None):
         name = str(key[0])
         return f"{prefix}hook_{name}" if prefix else _unlayered(name)
-    parts: list[Any] = [*key, None]
-    name, layer, kind = str(parts[0]), parts[1], parts[2]
+    whole: list[Any] = [*key, None]
+    name, layer, kind = str(whole[0]), whole[1], whole[2]
     if not isinstance(layer, int):
         raise HookNameError(f"The layer of a cache key is a number; got {layer!r} in {key!r}.")
     count = n_layers[tower]
