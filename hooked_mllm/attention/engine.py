@@ -113,6 +113,7 @@ class AttentionSite:
                 causal=self.causal,
                 window=kwargs.get("sliding_window") if attention_mask is None else None,
                 segments=segments,
+                upper_left="flash" not in self.switch.base,
             )
             call = AttentionCall(self.layer, query, key, value, mask, scale, self.tower)
             for tap in tuple(self.taps):

@@ -78,6 +78,7 @@ class MaskRows:
         causal: bool,
         window: int | None = None,
         segments: tuple[int, ...] | None = None,
+        upper_left: bool = False,
     ) -> "MaskRows":
         """The rows of the mask that reached the attention function.
 
@@ -90,6 +91,9 @@ class MaskRows:
             causal: Whether None means causal (decoder) or everything visible (vision tower).
             window: A sliding window that the attention function was to apply by itself.
             segments: Lengths of packed images, for a packed vision tower.
+            upper_left: Whether the attention function takes None for "query i sees keys 0 to i" where there are more keys
+                than queries. SDPA does, and transformers relies on it for the prefill of an empty static KV cache; flash
+                attention lets the last query see the last key.
 
         Raises:
             NumericsError: for an additive mask that holds anything but zero and "very negative".
@@ -100,6 +104,8 @@ class MaskRows:
             return cls(*common, segments=segments)
         if recipe is not None:
             return cls(*common, recipe=recipe)
+        if mask is None and causal and upper_left and 1 < q_length < kv_length:
+            return cls(*common, recipe=MaskRecipe(_sees_up_to_itself, None))
         if mask is None:
             return cls(*common, causal=causal and q_length > 1, window=window)
         if mask.dim() == 2:
@@ -211,6 +217,10 @@ class MaskRows:
             return guess
         dense = torch.cat([self.rows(chunk) for chunk in chunks], dim=1)[:, None]
         return MaskRows(self.batch, self.q_length, self.kv_length, self.device, dense=dense)
+
+
+def _sees_up_to_itself(sample: Any, head: Any, query: Any, key: Any) -> Any:
+    return key <= query
 
 
 def with_recipe(mask: Any, **arguments: Any) -> Any:

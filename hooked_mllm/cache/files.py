@@ -118,7 +118,7 @@ def load(path: str | Path, model: Any = None, *, generation: bool = False) -> li
     header, tensors = _read(path)
     if header["generation"] is not generation:
         kinds = ("ActivationCache", "GenerationCache")
-        raise CacheFileError(f"{path} holds a {kinds[not generation]}: read it with {kinds[not generation]}.load.")
+        raise CacheFileError(f"{path} was written by a {kinds[not generation]}: read it with {kinds[not generation]}.load.")
     growing: dict[str, GrowingKeys] = {}
     try:
         return [_cache(step, tensors, growing, model) for step in header["steps"]]
