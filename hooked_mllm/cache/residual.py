@@ -5,7 +5,7 @@ features that DeepStack adds after the first blocks. They are components here, s
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -66,7 +66,7 @@ class ResidualTools:
     def decompose_resid(
         self,
         layer: int | None = None,
-        mode: Literal["all", "attn", "mlp"] = "all",
+        mode: str = "all",
         incl_embeds: bool = True,
         apply_ln: bool = False,
         return_labels: bool = False,
