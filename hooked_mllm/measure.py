@@ -123,6 +123,10 @@ class _Checkpoint:
             temporary.unlink(missing_ok=True)
 
 
+def _is_metric(value: Any) -> bool:
+    return isinstance(value, Metric) and not isinstance(value, type)  # a class has a metric's methods, too
+
+
 def _state_of(metric: Metric) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in metric.state_dict().items()}  # type: ignore[attr-defined]
 
@@ -167,9 +171,9 @@ def measure(
     group_bytes: int = GROUP_BYTES,
 ) -> Any:
     """Score attention heads over samples; see `HookedMLLM.measure`."""
-    several = not isinstance(metrics, Metric)
+    several = not _is_metric(metrics) and isinstance(metrics, Sequence)
     chosen: list[Metric] = list(metrics) if several else [metrics]  # type: ignore[arg-type,list-item]
-    if not chosen or not all(isinstance(m, Metric) for m in chosen):
+    if not chosen or not all(map(_is_metric, chosen)):
         raise InputError(
             f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of "
             "your own subclasses metrics.HeadMetric."

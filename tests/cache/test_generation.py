@@ -101,7 +101,7 @@ def test_rows_and_columns_kept(family):
     inputs = sample(family)
     question, visual = inputs.mask("question")[0], inputs.mask("visual")[0]
     _, cache = generated(family, names="blocks.*hook_pattern", make=lambda f: inputs)
-    tokens, rows = hooked(family).run_with_cache(
+    _, rows = hooked(family).run_with_cache(
         inputs, "blocks.*hook_pattern", generate=GREEDY, queries="question", keys="visual"
     )
     close(rows.steps[0]["pattern", 1], full.steps[0]["pattern", 1][:, :, question][..., visual])
