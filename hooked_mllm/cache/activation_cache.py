@@ -12,7 +12,9 @@ from hooked_mllm.cache.describe import describe
 from hooked_mllm.cache.keys import full_name, missing
 from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, value_of
 from hooked_mllm.cache.residual import ResidualTools
+from hooked_mllm.cache.slicing import restacked, vision_slice
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
+from hooked_mllm.families.base import Rows
 
 #: positions: the name of a token kind ("question"), a mask, indices, one index, or a slice
 Positions = str | int | slice | Sequence[int] | Tensor
@@ -54,6 +56,8 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         has_batch_dim: bool = True,
         query_positions: Int[Tensor, "batch query"] | None = None,
         key_positions: Int[Tensor, "batch key"] | None = None,
+        vision_rows: Sequence[Rows] | Callable[[], Sequence[Rows] | None] | None = None,
+        packed_vision: bool = False,
     ) -> None:
         self._entries = entries
         self._n_layers = dict(n_layers)
@@ -64,6 +68,16 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         self.query_positions = query_positions
         #: positions of the columns that patterns hold, where a run kept only some
         self.key_positions = key_positions
+        self._vision_rows = vision_rows
+        #: whether those rows are positions of one packed sequence, or tiles and frames
+        self.packed_vision = packed_vision
+
+    @property
+    def vision_rows(self) -> Sequence[Rows] | None:
+        """Rows of the vision tower's activations that belong to each sample; None where the inputs do not tell."""
+        if callable(self._vision_rows):
+            self._vision_rows = self._vision_rows()
+        return self._vision_rows
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -190,6 +204,8 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
             "has_batch_dim": self.has_batch_dim,
             "query_positions": self.query_positions,
             "key_positions": self.key_positions,
+            "vision_rows": self._vision_rows,
+            "packed_vision": self.packed_vision,
         }
         return ActivationCache(entries, self._n_layers, **{**settings, **changes})
 
@@ -200,8 +216,9 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
     def sample(self, index: int | slice) -> "ActivationCache":
         """The activations of one sample of a batch, or of some; the batch axis stays.
 
-        Only what belongs to a sample can be sliced: vision and projector activations are packed over the images of the
-        whole batch and are left out.
+        Activations of the vision tower and the projector, which hold the images of the whole batch, are cut to the
+        images of the samples; they are left out where the inputs do not tell whose they are, and for samples without
+        an image.
 
         Raises:
             HookValueError: when the batch axis is gone, or has no such sample.
@@ -213,9 +230,14 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         choice = index if isinstance(index, slice) else slice(index, index + 1 if index != -1 else None)
         if not range(batch)[choice]:
             raise HookValueError(f"No sample {index} in a batch of {batch}.")
-        entries: dict[str, Entry] = {
-            n: e[choice] if isinstance(e, Tensor) else e.samples(choice) for n, e in text.items()
-        }
+        chosen = list(range(batch)[choice])
+        entries: dict[str, Entry] = {}
+        for name, entry in self._entries.items():
+            if name in text:
+                entries[name] = entry[choice] if isinstance(entry, Tensor) else entry.samples(choice)
+            elif self.vision_rows is not None:
+                part = vision_slice(entry, self.vision_rows, chosen, self.packed_vision)
+                entries |= {} if part is None else {name: part}
         masks = self._masks
 
         def sliced(name: str) -> Tensor:
@@ -227,6 +249,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
             masks=None if masks is None else sliced,
             query_positions=None if self.query_positions is None else self.query_positions[choice],
             key_positions=None if self.key_positions is None else self.key_positions[choice],
+            vision_rows=None if self.vision_rows is None else restacked(self.vision_rows, chosen),
         )
 
     def apply_slice_to_batch_dim(self, batch_slice: int | slice) -> "ActivationCache":

@@ -77,6 +77,8 @@ class _Writer:
             "entries": {name: self.entry(prefix + name, entry) for name, entry in cache._entries.items()},
             "n_layers": cache._n_layers,
             "has_batch_dim": cache.has_batch_dim,
+            "vision_rows": cache.vision_rows,
+            "packed_vision": cache.packed_vision,
             "query_positions": self.add(f"{prefix}/query_positions", cache.query_positions),
             "key_positions": self.add(f"{prefix}/key_positions", cache.key_positions),
             "masks": None if masks is None else {k: self.add(f"{prefix}/mask/{k}", m) for k, m in masks.items()},
@@ -118,7 +120,9 @@ def load(path: str | Path, model: Any = None, *, generation: bool = False) -> li
     header, tensors = _read(path)
     if header["generation"] is not generation:
         kinds = ("ActivationCache", "GenerationCache")
-        raise CacheFileError(f"{path} was written by a {kinds[not generation]}: read it with {kinds[not generation]}.load.")
+        raise CacheFileError(
+            f"{path} was written by a {kinds[not generation]}: read it with {kinds[not generation]}.load."
+        )
     growing: dict[str, GrowingKeys] = {}
     try:
         return [_cache(step, tensors, growing, model) for step in header["steps"]]
@@ -166,8 +170,16 @@ def _cache(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str
 
     entries = {name: _entry(name, spec, tensors, growing) for name, spec in header["entries"].items()}
     places = {k: None if header[k] is None else tensors[header[k]] for k in ("query_positions", "key_positions")}
+    rows = header["vision_rows"]
     return ActivationCache(
-        entries, header["n_layers"], None if named is None else masks, model, header["has_batch_dim"], **places
+        entries,
+        header["n_layers"],
+        None if named is None else masks,
+        model,
+        header["has_batch_dim"],
+        **places,
+        vision_rows=None if rows is None else [[(start, stop) for start, stop in spans] for spans in rows],
+        packed_vision=header["packed_vision"],
     )
 
 

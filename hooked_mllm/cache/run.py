@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hooked_mllm.cache.activation_cache import ActivationCache, positions
 from hooked_mllm.cache.capture import QUADRATIC, Capture, CaptureOptions
 from hooked_mllm.cache.generation import GenerationCache
-from hooked_mllm.errors import HookValueError
+from hooked_mllm.errors import HookValueError, InputError
+from hooked_mllm.families.base import Rows
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
 from hooked_mllm.inputs import MappingMasks, ResolvedInput
@@ -96,6 +97,8 @@ def run_cached(model: Any, inputs: ResolvedInput, request: CacheRequest) -> tupl
             model=model,
             query_positions=options.queries if options.queries is not None else options.positions,
             key_positions=options.keys,
+            vision_rows=_vision_rows(model, inputs),  # worked out only when asked for: it may wait for the device
+            packed_vision=options.packed_vision,
         )
 
     if request.generate is not None:
@@ -105,6 +108,24 @@ def run_cached(model: Any, inputs: ResolvedInput, request: CacheRequest) -> tupl
         return output, GenerationCache(caches)
     cache = cache_of({**capture.entries(0), **capture.gradient_entries()})
     return output, cache.remove_batch_dim() if request.remove_batch_dim else cache
+
+
+def _vision_rows(model: Any, inputs: ResolvedInput) -> Callable[[], list[Rows] | None]:
+    """Whose images the vision tower's rows are; None where the inputs do not tell."""
+
+    def sketch(value: Any) -> Any:  # of pixels the shape is enough; the cache must not keep them alive
+        pixels = isinstance(value, Tensor) and value.is_floating_point()
+        return torch.empty(value.shape, device="meta") if pixels else value
+
+    known = {name: sketch(value) for name, value in inputs.tensors.items()}
+
+    def rows() -> list[Rows] | None:
+        try:
+            return None if known.get("input_ids") is None else model.family.vision_rows(known, model.hf_model.config)
+        except InputError:
+            return None
+
+    return rows
 
 
 def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:

@@ -1,13 +1,18 @@
 """What one model family must say of itself: which module plays which part, and how pixels become tokens."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hooked_mllm.errors import InputError
 from hooked_mllm.layout.items import Media, VisualItem
+
+#: ranges (start, stop) of rows of a vision tower
+Rows = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,14 @@ class Family(ABC):
     def reset(self, model: Any) -> None:  # noqa: B027 (most families keep nothing)
         """Forget what the model keeps from one call to the next."""
 
+    @abstractmethod
+    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
+        """Which rows of the vision tower's activations belong to each sample of a batch.
+
+        Rows are positions where the tower is packed, tiles or frames where it is not; images come before videos, as the
+        tower is called.
+        """
+
     # -- pixels to tokens ----------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -136,9 +149,37 @@ class Family(ABC):
         """Which pixels every visual token of one sample sees, one `VisualItem` per image or video in prompt order."""
 
 
+def share_out(sizes: Sequence[int], units: Sequence[int], due: Sequence[int], start: int = 0) -> list[Rows]:
+    """Give consecutive images to samples until each has the tokens that its prompt holds.
+
+    Args:
+        sizes: Rows of each image.
+        units: Tokens of each image.
+        due: Tokens of each sample.
+        start: The first row.
+
+    Raises:
+        InputError: when images and prompts do not match.
+    """
+    image, out = 0, []
+    for tokens in due:
+        first = start
+        while tokens > 0 and image < len(sizes):
+            tokens, start, image = tokens - units[image], start + sizes[image], image + 1
+        if tokens:
+            raise InputError(f"Images of {list(units)} tokens do not fill prompts with {list(due)} placeholders.")
+        out.append([(first, start)] if start > first else [])
+    return out
+
+
 def resolve(root: nn.Module, path: str) -> nn.Module:
     """The submodule of `root` at a dotted path (`""` is `root` itself)."""
     return root.get_submodule(path)
+
+
+def counts_of(input_ids: Tensor, token: int) -> list[int]:
+    """How many positions of each sample hold `token`."""
+    return (input_ids == token).sum(1).tolist()
 
 
 def placeholder_count(input_ids: Tensor, ids: tuple[int, ...]) -> int:

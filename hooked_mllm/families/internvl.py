@@ -1,5 +1,6 @@
 """InternVL3.5, native class: tiles and a thumbnail, CLS dropped, pixel shuffle, LayerScale in the tower."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from hooked_mllm.errors import LayoutError
-from hooked_mllm.families.base import BlockParts, Family, TowerParts
+from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, share_out
 from hooked_mllm.families.geometry import (
     frame_ranges,
     grid_boxes,
@@ -92,6 +93,11 @@ class InternVL(Family):
 
     def visual_token_ids(self, config: Any) -> tuple[int, ...]:
         return (config.image_token_id,)
+
+    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
+        tiles = 0 if inputs.get("pixel_values") is None else len(inputs["pixel_values"])
+        per_tile = config.image_seq_length
+        return share_out([1] * tiles, [per_tile] * tiles, counts_of(inputs["input_ids"], config.image_token_id))
 
     def visual_items(
         self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media

@@ -1,6 +1,7 @@
 """LLaVA-OneVision: SigLIP tower, base and high-resolution views, a newline token after each high-resolution row."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from hooked_mllm.errors import LayoutError
-from hooked_mllm.families.base import BlockParts, Family, TowerParts
+from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, share_out
 from hooked_mllm.families.geometry import (
     Boxes,
     Cells,
@@ -87,6 +88,30 @@ class LlavaOnevision(Family):
 
     def visual_token_ids(self, config: Any) -> tuple[int, ...]:
         return config.image_token_id, config.video_token_id
+
+    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
+        from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+
+        tokens, start = inputs["input_ids"], 0
+        out: list[Rows] = [[] for _ in range(len(tokens))]
+        if inputs.get("pixel_values") is not None:
+            number = _images_of_samples(inputs, config)
+            sizes = inputs["image_sizes"].tolist()
+            single = [n == 1 for n in number for _ in range(n)]
+            side = config.vision_config.image_size
+            tiles = [
+                image_size_to_num_patches(size, config.image_grid_pinpoints, side) if alone else 1
+                for size, alone in zip(sizes, single, strict=True)
+            ]
+            out = share_out(tiles, [1] * len(tiles), number)
+            start = sum(tiles)
+        if inputs.get("pixel_values_videos") is not None:
+            videos, frames = inputs["pixel_values_videos"].shape[:2]
+            placeholders = counts_of(tokens, config.video_token_id)
+            each = sum(placeholders) // videos
+            rows = share_out([frames] * videos, [each] * videos, placeholders, start)
+            out = [a + b for a, b in zip(out, rows, strict=True)]
+        return out
 
     def visual_items(
         self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
@@ -182,3 +207,19 @@ def _across_tiles(cells: Cells, n: int, side: int, patch: int) -> Cells:
     first, last = np.floor(cells[:, 0] / n + slack), np.ceil(cells[:, 1] / n - slack) - 1
     tile = np.stack([first, last], -1)
     return tile * side + (cells - tile * n) * patch
+
+
+def _images_of_samples(inputs: Mapping[str, Any], config: Any) -> list[int]:
+    """How many images each sample of a batch has."""
+    has = [n > 0 for n in counts_of(inputs["input_ids"], config.image_token_id)]
+    number = inputs.get("batch_num_images")
+    counts = [1] * sum(has) if number is None else number.flatten().tolist()
+    if len(counts) != sum(has):
+        counts = [n for n in counts if n]
+    if len(counts) != sum(has) or sum(counts) != len(inputs["image_sizes"]):
+        raise InputError(
+            f"{len(inputs['image_sizes'])} images for {sum(has)} samples that have any: `batch_num_images` must say "
+            "how many belong to each; the processor returns it."
+        )
+    left = iter(counts)
+    return [next(left) if h else 0 for h in has]

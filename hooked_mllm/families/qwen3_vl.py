@@ -1,11 +1,12 @@
 """Qwen3-VL, dense and mixture of experts: one packed vision tower, a 2 x 2 merger, DeepStack after the first blocks."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.families.base import BlockParts, Family, TowerParts, placeholder_count
+from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, placeholder_count, share_out
 from hooked_mllm.families.geometry import (
     check_rows,
     even_cells,
@@ -97,6 +98,21 @@ class Qwen3VL(Family):
 
     def reset(self, model: Any) -> None:
         model.get_submodule("model").rope_deltas = None
+
+    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
+        tokens = inputs["input_ids"]
+        out: list[Rows] = [[] for _ in range(len(tokens))]
+        start = 0
+        for name, token in (("image_grid_thw", config.image_token_id), ("video_grid_thw", config.video_token_id)):
+            grid = inputs.get(name)
+            if grid is None:
+                continue
+            patches = grid.prod(1).tolist()
+            units = [n // config.vision_config.spatial_merge_size**2 for n in patches]
+            rows = share_out(patches, units, counts_of(tokens, token), start)
+            out = [a + b for a, b in zip(out, rows, strict=True)]
+            start += sum(patches)
+        return out
 
     def visual_items(
         self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
