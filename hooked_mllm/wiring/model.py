@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hooked_mllm.attention.backends import TowerSwitch
 from hooked_mllm.attention.engine import AttentionSite
-from hooked_mllm.errors import HookValueError
+from hooked_mllm.errors import HookValueError, UnsupportedModelError
 from hooked_mllm.families.base import Family, TowerParts
 from hooked_mllm.hooks.junction import Call, Junction
 from hooked_mllm.hooks.point import HookPoint
@@ -117,6 +117,9 @@ def wire(model: nn.Module | Any, family: Family) -> Wiring:
     Args:
         model: A transformers model of one of the family's classes.
         family: Which module plays which part.
+
+    Raises:
+        UnsupportedModelError: when the model lacks one of them.
     """
     known = WIRED.get(model)
     wiring = None if known is None else known()
@@ -125,8 +128,14 @@ def wire(model: nn.Module | Any, family: Family) -> Wiring:
     registry = HookRegistry(type(model).__name__)
     builder = Builder(registry)
     wiring = Wiring(registry, family)
-    _vision(model, family, builder, wiring)
-    _text(model, family, builder, wiring)
+    try:
+        _vision(model, family, builder, wiring)
+        _text(model, family, builder, wiring)
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lacks a part that the family {family.name!r} names: {error} This version of "
+            "transformers may build the model in another way than this package knows."
+        ) from error
     builder.finish()
     # weak: a hook may hold the wrapper, and a junction in use is held by its module
     junctions = [weakref.ref(j) for j in builder.junctions.values()]
