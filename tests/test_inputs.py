@@ -1,0 +1,159 @@
+"""What a model can be called with, and what it refuses because transformers would take it and get it wrong."""
+
+import inspect
+
+import pytest
+import torch
+from tiny import tiny_frames, tiny_image, tiny_inputs
+from transformers import BatchFeature
+from wrapped import model_inputs, plain, wrapped
+
+from hooked_mllm import HookedMLLM
+from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.inputs import resolve_input
+
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
+
+
+@torch.no_grad()
+def test_samples_batches_mappings_and_keywords_are_the_same_to_the_model(family):
+    model = wrapped(family)
+    sample = model.prepare("What colour is the mug?", images=tiny_image())
+    expected = plain(family)(**sample.inputs).logits
+    feature = BatchFeature(dict(sample.inputs))
+    for given in (sample, dict(sample.inputs), feature):
+        assert torch.equal(model(given), expected)
+        assert torch.equal(model.forward(given), expected)
+        assert torch.equal(model.run_with_hooks(given), expected)
+        assert torch.equal(model.run_with_cache(given)[0], expected)
+    assert torch.equal(model(**feature), expected)
+    assert torch.equal(model.generate(**feature, **GREEDY), model.generate(sample, **GREEDY))
+    batch = model.prepare(["What is it?", "Where is the dog?"], images=[[tiny_image()], [tiny_image(24, 24)]])
+    assert torch.equal(model(batch), plain(family)(**batch.inputs).logits)
+
+
+@torch.no_grad()
+def test_what_a_processor_returns_is_taken_as_it_is(family):
+    inputs = tiny_inputs(family, images=1, batch=2, video=True)
+    assert torch.equal(wrapped(family)(inputs), plain(family)(**inputs).logits)
+
+
+@pytest.mark.parametrize("video", [False, True])
+def test_visual_tokens_without_their_pixels_are_refused_everywhere(family, video):
+    model, inputs = wrapped(family), model_inputs(family, 1, 1, video)
+    for name in [n for n in ("pixel_values", "pixel_values_videos") if n in inputs]:
+        bare = {k: v for k, v in inputs.items() if k != name}
+        for call in (model, model.generate, model.run_with_hooks, model.run_with_cache, model.resolve):
+            with pytest.raises(InputError, match=f"holds \\d+ visual tokens .* but no `{name}` came with it"):
+                call(bare)
+        with pytest.raises(InputError, match="visual tokens"):
+            model({**bare, name: None})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_damaged_pixels_are_refused(family, bad):
+    inputs = model_inputs(family)
+    pixels = inputs["pixel_values"].clone()
+    pixels.view(-1)[5] = bad
+    with pytest.raises(InputError, match="`pixel_values` holds NaN or infinity"):
+        wrapped(family)({**inputs, "pixel_values": pixels})
+
+
+def test_qwen3_vl_demands_the_token_types_without_which_it_goes_wrong_silently():
+    inputs = model_inputs("qwen3_vl")
+    inputs.pop("mm_token_type_ids")
+    for call in (wrapped("qwen3_vl"), wrapped("qwen3_vl").generate):
+        with pytest.raises(InputError, match="needs `mm_token_type_ids`.*Pass|pass everything"):
+            call(inputs)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "hold no `input_ids`; they hold nothing"),
+        ({"pixel_values": torch.zeros(1)}, "they hold pixel_values"),
+        ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"must be a tensor \[batch pos\].*got \(5,\)"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"at least one token; got \(1, 0\)"),
+        ({"input_ids": [[1, 2]]}, "got list"),
+    ],
+    ids=["nothing", "no tokens", "no batch", "empty", "list"],
+)
+def test_mappings_that_are_no_model_inputs(inputs, message):
+    with pytest.raises(InputError, match=message):
+        wrapped("internvl")(inputs)
+
+
+def test_other_types_are_refused():
+    model = wrapped("internvl")
+    for wrong in ("What is this?", torch.zeros(1, 5, dtype=torch.long), [1, 2]):
+        with pytest.raises(InputError, match=f"Expected a Sample, a SampleBatch or a mapping.*got {type(wrong).__name__}"):
+            inspect.unwrap(resolve_input)(wrong, model.family, model.hf_model.config, "cpu")
+
+
+def test_inputs_are_not_changed(family):
+    inputs = model_inputs(family, 2)
+    before = {k: v.clone() for k, v in inputs.items()}
+    model = wrapped(family)
+    with model.hooks([("*", lambda x, hook: (x.mul_(0.9), None)[1])]):
+        model(inputs)
+        model.generate(inputs, **GREEDY)
+    assert inputs.keys() == before.keys() and all(torch.equal(inputs[k], before[k]) for k in inputs)
+
+
+def test_embeddings_in_place_of_tokens(family):
+    model = wrapped(family)
+    ids = torch.arange(20, 30)[None]
+    embeds = model.hf_model.get_input_embeddings()(ids)
+    mask = torch.ones_like(ids)
+    resolved = model.resolve({"inputs_embeds": embeds, "attention_mask": mask})
+    assert (resolved.batch, resolved.length) == (1, 10)
+    with torch.no_grad():
+        by_ids = model({"input_ids": ids, "attention_mask": mask})
+        assert torch.equal(model({"inputs_embeds": embeds, "attention_mask": mask}), by_ids)
+    with pytest.raises(LayoutError, match="without `input_ids` say nothing of their positions"):
+        resolved.masks("visual")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_a_bare_mapping_tells_of_its_positions(family, side):
+    model, inputs = wrapped(family), model_inputs(family, 1, 2, False, side)
+    masks = model.resolve(inputs).masks
+    real = inputs["attention_mask"].bool()
+    ids = torch.tensor(model.family.visual_token_ids(model.hf_model.config))
+    assert torch.equal(masks("padding"), ~real)
+    assert torch.equal(masks("visual"), torch.isin(inputs["input_ids"], ids))
+    assert torch.equal(masks("text"), real & ~masks("visual"))
+    lengths = real.sum(1)
+    expected = torch.zeros_like(real)
+    for row, n in zip(expected, lengths.tolist(), strict=True):
+        row[n - 1 if side == "right" else -1] = True
+    assert torch.equal(masks("last"), expected)
+    with pytest.raises(LayoutError, match="do not say which tokens are 'question'.*Make a sample"):
+        masks("question")
+
+
+def test_a_sample_tells_all_and_names_itself(family):
+    model = wrapped(family)
+    sample = model.prepare("What is this?", images=tiny_image(), videos=(tiny_frames(4), 2.0), id="one")
+    resolved = model.resolve(sample)
+    assert resolved.ids == ("one",) and resolved.length == len(sample) and resolved.batch == 1
+    assert torch.equal(resolved.masks("question"), sample.mask("question"))
+    assert model.resolve(dict(sample.inputs)).ids == (None,)
+
+
+def test_a_cache_of_keys_excuses_missing_pixels():
+    """A later step of a generation done by hand holds no pixels any more."""
+    from transformers import DynamicCache
+
+    model, inputs = wrapped("internvl"), model_inputs("internvl")
+    past = DynamicCache()
+    with torch.no_grad():
+        whole = model(inputs)
+        first = {k: v[:, :-2] if v.dim() == 2 else v for k, v in inputs.items()}
+        model({**first, "past_key_values": past}, use_cache=True)
+        rest = model(
+            {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": inputs["attention_mask"], "past_key_values": past},
+            use_cache=True,
+        )
+    torch.testing.assert_close(rest, whole[:, -2:], atol=1e-4, rtol=1e-4)
+    assert isinstance(model, HookedMLLM)
