@@ -91,9 +91,9 @@ class MaskRows:
             causal: Whether None means causal (decoder) or everything visible (vision tower).
             window: A sliding window that the attention function was to apply by itself.
             segments: Lengths of packed images, for a packed vision tower.
-            upper_left: Whether the attention function takes None for "query i sees keys 0 to i" where there are more keys
-                than queries. SDPA does, and transformers relies on it for the prefill of an empty static KV cache; flash
-                attention lets the last query see the last key.
+            upper_left: Whether the attention function takes None for "query i sees keys 0 to i" where there are more
+                keys than queries. SDPA does, and transformers relies on it for the prefill of an empty static KV
+                cache; flash attention lets the last query see the last key.
 
         Raises:
             NumericsError: for an additive mask that holds anything but zero and "very negative".
