@@ -1,7 +1,7 @@
 """Plain transformers with its eager attention replaced by one written out here, which may edit and records everything.
 
-Nothing of the package is involved: the model is unwrapped, and `eager_attention_forward` of its modelling files is patched
-for the time of a call.
+Nothing of the package is involved: the model is unwrapped, and `eager_attention_forward` of its modelling files is
+patched for the time of a call.
 """
 
 import sys
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from wrapped import fresh
 
+Edit = Callable[[Tensor], Tensor]
 ATTENTION = {
     "text": ("model.language_model.layers", "self_attn"),
     "vision": {
@@ -37,7 +38,7 @@ class Reference:
     def __init__(self, family: str) -> None:
         self.family = family
         self.model: Any = fresh(family, "eager")
-        self.edits: dict[tuple[nn.Module, str], Callable[[Tensor], Tensor]] = {}
+        self.edits: dict[tuple[nn.Module, str], Edit] = {}
         self.seen: dict[tuple[nn.Module, str], Tensor] = {}
 
     def module(self, tower: str, layer: int) -> nn.Module:
@@ -74,7 +75,7 @@ class Reference:
                 stack.enter_context(patch.object(file, "eager_attention_forward", self._attention))
             yield
 
-    def __call__(self, inputs: dict[str, Tensor], edits: dict[tuple[str, int, str], Callable[[Tensor], Tensor]]) -> Tensor:
+    def __call__(self, inputs: dict[str, Tensor], edits: dict[tuple[str, int, str], Edit]) -> Tensor:
         """Logits with edits by tower, layer and activation name."""
         self.seen = {}
         self.edits = {(self.module(t, layer), name): fn for (t, layer, name), fn in edits.items()}

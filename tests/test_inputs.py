@@ -5,10 +5,9 @@ import inspect
 import pytest
 import torch
 from tiny import tiny_frames, tiny_image, tiny_inputs
-from transformers import BatchFeature
+from transformers import BatchFeature, DynamicCache
 from wrapped import model_inputs, plain, wrapped
 
-from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs import resolve_input
 
@@ -86,7 +85,7 @@ def test_mappings_that_are_no_model_inputs(inputs, message):
 def test_other_types_are_refused():
     model = wrapped("internvl")
     for wrong in ("What is this?", torch.zeros(1, 5, dtype=torch.long), [1, 2]):
-        with pytest.raises(InputError, match=f"Expected a Sample, a SampleBatch or a mapping.*got {type(wrong).__name__}"):
+        with pytest.raises(InputError, match=f"Expected a Sample, .* or a mapping.*got {type(wrong).__name__}"):
             inspect.unwrap(resolve_input)(wrong, model.family, model.hf_model.config, "cpu")
 
 
@@ -143,17 +142,12 @@ def test_a_sample_tells_all_and_names_itself(family):
 
 def test_a_cache_of_keys_excuses_missing_pixels():
     """A later step of a generation done by hand holds no pixels any more."""
-    from transformers import DynamicCache
-
     model, inputs = wrapped("internvl"), model_inputs("internvl")
     past = DynamicCache()
     with torch.no_grad():
         whole = model(inputs)
         first = {k: v[:, :-2] if v.dim() == 2 else v for k, v in inputs.items()}
         model({**first, "past_key_values": past}, use_cache=True)
-        rest = model(
-            {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": inputs["attention_mask"], "past_key_values": past},
-            use_cache=True,
-        )
+        last = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": inputs["attention_mask"]}
+        rest = model({**last, "past_key_values": past}, use_cache=True)
     torch.testing.assert_close(rest, whole[:, -2:], atol=1e-4, rtol=1e-4)
-    assert isinstance(model, HookedMLLM)

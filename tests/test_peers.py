@@ -25,7 +25,7 @@ def sample(family):
     return wrapped(family).prepare("What colour is the mug?", images=tiny_image(), answer="red")
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------
+# -- attention ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", [returned, in_place])
@@ -91,7 +91,7 @@ def test_one_heads_query_may_come_from_another_stream_than_its_keys(family):
     assert changed[1] > 0.01 and changed[[0, 2, 3]].max() < 1e-6
 
 
-# -- the vision tower ------------------------------------------------------------------------------------------------------
+# -- the vision tower --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -123,7 +123,8 @@ def test_vision_names_are_the_same_for_all_families():
 def test_what_leaves_the_tower_can_be_edited(family, way):
     """Also the last block's output, which transformers collects with hooks of its own."""
     inputs, model = model_inputs(family), wrapped(family)
-    names = ["vision.hook_out", f"vision.blocks.{VISION_LAYERS - 1}.hook_resid_post", "projector.hook_in", "projector.hook_out"]
+    last = f"vision.blocks.{VISION_LAYERS - 1}.hook_resid_post"
+    names = ["vision.hook_out", last, "projector.hook_in", "projector.hook_out"]
     for name in names:
         got = model.run_with_hooks(inputs, fwd_hooks=[(name, way(name))])
         assert (got - plain(family)(**inputs).logits).abs().max() > 0.01, name
@@ -178,7 +179,7 @@ def test_starting_in_the_middle_is_refused_and_not_done_wrong(family, sample):
         wrapped(family)(sample, start_at_layer=1)
 
 
-# -- generation and inputs -------------------------------------------------------------------------------------------------
+# -- generation and inputs ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -228,7 +229,7 @@ def test_patching_sweeps_carry_the_images_of_both_runs(family, point):
     close(model.run_with_hooks(corrupted, fwd_hooks=patch), model(clean), 1e-5)  # the whole stream is the whole run
 
 
-# -- the model itself ------------------------------------------------------------------------------------------------------
+# -- the model itself --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("hung", [False, True], ids=["no hooks", "hooks hung"])
@@ -255,13 +256,16 @@ def test_a_tokenizer_and_a_config_made_in_memory_are_enough(family):
     assert HookedMLLM.from_model(hf, tiny_processor(family)).cfg.n_layers == LAYERS
 
 
-# -- hook names ---------------------------------------------------------------------------------------------------------------
+# -- hook names --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_a_hook_is_told_the_name_it_was_asked_for(family):
     model, seen = wrapped(family), []
-    names = ["vision.blocks.0.attn.hook_z", "blocks.0.attn.hook_z", "blocks.0.mlp.hook_post", "blocks.0.hook_resid_post"]
+    names = [
+        "vision.blocks.0.attn.hook_z",
+        *(f"blocks.0.{s}" for s in ("attn.hook_z", "mlp.hook_post", "hook_resid_post")),
+    ]
     hooks = [(n, lambda x, hook: seen.append(hook.name)) for n in names]
     model.run_with_hooks(model_inputs(family), fwd_hooks=hooks)
     assert seen == names

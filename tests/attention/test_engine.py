@@ -88,8 +88,9 @@ def test_edits_in_a_padded_batch_reach_every_real_token(family, side, point, ref
     real = inputs["attention_mask"].bool()
     full = f"blocks.0.attn.hook_{point}"
 
-    def change(x):  # by sample, head and key from the right end, whatever stands there
-        return x + 0.3 * noise(x[:, :, :1]) if point == "attn_scores" else x * torch.tensor([0.0, 1, 1, 2])[:, None, None]
+    def change(x):
+        by_head = torch.tensor([0.0, 1, 1, 2])[:, None, None]
+        return x + 0.3 * noise(x[:, :, :1]) if point == "attn_scores" else x * by_head
 
     got = wrapped(family).run_with_hooks(inputs, fwd_hooks=[(full, lambda x, hook: change(x))])
     expected = references[family](inputs, {("text", 0, point): change})
@@ -107,9 +108,8 @@ def test_attention_to_images_knocked_out_equals_a_mask_without_them():
         cut = ~visual[:, None] & visual[None, :]
         mask = torch.ones(n, n).tril().bool() & ~cut
         expected = plain(family)(**{**inputs, "attention_mask": mask[None, None]}).logits
-        got = model.run_with_hooks(
-            inputs, fwd_hooks=[("blocks.*.attn.hook_attn_scores", lambda s, hook, c=cut: s.masked_fill(c, float("-inf")))]
-        )
+        knockout = ("blocks.*.attn.hook_attn_scores", lambda s, hook, c=cut: s.masked_fill(c, float("-inf")))
+        got = model.run_with_hooks(inputs, fwd_hooks=[knockout])
         close(got, expected)
 
 
@@ -187,7 +187,7 @@ def own_attention(q, k, v, mask, scale, layer):
 def test_a_named_implementation_runs_for_a_while(family, tower):
     inputs, model = model_inputs(family, 2, 2), wrapped(family)
     reference = plain(family, "eager") if tower == "text" else plain(family)
-    key = {"text_config": "sdpa" if tower == "vision" else "eager", "vision_config": "eager" if tower == "vision" else "sdpa"}
+    key = {f"{t}_config": "eager" if t == tower else "sdpa" for t in ("text", "vision")}
     own = {name: getattr(reference.config, name)._attn_implementation for name in key}
     reference.set_attn_implementation(key)
     with model.attention("eager", tower=tower):
@@ -248,5 +248,5 @@ def test_unknown_attention_is_refused():
     model = wrapped("internvl")
     with pytest.raises(HookValueError, match="no attention implementation 'spda'"), model.attention("spda"):
         pytest.fail("entered")
-    with pytest.raises(HookValueError, match="tower is 'text' or 'vision'; got 'audio'"), model.attention("eager", "audio"):
+    with pytest.raises(HookValueError, match="tower is 'text' or 'vision'; got 'ear'"), model.attention("eager", "ear"):
         pytest.fail("entered")

@@ -65,7 +65,7 @@ def test_a_point_is_a_filter_too(registry):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("blocks.0.atn.hook_z", "a test model has no hook point 'blocks.0.atn.hook_z'. Did you mean 'blocks.0.attn.hook_z'"),
+        ("blocks.0.atn.hook_z", "no hook point 'blocks.0.atn.hook_z'. Did you mean 'blocks.0.attn.hook_z'"),
         (["hook_embed", "hook_embd"], "no hook point 'hook_embd'. Did you mean 'hook_embed'"),
         ("blocks.*.hook_nothing", "matches 'blocks.*.hook_nothing'"),
         (re.compile("^embed"), "matches '^embed'"),
@@ -111,7 +111,8 @@ def test_order_over_the_ways_of_adding(registry):
     p = registry["hook_embed"]
     registry.attach("hook_embed", named("added"))
     registry.attach("hook_embed", named("permanent"), is_permanent=True)
-    with registry.hooks([("hook_embed", named("outer"))]), registry.hooks([("*", named("run 1")), ("hook_embed", named("run 2"))]):
+    inner = [("*", named("run 1")), ("hook_embed", named("run 2"))]
+    with registry.hooks([("hook_embed", named("outer"))]), registry.hooks(inner):
         registry.attach("hook_embed", named("prepended"), prepend=True)
         p.run(torch.zeros(1))
     assert order == ["prepended", "added", "permanent", "outer", "run 1", "run 2"]

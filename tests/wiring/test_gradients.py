@@ -40,9 +40,7 @@ def test_gradients_equal_those_of_autograd_by_hand(family):
     inputs, model, seen = model_inputs(family), plain(family), {}
     names = [n for n in MODULES if n != "hook_embed"]
     wrapped(family)  # made outside the recording
-    logits = wrapped(family).run_with_hooks(
-        inputs, bwd_hooks=[(names, lambda g, hook: seen.__setitem__(hook.name, g))]
-    )
+    logits = wrapped(family).run_with_hooks(inputs, bwd_hooks=[(names, lambda g, hook: seen.__setitem__(hook.name, g))])
     scalar(logits).backward()
     outputs = {}
 
@@ -85,7 +83,9 @@ def test_gradients_of_scores_and_pattern_equal_those_of_the_reference(family, to
         torch.testing.assert_close(seen[p], expected[p], atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.attn.hook_pattern", "blocks.0.hook_resid_mid", "vision.blocks.1.attn.hook_q"])
+@pytest.mark.parametrize(
+    "name", ["blocks.1.attn.hook_pattern", "blocks.0.hook_resid_mid", "vision.blocks.1.attn.hook_z"]
+)
 def test_a_gradient_that_a_hook_returns_replaces_it(family, name):
     """Zero gradients at a point stop what lies before it on that path; doubled ones double it."""
     inputs, model, seen = model_inputs(family), wrapped(family), []

@@ -89,7 +89,8 @@ def test_every_point_fires_once_in_forward_order_with_the_shape_of_its_name(name
 def test_every_edit_returned_or_in_place_reaches_the_logits(name):
     model, inputs = wrapped(name), model_inputs(name)
     base = model(inputs)
-    tried = [n for n in model.hook_dict if n.startswith("blocks.") or not name.endswith("moe")]  # the rest is Qwen3-VL's
+    # the mixture of experts has Qwen3-VL's own tower
+    tried = [n for n in model.hook_dict if n.startswith("blocks.") or not name.endswith("moe")]
     for hook_name in tried:
         by_return = model.run_with_hooks(inputs, fwd_hooks=[(hook_name, returned(hook_name))])
         by_place = model.run_with_hooks(inputs, fwd_hooks=[(hook_name, in_place(hook_name))])
@@ -133,7 +134,8 @@ def test_every_point_keeps_the_models_dtype_and_takes_edits_of_it(family, dtype)
     assert torch.equal(got, expected)
     exceptions = {n for n, d in seen.items() if d != dtype and not n.endswith("hook_scale")}
     assert exceptions == set()
-    edited = model.run_with_hooks(inputs, fwd_hooks=[("*hook_z", lambda z, hook: z * 0.5), ("*ln*", lambda x, hook: x * 1)])
+    hooks = [("*hook_z", lambda z, hook: z * 0.5), ("*ln*", lambda x, hook: x * 1)]
+    edited = model.run_with_hooks(inputs, fwd_hooks=hooks)
     assert edited.dtype == dtype and torch.isfinite(edited).all() and not torch.equal(edited, expected)
 
 

@@ -65,8 +65,8 @@ def test_text_points_hold_what_their_modules_take_and_give(family):
     inputs = model_inputs(family, 1, 2)
     seen = hooked_values(family, inputs, "blocks.1.*")
     for suffix, (path, side, folded) in {**TEXT, **(BARE if family == "llava_onevision" else NORMED)}.items():
-        found = []
-        witness(family, inputs, f"model.language_model.layers.1.{path}".rstrip("."), side, lambda x, f=found: f.append(x.clone()))
+        found, module = [], f"model.language_model.layers.1.{path}".rstrip(".")
+        witness(family, inputs, module, side, lambda x, f=found: f.append(x.clone()))
         value = seen[f"blocks.1.{suffix}"]
         assert torch.equal(value.flatten(2) if folded else value, found[0]), suffix
 
@@ -101,13 +101,14 @@ def test_an_edit_of_resid_mid_moves_stream_and_mlp_alike(family):
 def test_the_stream_adds_up_within_a_block(family, prefix):
     seen = hooked_values(family, model_inputs(family, 2))
     for layer in range(2):
-        at = {s: seen[f"{prefix}blocks.{layer}.{s}"] for s in ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")}
-        torch.testing.assert_close(at["hook_resid_mid"], at["hook_resid_pre"] + at["hook_attn_out"])
-        torch.testing.assert_close(at["hook_resid_post"], at["hook_resid_mid"] + at["hook_mlp_out"])
+        names = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        pre, attn_out, mid, mlp_out, post = (seen[f"{prefix}blocks.{layer}.hook_{n}"] for n in names)
+        torch.testing.assert_close(mid, pre + attn_out)
+        torch.testing.assert_close(post, mid + mlp_out)
         if prefix:
             following = f"vision.blocks.{layer + 1}.hook_resid_pre" if layer == 0 else "vision.hook_out"
             if family != "internvl" or layer == 0:  # InternVL's tower may end in a norm
-                torch.testing.assert_close(seen[following], at["hook_resid_post"])
+                torch.testing.assert_close(seen[following], post)
 
 
 @pytest.mark.parametrize("gain", ["attn_out", "mlp_out"])
@@ -152,7 +153,7 @@ def test_embed_holds_the_projected_image_at_its_places(family):
 @torch.no_grad()
 def test_norms_by_hand(family, point):
     inputs = model_inputs(family)
-    prefix = {"ln1": "blocks.1.ln1.", "ln2": "blocks.1.ln2.", "vision.ln1": "vision.blocks.1.ln1.", "ln_final": "ln_final."}[point]
+    prefix = "ln_final." if point == "ln_final" else "vision." * point.startswith("v") + f"blocks.1.{point[-3:]}."
     paths = {
         "ln1": "model.language_model.layers.1.input_layernorm",
         "ln2": "model.language_model.layers.1.post_attention_layernorm",
@@ -168,7 +169,8 @@ def test_norms_by_hand(family, point):
     x, layer_norm = took[0].double(), isinstance(norm, nn.LayerNorm)
     x = x - x.mean(-1, keepdim=True) if layer_norm else x
     scale = (x.pow(2).mean(-1, keepdim=True) + (norm.eps if layer_norm else norm.variance_epsilon)).sqrt()
-    seen = {n: v.reshape(*took[0].shape[:-1], -1).double() for n, v in hooked_values(family, inputs, prefix + "*").items()}
+    hooked = hooked_values(family, inputs, prefix + "*")
+    seen = {n: v.reshape(*took[0].shape[:-1], -1).double() for n, v in hooked.items()}
     torch.testing.assert_close(seen[prefix + "hook_scale"], scale, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen[prefix + "hook_normalized"], x / scale, atol=1e-5, rtol=1e-5)
     # twice the scale, or half the normalised input: half the norm's output, but for a bias
@@ -192,10 +194,8 @@ def test_head_results_add_up_to_the_attention_output(family, prefix):
     gain = getattr(block, "lambda_1", 1.0)
     torch.testing.assert_close(gain * total, seen[f"{prefix}blocks.1.hook_attn_out"], atol=1e-5, rtol=1e-4)
     # one head's result taken away is that head's z taken away
-    results, zs = (
-        wrapped(family).run_with_hooks(inputs, fwd_hooks=[(f"{prefix}blocks.1.attn.hook_{p}", lambda x, hook: drop_head(x))])
-        for p in ("result", "z")
-    )
+    hooks = ([(f"{prefix}blocks.1.attn.hook_{p}", lambda x, hook: drop_head(x))] for p in ("result", "z"))
+    results, zs = (wrapped(family).run_with_hooks(inputs, fwd_hooks=h) for h in hooks)
     torch.testing.assert_close(results, zs, atol=1e-4, rtol=1e-4)
 
 

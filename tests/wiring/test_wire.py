@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_config, tiny_processor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from wrapped import fresh, model_inputs, plain, wrapped
@@ -40,7 +41,7 @@ def test_a_model_wrapped_twice_has_one_set_of_hook_points(family):
 def test_a_dropped_wrapper_is_freed_and_leaves_the_model_as_it_was(family):
     model, inputs = fresh(family), model_inputs(family)
     hooked = HookedMLLM.from_model(model, check=False)
-    hooked.add_hook("*", lambda x, hook: hooked.cfg and None)  # a hook that holds its own wrapper
+    hooked.add_hook("*", lambda x, hook, held=hooked: None)  # a hook that holds its own wrapper
     hooked.reset_hooks()
     hooked.run_with_cache(inputs)
     gone = weakref.ref(hooked), weakref.ref(hooked.wiring), weakref.ref(hooked.hook_dict["hook_embed"])
@@ -53,7 +54,7 @@ def test_a_dropped_wrapper_is_freed_and_leaves_the_model_as_it_was(family):
 
 def test_the_model_is_freed_with_its_wrapper(family):
     hooked = HookedMLLM.from_model(fresh(family), check=False)
-    hooked.add_hook("*hook_z", lambda z, hook: hooked.cfg and None)
+    hooked.add_hook("*hook_z", lambda z, hook, held=hooked: None)
     gone = weakref.ref(hooked.hf_model)
     del hooked
     gc.collect()
@@ -144,8 +145,6 @@ def test_a_family_is_added_by_registering_it(own_family):
         assert (model.run_with_hooks(inputs, fwd_hooks=NO_Z) - model(inputs)).abs().max() > 1e-3
         tokens = model.generate(inputs, max_new_tokens=2, do_sample=False)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 2
-    from PIL import Image
-
     sample = model.prepare("What is this?", images=Image.new("RGB", (32, 24)))
     assert int(sample.mask("visual").sum()) == 12
 
