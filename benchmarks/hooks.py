@@ -174,7 +174,7 @@ def main() -> None:
             ),
             "hooked_mllm, everything cached": lambda sample=sample: model.run_with_cache(sample),
             f"hooked_mllm, measure x{len(many)}": lambda many=many: model.measure(many, three(), progress=False),
-            f"plain forward x{len(many)}": lambda n=len(many), plain=plain: repeat(plain, n),
+            f"plain forward x{len(many)}": lambda many=many, plain=plain: repeat(plain, len(many)),
             f"plain forward, no logits x{len(many)}": lambda many=many, trunk=trunk: (
                 [trunk() for _ in many][-1:] and None
             ),

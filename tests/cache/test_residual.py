@@ -191,7 +191,7 @@ def test_under_an_edit_the_terms_still_sum(family):
 
 
 def test_of_one_sample_of_a_batch(family):
-    logits, cache = hooked(family).run_with_cache(batch(family))
+    _, cache = hooked(family).run_with_cache(batch(family))
     for b in range(2):
         one = cache.sample(b)
         close(one.decompose_resid().sum(0), entering(cache, 3)[[b]])
