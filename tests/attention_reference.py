@@ -78,8 +78,8 @@ def random_layers(
 ) -> Layers:
     """Layers with samples of the given lengths; layers 1, 3, ... have a sliding window if one is given.
 
-    Sample b, counted from its own first token: visual tokens 2..8, target 4..6 (b even) or 3 and 7 (b odd), question the
-    4 + b tokens before the last one, answer the last token.
+    Sample b, counted from its own first token: visual tokens 2..8, target 4..6 (b even) or 3 and 7 (b odd), question
+    the 4 + b tokens before the last one, answer the last token.
     """
     generator = torch.Generator().manual_seed(seed)
     n, batch = max(lengths), len(lengths)

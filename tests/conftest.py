@@ -11,5 +11,5 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let one warning of others through: transformers 5.17 gives InternVL's tile counts, a tensor, to `numpy.cumsum`."""
+    """Let one warning of others through: transformers 5.17 gives a tensor of tile counts to `numpy.cumsum`."""
     config.addinivalue_line("filterwarnings", "ignore:__array_wrap__ must accept context:DeprecationWarning")
