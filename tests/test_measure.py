@@ -31,6 +31,15 @@ class Entropy(HeadMetric):
         return view.average(rows, "question")
 
 
+class InPlace(FirstToken):
+    """Another, whose state is changed in place."""
+
+    def commit(self, pieces):
+        state = self.total
+        super().commit(pieces)
+        self.total = state.copy_(self.total)
+
+
 def profiles(family, inputs, queries="question") -> torch.Tensor:
     """[layer head key] of one sample, the mean row over its queries, from its cached patterns."""
     _, cache = hooked(family).run_with_cache(inputs, "blocks.*hook_pattern")
@@ -253,19 +262,21 @@ class Stopping(FirstToken):
 def test_stopped_at_any_point_and_resumed_it_is_as_if_it_ran_through(at, tmp_path):
     family, path = "qwen3_vl", tmp_path / "state"
     options = {"progress": False, "group_bytes": 1}
-    expected = measure(hooked(family), four(family), [VisionMass(), FirstToken()], **options)
+    expected = measure(hooked(family), four(family), [InPlace(), VisionMass(), FirstToken()], **options)
     Stopping.at = at
     with pytest.raises(KeyboardInterrupt):
-        measure(hooked(family), four(family), [VisionMass(), Stopping()], checkpoint=path, **options)
+        measure(hooked(family), four(family), [InPlace(), VisionMass(), Stopping()], checkpoint=path, **options)
     assert no_taps(family) and [p.name for p in tmp_path.iterdir()] == (["state"] if at > 3 else [])
-    resumed = measure(hooked(family), four(family), [VisionMass(), FirstToken()], checkpoint=path, **options)
+    resumed = measure(hooked(family), four(family), [InPlace(), VisionMass(), FirstToken()], checkpoint=path, **options)
     for a, b in zip(resumed, expected, strict=True):
         close(a.values, b.values, 1e-12)
         assert torch.equal(a.counts, b.counts)
         assert a.provenance["sample_ids"] == b.provenance["sample_ids"]
     # finished: nothing is measured again
     with hooked(family).hooks([("hook_embed", lambda x, hook: pytest.fail("it ran again"))]):
-        again = measure(hooked(family), four(family), [VisionMass(), FirstToken()], checkpoint=path, **options)
+        again = measure(
+            hooked(family), four(family), [InPlace(), VisionMass(), FirstToken()], checkpoint=path, **options
+        )
     assert torch.equal(again[0].values, resumed[0].values)
 
 
