@@ -1,4 +1,11 @@
-"""Heads: which ones (`HeadSet`), and how much each one scores (`HeadScores`)."""
+"""Heads: which ones (`HeadSet`), how much each one scores (`HeadScores`, `SampleScores`), and what that says."""
 
 from hooked_mllm.heads.head_scores import HeadScores as HeadScores
 from hooked_mllm.heads.head_set import HeadSet as HeadSet
+from hooked_mllm.heads.sample_scores import SampleScores as SampleScores
+from hooked_mllm.heads.summaries import Interval as Interval
+from hooked_mllm.heads.summaries import Overlap as Overlap
+from hooked_mllm.heads.summaries import bootstrap as bootstrap
+from hooked_mllm.heads.summaries import overlap_across_seeds as overlap_across_seeds
+from hooked_mllm.heads.summaries import pairwise_overlap as pairwise_overlap
+from hooked_mllm.heads.summaries import rho_half as rho_half

@@ -15,6 +15,7 @@ from hooked_mllm.heads.arithmetic import Arithmetic
 from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.heads.files import read_json, read_tensors, write_json, write_tensors
 from hooked_mllm.heads.head_set import HeadSet, check_head, parse_head
+from hooked_mllm.heads.summaries import rho_half
 
 KIND = "hooked_mllm.HeadScores"
 
@@ -212,6 +213,10 @@ class HeadScores(Arithmetic):
         if not heads:
             raise HeadError("The mean over an empty set of heads is not defined.")
         return sum(self[head] for head in heads) / len(heads)
+
+    def rho_half(self) -> float:
+        """The least share of the heads that together hold half of all positive score; see `heads.rho_half`."""
+        return rho_half(self)
 
     def table(self, k: int = 10) -> str:
         """The top `k` heads (all, if there are fewer) as text, one line each: rank, head, score."""

@@ -8,4 +8,6 @@ from hooked_mllm.metrics.key_token_coverage import CoverageCurve as CoverageCurv
 from hooked_mllm.metrics.key_token_coverage import KeyTokenCoverage as KeyTokenCoverage
 from hooked_mllm.metrics.key_token_ratio import KeyTokenRatio as KeyTokenRatio
 from hooked_mllm.metrics.retrieval_attention_mass import RetrievalAttentionMass as RetrievalAttentionMass
+from hooked_mllm.metrics.stability import Stability as Stability
+from hooked_mllm.metrics.stability import stability as stability
 from hooked_mllm.metrics.vision_mass import VisionMass as VisionMass

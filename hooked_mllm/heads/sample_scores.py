@@ -1,0 +1,109 @@
+"""SampleScores: the scores of every sample apart, to ask how far a mean or a ranking depends on the samples."""
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
+from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.heads.files import read_tensors, write_tensors
+from hooked_mllm.heads.head_scores import HeadScores
+
+KIND = "hooked_mllm.SampleScores"
+
+
+class SampleScores:
+    """One float64 per sample and query head, [sample layer head]; `metrics.PerSample` measures them.
+
+    Args:
+        values: Scores [sample layer head]; a layer that was not measured is NaN in every sample.
+        name: What the numbers are.
+        provenance: JSON-able facts, as in `HeadScores`.
+
+    Raises:
+        HeadError: for values of another shape or without a sample.
+        NumericsError: for a value that is not finite in a layer that other samples or heads have.
+
+    Example:
+        >>> scores = SampleScores([[[0.1, 0.4]], [[0.3, 0.2]]], name="demo")
+        >>> scores.mean().values.tolist()
+        [[0.2, 0.30000000000000004]]
+    """
+
+    values: Tensor
+
+    def __init__(self, values: Any, *, name: str = "scores", provenance: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(values, Tensor):
+            values = torch.from_numpy(np.array(values, dtype=np.float64))
+        self.values = values.detach().to(device="cpu", dtype=torch.float64, copy=True)
+        if self.values.dim() != 3 or 0 in self.values.shape:
+            raise HeadError(f"Expected values of shape [sample layer head]; got shape {list(self.values.shape)}.")
+        self.name = name
+        self.provenance = dict(provenance or {})
+        gone = self.values.isnan().all(2).all(0)
+        self.missing = tuple(gone.nonzero().flatten().tolist())
+        bad = ~self.values.isfinite() & ~gone[:, None]
+        if bool(bad.any()):
+            sample, layer, head = bad.nonzero()[0].tolist()
+            raise NumericsError(
+                f"{name}: {int(bad.sum())} scores are not finite, first that of L{layer}H{head} in sample {sample}."
+            )
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, heads)."""
+        return self.values.shape[1], self.values.shape[2]
+
+    def mean(self, samples: Sequence[int] | None = None) -> HeadScores:
+        """The mean over all samples, or over those of the given numbers (one may come several times)."""
+        chosen = self.values if samples is None else self.values[list(samples)]
+        return HeadScores(
+            chosen.mean(0),
+            name=self.name,
+            provenance={**self.provenance, "n_samples": len(chosen)},
+            counts=[0 if layer in self.missing else len(chosen) for layer in range(self.shape[0])],
+            missing=self.missing,
+        )
+
+    def draw(self, n: int | float, seed: int) -> HeadScores:
+        """The mean over `n` samples (int), or that share of them (float), drawn without replacement.
+
+        Raises:
+            HeadError: for no sample, or more than there are.
+        """
+        k = resolve_count(n, len(self), "samples")
+        if not k:
+            raise HeadError(f"The mean over no sample is not defined; got {n!r} of {len(self)}.")
+        drawn = sorted(random.Random(seed).sample(range(len(self)), k))
+        scores = self.mean(drawn)
+        scores.provenance |= {"seed": seed, "samples_drawn": drawn}
+        return scores
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        header = {"name": self.name, "provenance": self.provenance}
+        write_tensors(Path(path), KIND, {"values": self.values}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SampleScores":
+        """Read what `save` wrote.
+
+        Raises:
+            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+        """
+        tensors, header = read_tensors(Path(path), KIND)
+        try:
+            return cls(tensors["values"], name=header["name"], provenance=header["provenance"])
+        except (KeyError, HeadError, NumericsError) as error:
+            raise CacheFileError(f"{path} is damaged: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"SampleScores({self.name}, {len(self)} samples of {self.shape[0]} x {self.shape[1]} layers x heads)"

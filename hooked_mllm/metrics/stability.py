@@ -1,0 +1,163 @@
+"""Stability across domains: do different tasks find the same heads?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_mllm.errors import CacheFileError, HeadError, InputError
+from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads.files import read_json, write_json
+
+KIND = "hooked_mllm.Stability"
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How alike the head scores of several tasks are; `stability` computes it.
+
+    Args:
+        tasks: Names of the tasks, in the order of the matrix.
+        spearman: Rank correlation of all heads' scores between tasks, [task task].
+        counts: Number of tasks in which a head reaches the threshold, [layer head]; 0 in layers not measured.
+        thresholds: The score at the percentile, one per task.
+        percentile: Which percentile, 0 to 100.
+        provenance: Name and provenance of the scores, by task.
+    """
+
+    tasks: tuple[str, ...]
+    spearman: Float[np.ndarray, "task task"]
+    counts: Int[Tensor, "layer head"]
+    thresholds: tuple[float, ...]
+    percentile: float
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def universal(self) -> HeadSet:
+        """The heads that reach the threshold in every task, in order of layer and head."""
+        return self.heads(len(self.tasks))
+
+    def heads(self, n_tasks: int) -> HeadSet:
+        """The heads that reach the threshold in `n_tasks` tasks or more.
+
+        Raises:
+            InputError: for fewer than one task, or more than there are.
+        """
+        if not 1 <= n_tasks <= len(self.tasks):
+            raise InputError(f"Expected a number of tasks from 1 to {len(self.tasks)}; got {n_tasks}.")
+        return HeadSet.from_mask(self.counts >= n_tasks)
+
+    @property
+    def mean_spearman(self) -> float:
+        """The mean correlation over all pairs of different tasks."""
+        return float(np.mean([self.spearman[i, j] for i, j in combinations(range(len(self.tasks)), 2)]))
+
+    def plot(self, **options: Any) -> Any:
+        """Draw both parts of figure 5 with `hooked_mllm.plots.stability_map`; returns a matplotlib Figure."""
+        from hooked_mllm.plots import stability_map
+
+        return stability_map(self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        content = {
+            "tasks": list(self.tasks),
+            "spearman": self.spearman.tolist(),
+            "counts": self.counts.tolist(),
+            "thresholds": list(self.thresholds),
+            "percentile": self.percentile,
+            "provenance": self.provenance,
+        }
+        write_json(Path(path), KIND, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Stability":
+        """Read what `save` wrote.
+
+        Raises:
+            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+        """
+        content = read_json(Path(path), KIND)
+        try:
+            n = len(content["tasks"])
+            found = cls(
+                tuple(content["tasks"]),
+                np.array(content["spearman"], dtype=np.float64),
+                torch.tensor(content["counts"], dtype=torch.int64),
+                tuple(map(float, content["thresholds"])),
+                float(content["percentile"]),
+                dict(content["provenance"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheFileError(f"{path} is damaged: {error!r}") from None
+        if found.spearman.shape != (n, n) or len(found.thresholds) != n or found.counts.dim() != 2:
+            raise CacheFileError(f"{path} is damaged: its parts do not fit its {n} tasks.")
+        return found
+
+    def __repr__(self) -> str:
+        return (
+            f"Stability({', '.join(self.tasks)}: mean Spearman {self.mean_spearman:.3f}, {len(self.universal)} heads "
+            f"in the top of all {len(self.tasks)} at percentile {self.percentile:g})"
+        )
+
+
+def stability(scores_by_task: Mapping[str, HeadScores], percentile: float | int = 95.0) -> Stability:
+    r"""Compare the head scores of several tasks: rank correlations, and the heads that all of them find.
+
+    $$M_t[l,h] = \big[s_t[l,h] \ge P_{95}(s_t)\big],\qquad \mathrm{Count}[l,h] = \sum_t M_t[l,h]$$
+
+    - $s_t$: the scores of task t; $P_{95}$: their 95th percentile over all measured heads, by linear interpolation.
+    - Universal heads: Count equals the number of tasks.
+    - Spearman correlation between each pair of tasks, over all heads.
+
+    Args:
+        scores_by_task: Head scores of one model, by the task's name.
+        percentile: Threshold of each task, 0 to 100.
+
+    Returns:
+        A `Stability`.
+
+    Raises:
+        InputError: for fewer than two tasks, or a percentile outside 0..100.
+        HeadError: for scores of another shape, or with other missing layers.
+        NumericsError: if all the scores of a task are equal.
+
+    Source: arXiv:2606.05843 eq. 20 and 21, figure 5.
+
+    Example:
+        >>> from hooked_mllm import HeadScores
+        >>> charts = HeadScores([[0.9, 0.1], [0.2, 0.3]])
+        >>> found = stability({"charts": charts, "pages": charts * 2 + 1}, percentile=75)
+        >>> found.universal, found.spearman[0, 1].item()
+        (HeadSet(1 of 2 x 2: L0H0), 1.0)
+    """
+    if len(scores_by_task) < 2:
+        raise InputError(f"Stability compares two tasks at least; got {list(scores_by_task) or 'none'}.")
+    if not 0 <= percentile <= 100:
+        raise InputError(f"percentile must be from 0 to 100; got {percentile!r}.")
+    tasks, scores = tuple(scores_by_task), list(scores_by_task.values())
+    for task, one in scores_by_task.items():
+        if one.shape != scores[0].shape or one.missing != scores[0].missing:
+            raise HeadError(
+                f"The scores of {task!r} are {one.shape} (layers, heads) without layers {list(one.missing)}, those of "
+                f"{tasks[0]!r} {scores[0].shape} without {list(scores[0].missing)}: compare one model's heads, all "
+                "measured alike."
+            )
+    matrix = np.eye(len(tasks))
+    for i, j in combinations(range(len(tasks)), 2):
+        matrix[i, j] = matrix[j, i] = scores[i].spearman(scores[j])
+    masks = [one.percentile_mask(percentile) for one in scores]
+    return Stability(
+        tasks,
+        matrix,
+        torch.stack(masks).sum(0),
+        tuple(float(np.percentile(one.values[one.measured].numpy(), percentile)) for one in scores),
+        float(percentile),
+        {task: {"name": one.name, "provenance": one.provenance} for task, one in scores_by_task.items()},
+    )

@@ -1,0 +1,127 @@
+"""Concentration, bootstrap intervals and overlaps against their definitions in NumPy."""
+
+import numpy as np
+import pytest
+import torch
+
+from hooked_mllm.errors import CacheFileError, HeadError, InputError, NumericsError
+from hooked_mllm.heads import HeadScores, SampleScores, bootstrap, overlap_across_seeds, pairwise_overlap, rho_half
+
+
+def samples(n: int = 12, noise: float = 0.3, seed: int = 0) -> SampleScores:
+    rng = np.random.default_rng(seed)
+    return SampleScores(rng.normal(size=(3, 8)) + noise * rng.normal(size=(n, 3, 8)), name="RAM")
+
+
+def literal_rho(values: np.ndarray) -> float:
+    positive = sorted((max(v, 0.0) for v in values.ravel()), reverse=True)
+    for k in range(1, len(positive) + 1):
+        if sum(positive[:k]) >= 0.5 * sum(positive):
+            return k / len(positive)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rho_half(seed):
+    values = np.random.default_rng(seed).normal(size=(4, 6)) ** 3
+    scores = HeadScores(values)
+    assert scores.rho_half() == rho_half(scores) == literal_rho(values)
+
+
+def test_rho_half_of_plain_cases():
+    assert HeadScores(np.ones((4, 5))).rho_half() == 0.5
+    assert HeadScores(np.full((2, 5), 0.1)).rho_half() == 0.5  # 5 * 0.1 is the half in spite of rounding
+    assert HeadScores([[9.0, 1.0, -20.0, 0.0]]).rho_half() == 0.25
+    assert HeadScores([[9.0, 1.0], [np.nan, np.nan]], missing=[1]).rho_half() == 0.5
+    with pytest.raises(NumericsError, match="no score is positive"):
+        HeadScores([[-1.0, 0.0]]).rho_half()
+
+
+def test_bootstrap_is_the_quantiles_of_resampled_means():
+    scores = samples()
+    found = bootstrap(scores, n=400, level=0.9, seed=3)
+    counts = np.random.default_rng(3).multinomial(12, np.full(12, 1 / 12), size=400)
+    means = np.stack([np.repeat(scores.values.numpy(), c, axis=0).mean(0) for c in counts])
+    np.testing.assert_allclose(found.low.values, np.quantile(means, 0.05, axis=0), atol=1e-12)
+    np.testing.assert_allclose(found.high.values, np.quantile(means, 0.95, axis=0), atol=1e-12)
+    np.testing.assert_allclose(found.mean.values, scores.values.mean(0), atol=1e-15)
+    assert found["L1H2"] == (found.low[1, 2], found.high[1, 2]) and found.level == 0.9
+    assert found.low.provenance["bootstrap"] == {"n": 400, "level": 0.9, "seed": 3, "n_samples": 12}
+    assert torch.equal(bootstrap(scores, n=400, level=0.9, seed=3).low.values, found.low.values)
+    assert not torch.equal(bootstrap(scores, n=400, level=0.9, seed=4).low.values, found.low.values)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(7)
+    scores = SampleScores(rng.normal(size=(60, 20, 20)))  # 400 heads whose true mean is 0
+    found = bootstrap(scores, n=500, level=0.9)
+    inside = (found.low.values <= 0) & (found.high.values >= 0)
+    assert 0.84 < inside.double().mean() < 0.94
+
+
+def test_bootstrap_in_pieces_equals_bootstrap_at_once(monkeypatch):
+    scores = samples()
+    want = bootstrap(scores, n=50)
+    monkeypatch.setattr("hooked_mllm.heads.summaries.CHUNK", 150)
+    np.testing.assert_allclose(bootstrap(scores, n=50).high.values, want.high.values, atol=1e-15)
+
+
+def test_overlap_matrix():
+    rankings = [samples(seed=s).mean() for s in range(3)]
+    found = pairwise_overlap(rankings, 5)
+    for i, one in enumerate(rankings):
+        for j, other in enumerate(rankings):
+            mine, theirs = (set(np.argsort(-r.values.numpy().ravel(), kind="stable")[:5]) for r in (one, other))
+            assert found.matrix[i, j] == len(mine & theirs) / 5
+    assert found.mean == pytest.approx((found.matrix.sum() - 3) / 6) and found.mean < 1
+
+
+def test_overlap_across_seeds_grows_with_the_samples():
+    scores = samples(n=40, noise=3.0)
+    few, many = (overlap_across_seeds(scores, 0.25, n, seeds=range(8)).mean for n in (2, 36))
+    assert few < many <= 1
+    assert overlap_across_seeds(scores, 6, 40).mean == 1.0  # the same samples in every draw
+    drawn = scores.draw(0.25, seed=5)
+    chosen = drawn.provenance["samples_drawn"]
+    assert len(set(chosen)) == 10 and drawn.provenance["seed"] == 5
+    np.testing.assert_allclose(drawn.values, scores.values[chosen].mean(0))
+    assert drawn.counts.eq(10).all()
+
+
+def test_layers_not_measured_stay_missing(tmp_path):
+    values = samples().values.clone()
+    values[:, 1] = torch.nan
+    scores = SampleScores(values, provenance={"seed": 1})
+    found = bootstrap(scores, n=20)
+    assert found.low.missing == scores.mean().missing == (1,)
+    assert scores.mean().counts[:, 0].tolist() == [12, 0, 12]
+    scores.save(tmp_path / "s.safetensors")
+    again = SampleScores.load(tmp_path / "s.safetensors")
+    assert torch.equal(again.values.nan_to_num(9), values.nan_to_num(9)) and again.provenance == {"seed": 1}
+    HeadScores(np.ones((2, 2))).save(tmp_path / "h")
+    with pytest.raises(CacheFileError):
+        SampleScores.load(tmp_path / "h.safetensors")
+    assert repr(scores) == "SampleScores(scores, 12 samples of 3 x 8 layers x heads)"
+
+
+def test_refusals():
+    scores = samples()
+    for options in ({"level": 1.0}, {"level": 0.0}, {"n": 0}):
+        with pytest.raises(InputError, match="level between 0 and 1"):
+            bootstrap(scores, **options)
+    with pytest.raises(InputError, match="at least two samples"):
+        bootstrap(samples(n=1))
+    with pytest.raises(InputError, match="two rankings"):
+        pairwise_overlap([scores.mean()], 3)
+    with pytest.raises(InputError, match="counts once"):
+        overlap_across_seeds(scores, 3, seeds=[1, 1])
+    with pytest.raises(HeadError, match="no sample"):
+        scores.draw(0, 0)
+    with pytest.raises(HeadError, match="from 0 to 12"):
+        overlap_across_seeds(scores, 3, 13)
+    with pytest.raises(HeadError, match=r"\[sample layer head\]"):
+        SampleScores(np.ones((2, 2)))
+    bad = scores.values.clone()
+    bad[4, 1, 2] = torch.inf
+    with pytest.raises(NumericsError, match="L1H2 in sample 4"):
+        SampleScores(bad)
