@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, tiny_image
+from tiny import ALL_FAMILIES, FAMILIES, tiny_image
 from wrapped import LAYERS, in_place, model_inputs, plain, wrapped
 
 from hooked_mllm.errors import InputError
@@ -28,7 +28,8 @@ def new_tokens(tokens, inputs):
 
 @pytest.mark.parametrize(
     ("name", "kind", "way"),
-    [(n, k, w) for n in ALL_FAMILIES for k in KINDS for w in WAYS if n != "qwen3_vl_moe" or w in ("cache", "no cache")],
+    [(n, k, w) for n in ALL_FAMILIES for k in KINDS for w in ("cache", "no cache")]
+    + [(n, "a batch", w) for n in FAMILIES for w in ("static cache", "beams", "sampling")],
 )
 def test_tokens_are_those_of_transformers(name, kind, way):
     inputs, options = model_inputs(name, **KINDS[kind]), {**GREEDY, **WAYS[way]}
@@ -162,11 +163,13 @@ def test_an_error_in_a_step_leaves_nothing(family):
 def test_generations_do_not_colour_each_other(family):
     """Qwen3-VL keeps position offsets from call to call."""
     first, second, model = model_inputs(family), model_inputs(family, 2), wrapped(family)
-    expected = model.generate(first, **GREEDY), model(first)
-    model.generate(second, **GREEDY)
-    assert torch.equal(model.generate(first, **GREEDY), expected[0])
-    model.generate(second, **GREEDY)
-    assert torch.equal(model(first), expected[1])
+    words = model.hf_model.get_input_embeddings()(torch.arange(20, 40)[None])
+    text = {"inputs_embeds": words, "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    runs = [lambda: model.generate(first, **GREEDY), lambda: model(first), lambda: model(text)]
+    expected = [run() for run in runs]
+    for run, before in zip(runs, expected, strict=True):
+        model.generate(second, **GREEDY)
+        assert torch.equal(run(), before)
 
 
 def test_a_prepared_batch_generates_as_its_samples_alone(family):

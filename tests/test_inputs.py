@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_frames, tiny_image, tiny_inputs
 from transformers import BatchFeature, DynamicCache
-from wrapped import model_inputs, plain, wrapped
+from wrapped import in_place, model_inputs, plain, wrapped
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs import resolve_input
@@ -109,6 +109,11 @@ def test_embeddings_in_place_of_tokens(family):
     with torch.no_grad():
         by_ids = model({"input_ids": ids, "attention_mask": mask})
         assert torch.equal(model({"inputs_embeds": embeds, "attention_mask": mask}), by_ids)
+        before = embeds.clone()
+        for name in ("hook_embed", "blocks.0.hook_resid_pre"):
+            with model.hooks([(name, in_place(name))]):
+                assert not torch.equal(model({"inputs_embeds": embeds, "attention_mask": mask}), by_ids)
+        assert torch.equal(embeds, before)  # the caller's
     with pytest.raises(LayoutError, match="without `input_ids` say nothing of their positions"):
         resolved.masks("visual")
 

@@ -216,9 +216,8 @@ class HookPoint:
         """
         edited = False
         if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in self.fwd_hooks):
-            value = (
-                value.clone()
-            )  # autograd may have saved this very tensor: an edit in place would spoil the backward pass
+            # autograd may have saved this very tensor: an edit in place would spoil the backward pass
+            value = value.clone()
         for handle in tuple(self._handles):
             if handle.dir == "bwd":
                 continue

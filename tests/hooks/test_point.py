@@ -86,7 +86,8 @@ def test_a_hook_may_take_itself_away():
         return x + 1
 
     handle = p.add_hook(once)
-    assert [p.run(torch.zeros(1))[0].item() for _ in range(2)] == [1, 0]
+    p.add_hook(adding(10))  # runs all the same
+    assert [p.run(torch.zeros(1))[0].item() for _ in range(2)] == [11, 10]
 
 
 @pytest.mark.parametrize(
