@@ -21,7 +21,8 @@ class HookedConfig:
         d_mlp: Width of the MLP's hidden layer.
         d_vocab: Size of the vocabulary (rows of the unembedding).
         n_deepstack: Blocks after which visual features are added.
-        vision_n_layers, vision_n_heads, vision_d_model, vision_d_head: The same of the vision tower.
+        vision_n_layers: Blocks of the vision tower whose output the language model sees.
+        vision_n_heads, vision_d_model, vision_d_head: The same of the vision tower.
     """
 
     model_class: str
@@ -55,7 +56,7 @@ class HookedConfig:
             d_mlp=text.intermediate_size,
             d_vocab=model.get_submodule(family.lm_head).weight.shape[0],
             n_deepstack=family.n_deepstack(model),
-            vision_n_layers=len(model.get_submodule(family.vision.blocks)),
+            vision_n_layers=family.vision_depth(model),
             vision_n_heads=heads,
             vision_d_model=vision.hidden_size,
             vision_d_head=vision.hidden_size // heads,

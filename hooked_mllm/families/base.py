@@ -91,6 +91,10 @@ class Family(ABC):
     def vision_heads(self, config: Any) -> int:
         """Attention heads in one block of the vision tower."""
 
+    def vision_depth(self, model: Any) -> int:
+        """How many blocks of the vision tower are on the way to the language model; later ones have no hook points."""
+        return len(model.get_submodule(self.vision.blocks))
+
     def n_deepstack(self, model: Any) -> int:
         """How many decoder blocks are followed by an addition of visual features (DeepStack)."""
         return 0
@@ -175,6 +179,12 @@ def share_out(sizes: Sequence[int], units: Sequence[int], due: Sequence[int], st
 def resolve(root: nn.Module, path: str) -> nn.Module:
     """The submodule of `root` at a dotted path (`""` is `root` itself)."""
     return root.get_submodule(path)
+
+
+def depth_of_states(layers: int | Sequence[int], n_blocks: int) -> int:
+    """Blocks that must have run for `hidden_states[layer]` of a tower, of one layer or of the last of several."""
+    indices = [layers] if isinstance(layers, int) else list(layers)
+    return max(i + n_blocks + 1 if i < 0 else i for i in indices)
 
 
 def counts_of(input_ids: Tensor, token: int) -> list[int]:

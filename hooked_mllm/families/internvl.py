@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from hooked_mllm.errors import LayoutError
-from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, share_out
+from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, depth_of_states, share_out
 from hooked_mllm.families.geometry import (
     frame_ranges,
     grid_boxes,
@@ -73,6 +73,9 @@ class InternVL(Family):
 
     def vision_heads(self, config: Any) -> int:
         return config.vision_config.num_attention_heads
+
+    def vision_depth(self, model: Any) -> int:
+        return depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
 
     def vision_out_module(self) -> tuple[str, str]:
         return "model.vision_tower", "output"

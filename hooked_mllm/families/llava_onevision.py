@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, share_out
+from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, depth_of_states, share_out
 from hooked_mllm.families.geometry import (
     Boxes,
     Cells,
@@ -80,6 +80,9 @@ class LlavaOnevision(Family):
 
     def patch_embed_output(self, value: Tensor, output: Tensor) -> Tensor:
         return value.transpose(1, 2).reshape(output.shape)
+
+    def vision_depth(self, model: Any) -> int:
+        return depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
 
     def vision_out_module(self) -> tuple[str, str]:
         # The model picks hidden_states[vision_feature_layer] and drops CLS if asked to: what the projector takes is the

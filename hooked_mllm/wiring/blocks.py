@@ -25,6 +25,10 @@ def first_of(block: nn.Module, paths: str) -> nn.Module | None:
     return None
 
 
+#: hook points of the attention function itself
+ATTENTION_POINTS = ("rot_q", "rot_k", "attn_scores", "pattern", "z")
+
+
 class BlockWiring:
     """The points of one block, bound in the order in which the forward pass meets them.
 
@@ -150,10 +154,20 @@ class BlockWiring:
 
         return get, put
 
+    def bystander(self) -> AttentionSite:
+        """The attention of a block that is to have no hook points, for as long as its tower is hooked."""
+        return self._site({name: HookPoint(name, tower=self.kind, block=self.index) for name in ATTENTION_POINTS})
+
     def _attention(self) -> AttentionSite:
-        points = {name: self.point(f"attn.hook_{name}") for name in ("rot_q", "rot_k", "attn_scores", "pattern", "z")}
+        points = {name: self.point(f"attn.hook_{name}") for name in ATTENTION_POINTS}
+        site = self._site(points)
+        for point in points.values():
+            self.builder.on_change(point, site.refresh)
+        return site
+
+    def _site(self, points: dict[str, HookPoint]) -> AttentionSite:
         tower = self.tower
-        site = AttentionSite(
+        return AttentionSite(
             self.module(self.parts.attn),
             self.index,
             self.kind,
@@ -162,9 +176,6 @@ class BlockWiring:
             tower.softmax_float32,
             points,
         )
-        for point in points.values():
-            self.builder.on_change(point, site.refresh)
-        return site
 
     def _result(self) -> None:
         def get(call: Call) -> Tensor:

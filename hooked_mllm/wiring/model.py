@@ -38,6 +38,8 @@ class Wiring:
     vision: list[AttentionSite] = field(default_factory=list)
     switches: dict[str, TowerSwitch] = field(default_factory=dict)
     outputs: dict[str, nn.Module] = field(default_factory=dict)
+    #: attention of blocks that run, but whose output goes nowhere: without hook points, as an edit there would be lost
+    bystanders: list[AttentionSite] = field(default_factory=list)
 
     def add(self, sites: list[AttentionSite], block: BlockWiring) -> None:
         """Wire a block into one of the towers."""
@@ -163,12 +165,15 @@ def _vision(model: Any, family: Family, builder: Builder, wiring: Wiring) -> Non
         lambda call: family.patch_embed_value(call.main()),
         lambda call, x: call.set_main(family.patch_embed_output(x, call.main())),
     )
-    blocks = model.get_submodule(family.vision.blocks)
-    for index, block in enumerate(blocks):
+    depth = family.vision_depth(model)
+    for index, block in enumerate(model.get_submodule(family.vision.blocks)):
         block_wiring = BlockWiring(
             builder, block, family.vision, "vision.", index, n_heads, config.hidden_size // n_heads, switch
         )
-        wiring.add(wiring.vision, block_wiring)
+        if index < depth:
+            wiring.add(wiring.vision, block_wiring)
+        else:
+            wiring.bystanders.append(block_wiring.bystander())
     path, side = family.vision_out_module()
     point = builder.point("vision.hook_out", tower="vision")
     if side == "input":
