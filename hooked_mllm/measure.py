@@ -12,12 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_mllm.attention.context import ViewContext
 from hooked_mllm.attention.engine import AttentionCall
 from hooked_mllm.attention.protocol import Metric
 from hooked_mllm.attention.selection import Selections
 from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs import ModelInput, ResolvedInput
 from hooked_mllm.sample import Sample, SampleBatch
 
@@ -37,6 +39,8 @@ class _Collector:
         self.held: list[AttentionCall] = []
         self.views: list[AttentionView] = []
         self._bytes = 0
+        #: the residual stream entering a layer, where a metric asks for it
+        self.residual: dict[int, Tensor] = {}
         self._selections: dict[torch.device, Selections] = {}  # resolved once a sample, for they may wait for a device
 
     def __call__(self, call: AttentionCall) -> None:
@@ -44,6 +48,8 @@ class _Collector:
             self.flush()
         self.held.append(call)
         self._bytes += call.q.nbytes + call.k.nbytes
+        if call.layer in self.residual:
+            self._bytes += self.residual[call.layer].nbytes
         if self._bytes >= self.group_bytes or call.layer == self.n_layers - 1:
             self.flush()
 
@@ -60,11 +66,24 @@ class _Collector:
             [c.scale for c in calls],
             self._selections[q.device],
             self.n_layers,
+            context=self._context(calls),
         )
         for metric in self.metrics:
             metric.update(view=view)
         view.release()
         self.views.append(view)
+
+    def _context(self, calls: Sequence[AttentionCall]) -> ViewContext:
+        source, tokens = self.inputs.source, self.inputs.tensors.get("input_ids")
+        layouts = None
+        if isinstance(source, Sample | SampleBatch):
+            layouts = (source.layout,) if isinstance(source, Sample) else source.layouts
+        residual = [self.residual.pop(c.layer) for c in calls] if self.residual else None
+        return ViewContext(None if tokens is None else tokens.to(calls[0].q.device), layouts, residual)
+
+    def keep_residual(self, value: Tensor, hook: HookPoint) -> None:
+        """A hook on the residual stream."""
+        self.residual[hook.layer()] = value.detach()
 
 
 class _Checkpoint:
@@ -247,7 +266,10 @@ def _one(
     collector = _Collector(metrics, model.cfg.n_layers, inputs, group_bytes)
     sites = model.wiring.text
     taken = []
+    hung = []
     try:
+        if any(getattr(metric, "needs_residual", False) for metric in metrics):
+            hung = model.registry.attach("blocks.*.hook_resid_pre", collector.keep_residual, reads_only=True)
         for site in sites:
             site.add_tap(collector)
             taken.append(site)
@@ -260,4 +282,5 @@ def _one(
     finally:
         for site in taken:
             site.remove_tap(collector)
+        model.registry.detach(hung)
     return collector.views

@@ -49,7 +49,7 @@ class Sample:
 
         Args:
             name: "target", or what `TokenLayout.mask` knows: "question", "answer", "system", "template", "visual",
-                "last", "text", "padding", "pixels".
+                "last", "text", "padding", "pixels", "generating".
 
         Raises:
             InputError: "target" when no target was given, "answer" when no answer was.
@@ -67,7 +67,7 @@ class Sample:
         found = self.layout.mask(name)
         if name == "padding" or found.any():
             return found
-        if name == "answer":
+        if name in ("answer", "generating"):
             raise InputError(f"{self._who()} has no answer: give `answer=` to prepare.")
         why = {"visual": "its prompt has no image and no video", "system": "it was prepared without `system=`"}
         raise LayoutError(f"{self._who()} has no {name} tokens: {why.get(name, 'no position is of that kind')}.")

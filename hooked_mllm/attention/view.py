@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_mllm.attention.context import ViewContext
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.selection import QuerySelection, Selections
 from hooked_mllm.attention.statistics import attention_rows, chance_level, key_mass, top_mask
@@ -46,6 +47,7 @@ class AttentionView:
             Or one `Selections` made of it, for all views of a forward pass to share.
         n_layers: Number of decoder layers of the model.
         max_bytes: Bound on the scratch memory for attention rows.
+        context: What is known beside attention: token ids, layouts, the residual stream.
 
     Raises:
         InputError: if the lists differ in length or the tensors in shape.
@@ -61,6 +63,7 @@ class AttentionView:
         masks: Callable[[str], Bool[Tensor, "batch pos"]] | Selections,
         n_layers: int,
         max_bytes: int = MAX_BYTES,
+        context: ViewContext | None = None,
     ) -> None:
         lengths = {"layers": len(layers), "q": len(q), "k": len(k), "mask": len(mask), "scale": len(scale)}
         if len(set(lengths.values())) != 1 or not layers:
@@ -79,6 +82,7 @@ class AttentionView:
             )
         self.layers = tuple(int(layer) for layer in layers)
         self.n_layers = n_layers
+        self.context = context or ViewContext()
         self.batch, self.n_heads, self.n_keys, _ = q[0].shape
         self.n_kv_heads = k[0].shape[1]
         self.device = q[0].device
@@ -181,6 +185,13 @@ class AttentionView:
         self._sums.append(sums)
         return out
 
+    def positions(
+        self, queries: str | Bool[Tensor, "batch pos"]
+    ) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
+        """Where the rows of `rows(queries)` stand in the sequence, and which of them are there (not filled up)."""
+        selection = self._selections.queries(queries)
+        return selection.index, selection.valid
+
     def average(
         self, values: Float[Tensor, "layer batch head query"], queries: str | Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "layer batch head"]:
@@ -267,6 +278,7 @@ class AttentionView:
     def release(self) -> None:
         """Let go of q, k and everything computed from them; `check` still answers."""
         self._q, self._k, self._mask = [], [], []
+        self.context = ViewContext()
         self._profiles.clear()
         self._tops.clear()
         self._chances.clear()

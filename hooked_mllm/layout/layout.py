@@ -19,7 +19,7 @@ from hooked_mllm.layout.regions import Frames, Number, Pages, Region, as_regions
 from hooked_mllm.layout.shares import shares
 
 #: names that `TokenLayout.mask` knows beside the kinds
-DERIVED = ("text", "last", "pixels")
+DERIVED = ("text", "last", "generating", "pixels")
 #: shares closer than this are equal: token edges are fractions of pixels
 TOLERANCE = 1e-9
 
@@ -134,7 +134,10 @@ class TokenLayout:
         return len(self.kinds)
 
     def mask(self, name: str) -> Bool[Tensor, " pos"]:
-        """The positions of a kind, or "text" (neither visual nor padding), "last", "pixels" (visual, with a footprint).
+        """The positions of a kind, or one of these.
+
+        "text" (neither visual nor padding), "last", "generating" (those whose output is the answer's tokens: the last
+        and all of the answer but its end), "pixels" (visual, with a footprint).
 
         Raises:
             LayoutError: for another name.
@@ -146,6 +149,8 @@ class TokenLayout:
             return (self.kinds != Kind.VISUAL) & (self.kinds != Kind.PADDING)
         if name == "last":
             return torch.arange(len(self)) == self.last_index
+        if name == "generating":
+            return torch.cat([self.answer[1:], self.answer.new_zeros(1)])
         if name == "pixels":
             return ~self.boxes[:, 0].isnan()
         known = [*names, *DERIVED]

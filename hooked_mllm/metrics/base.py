@@ -4,18 +4,19 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from hooked_mllm.attention.protocol import ModelInfo
 from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads import HeadScores
+from hooked_mllm.heads import HeadScores, SampleScores
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class AttentionMetric(Metric):
     def _resize(self, name: str, shape: tuple[int, ...]) -> None:
         """Give an empty state its shape; refuse to change that of one that is in use."""
         state: Tensor = getattr(self, name)
-        if tuple(state.shape) == shape:
+        if tuple(state.shape) == shape or (state.dim() == 3 and tuple(state.shape[1:]) == shape[1:]):
             return
         if state.numel():
             raise HeadError(
@@ -147,7 +148,8 @@ class AttentionMetric(Metric):
         """Let states that are still empty take the shape of incoming ones."""
         for name in self._defaults:
             if name in states and states[name].numel():
-                self._resize(name, tuple(states[name].shape))
+                shape = tuple(states[name].shape)
+                self._resize(name, shape if len(shape) < 3 else (0, *shape[1:]))
 
     def _load_from_state_dict(
         self,
@@ -202,6 +204,7 @@ class HeadMetric(AttentionMetric):
 
     total: Tensor
     count: Tensor
+    each: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,12 +238,43 @@ class HeadMetric(AttentionMetric):
             missing=(count == 0).nonzero().flatten().tolist(),
         )
 
+    def keep_samples(self) -> "HeadMetric":
+        """Keep the score of every sample beside their sum, for `sample_scores`; call it before the first sample.
+
+        Example:
+            >>> from hooked_mllm import metrics
+            >>> metrics.VisionMass().keep_samples()
+            VisionMass(queries='question')
+        """
+        if bool(self.count.any()):
+            raise InputError(f"{self!r} has taken in samples already: ask it to keep them before the first.")
+        if "each" not in self._defaults:
+            self.add_rows("each")
+        return self
+
+    def sample_scores(self) -> SampleScores:
+        """The score of every sample apart, over all processes, for intervals and overlaps.
+
+        Raises:
+            InputError: if `keep_samples` was not asked for, or no sample was taken in.
+        """
+        if "each" not in self._defaults:
+            raise InputError(f"{self!r} did not keep its samples: measure with {type(self).__name__}().keep_samples().")
+        with self.synced():
+            if not len(self.each):
+                raise InputError(f"{self!r} has seen no sample: there is nothing to compute.")
+            return SampleScores(self.each, name=type(self).__name__, provenance=self.provenance())
+
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
         """The scores of this view, checked; a subclass adds parts for states of its own."""
         return {"total": _checked(self, self.score(view), view)}
 
     def commit(self, pieces: Sequence[Piece]) -> None:
-        """Add each part, summed over the batch, to the state of its name, at its layers."""
+        """Add each part, summed over the batch, to the state of its name, at its layers; append rows."""
+        rows = self._rows
+        for name in rows:
+            self._append(name, [(p.layers, p.parts["total" if name == "each" else name]) for p in pieces])
+        pieces = [replace(p, parts={n: part for n, part in p.parts.items() if n not in rows}) for p in pieces]
         whole = [layer for piece in pieces for layer in piece.layers] == list(range(len(self.count)))
         if whole:  # the usual case: one addition per state
             for name in pieces[0].parts:
@@ -262,10 +296,35 @@ class HeadMetric(AttentionMetric):
         empty = torch.zeros((0, 0) if per_head else (0,), dtype=dtype)
         self.add_state(name, empty, dist_reduce_fx="sum", persistent=True)
 
+    def add_rows(self, name: str) -> None:
+        """Add a state that keeps every sample, [sample layer head]; its parts come from `observe`."""
+        self.add_state(name, torch.zeros((0, 0, 0), dtype=torch.float64), dist_reduce_fx="cat", persistent=True)
+
+    @property
+    def _rows(self) -> list[str]:
+        return [name for name, default in self._defaults.items() if isinstance(default, Tensor) and default.dim() == 3]
+
+    def _append(self, name: str, parts: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
+        state: Tensor = getattr(self, name)
+        rows = state.new_full((parts[0][1].shape[1], *state.shape[1:]), torch.nan)  # layers never seen stay NaN
+        for layers, part in parts:
+            rows[:, list(layers)] = part.transpose(0, 1).to(rows.dtype)
+        setattr(self, name, torch.cat([state, rows]))
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        # torchmetrics stacks what it gathers; rows of processes with unequal numbers of samples are gathered here
+        rows = {name: getattr(self, name) for name in self._rows}
+        for name, state in rows.items():
+            setattr(self, name, state[:0])
+        super()._sync_dist(dist_sync_fn, process_group)
+        for name, state in rows.items():
+            gathered = dist_sync_fn(state, group=process_group or self.process_group)
+            setattr(self, name, torch.cat(list(gathered)))
+
     def _allocate(self, n_layers: int, n_heads: int) -> None:
         for name, default in self._defaults.items():
             if isinstance(default, Tensor):
-                self._resize(name, (n_layers, n_heads) if default.dim() == 2 else (n_layers,))
+                self._resize(name, {1: (n_layers,), 2: (n_layers, n_heads), 3: (0, n_layers, n_heads)}[default.dim()])
 
 
 def _checked(metric: HeadMetric, score: Any, view: AttentionView) -> Tensor:

@@ -29,6 +29,13 @@ def test_last_is_the_position_that_predicts_the_answer():
     assert layout(image(30, 20, 3, 2)).last.nonzero().tolist() == [[12]]
 
 
+def test_generating_positions_come_one_before_the_answers_tokens():
+    assert layout(image(30, 20, 3, 2), answer=3).mask("generating").nonzero().flatten().tolist() == [12, 13, 14]
+    padded = layout(image(30, 20, 3, 2), answer=1).padded(left=2, right=2)
+    assert padded.mask("generating").nonzero().flatten().tolist() == [14] and padded.last[14]
+    assert not layout(image(30, 20, 3, 2)).mask("generating").any()
+
+
 def test_padding_shifts_everything_and_changes_nothing_else():
     plain = layout(two_views(40, 40), video(20, 10, 2, 1, times=(0.0, 1.0)), answer=1)
     padded = plain.padded(left=3, right=2)

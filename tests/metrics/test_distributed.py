@@ -19,7 +19,12 @@ def make():
     scores = RetrievalAttentionMass()
     scores.update(view=random_layers(seed=9).view())
     ranking = scores.compute()
-    return [RetrievalAttentionMass(), KeyTokenRatio(share=0.2), KeyTokenCoverage(ranking, share=0.2), VisionMass()]
+    return [
+        RetrievalAttentionMass().keep_samples(),
+        KeyTokenRatio(share=0.2),
+        KeyTokenCoverage(ranking, share=0.2),
+        VisionMass(),
+    ]
 
 
 def results(metrics) -> list[np.ndarray]:
@@ -29,6 +34,7 @@ def results(metrics) -> list[np.ndarray]:
         *(scores.values.numpy() for scores in after),
         np.array(ktc.compute().coverage),
         ram.compute().counts.numpy(),
+        ram.sample_scores().values.numpy(),
     ]
 
 

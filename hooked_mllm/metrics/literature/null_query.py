@@ -1,0 +1,128 @@
+"""The null query: the same prompt with an empty question, to take away what a head does whatever is asked."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import InputError
+from hooked_mllm.layout import Kind, TokenLayout, View
+from hooked_mllm.sample import Sample, SampleBatch, is_per_token
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+
+@dataclass(frozen=True)
+class NullQuery:
+    """Puts a text that asks nothing in the place of each sample's question.
+
+    The tokens before the question stay as they are, so that every visual token has the position and the key it had; the
+    question's own are replaced by those of `text`, and all behind them move.
+
+    Args:
+        text: What stands for the question.
+
+    Source: arXiv:2506.09944 (QRHead, calibration with "N/A"); arXiv:2605.27243.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, metrics
+        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
+        >>> samples = VisualRetrieval().samples(model, 2)
+        >>> pairs = metrics.NullQuery().pairs(model, samples)
+        >>> model.measure(pairs, metrics.MMRetHeads(), progress=False).shape == (model.cfg.n_layers, model.cfg.n_heads)
+        True
+    """
+
+    text: str = "N/A"
+
+    def sample(self, model: "HookedMLLM", sample: Sample) -> Sample:
+        """The sample with the null question; its answer is dropped.
+
+        Raises:
+            InputError: if the text has no tokens, the question is in pieces, or a target token comes after it.
+        """
+        ids = model.processor.tokenizer(self.text, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
+        if not ids.shape[-1]:
+            raise InputError(f"The null query {self.text!r} has no tokens.")
+        spans = sample.layout.spans("question")
+        if len(spans) != 1:
+            raise InputError(f"The question must be one run of tokens to be replaced; it is {len(spans)}.")
+        start, end = spans[0]
+        target = sample.target_mask
+        if target is not None and bool(target[start:].any()):
+            raise InputError("The target comes after the question: its tokens would not keep their positions.")
+        stop = sample.layout.last_index + 1
+        n, width = len(sample), ids.shape[1]
+        inputs: dict[str, Tensor] = {}
+        for name, value in sample.inputs.items():
+            if is_per_token(value, n):
+                new = ids if name == "input_ids" else torch.full_like(ids, int(name == "attention_mask"))
+                value = torch.cat([value[:, :start], new.to(value), value[:, end:stop]], dim=1)
+            inputs[name] = value
+        return replace(
+            sample,
+            inputs=inputs,
+            layout=_spliced(sample.layout, start, end, stop, width),
+            question=self.text,
+            answer=None,
+            target_mask=None if target is None else _cut(target, start, end, stop, width, False),
+            id=None,
+        )
+
+    def pairs(self, model: "HookedMLLM", samples: Sample | Iterable[Sample]) -> Iterator[SampleBatch]:
+        """Each sample and its null query as a batch of two, which is what the calibrated metrics are measured on."""
+        for sample in [samples] if isinstance(samples, Sample) else samples:
+            if sample.answer is not None:
+                raise InputError("A calibrated score compares questions: prepare the samples without answer=.")
+            yield SampleBatch.collate([sample, self.sample(model, sample)])
+
+
+def check_pairs(view: AttentionView) -> None:
+    """Refuse a batch that is not one of (sample, null query) pairs.
+
+    Raises:
+        InputError: naming the first that does not match.
+    """
+    advice = "Measure on `NullQuery().pairs(model, samples)`."
+    if view.batch % 2:
+        raise InputError(f"A calibrated score needs pairs of a sample and its null query; got {view.batch}. {advice}")
+    padding, question, target, tokens = (
+        m.cpu() for m in (view.mask("padding"), view.question, view.target, view.context.tokens)
+    )
+    prefixes = []
+    for row in range(view.batch):
+        real = ~padding[row]
+        n = int(question[row][real].int().argmax())
+        prefixes.append((tokens[row][real][:n], target[row][real][:n], int(target[row].sum())))
+    for number in range(0, view.batch, 2):
+        (ids, mask, count), (null_ids, null_mask, null_count) = prefixes[number : number + 2]
+        same = count == null_count == int(mask.sum()) and torch.equal(ids, null_ids) and torch.equal(mask, null_mask)
+        if not same:
+            raise InputError(
+                f"Samples {number} and {number + 1} of the batch are no pair: up to the question they must be the same "
+                f"tokens with the same target. {advice}"
+            )
+
+
+def _cut(values: Tensor, start: int, end: int, stop: int, width: int, fill: Any) -> Tensor:
+    return torch.cat([values[:start], values.new_full((width, *values.shape[1:]), fill), values[end:stop]])
+
+
+def _spliced(layout: TokenLayout, start: int, end: int, stop: int, width: int) -> TokenLayout:
+    def cut(values: Tensor, fill: Any) -> Tensor:
+        return _cut(values, start, end, stop, width, fill)
+
+    return TokenLayout(
+        cut(layout.kinds, int(Kind.QUESTION)),
+        cut(layout.item, -1),
+        cut(layout.boxes, torch.nan),
+        cut(layout.frame_range, -1),
+        cut(layout.view, int(View.NONE)),
+        layout.items,
+        layout.last_index + width - (end - start),
+    )

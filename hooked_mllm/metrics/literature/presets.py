@@ -1,0 +1,105 @@
+"""Scores of the literature that are settings of `AttentionScore`."""
+
+from hooked_mllm.metrics.attention_score import AttentionScore
+
+
+class VisualRetrievalHeads(AttentionScore):
+    r"""Visual retrieval heads (VRH): the attention that the answer's tokens pay to the target region.
+
+    $$\text{VRH}[l,h] = \frac{1}{|Y|}\sum_{i\in Y}\sum_{j\in K^*} A^{l,h}[i,j]$$
+
+    - $Y$: the answer's tokens, given to `prepare(answer=...)`; `queries="generating"` takes the positions whose output
+      they are, one earlier.
+    - $K^*$: the visual tokens that overlap the target region.
+
+    In [0, 1], averaged over samples; `provenance["chance"]` is the score of even attention.
+
+    The paper decodes greedily; here the answer is given, which is the same where the model would have said it. Its
+    "masking" sets a head's z to zero and says it follows Wu et al., whose released code averages the values instead.
+
+    Args:
+        queries: Name of the mask of query tokens.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head].
+
+    Raises:
+        InputError: on `update`, if a sample has no target or no answer.
+
+    Source: arXiv:2608.27417.
+
+    Example:
+        >>> from hooked_mllm.metrics import VisualRetrievalHeads
+        >>> VisualRetrievalHeads()
+        VisualRetrievalHeads(queries='answer')
+    """
+
+    def __init__(self, *, queries: str = "answer") -> None:
+        super().__init__(queries=queries, keys="target", reduce="sum")
+
+
+class GazeHeads(AttentionScore):
+    r"""Gaze heads: the attention that the prompt's last token pays to the region that is asked about.
+
+    $$\text{Gaze}[l,h] = \sum_{j\in K^*} A^{l,h}[n,j]$$
+
+    - $n$: the last position of the prompt; $K^*$: the visual tokens of the region asked about.
+
+    In [0, 1], averaged over samples, one for each region asked about. The mass is not divided by that on all regions: a
+    head that ignores the image would look perfect by its ratios. `provenance["chance"]` is the score of even attention.
+
+    The paper draws its random controls among heads of low score; `HeadScores.random(like=...)` draws them in the same
+    layers among all others.
+
+    Args:
+        queries: Name of the mask of query tokens.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head].
+
+    Raises:
+        InputError: on `update`, if a sample has no target.
+
+    Source: arXiv:2606.14703.
+
+    Example:
+        >>> from hooked_mllm.metrics import GazeHeads
+        >>> GazeHeads().config()
+        {'queries': 'last'}
+    """
+
+    def __init__(self, *, queries: str = "last") -> None:
+        super().__init__(queries=queries, keys="target", reduce="sum")
+
+
+class OCRHeads(AttentionScore):
+    r"""OCR heads: how often a head looks first at the written text while the model reads it out.
+
+    $$\text{OCR}[l,h] = \frac{1}{|G|}\sum_{i\in G}\big[\arg\max_j A^{l,h}[i,j] \in K^*\big]$$
+
+    - $G$: the positions whose output is the answer's tokens; $K^*$: the visual tokens of the text's region.
+
+    In [0, 1], averaged over samples. It is the retrieval-head rule with the copied text in the image, where no token
+    of the prompt could equal the generated one: the place alone counts. Of equal entries the first is the largest.
+
+    The answer is given to `prepare(answer=...)` where the paper decodes.
+
+    Args:
+        queries: Name of the mask of query tokens.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head].
+
+    Raises:
+        InputError: on `update`, if a sample has no target or no answer.
+
+    Source: arXiv:2505.15865; as a case of the common formula, arXiv:2608.27417.
+
+    Example:
+        >>> from hooked_mllm.metrics import OCRHeads
+        >>> OCRHeads()
+        OCRHeads(queries='generating')
+    """
+
+    def __init__(self, *, queries: str = "generating") -> None:
+        super().__init__(queries=queries, keys="target", reduce="argmax")

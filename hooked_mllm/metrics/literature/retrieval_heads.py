@@ -1,0 +1,121 @@
+"""Scores by the copy rule: the most attended key while a token is generated."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import InputError
+from hooked_mllm.metrics.base import HeadMetric
+
+
+def first_keys(view: AttentionView, queries: str) -> Float[Tensor, "layer batch head query"]:
+    """The position of the largest entry of each row; the first of equal ones."""
+    return view.rows(queries, reduce=lambda rows: rows.argmax(-1).to(rows.dtype))
+
+
+def hits(
+    view: AttentionView, queries: str, keys: Bool[Tensor, "batch pos"]
+) -> tuple[Int[Tensor, "layer batch head query"], Bool[Tensor, "layer batch head query"]]:
+    """The most attended position of each row, and whether it is one of the keys; never in a row that is filled up."""
+    best = first_keys(view, queries).long()
+    _, valid = view.positions(queries)
+    inside = torch.take_along_dim(keys[None, :, None].expand(*best.shape[:3], -1), best, dim=-1)
+    return best, inside & valid[:, None]
+
+
+class RetrievalHeads(HeadMetric):
+    r"""Retrieval heads: how much of a text in the prompt a head copies, token by token, into the answer.
+
+    $$\text{Retrieval}[l,h] = \frac{|g^{l,h}|}{|K|},\qquad
+    g^{l,h} = \big\{j \in K : \exists\, i \in G,\ j = \arg\max_{j'} A^{l,h}[i,j'] \text{ and } x_j = x_{i+1}\big\}$$
+
+    - $G$: the positions whose output is the answer's tokens $x_{i+1}$; $K$: the tokens of the needle, a text.
+    - A token is copied if the head looks at it first while the same token is generated.
+
+    In [0, 1], averaged over samples. Of equal entries the first is the largest.
+
+    What the released code does differently (`released_code=True` counts as it does): each hit adds 1/|K|, so that
+    copying a token twice counts twice and the score can pass 1. It also decodes greedily, at most 50 tokens, finds
+    the needle by the overlap of token sets whatever their order, and averages only runs that repeat the needle
+    (ROUGE-1 recall above 0.5); here the answer is given to `prepare(answer=...)`, and which samples to measure is
+    the caller's choice.
+
+    Args:
+        keys: Name of the mask of the needle's tokens, such as "question" or "system".
+        released_code: Count repeated copies.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head].
+
+    Raises:
+        InputError: on `update`, if a sample has no answer, or if the needle lies in an image, whose tokens are
+            placeholders that no answer repeats; `OCRHeads` is for those.
+
+    Source: arXiv:2404.15574.
+
+    Example:
+        >>> from hooked_mllm.metrics import RetrievalHeads
+        >>> RetrievalHeads()
+        RetrievalHeads(keys='question', released_code=False)
+    """
+
+    def __init__(self, *, keys: str = "question", released_code: bool = False) -> None:
+        super().__init__()
+        if keys in ("target", "visual", "pixels"):
+            raise InputError(
+                f"Retrieval heads copy text; {keys!r} tokens are placeholders that no answer repeats. Use OCRHeads()."
+            )
+        self.keys = keys
+        self.released_code = released_code
+
+    def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
+        """The copied share of the needle."""
+        keys, tokens = view.mask(self.keys), view.context.tokens
+        best, hit = hits(view, "generating", keys)
+        index, _ = view.positions("generating")
+        said = tokens.gather(1, index + 1)  # [batch query]; a generating position is never the last
+        seen = torch.take_along_dim(tokens[None, :, None].expand(*best.shape[:3], -1), best, dim=-1)
+        copied = hit & (seen == said[:, None])
+        size = keys.sum(-1)[:, None].double()
+        if self.released_code:
+            return copied.sum(-1) / size
+        found = torch.zeros(*best.shape[:3], view.n_keys, dtype=torch.int32, device=best.device)
+        found.scatter_add_(-1, best, copied.int())
+        return (found > 0).sum(-1) / size
+
+
+class SparseMMHeads(HeadMetric):
+    r"""SparseMM's visual-head score: looking first at a written text's place while it is read out.
+
+    $$\text{SparseMM}[l,h] = \frac{1}{|K^*|}\sum_{i\in G}\big[\arg\max_j A^{l,h}[i,j]\in K^*\big]$$
+
+    - $G$: the positions whose output is the answer's tokens; $K^*$: the visual tokens of the text's box.
+
+    Averaged over samples. One sample is one piece of text: its answer is the text and its target the box. A document of
+    many pieces is many samples, and the paper's score of the document is the sum of theirs. Not bounded by 1: it
+    grows with the answer's length over the box's size, which favours small boxes.
+
+    What the released code does differently: it transcribes the whole document and counts a generated token only if it
+    is a substring of exactly one piece; it measures the box on a grid of whole cells, the last one included (here:
+    every token that overlaps it); called twice on one grid tensor, it halves it again.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head].
+
+    Raises:
+        InputError: on `update`, if a sample has no target or no answer.
+
+    Source: arXiv:2506.05344.
+
+    Example:
+        >>> from hooked_mllm.metrics import SparseMMHeads
+        >>> SparseMMHeads()
+        SparseMMHeads()
+    """
+
+    def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
+        """Hits over the size of the box."""
+        keys = view.mask("target")
+        _, hit = hits(view, "generating", keys)
+        return hit.sum(-1) / keys.sum(-1)[:, None].double()

@@ -1,0 +1,125 @@
+"""Visual attention sinks: image tokens that draw attention without carrying what is asked for."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import InputError
+from hooked_mllm.metrics.base import HeadMetric
+
+#: sink dimensions of the residual stream that the paper prints, by language model
+PUBLISHED_DIMS = {"Llama-2-7B": (2533, 1415), "Llama-2-13B": (2100, 4743), "Qwen2-7B": (458, 2570)}
+
+
+def sink_strength(
+    residual: Float[Tensor, "batch pos d_model"], dims: Sequence[int], eps: float = 1e-6
+) -> Float[Tensor, "batch pos"]:
+    r"""$\phi(x) = \max_{d\in D} |\mathrm{RMSNorm}(x)[d]|$, without the norm's gain.
+
+    Source: arXiv:2503.03321.
+
+    Example:
+        >>> sink_strength(torch.tensor([[[3.0, 4.0, 0.0, 0.0]]]), dims=[1]).round(decimals=3).tolist()
+        [[1.6]]
+    """
+    wide = residual.double()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed[..., list(dims)].abs().amax(-1)
+
+
+def massive_dims(residual: Float[Tensor, "batch pos d_model"], k: int = 2) -> tuple[int, ...]:
+    """The `k` dimensions in which the first token's residual stream is largest: candidates for `dims`.
+
+    An adaptation of ours for models whose sink dimensions nobody has printed (as Qwen3 and InternVL3.5): the massive
+    activations sit where the first token, the strongest sink, has them. Take the residual of a middle layer of one
+    unpadded sample, `cache["resid_pre", layer]`, and look at several.
+
+    Example:
+        >>> massive_dims(torch.tensor([[[0.1, -9.0, 0.2, 5.0], [1.0, 0.0, 0.0, 0.0]]]))
+        (1, 3)
+    """
+    return tuple(residual[:, 0].double().abs().mean(0).topk(k).indices.tolist())
+
+
+class VisualSinkShare(HeadMetric):
+    r"""The share of a head's attention on the image that falls on visual sinks.
+
+    $$r^{l,h} = \frac{\sum_{j\in V\cap B_l} a^{l,h}[j]}{\sum_{j\in V} a^{l,h}[j]},\qquad
+    B_l = \Big\{j : \max_{d\in D}\big|\mathrm{RMSNorm}(x_j^l)[d]\big| > \tau\Big\}$$
+
+    - $a^{l,h}$: the mean attention row of the query tokens; with "last", one row as in the paper.
+    - $V$: visual tokens; $x_j^l$: the residual stream entering layer l; $D$: `dims`; $\tau$: `tau`.
+
+    In [0, 1], averaged over samples. The paper calls a head image-centric for a query if `VisualNonSinkRatio` is at
+    least 0.5 (one minus this) and its `VisionMass` at least 0.2.
+
+    The paper prints D for a few language models, `PUBLISHED_DIMS`; for others `massive_dims` proposes one, which is our
+    adaptation. Its released code adds 1e-6 to every entry of the denominator, so that the ratio depends a little on
+    the number of tokens, and redistributes with p the share that *stays* where the paper's p is the share that moves.
+
+    Args:
+        dims: The sink dimensions D.
+        tau: Strength from which a token is a sink.
+        queries: Name of the mask of query tokens.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head].
+
+    Raises:
+        InputError: without dims, for one out of range, or for a tau that is not positive.
+
+    Source: arXiv:2503.03321.
+
+    Example:
+        >>> from hooked_mllm.metrics import VisualSinkShare
+        >>> VisualSinkShare(dims=(458, 2570))
+        VisualSinkShare(dims=(458, 2570), tau=20.0, queries='last')
+    """
+
+    needs_residual = True
+
+    def __init__(self, *, dims: Sequence[int], tau: float | int = 20.0, queries: str = "last") -> None:
+        super().__init__()
+        if not len(dims) or min(dims) < 0 or not tau > 0:
+            raise InputError(f"Expected one or more dimensions >= 0 and tau > 0; got dims={dims!r}, tau={tau!r}.")
+        self.dims = tuple(int(d) for d in dims)
+        self.tau = float(tau)
+        self.queries = queries
+
+    def sinks(self, view: AttentionView) -> Bool[Tensor, "layer batch pos"]:
+        """The sinks among all tokens, layer by layer."""
+        residual = view.context.residual
+        width = residual[0].shape[-1]
+        if max(self.dims) >= width:
+            raise InputError(f"{self!r}: the residual stream has dimensions 0 to {width - 1}.")
+        return torch.stack([sink_strength(x, self.dims) > self.tau for x in residual])
+
+    def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
+        """The share on sinks."""
+        on_image = view.profile(self.queries).double() * view.visual[:, None]
+        on_sinks = (on_image * self.sinks(view)[:, :, None]).sum(-1)
+        return on_sinks / on_image.sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+class VisualNonSinkRatio(VisualSinkShare):
+    r"""The share of a head's attention on the image that falls beside the visual sinks: $1 - r$ of `VisualSinkShare`.
+
+    Args:
+        dims: The sink dimensions D.
+        tau: Strength from which a token is a sink.
+        queries: Name of the mask of query tokens.
+
+    Source: arXiv:2503.03321 (visual non-sink ratio).
+
+    Example:
+        >>> from hooked_mllm.metrics import VisualNonSinkRatio
+        >>> VisualNonSinkRatio(dims=[3]).config()["tau"]
+        20.0
+    """
+
+    def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
+        """The share beside sinks."""
+        return 1.0 - super().score(view)

@@ -1,0 +1,121 @@
+"""Localization heads: components by flood fill, the elbow by distances, the vote by sorting."""
+
+import math
+
+import numpy as np
+import pytest
+from cache_witness import hooked
+from layout.pieces import image, layout, two_views
+from tiny import tiny_image
+
+from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.measure import measure
+from hooked_mllm.metrics import LocalizationHeads
+from hooked_mllm.metrics.literature import spatial_entropy, token_grid
+from hooked_mllm.metrics.literature.localization_heads import elbow
+
+
+def flood_entropy(a: np.ndarray) -> float:
+    """Spatial entropy by flood fill over the eight neighbours."""
+    lit = {(int(y), int(x)) for y, x in np.argwhere(a > a.mean())}
+    masses = []
+    while lit:
+        todo, mass = [lit.pop()], 0.0
+        while todo:
+            y, x = todo.pop()
+            mass += a[y, x] - a.mean()
+            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & lit
+            lit -= near
+            todo += near
+        masses.append(mass)
+    return -sum(m / sum(masses) * math.log(m / sum(masses)) for m in masses) if masses else math.inf
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_spatial_entropy(seed):
+    a = np.random.default_rng(seed).dirichlet(np.full(63, 0.2)).reshape(7, 9)
+    assert spatial_entropy(a) == pytest.approx(flood_entropy(a), abs=1e-12)
+
+
+def test_spatial_entropy_of_plain_maps():
+    spots = np.zeros((7, 7))
+    spots[[0, 0, 6, 6], [0, 6, 0, 6]] = 0.25
+    assert spatial_entropy(spots) == pytest.approx(math.log(4))
+    diagonal = np.eye(5)
+    assert spatial_entropy(diagonal) == 0.0  # corners touch
+    assert spatial_entropy(np.full((3, 3), 1 / 9.0)) == math.inf
+    assert spatial_entropy(spots * 7) == pytest.approx(spatial_entropy(spots))  # not of the scale
+
+
+def test_elbow_is_farthest_from_the_chord():
+    rng = np.random.default_rng(2)
+    values = rng.exponential(size=200) ** 2
+    ordered = np.sort(values)
+    first, last = np.array([0.0, 0.0]), np.array([1.0, 1.0])
+    points = np.stack([np.arange(200) / 199, (ordered - ordered[0]) / (ordered[-1] - ordered[0])], 1)
+    along = (last - first) / np.linalg.norm(last - first)
+    distances = [np.linalg.norm(p - first - ((p - first) @ along) * along) for p in points]
+    assert elbow(values) == ordered[int(np.argmax(distances))]
+    assert elbow(np.array([2.0, 2.0, 2.0])) == 2.0
+
+
+def test_token_grid():
+    found = token_grid(layout(image(30, 20, 3, 2)))
+    assert found.tolist() == [[2, 3, 4], [5, 6, 7]]
+    views = layout(image(8, 8, 2, 2), two_views(40, 40, index=1))
+    assert token_grid(views, image=1).shape == (2, 2)
+    fine = token_grid(views, image=1, view="highres")
+    assert fine.shape == (4, 5) and (np.diff(fine, axis=1) == 1).all() and (np.diff(fine[:, 0]) == 6).all()
+    with pytest.raises(LayoutError):
+        token_grid(views, image=2)
+    with pytest.raises(LayoutError):
+        token_grid(views, image=0, view="tile")
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_formula(family, together):
+    model = hooked(family)
+    questions = ["What colour is the mug?", "Where is the dog?", "Where is the dog in the picture of the star?"]
+    pictures = [tiny_image(96, 64, seed=1), tiny_image(64, 96, seed=2), tiny_image(80, 80, seed=3)]
+    samples = [model.prepare(q, images=p) for q, p in zip(questions, pictures, strict=True)]
+    mass, entropy = np.zeros((3, 3, 4)), np.zeros((3, 3, 4))
+    for s, inputs in enumerate(samples):
+        _, cache = model.run_with_cache(inputs, "blocks.*hook_pattern")
+        grid = token_grid(inputs.layout)
+        assert grid.size >= 4 and (grid >= 0).all()
+        for l, h in np.ndindex(3, 4):
+            row = cache["pattern", l][0, h, inputs.layout.last_index].double().numpy()
+            mass[s, l, h] = row[inputs.layout.visual.numpy()].sum()
+            entropy[s, l, h] = flood_entropy(row[grid])
+    mean = mass.mean(0)
+    kept = np.zeros((3, 4), dtype=bool)
+    kept[1:] = mean[1:] > elbow(mean[1:].ravel())
+    assert 0 < kept.sum() < 8
+    votes = np.zeros((3, 12))
+    for s in range(3):
+        order = [i for i in np.argsort(entropy[s].ravel(), kind="stable") if kept.ravel()[i]]
+        votes[s, order[:2]] = np.isfinite(entropy[s].ravel()[order[:2]])
+    metric = LocalizationHeads(lowest=2, skip_layers=1)
+    if together:
+        batch = model.prepare(questions[:2], images=[[p] for p in pictures[:2]])
+        found = model.measure([batch, samples[2]], metric, progress=False)
+    else:
+        found = measure(model, samples, metric, progress=False, group_bytes=1)
+    np.testing.assert_allclose(found.values, votes.mean(0).reshape(3, 4), atol=1e-12)
+    np.testing.assert_allclose(metric.image_mass().values, mean, atol=1e-5)
+    assert np.array_equal(metric.kept().numpy(), kept)
+    assert found.provenance["n_kept"] == kept.sum() and found.provenance["n_samples"] == 3
+
+
+def test_refusals(family):
+    with pytest.raises(InputError, match="lowest >= 1"):
+        LocalizationHeads(lowest=0)
+    model = hooked(family)
+    inputs = model.prepare("Where is the dog?", images=tiny_image(32, 24))
+    with pytest.raises(InputError, match="the first 3 layers; the model has 3"):
+        model.measure(inputs, LocalizationHeads(skip_layers=3), progress=False)
+    with pytest.raises(InputError, match="which pixels each token sees"):
+        model.measure(inputs.inputs, LocalizationHeads(), progress=False)
+    with pytest.raises(LayoutError):
+        model.measure(inputs, LocalizationHeads(image=1), progress=False)
+    assert not any(site.taps for site in model.wiring.text)
