@@ -1,5 +1,6 @@
 """Look inside multimodal language models: name, read, edit and score everything between pixels and words."""
 
+from hooked_mllm import interventions as interventions
 from hooked_mllm import metrics as metrics
 from hooked_mllm import plots as plots
 from hooked_mllm import toys as toys
@@ -20,6 +21,12 @@ from hooked_mllm.errors import UnsupportedModelError as UnsupportedModelError
 from hooked_mllm.heads import HeadScores as HeadScores
 from hooked_mllm.heads import HeadSet as HeadSet
 from hooked_mllm.hooks import HookPoint as HookPoint
+from hooked_mllm.interventions import ActivationPatch as ActivationPatch
+from hooked_mllm.interventions import AttentionKnockout as AttentionKnockout
+from hooked_mllm.interventions import HeadAblation as HeadAblation
+from hooked_mllm.interventions import HeadPatch as HeadPatch
+from hooked_mllm.interventions import Intervention as Intervention
+from hooked_mllm.interventions import Steer as Steer
 from hooked_mllm.layout import Box as Box
 from hooked_mllm.layout import Frames as Frames
 from hooked_mllm.layout import Mask as Mask

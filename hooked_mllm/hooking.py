@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.hooks.point import Direction, Handle, HookPoint
 from hooked_mllm.hooks.registry import HookList, HookRegistry, NameFilter
+from hooked_mllm.interventions.base import intervening
 
 
 class HookMethods:
@@ -114,6 +115,34 @@ class HookMethods:
             ...     tokens = model.generate(sample, max_new_tokens=1)
         """
         return self.registry.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
+
+    def intervene(self, *interventions: Any) -> AbstractContextManager[list[dict[str, Any]]]:
+        """Intervene on the model for the body of a `with`: all are checked, hung in this order, and undone at the end.
+
+        They nest and combine, act in forward passes and in every step of `generate`, and on leaving, by an error or an
+        interrupt too, exactly what they hung is taken away.
+
+        Args:
+            *interventions: `HeadAblation`, `AttentionKnockout`, `HeadPatch`, `ActivationPatch`, `Steer`, or your own.
+
+        Yields:
+            A record of each: what it does, and under "applied" the calls of hook points edited so far.
+
+        Raises:
+            HookValueError: for something else, or settings that do not fit this model.
+            HeadError: for heads that it lacks.
+            HookNameError: for layers or sites that it lacks.
+
+        Example:
+            >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
+            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+            >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+            >>> with model.intervene(HeadAblation(["L2H4"], mode="zero", phase="prefill")) as records:
+            ...     logits = model(sample)
+            >>> records[0]["heads"], records[0]["mode"], records[0]["applied"]
+            (['L2H4'], 'zero', {'prefill': 1, 'decode': 0})
+        """
+        return intervening(self, interventions)
 
     def run_with_hooks(
         self,

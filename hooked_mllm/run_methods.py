@@ -85,12 +85,14 @@ class RunMethods:
             self.family.reset(self.hf_model)
         if stop_at_layer is not None:
             try:
-                with stopping_at(stop_module(self.hf_model, self.family, stop_at_layer)):
+                stop = stop_module(self.hf_model, self.family, stop_at_layer)
+                with self.registry.running_on(inputs), stopping_at(stop):
                     self.hf_model(**arguments)
             except StopForwardError as stopped:
                 return stopped.residual
             raise AssertionError("the forward pass did not reach the block it was to stop at")
-        output = self.hf_model(**arguments)
+        with self.registry.running_on(inputs):
+            output = self.hf_model(**arguments)
         check_half(output.logits)
         if return_type == "output":
             return output
@@ -102,7 +104,8 @@ class RunMethods:
         """A forward pass without the unembedding, for what hooks and taps see on the way."""
         self.family.reset(self.hf_model)
         tensors = {k: v for k, v in inputs.tensors.items() if k not in ("labels", "logits_to_keep")}
-        self.hf_model.model(**{"use_cache": False, **tensors, **kwargs})
+        with self.registry.running_on(inputs):
+            self.hf_model.model(**{"use_cache": False, **tensors, **kwargs})
 
     @torch.no_grad()
     def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor:
@@ -128,7 +131,8 @@ class RunMethods:
         check_generation(inputs)
         self.family.reset(self.hf_model)
         tensors = {k: v for k, v in inputs.tensors.items() if k != "labels"}
-        with counting_steps(self.hf_model, self.registry.clock), checking_half(self.hf_model):
+        counting = counting_steps(self.hf_model, self.registry.clock)
+        with self.registry.running_on(inputs), counting, checking_half(self.hf_model):
             return self.hf_model.generate(**{**tensors, **kwargs})
 
     def run_with_cache(

@@ -26,12 +26,23 @@ class HookRegistry:
     def __init__(self, family: str) -> None:
         self.family = family
         self.clock = Clock()
+        #: the inputs of the run that goes on, for hooks that need to know which position is what; None between runs
+        self.running: Any = None
         self.hook_dict: dict[str, HookPoint] = {}
 
     def add(self, point: HookPoint) -> HookPoint:
         """Make a point known."""
         self.hook_dict[point.name] = point
         return point
+
+    @contextmanager
+    def running_on(self, inputs: Any) -> Iterator[None]:
+        """Within it, hooks find `inputs` in `running`."""
+        before, self.running = self.running, inputs
+        try:
+            yield
+        finally:
+            self.running = before
 
     # -- looking up ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,263 @@
+"""HeadAblation: take away what heads contribute, in a stated way and a stated phase."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooked_mllm.cache import ActivationCache
+from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.errors import HookValueError
+from hooked_mllm.hooks import HookPoint
+from hooked_mllm.interventions.base import (
+    Edit,
+    Intervention,
+    Phase,
+    Tower,
+    check_choice,
+    describe_positions,
+    heads_of,
+    keep_heads,
+    tower_shape,
+)
+from hooked_mllm.interventions.places import Places, check_places
+from hooked_mllm.interventions.reference import HeadReference, head_reference
+from hooked_mllm.interventions.source import Source
+
+MODES = ("zero", "mean", "resample", "uniform", "scale")
+
+
+class HeadAblation(Intervention):
+    r"""Take away what heads contribute: their z, before the output projection, is replaced.
+
+    Published code means different things by "ablating a head", and the phase changes results more than the choice of
+    heads. Both must be given, and both are in the record.
+
+    | mode | z of an ablated head becomes |
+    | --- | --- |
+    | `zero` | 0 |
+    | `scale` | factor · z |
+    | `mean` | its mean over the tokens of a set of samples |
+    | `resample` | its z in another sample: at the same position of a cache, or of a token drawn from a set of samples |
+    | `uniform` | the mean of v over the keys that the query sees (attention spread evenly) |
+
+    Args:
+        heads: A HeadSet, pairs (layer, head), or names such as "L20H15"; query heads of `tower`.
+        mode: What z becomes.
+        phase: "prefill" (the prompt's positions), "decode" (generated tokens), or "both".
+        positions: Only these positions of the prompt: a token kind, a mask, indices, an index, a slice.
+        reference: For "mean": what `HeadAblation.reference` gives, or means `[layer head d_head]`. For "resample": the
+            cache of another run with as many tokens, or a reference made with `keep_tokens=True`.
+        factor: For "scale".
+        seed: For "resample" from a reference: which tokens are drawn, one for each position, the same for all heads.
+        tower: "text" or "vision".
+
+    Raises:
+        HeadError: for an empty set of heads, or (when used) a head that the model lacks.
+        HookValueError: for arguments that are missing or contradict each other.
+
+    Example:
+        >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> ablation = HeadAblation(["L2H4", "L2H5", "L2H6", "L2H7"], mode="zero", phase="both")
+        >>> with model.intervene(ablation) as records:
+        ...     tokens = model.generate(sample, max_new_tokens=2, do_sample=False)
+        >>> records[0]["applied"]
+        {'prefill': 1, 'decode': 1}
+    """
+
+    def __init__(
+        self,
+        heads: Any,
+        *,
+        mode: str,
+        phase: Phase,
+        positions: Positions | None = None,
+        reference: Any = None,
+        factor: float | int | None = None,
+        seed: int | None = None,
+        tower: Tower = "text",
+    ) -> None:
+        check_choice("mode", mode, MODES)
+        check_places(positions, phase, tower)
+        self.heads = keep_heads(heads)
+        self.mode, self.phase, self.positions = mode, phase, positions
+        self.source, self.factor, self.seed, self.tower = reference, factor, seed, tower
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        mode, source = self.mode, self.source
+        if mode in ("mean", "resample") and source is None:
+            raise HookValueError(
+                f"mode={mode!r} needs a reference: HeadAblation.reference(model, samples, heads"
+                + (", keep_tokens=True), or the cache of another run." if mode == "resample" else ").")
+            )
+        if mode not in ("mean", "resample") and source is not None:
+            raise HookValueError(f"mode={mode!r} takes no reference; 'mean' and 'resample' do.")
+        if (mode == "scale") != (self.factor is not None):
+            raise HookValueError(f"`factor` goes with mode='scale' and with no other; got {mode=}, {self.factor=}.")
+        if self.factor is not None and not np.isfinite(self.factor):
+            raise HookValueError(f"`factor` must be a finite number; got {self.factor!r}.")
+        if mode == "mean" and not isinstance(source, HeadReference | Tensor):
+            raise HookValueError(
+                "The reference of mode='mean' is what HeadAblation.reference gives, or a tensor [layer head d_head]; "
+                f"got {type(source).__name__}."
+            )
+        drawn = isinstance(source, HeadReference)
+        if mode == "resample":
+            if not drawn and not isinstance(source, ActivationCache):
+                raise HookValueError(
+                    "The reference of mode='resample' is the cache of another run, or what HeadAblation.reference "
+                    f"gives with keep_tokens=True; got {type(source).__name__}."
+                )
+            if drawn and (not source.tokens or self.seed is None):
+                raise HookValueError(
+                    "mode='resample' draws from a reference made with keep_tokens=True, by a `seed=` that is given."
+                )
+            if not drawn and self.phase != "prefill":
+                raise HookValueError(
+                    f"A cache has no z for tokens that are yet to be generated, so phase={self.phase!r} cannot "
+                    "resample from it: take phase='prefill', or a reference made with keep_tokens=True."
+                )
+        if self.seed is not None and not (mode == "resample" and drawn):
+            raise HookValueError("`seed` goes with mode='resample' and a reference of samples, where tokens are drawn.")
+
+    @staticmethod
+    def reference(
+        model: Any,
+        samples: Any,
+        heads: Any,
+        *,
+        positions: Positions | None = None,
+        tower: Tower = "text",
+        keep_tokens: bool = False,
+    ) -> HeadReference:
+        """Mean z of heads over the tokens of a set of samples, padding left out; one forward pass a sample.
+
+        Args:
+            model: A `HookedMLLM`.
+            samples: Samples, batches or mappings; one, or an iterable of them.
+            heads: The heads to know.
+            positions: Only these positions of each sample.
+            tower: "text" or "vision".
+            keep_tokens: Also keep z of every token, for "resample".
+
+        Raises:
+            HeadError: for an empty set of heads, or a head that the model lacks.
+            InputError: for no sample, or samples without images where the vision tower is asked for.
+
+        Example:
+            >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
+            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+            >>> samples = toys.VisualRetrieval(pages=1).samples(model, 3)
+            >>> mean = HeadAblation.reference(model, samples[1:], ["L2H4"])
+            >>> with model.intervene(HeadAblation(["L2H4"], mode="mean", phase="prefill", reference=mean)):
+            ...     logits = model(samples[0])
+        """
+        return head_reference(model, samples, heads, positions=positions, tower=tower, keep_tokens=keep_tokens)
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+        told: dict[str, Any] = {
+            "intervention": "HeadAblation",
+            "heads": _named(self.heads),
+            "mode": self.mode,
+            "phase": self.phase,
+            "positions": describe_positions(self.positions),
+            "tower": self.tower,
+        }
+        optional = {"factor": self.factor, "seed": self.seed, "reference": _described(self.source)}
+        return {**told, **{name: value for name, value in optional.items() if value is not None}}
+
+    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+        """One edit in each layer that has heads of the set."""
+        chosen = heads_of(self.heads, model, self.tower)
+        if isinstance(self.source, HeadReference):
+            self.source.check(chosen, self.tower)
+        elif isinstance(self.source, Tensor):
+            self._check_means(model)
+        places = Places(model, self.positions, self.phase, self.tower)
+        prefix = "" if self.tower == "text" else f"{self.tower}."
+        point = "attn_scores" if self.mode == "uniform" else "z"
+        for layer, inside in chosen.by_layer.items():
+            name = f"{prefix}blocks.{layer}.attn.hook_{point}"
+            yield (
+                name,
+                (_uniform(places, inside) if self.mode == "uniform" else self._edit(places, layer, inside, name)),
+            )
+
+    def _check_means(self, model: Any) -> None:
+        d_head = model.cfg.d_head if self.tower == "text" else model.cfg.vision_d_head
+        due = (*tower_shape(model, self.tower), d_head)
+        if tuple(self.source.shape) != due:
+            raise HookValueError(f"Means must be [layer head d_head] of {due}; got {tuple(self.source.shape)}.")
+
+    def _edit(self, places: Places, layer: int, inside: tuple[int, ...], name: str) -> Edit:
+        source = Source(self.source, places) if isinstance(self.source, ActivationCache) else None
+
+        def edit(z: Tensor, hook: HookPoint) -> Tensor | None:
+            rows = places.rows(z.shape[0], z.shape[1], hook, z.device)
+            if rows is None:
+                return None
+            chosen = rows[:, :, None] & _flags(inside, z.shape[2], z.device)
+            return torch.where(chosen[..., None], new(z, rows, hook), z)
+
+        def new(z: Tensor, rows: Tensor, hook: HookPoint) -> Tensor:
+            if self.mode == "zero":
+                return torch.zeros_like(z)
+            if self.mode == "scale":
+                assert self.factor is not None
+                return z * self.factor
+            if self.mode == "mean":
+                means = self.source.mean if isinstance(self.source, HeadReference) else self.source
+                return means[layer].to(z)
+            if source is not None:
+                return source.fit(name, z, rows)
+            tokens = self.source.tokens[layer]
+            drawn = torch.zeros_like(z)
+            picked = _draw(self.seed, len(tokens), z.shape[0], z.shape[1], places.offset(z.shape[1], hook.step))
+            columns = [self.source.heads.by_layer[layer].index(head) for head in inside]
+            drawn[:, :, list(inside)] = tokens[picked][:, :, columns].to(z)
+            return drawn
+
+        return edit
+
+
+def _uniform(places: Places, inside: tuple[int, ...]) -> Edit:
+    def edit(scores: Tensor, hook: HookPoint) -> Tensor | None:
+        rows = places.rows(scores.shape[0], scores.shape[2], hook, scores.device)
+        if rows is None:
+            return None
+        chosen = rows[:, None, :] & _flags(inside, scores.shape[1], scores.device)[:, None]
+        visible = scores > torch.finfo(scores.dtype).min
+        return scores.masked_fill(chosen[..., None] & visible, 0.0)
+
+    return edit
+
+
+def _flags(inside: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    flags = torch.zeros(count, dtype=torch.bool)
+    flags[list(inside)] = True
+    return flags.to(device)
+
+
+def _draw(seed: int | None, n: int, batch: int, length: int, offset: int) -> Tensor:
+    """Which token each position takes: by seed, sample and position, so that decoding steps go on where they were."""
+    rows = [np.random.default_rng([seed or 0, sample]).integers(n, size=offset + length) for sample in range(batch)]
+    return torch.from_numpy(np.stack(rows)[:, offset:])
+
+
+def _named(heads: Any) -> list[str]:
+    pairs = [h.strip() for h in heads.split(",")] if isinstance(heads, str) else heads
+    return [h if isinstance(h, str) else f"L{h[0]}H{h[1]}" for h in pairs]
+
+
+def _described(source: Any) -> Any:
+    if isinstance(source, HeadReference):
+        return source.describe()
+    if isinstance(source, ActivationCache):
+        return "the cache of another run"
+    return None if source is None else f"means given as a tensor {tuple(source.shape)}"

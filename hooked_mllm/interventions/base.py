@@ -1,0 +1,183 @@
+"""What every intervention is: a set of edits at hook points, checked before they are hung, and a record of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.errors import HeadError, HookNameError, HookValueError
+from hooked_mllm.heads import HeadSet
+from hooked_mllm.hooks import Handle, HookPoint
+
+#: "prefill", "decode" or "both"; a plain string, so that another one is refused with a list of these
+Phase = str
+#: "text" or "vision"
+Tower = str
+#: takes an activation and its hook point; None leaves the activation
+Edit = Callable[[Tensor, HookPoint], Tensor | None]
+
+
+class Intervention(ABC):
+    """Something done to a model while it runs; `model.intervene(...)` does it and undoes it.
+
+    A subclass says in `edits` which hook points it edits and how, and in `describe` what it does. One object may be
+    used many times, and on several models.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, Intervention, toys
+        >>> class Negate(Intervention):
+        ...     def edits(self, model):
+        ...         yield "hook_embed", lambda x, hook: -x
+        ...     def describe(self):
+        ...         return {"intervention": "Negate"}
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> with model.intervene(Negate()) as records:
+        ...     logits = model(sample)
+        >>> records[0]
+        {'intervention': 'Negate', 'applied': {'prefill': 1, 'decode': 0}}
+    """
+
+    @abstractmethod
+    def edits(self, model: Any) -> Iterable[tuple[str, Edit]]:
+        """Names of hook points, each with the edit that is made there; refuses what does not fit `model`."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+
+    def validate(self, model: Any) -> None:
+        """Refuse what does not fit `model`, before anything is hung."""
+        for name, _ in self.edits(model):
+            model.registry[name]
+
+    def attach(self, model: Any, record: dict[str, Any] | None = None) -> list[tuple[HookPoint, Handle]]:
+        """Hang the edits on a model; all of them or, on an error, none.
+
+        Args:
+            model: A `HookedMLLM`.
+            record: Is told, under "applied", how many calls of hook points were edited in each phase.
+
+        Returns:
+            What was hung, for `model.registry.detach`.
+        """
+        applied = {"prefill": 0, "decode": 0}
+        if record is not None:
+            record["applied"] = applied
+        added: list[tuple[HookPoint, Handle]] = []
+        try:
+            for name, edit in self.edits(model):
+                point = model.registry[name]
+                added.append((point, point.add_hook(_counted(edit, applied))))
+        except BaseException:
+            model.registry.detach(added)
+            raise
+        return added
+
+    def __repr__(self) -> str:
+        told = {k: v for k, v in self.describe().items() if k != "intervention" and v is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in told.items())})"
+
+
+def _counted(edit: Edit, applied: dict[str, int]) -> Callable[..., Tensor | None]:
+    def fn(activation: Tensor, hook: HookPoint) -> Tensor | None:
+        result = edit(activation, hook)
+        if result is not None:
+            applied["decode" if hook.step else "prefill"] += 1
+        return result
+
+    return fn
+
+
+@contextmanager
+def intervening(model: Any, interventions: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
+    """The body of `HookedMLLM.intervene`."""
+    chosen = list(interventions)
+    for each in chosen:
+        if not all(callable(getattr(each, name, None)) for name in ("validate", "attach", "describe")):
+            raise HookValueError(
+                f"Expected interventions such as HeadAblation or Steer; got {type(each).__name__}. Plain hook "
+                "functions go to `model.hooks`."
+            )
+        each.validate(model)
+    records: list[dict[str, Any]] = [each.describe() for each in chosen]
+    added: list[tuple[HookPoint, Handle]] = []
+    try:
+        for each, record in zip(chosen, records, strict=True):
+            added += each.attach(model, record)
+        yield records
+    finally:
+        model.registry.detach(added)
+
+
+# -- checks that interventions share -------------------------------------------------------------------------------
+
+
+def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
+    """Refuse a value that is none of the choices."""
+    known = tuple(choices)
+    if value not in known:
+        raise HookValueError(f"{what} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+
+
+def tower_shape(model: Any, tower: str) -> tuple[int, int]:
+    """(layers, heads per layer) of a tower."""
+    cfg = model.cfg
+    return (cfg.n_layers, cfg.n_heads) if tower == "text" else (cfg.vision_n_layers, cfg.vision_n_heads)
+
+
+def keep_heads(heads: Any) -> Any:
+    """Heads as given, safe to read more than once; an empty set is refused."""
+    kept = heads if isinstance(heads, HeadSet | str) else tuple(heads)
+    if len(kept) == 0:
+        raise HeadError("The set of heads is empty: an intervention needs at least one head, such as [(20, 15)].")
+    return kept
+
+
+def heads_of(heads: Any, model: Any, tower: str) -> HeadSet:
+    """Heads as a set that fits a tower of the model.
+
+    Raises:
+        HeadError: for a head that the tower lacks, or a set made for a model of another shape.
+    """
+    n_layers, n_heads = tower_shape(model, tower)
+    if isinstance(heads, HeadSet):
+        if heads.shape != (n_layers, n_heads):
+            raise HeadError(
+                f"These heads belong to a tower of {heads.n_layers} x {heads.n_heads} (layers x heads); the {tower} "
+                f"tower of this model has {n_layers} x {n_heads}."
+            )
+        return heads
+    if isinstance(heads, str):
+        return HeadSet.parse(heads, n_layers=n_layers, n_heads=n_heads)
+    return HeadSet(heads, n_layers=n_layers, n_heads=n_heads)
+
+
+def layers_of(layers: int | Iterable[int], count: int, tower: str) -> list[int]:
+    """Layers by number, negative ones counted from the end.
+
+    Raises:
+        HookNameError: for none, or one that the tower lacks.
+    """
+    asked = [layers] if isinstance(layers, int) else list(layers)
+    if not asked:
+        raise HookNameError("The set of layers is empty: an intervention needs at least one.")
+    for layer in asked:
+        if not -count <= layer < count:
+            raise HookNameError(f"Layer {layer} is out of range: the {tower} tower has {count} blocks.")
+    return sorted({layer % count for layer in asked})
+
+
+def describe_positions(wanted: Positions | None) -> Any:
+    """Positions as a record keeps them."""
+    if wanted is None or isinstance(wanted, str | int):
+        return wanted
+    if isinstance(wanted, slice):
+        return f"{wanted.start}:{wanted.stop}:{wanted.step}"
+    if isinstance(wanted, Tensor) and wanted.dtype == torch.bool:
+        return {"mask": [*wanted.shape], "positions": int(wanted.sum())}
+    return torch.as_tensor(wanted).tolist()

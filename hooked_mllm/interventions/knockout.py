@@ -1,0 +1,166 @@
+"""AttentionKnockout: forbid queries to see keys, before the softmax."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.errors import HookValueError, LayoutError
+from hooked_mllm.hooks import HookPoint
+from hooked_mllm.interventions.base import (
+    Edit,
+    Intervention,
+    Phase,
+    Tower,
+    describe_positions,
+    heads_of,
+    keep_heads,
+    layers_of,
+    tower_shape,
+)
+from hooked_mllm.interventions.places import Places, check_places
+
+
+class AttentionKnockout(Intervention):
+    r"""Forbid queries to see keys: their scores become $-\infty$ before the softmax (Geva et al. 2023).
+
+    The layer then runs through explicit attention under the model's own mask, whatever its implementation or backend,
+    and the rest of each row is renormalised. Keys are positions of the prompt; in decoding every generated token is a
+    query.
+
+    Args:
+        heads: The heads in which it is forbidden; or
+        layers: the layers, in all of their heads. One of the two.
+        queries: Positions of the prompt that may not look; None for all.
+        keys: Positions of the prompt that may not be seen.
+        phase: "prefill" (queries of the prompt), "decode" (generated tokens), or "both".
+        tower: "text" or "vision".
+
+    Raises:
+        HeadError: for an empty set of heads, or (when used) a head that the model lacks.
+        HookNameError: for a layer that it lacks.
+        HookValueError: for both or neither of heads and layers; in a run, for a query that would see nothing.
+
+    Example:
+        >>> from hooked_mllm import AttentionKnockout, HookedMLLM, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> blind = AttentionKnockout(layers=[2], queries="last", keys="target", phase="prefill")
+        >>> with model.intervene(blind):
+        ...     logits, cache = model.run_with_cache(sample)
+    """
+
+    def __init__(
+        self,
+        heads: Any = None,
+        queries: Positions | None = None,
+        keys: Positions | None = None,
+        *,
+        phase: Phase,
+        layers: int | Iterable[int] | None = None,
+        tower: Tower = "text",
+    ) -> None:
+        if (heads is None) == (layers is None):
+            raise HookValueError("Give the heads= or the layers= in which attention is knocked out, and not both.")
+        if keys is None:
+            raise HookValueError("Give the keys= that may not be seen; with all of them hidden a query sees nothing.")
+        check_places(queries, phase, tower)
+        check_places(keys, "prefill", tower)
+        self.heads = None if heads is None else keep_heads(heads)
+        self.layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
+        self.queries, self.keys, self.phase, self.tower = queries, keys, phase, tower
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+        where: dict[str, Any] = {"layers": [self.layers] if isinstance(self.layers, int) else self.layers}
+        if self.heads is not None:
+            where = {"heads": [h if isinstance(h, str) else f"L{h[0]}H{h[1]}" for h in _listed(self.heads)]}
+        elif not isinstance(self.layers, int) and self.layers is not None:
+            where = {"layers": list(self.layers)}
+        return {
+            "intervention": "AttentionKnockout",
+            **where,
+            "queries": describe_positions(self.queries),
+            "keys": describe_positions(self.keys),
+            "phase": self.phase,
+            "tower": self.tower,
+        }
+
+    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+        """One edit of the scores in each layer."""
+        n_layers, n_heads = tower_shape(model, self.tower)
+        if self.heads is None:
+            assert self.layers is not None
+            by_layer = dict.fromkeys(layers_of(self.layers, n_layers, self.tower), tuple(range(n_heads)))
+        else:
+            by_layer = heads_of(self.heads, model, self.tower).by_layer
+        queries = Places(model, self.queries, self.phase, self.tower)
+        keys = Places(model, self.keys, "prefill", self.tower)
+        prefix = "" if self.tower == "text" else f"{self.tower}."
+        for layer, inside in by_layer.items():
+            yield f"{prefix}blocks.{layer}.attn.hook_attn_scores", _knock_out(queries, keys, inside)
+
+
+def _listed(heads: Any) -> Iterable[Any]:
+    return [h.strip() for h in heads.split(",")] if isinstance(heads, str) else heads
+
+
+def _knock_out(queries: Places, keys: Places, inside: tuple[int, ...]) -> Edit:
+    def edit(scores: Tensor, hook: HookPoint) -> Tensor | None:
+        batch, n_heads, q_length, kv_length = scores.shape
+        rows = queries.rows(batch, q_length, hook, scores.device)
+        if rows is None:
+            return None
+        # The keys are those of the KV cache, the prompt's first, in every step.
+        prompt = keys.prompt_length(kv_length)
+        if kv_length < prompt:
+            raise LayoutError(f"{hook.name} holds {kv_length} keys, fewer than the {prompt} tokens of the prompt.")
+        columns = torch.zeros(batch, kv_length, dtype=torch.bool, device=scores.device)
+        columns[:, :prompt] = keys.prompt(batch, prompt, scores.device)
+        flags = torch.zeros(n_heads, dtype=torch.bool, device=scores.device)
+        flags[list(inside)] = True
+        lowest = torch.finfo(scores.dtype).min
+        blocked = flags[:, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
+        out = scores.masked_fill(blocked, lowest)
+        emptied = (scores > lowest).any(-1) & ~(out > lowest).any(-1)
+        if bool(emptied.any()):
+            sample, head, query = emptied.nonzero()[0].tolist()
+            raise HookValueError(
+                f"The knockout at {hook.name} hides all that query {query} of sample {sample} sees in head {head}: "
+                "a row of attention cannot be empty. Leave it a key, or take other `queries=`."
+            )
+        return out
+
+    return edit
+
+
+def knockout_windows(model: Any, k: int, tower: Tower = "text") -> list[range]:
+    r"""Windows of k layers around each layer in turn, for a sweep of knockouts (Geva et al. 2023).
+
+    Window l is $[\max(0, l - \lfloor k/2 \rfloor),\ \min(L, l + \lceil k/2 \rceil))$: shorter at both ends.
+
+    Args:
+        model: A `HookedMLLM`.
+        k: Layers in a window.
+        tower: "text" or "vision".
+
+    Returns:
+        One range of layers for each centre l.
+
+    Raises:
+        HookValueError: for a k that the model has no room for.
+
+    Example:
+        >>> from hooked_mllm import AttentionKnockout, HookedMLLM, interventions
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sweep = [AttentionKnockout(layers=window, queries="last", keys="visual", phase="prefill")
+        ...          for window in interventions.knockout_windows(model, 3)]
+        >>> sweep[0].layers, len(sweep) == model.cfg.n_layers
+        ((0, 1), True)
+    """
+    count, _ = tower_shape(model, tower)
+    if not 1 <= k <= count:
+        raise HookValueError(f"A window holds 1 to {count} layers of this tower; got k={k}.")
+    return [range(max(0, l - k // 2), min(count, l + (k + 1) // 2)) for l in range(count)]
