@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AttentionInterface, AutoProcessor, Qwen3VLForConditionalGeneration
+from toy_families import FAMILIES
+from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from hooked_mllm.toys import VisualRetrieval
@@ -30,7 +31,8 @@ class Witness:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        self.family = FAMILIES[self.model.config.model_type]()
         self.model.eval().to(device)
         self.device = device
 
@@ -41,8 +43,8 @@ class Witness:
             content = [*({"type": "image"} for _ in e.images), {"type": "text", "text": e.question}]
             messages = [{"role": "system", "content": e.system}, {"role": "user", "content": content}]
             texts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        images = [image for e in examples for image in e.images]
-        batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        images = [[*e.images] for e in examples]
+        batch = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def batches(self, examples: list[Example], size: int = 128) -> list[Batch]:
@@ -75,19 +77,20 @@ class Witness:
 
     @torch.no_grad()
     def retrieval_attention_mass(self, examples: list[Example], batch: int = 32) -> np.ndarray:
-        """Mean over question tokens of the attention on the target's token, `[layer head]`; eager attention only."""
+        """Mean over question tokens of the attention on the target's tokens, `[layer head]`; eager attention only."""
         total = 0.0
         for i in range(0, len(examples), batch):
             part = examples[i : i + batch]
             inputs = self.inputs(part)
             attentions = torch.stack(self.model(**inputs, output_attentions=True, use_cache=False).attentions)
             for row, e in enumerate(part):
-                visual = (inputs["input_ids"][row] == self.model.config.image_token_id).nonzero()[:, 0]
+                start = int(inputs["attention_mask"][row].argmax())  # left padding
                 cell = int(e.target.y0) // CELL * GRID + int(e.target.x0) // CELL
-                key = visual[e.target.image * GRID * GRID + cell]
+                keys = start + self.family.seen_by(len(e.images), cell)[e.target.image]
                 # after the question: <|im_end|> <|im_start|> assistant
                 n = len(self.processor.tokenizer(e.question)["input_ids"])
-                total = total + attentions[:, row, :, -3 - n : -3, key].double().mean(-1).cpu().numpy()
+                question = attentions[:, row, :, -3 - n : -3]
+                total = total + question[..., keys].double().sum(-1).mean(-1).cpu().numpy()
         return total / len(examples)
 
 

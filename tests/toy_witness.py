@@ -1,44 +1,45 @@
-"""The bundled toy under plain transformers: nothing of the library but the task takes part."""
+"""The bundled toys under plain transformers: nothing of the library but the task takes part."""
 
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from hooked_mllm.toys import Example, path
 
 Head = tuple[int, int]
+NAME = "toy-qwen3-vl"
 
 
-@lru_cache(maxsize=1)
-def processor():
-    return AutoProcessor.from_pretrained(path("toy-qwen3-vl"))
+@lru_cache(maxsize=4)
+def processor(name: str = NAME):
+    return AutoProcessor.from_pretrained(path(name))
 
 
-@lru_cache(maxsize=3)
-def model(dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> Qwen3VLForConditionalGeneration:
-    return Qwen3VLForConditionalGeneration.from_pretrained(
-        path("toy-qwen3-vl"), dtype=dtype, attn_implementation=attention
-    ).eval()
+@lru_cache(maxsize=6)
+def model(dtype: torch.dtype = torch.float32, attention: str = "sdpa", name: str = NAME) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(path(name), dtype=dtype, attn_implementation=attention).eval()
 
 
-def inputs(examples: list[Example]) -> dict[str, Tensor]:
+def inputs(examples: list[Example], name: str = NAME) -> dict[str, Tensor]:
     texts = []
     for e in examples:
         user = [*({"type": "image"} for _ in e.images), {"type": "text", "text": e.question}]
         messages = [{"role": "user", "content": user}]
         if e.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": e.system}]})
-        texts.append(processor().apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        texts.append(processor(name).apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     images = [[*e.images] for e in examples]
-    return dict(processor()(text=texts, images=images, padding=True, return_tensors="pt"))
+    return dict(processor(name)(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt"))
 
 
 @torch.no_grad()
-def accuracy(examples: list[Example], zeroed: list[Head] = (), dtype: torch.dtype = torch.float32) -> float:
+def accuracy(
+    examples: list[Example], zeroed: list[Head] = (), dtype: torch.dtype = torch.float32, name: str = NAME
+) -> float:
     """Share of right answers with the z of some heads set to zero at the input of `o_proj`."""
-    toy, vocabulary = model(dtype), processor().tokenizer.get_vocab()
+    toy, vocabulary = model(dtype, name=name), processor(name).tokenizer.get_vocab()
     handles = []
     for layer, head in zeroed:
         attention = toy.model.language_model.layers[layer].self_attn
@@ -50,7 +51,7 @@ def accuracy(examples: list[Example], zeroed: list[Head] = (), dtype: torch.dtyp
 
         handles.append(attention.o_proj.register_forward_pre_hook(zero))
     try:
-        best = toy(**inputs(examples), logits_to_keep=1, use_cache=False).logits[:, -1].argmax(-1).tolist()
+        best = toy(**inputs(examples, name), logits_to_keep=1, use_cache=False).logits[:, -1].argmax(-1).tolist()
     finally:
         for handle in handles:
             handle.remove()
@@ -58,16 +59,27 @@ def accuracy(examples: list[Example], zeroed: list[Head] = (), dtype: torch.dtyp
 
 
 @torch.no_grad()
-def retrieval_attention_mass(examples: list[Example]) -> Tensor:
-    """Mean over question tokens of the eager attention on the one token of the target cell: `[layer head]`."""
-    toy, batch = model(attention="eager"), inputs(examples)
+def retrieval_attention_mass(examples: list[Example], name: str = NAME) -> Tensor:
+    """Mean over question tokens of the eager attention on the tokens of the target cell: `[layer head]`."""
+    toy, batch = model(attention="eager", name=name), inputs(examples, name)
     attentions = toy(**batch, output_attentions=True, use_cache=False).attentions
     pattern = torch.stack(attentions)  # [layer batch head query key]
     total = torch.zeros(pattern.shape[0], pattern.shape[2], dtype=torch.float64)
     for row, e in enumerate(examples):
-        cells = (batch["input_ids"][row] == toy.config.image_token_id).nonzero()[:, 0].view(len(e.images), 6, 6)
-        key = cells[e.target.image, e.target.y0 // 16, e.target.x0 // 16]
-        asked = len(processor().tokenizer(e.question)["input_ids"])
+        visual = (batch["input_ids"][row] == toy.config.image_token_id).nonzero()[:, 0]
+        keys = visual.view(len(e.images), -1)[e.target.image, within_page(e, name)]
+        asked = len(processor(name).tokenizer(e.question)["input_ids"])
         question = slice(-3 - asked, -3)  # the prompt ends with <|im_end|> <|im_start|> assistant
-        total += pattern[:, row, :, question, key].double().mean(-1)
+        total += pattern[:, row, :, question][..., keys].double().sum(-1).mean(-1)
     return total / len(examples)
+
+
+def within_page(example: Example, name: str) -> list[int]:
+    """Which of a page's visual tokens see the target's cell, counted by hand on the 6 x 6 grid."""
+    row, col = int(example.target.y0) // 16, int(example.target.x0) // 16
+    if "internvl" in name:  # four tiles of 3 x 3, then a thumbnail of 3 x 3
+        tile = (row >= 3) * 2 + (col >= 3)
+        return [tile * 9 + row % 3 * 3 + col % 3, 36 + row // 2 * 3 + col // 2]
+    if "llava" in name and len(example.images) == 1:  # the base view, then rows of six and a newline
+        return [row * 6 + col, 36 + row * 7 + col]
+    return [row * 6 + col]

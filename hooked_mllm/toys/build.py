@@ -1,30 +1,30 @@
-"""The toy's architecture: a 0.7 M parameter Qwen3-VL with DeepStack, its processor and its chat template."""
+"""How a toy is built: its processor, its chat template and how it generates; `configs.py` holds the architectures."""
 
 from transformers import (
     GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
     Qwen2VLImageProcessor,
-    Qwen3VLConfig,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
-from hooked_mllm.toys.render import CELL, GRID
-from hooked_mllm.toys.vocabulary import (
-    IMAGE_TOKEN,
-    PAD_TOKEN,
-    TURN_END,
-    VIDEO_TOKEN,
-    VISION_END,
-    VISION_START,
-    build_tokenizer,
-)
+from hooked_mllm.toys.configs import LLAVA_PINPOINTS, MERGE, PATCH, TILE
+from hooked_mllm.toys.configs import build_config as build_config
+from hooked_mllm.toys.render import CELL, GRID, PAGE
+from hooked_mllm.toys.vocabulary import PAD_TOKEN, TURN_END, build_tokenizer
 
-PATCH, MERGE = CELL // 2, 2
 PLANTED = tuple((2, head) for head in (4, 5, 6, 7))
+_HALVES: dict = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 # The system text goes after the images of the first user turn: it is the filler that keeps question and image apart.
-CHAT_TEMPLATE = """\
+_TEMPLATE = """\
 {%- macro words(content) -%}
 {%- if content is string -%}{{ content }}
 {%- else -%}{%- for part in content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}{%- endif -%}
@@ -35,8 +35,8 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is not string -%}{%- for part in message.content -%}
-{%- if part.type in ('image', 'image_url') -%}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part.type == 'video' -%}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- if part.type in ('image', 'image_url') -%}{{ 'IMAGE' }}
+{%- elif part.type == 'video' -%}{{ 'VIDEO' }}
 {%- endif -%}
 {%- endfor -%}{%- endif -%}
 {%- if ns.system -%}{{ ns.system + '\\n' }}{%- set ns.system = '' -%}{%- endif -%}
@@ -45,72 +45,69 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
+_PLACEHOLDERS = {
+    "qwen3_vl": ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
+    "llava_onevision": ("<image>", "<video>"),
+    "internvl": ("<IMG_CONTEXT>", "<video>"),
+}
 
 
-def build_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
-    """6 layers, 8 heads on 4 kv heads, head_dim 16; vision tower of 3 blocks, DeepStack after text layers 0 and 1."""
-    ids = tokenizer.get_vocab()
-    return Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 4,
-            "head_dim": 16,
-            "max_position_embeddings": 4096,
-            # far above the usual 0.02: at this width the task is not learnt from smaller weights
-            "initializer_range": 0.08,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e6,
-                "mrope_section": [4, 2, 2],
-                "mrope_interleaved": True,
-            },
-            "pad_token_id": ids[PAD_TOKEN],
-            "bos_token_id": None,
-            "eos_token_id": ids[TURN_END],
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 4,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "out_hidden_size": 64,
-            "num_position_embeddings": (GRID * MERGE) ** 2,
-            "deepstack_visual_indexes": [0, 1],
-            "initializer_range": 0.08,
-        },
-        image_token_id=ids[IMAGE_TOKEN],
-        video_token_id=ids[VIDEO_TOKEN],
-        vision_start_token_id=ids[VISION_START],
-        vision_end_token_id=ids[VISION_END],
-        tie_word_embeddings=False,
-    )
+def chat_template(family: str) -> str:
+    """The chat template, the same for all families but for the placeholders of images and videos."""
+    image, video = _PLACEHOLDERS[family]
+    return _TEMPLATE.replace("IMAGE", image).replace("VIDEO", video)
 
 
-def build_processor() -> Qwen3VLProcessor:
-    """The processor of the toy: 8 px patches merged 2 x 2, so a 96 x 96 page keeps its size and gives 36 tokens."""
-    pixels = {
-        "patch_size": PATCH,
-        "merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
+CHAT_TEMPLATE = chat_template("qwen3_vl")
+
+
+def build_processor(family: str = "qwen3_vl") -> ProcessorMixin:
+    """The processor of a family's toy.
+
+    A page of 96 x 96 px becomes, with 16 x 16 px a token unless said otherwise:
+
+    - qwen3_vl: 36 tokens (8 px patches merged 2 x 2)
+    - llava_onevision: alone, 36 tokens of the base view and 6 rows of 6 with a newline token after each; as one of
+      several pages, 36 tokens and one newline token
+    - internvl: 4 tiles of 3 x 3 tokens, and a thumbnail of 3 x 3 tokens that see 32 x 32 px each
+    """
+    return {"qwen3_vl": _qwen3_vl, "llava_onevision": _llava_onevision, "internvl": _internvl}[family]()
+
+
+def _qwen3_vl() -> Qwen3VLProcessor:
+    pixels: dict = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, **_HALVES}
     cell = CELL * CELL
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 16 * cell, "longest_edge": 256 * cell}, **pixels),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer("qwen3_vl"),
         # a video's budget counts the pixels of all its frames together
         video_processor=Qwen3VLVideoProcessor(
             size={"shortest_edge": 16 * cell, "longest_edge": 1024 * cell}, cap_pixels_per_frame=False, **pixels
         ),
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _llava_onevision() -> LlavaOnevisionProcessor:
+    view = {"height": PAGE, "width": PAGE}
+    return LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=view, image_grid_pinpoints=LLAVA_PINPOINTS, **_HALVES),
+        build_tokenizer("llava_onevision"),
+        LlavaOnevisionVideoProcessor(size=view, **_HALVES),
+        num_image_tokens=GRID * GRID,
+        vision_feature_select_strategy="full",
+        chat_template=chat_template("llava_onevision"),
+    )
+
+
+def _internvl() -> InternVLProcessor:
+    tile = {"height": TILE, "width": TILE}
+    return InternVLProcessor(
+        GotOcr2ImageProcessor(size=tile, crop_to_patches=True, min_patches=1, max_patches=4, **_HALVES),
+        build_tokenizer("internvl"),
+        InternVLVideoProcessor(size=tile, **_HALVES),
+        image_seq_length=(TILE // CELL) ** 2,
+        chat_template=chat_template("internvl"),
     )
 
 

@@ -53,18 +53,19 @@ class Example:
 class VisualRetrieval:
     """A visual retrieval task without end: example i of a seed is always the same one.
 
-    Each example spreads 16 of 20 shapes, each in one of 8 colours, over `pages` images of 96 x 96 px (6 x 6 cells
-    of 16 px, one visual token a cell in the bundled toy), puts `filler` random words after the images and asks for
+    Each example spreads `objects` of 20 shapes, each in one of 8 colours, over `pages` images of 96 x 96 px (6 x 6
+    cells of 16 px, one visual token a cell in `toy-qwen3-vl`), puts `filler` random words after the images and asks for
     the colour of one shape. The answer is one word; chance is 1/8. The target is the shape's cell, in pixels.
 
     Args:
         seed: which sequence of examples. The splits never share one, whatever the seeds.
         pages: images an example, at least 1.
         filler: words between the images and the question.
+        objects: shapes an example, 1 to 16.
         split: "test" (the default) is never trained on; "train" is what `examples/train_toy.py` draws from.
 
     Raises:
-        InputError: pages < 1, filler < 0 or an unknown split.
+        InputError: pages < 1, filler < 0, an unknown split, or `objects` out of range.
 
     Example:
         >>> example = VisualRetrieval(seed=0, pages=2, filler=3).example(0)
@@ -75,26 +76,37 @@ class VisualRetrieval:
     answers: tuple[str, ...] = tuple(COLORS)
 
     def __init__(
-        self, seed: int = 0, pages: int = 4, filler: int = 48, split: Literal["train", "test"] = "test"
+        self,
+        seed: int = 0,
+        pages: int = 4,
+        filler: int = 48,
+        split: Literal["train", "test"] = "test",
+        objects: int = OBJECTS,
     ) -> None:
         if pages < 1 or filler < 0 or seed < 0:
             raise InputError(f"expected pages >= 1, filler >= 0 and seed >= 0, got {pages=}, {filler=}, {seed=}")
         if split not in _SPLITS:
             raise InputError(f"expected split to be one of {sorted(_SPLITS)}, got {split!r}")
-        self.seed, self.pages, self.filler, self.split = seed, pages, filler, split
+        if not 1 <= objects <= OBJECTS:
+            raise InputError(f"expected 1 <= objects <= {OBJECTS}, got {objects=}")
+        self.seed, self.pages, self.filler, self.split, self.objects = seed, pages, filler, split, objects
 
     def __repr__(self) -> str:
-        return f"VisualRetrieval(seed={self.seed}, pages={self.pages}, filler={self.filler}, split={self.split!r})"
+        more = "" if self.objects == OBJECTS else f", objects={self.objects}"
+        return (
+            f"VisualRetrieval(seed={self.seed}, pages={self.pages}, filler={self.filler}, split={self.split!r}{more})"
+        )
 
     def scene(self, index: int, turns: int = 1) -> Scene:
-        """Scene `index` with its first `turns` questions (at most 16, each about another shape)."""
-        if index < 0 or not 1 <= turns <= OBJECTS:
-            raise InputError(f"expected index >= 0 and 1 <= turns <= {OBJECTS}, got {index=}, {turns=}")
+        """Scene `index` with its first `turns` questions (at most `objects`, each about another shape)."""
+        n = self.objects
+        if index < 0 or not 1 <= turns <= n:
+            raise InputError(f"expected index >= 0 and 1 <= turns <= {n}, got {index=}, {turns=}")
         rng = np.random.default_rng([_SPLITS[self.split], self.seed, index])
-        shapes = rng.permutation(len(SHAPES))[:OBJECTS]
-        colors = rng.integers(0, len(COLORS), OBJECTS)
-        cells = rng.permutation(self.pages * GRID * GRID)[:OBJECTS]
-        asked, templates = rng.permutation(OBJECTS), rng.integers(0, len(TEMPLATES), OBJECTS)
+        shapes = rng.permutation(len(SHAPES))[:n]
+        colors = rng.integers(0, len(COLORS), n)
+        cells = rng.permutation(self.pages * GRID * GRID)[:n]
+        asked, templates = rng.permutation(n), rng.integers(0, len(TEMPLATES), n)
         filler = rng.integers(0, len(FILLER), self.filler)
         names = tuple(COLORS)
         return Scene(
@@ -122,7 +134,11 @@ class VisualRetrieval:
             answer=turn.answer,
             target=turn.target,
             shape=turn.shape,
-            id=f"visual-retrieval/{self.split}/{self.seed}/{self.pages}p/{self.filler}w/{index}",
+            id="/".join(
+                ["visual-retrieval", self.split, str(self.seed), f"{self.pages}p", f"{self.filler}w"]
+                + ([] if self.objects == OBJECTS else [f"{self.objects}o"])
+                + [str(index)]
+            ),
         )
 
     def examples(self, n: int, start: int = 0) -> Iterator[Example]:

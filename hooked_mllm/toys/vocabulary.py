@@ -24,6 +24,7 @@ FILLER = (
     "cloud", "street", "island", "basket", "engine", "pencil", "valley", "button", "candle", "harbor",
 )  # fmt: skip
 
+FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
 IMAGE_TOKEN, VIDEO_TOKEN = "<|image_pad|>", "<|video_pad|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 PAD_TOKEN, TURN_START, TURN_END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"
@@ -32,6 +33,29 @@ SPECIAL_TOKENS = (
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", VISION_START, VISION_END, "<|vision_pad|>",
     IMAGE_TOKEN, VIDEO_TOKEN, UNKNOWN,
 )  # fmt: skip
+# the names by which the processor of the family asks its tokenizer for them
+VISUAL_TOKENS = {
+    "qwen3_vl": {
+        "image_token": IMAGE_TOKEN,
+        "video_token": VIDEO_TOKEN,
+        "vision_start_token": VISION_START,
+        "vision_end_token": VISION_END,
+    },
+    "llava_onevision": {"image_token": "<image>", "video_token": "<video>"},
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
+}
+
+
+def special_tokens(family: str = "qwen3_vl") -> tuple[str, ...]:
+    """The special tokens of a family's tokenizer, in the order of their ids."""
+    if family == "qwen3_vl":
+        return SPECIAL_TOKENS
+    return (PAD_TOKEN, TURN_START, TURN_END, *VISUAL_TOKENS[family].values(), UNKNOWN)
 
 
 def words() -> list[str]:
@@ -42,20 +66,25 @@ def words() -> list[str]:
     return list(dict.fromkeys([*marks, *asked, *COLORS, *SHAPES, *FILLER]))
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def vocabulary(family: str = "qwen3_vl") -> list[str]:
+    """Every token of a family's tokenizer, in the order of their ids."""
+    return [*special_tokens(family), *words()]
+
+
+def build_tokenizer(family: str = "qwen3_vl") -> PreTrainedTokenizerFast:
     """The toy's tokenizer: lower-cased words and single digits; a word outside the vocabulary becomes `<|unk|>`.
 
     Example:
         >>> build_tokenizer().tokenize("What color is the star?")
         ['what', 'color', 'is', 'the', 'star', '?']
     """
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *words()])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    ids = {token: i for i, token in enumerate(vocabulary(family))}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(special_tokens(family)))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
@@ -64,10 +93,5 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
-        extra_special_tokens={
-            "image_token": IMAGE_TOKEN,
-            "video_token": VIDEO_TOKEN,
-            "vision_start_token": VISION_START,
-            "vision_end_token": VISION_END,
-        },
+        extra_special_tokens=dict(VISUAL_TOKENS[family]),
     )

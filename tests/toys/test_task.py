@@ -75,6 +75,15 @@ def test_sixteen_shapes_each_once_and_elsewhere_only_grey_noise():
         assert len(found) == len(set(found)) == 16
 
 
+def test_fewer_objects_are_fewer_shapes_on_the_page():
+    task = VisualRetrieval(seed=2, pages=1, objects=5)
+    example = task.example(0)
+    drawn = [cell for row in cells(pixels(example, 0)) for cell in row if np.abs(cell - BACKGROUND).max() > NOISE]
+    assert len(drawn) == 5
+    assert example.id != VisualRetrieval(seed=2, pages=1).example(0).id
+    assert repr(task).endswith("objects=5)")
+
+
 def test_shades_stay_near_their_color():
     for example in VisualRetrieval(seed=5, pages=1).examples(8):
         box = example.target
@@ -119,6 +128,10 @@ def test_impossible_settings_are_refused(wrong):
 def test_an_impossible_scene_is_refused():
     with pytest.raises(InputError, match="1 <= turns <= 16"):
         VisualRetrieval().scene(0, turns=17)
+    with pytest.raises(InputError, match="1 <= turns <= 3"):
+        VisualRetrieval(objects=3).scene(0, turns=4)
+    with pytest.raises(InputError, match="1 <= objects <= 16"):
+        VisualRetrieval(objects=17)
     with pytest.raises(InputError, match="index >= 0"):
         VisualRetrieval().scene(-1)
 
