@@ -248,8 +248,8 @@ class HookedMLLM(RunMethods, HookMethods):
             >>> from PIL import Image
             >>> from hooked_mllm import Box, HookedMLLM
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-            >>> sample = model.prepare("what color is the star ?", images=Image.new("RGB", (96, 96)), target=Box(0, 0,
-            16, 16))
+            >>> image, target = Image.new("RGB", (96, 96)), Box(0, 0, 16, 16)
+            >>> sample = model.prepare("what color is the star ?", images=image, target=target)
             >>> int(sample.mask("target").sum())
             1
         """
