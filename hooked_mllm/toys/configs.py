@@ -1,5 +1,7 @@
 """The architectures of the toys: 6 text layers of 8 heads on 4 kv heads, under the vision tower of each family."""
 
+from typing import Any
+
 from transformers import (
     InternVLConfig,
     LlavaOnevisionConfig,
@@ -98,9 +100,14 @@ def _llava_onevision(tokenizer: PreTrainedTokenizerBase) -> LlavaOnevisionConfig
         vision_aspect_ratio="anyres_max_9",
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        initializer_range=LLAVA_INIT,
+        **_started(LLAVA_INIT),
         tie_word_embeddings=False,
     )
+
+
+def _started(init: float) -> dict[str, Any]:
+    """`initializer_range`, which these configurations take though their signatures do not name it."""
+    return {"initializer_range": init}
 
 
 def _internvl(tokenizer: PreTrainedTokenizerBase) -> InternVLConfig:
@@ -122,6 +129,6 @@ def _internvl(tokenizer: PreTrainedTokenizerBase) -> InternVLConfig:
         downsample_ratio=1 / MERGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        initializer_range=INIT,
+        **_started(INIT),
         tie_word_embeddings=False,
     )
