@@ -56,6 +56,27 @@ class TowerParts:
     softmax_float32: bool = True
 
 
+#: the decoder of Qwen2 and Qwen3 models; only the latter normalises q and k of each head
+QWEN_DECODER = TowerParts(
+    root="model.language_model",
+    blocks="model.language_model.layers",
+    block=BlockParts(
+        ln1="input_layernorm",
+        attn="self_attn",
+        q="self_attn.q_norm|self_attn.q_proj",
+        k="self_attn.k_norm|self_attn.k_proj",
+        v="self_attn.v_proj",
+        o="self_attn.o_proj",
+        ln2="post_attention_layernorm",
+        mlp="mlp",
+        mlp_in="mlp.gate_proj",
+        mlp_linear="mlp.up_proj",
+        mlp_out="mlp.down_proj",
+    ),
+    causal=True,
+)
+
+
 class Family(ABC):
     """A model family: module names, what differs in the hooks, and the way from pixels to tokens.
 

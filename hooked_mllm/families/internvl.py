@@ -10,7 +10,16 @@ from torch import Tensor
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from hooked_mllm.errors import LayoutError
-from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, depth_of_states, share_out
+from hooked_mllm.families.base import (
+    QWEN_DECODER,
+    BlockParts,
+    Family,
+    Rows,
+    TowerParts,
+    counts_of,
+    depth_of_states,
+    share_out,
+)
 from hooked_mllm.families.geometry import (
     frame_ranges,
     grid_boxes,
@@ -29,24 +38,7 @@ class InternVL(Family):
     name = "internvl"
     model_types = ("internvl",)
     model_classes = ("InternVLForConditionalGeneration",)
-    text = TowerParts(
-        root="model.language_model",
-        blocks="model.language_model.layers",
-        block=BlockParts(
-            ln1="input_layernorm",
-            attn="self_attn",
-            q="self_attn.q_norm|self_attn.q_proj",  # Qwen3 normalises each head, Qwen2 does not
-            k="self_attn.k_norm|self_attn.k_proj",
-            v="self_attn.v_proj",
-            o="self_attn.o_proj",
-            ln2="post_attention_layernorm",
-            mlp="mlp",
-            mlp_in="mlp.gate_proj",
-            mlp_linear="mlp.up_proj",
-            mlp_out="mlp.down_proj",
-        ),
-        causal=True,
-    )
+    text = QWEN_DECODER
     vision = TowerParts(
         root="model.vision_tower",
         blocks="model.vision_tower.encoder.layer",

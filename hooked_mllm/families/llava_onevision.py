@@ -10,7 +10,16 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, depth_of_states, share_out
+from hooked_mllm.families.base import (
+    QWEN_DECODER,
+    BlockParts,
+    Family,
+    Rows,
+    TowerParts,
+    counts_of,
+    depth_of_states,
+    share_out,
+)
 from hooked_mllm.families.geometry import (
     Boxes,
     Cells,
@@ -34,24 +43,7 @@ class LlavaOnevision(Family):
     name = "llava_onevision"
     model_types = ("llava_onevision",)
     model_classes = ("LlavaOnevisionForConditionalGeneration",)
-    text = TowerParts(
-        root="model.language_model",
-        blocks="model.language_model.layers",
-        block=BlockParts(
-            ln1="input_layernorm",
-            attn="self_attn",
-            q="self_attn.q_proj",
-            k="self_attn.k_proj",
-            v="self_attn.v_proj",
-            o="self_attn.o_proj",
-            ln2="post_attention_layernorm",
-            mlp="mlp",
-            mlp_in="mlp.gate_proj",
-            mlp_linear="mlp.up_proj",
-            mlp_out="mlp.down_proj",
-        ),
-        causal=True,
-    )
+    text = QWEN_DECODER
     vision = TowerParts(
         root="model.vision_tower",
         blocks="model.vision_tower.encoder.layers",

@@ -6,7 +6,16 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.families.base import BlockParts, Family, Rows, TowerParts, counts_of, placeholder_count, share_out
+from hooked_mllm.families.base import (
+    QWEN_DECODER,
+    BlockParts,
+    Family,
+    Rows,
+    TowerParts,
+    counts_of,
+    placeholder_count,
+    share_out,
+)
 from hooked_mllm.families.geometry import (
     check_rows,
     even_cells,
@@ -26,24 +35,7 @@ class Qwen3VL(Family):
     name = "qwen3_vl"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     model_classes = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
-    text = TowerParts(
-        root="model.language_model",
-        blocks="model.language_model.layers",
-        block=BlockParts(
-            ln1="input_layernorm",
-            attn="self_attn",
-            q="self_attn.q_norm",
-            k="self_attn.k_norm",
-            v="self_attn.v_proj",
-            o="self_attn.o_proj",
-            ln2="post_attention_layernorm",
-            mlp="mlp",
-            mlp_in="mlp.gate_proj",
-            mlp_linear="mlp.up_proj",
-            mlp_out="mlp.down_proj",
-        ),
-        causal=True,
-    )
+    text = QWEN_DECODER
     vision = TowerParts(
         root="model.visual",
         blocks="model.visual.blocks",
