@@ -5,7 +5,7 @@ import torch
 from eager_reference import Reference
 from intervention_witness import GREEDY, batch, close, o_proj, real, sample, z_replaced
 from tiny import FAMILIES, HEAD_DIM, HEADS
-from wrapped import LAYERS, VISION_LAYERS, fresh, plain, wrapped
+from wrapped import LAYERS, VISION_LAYERS, fresh, wrapped
 
 from hooked_mllm import HeadAblation, HeadSet
 from hooked_mllm.errors import HeadError, HookValueError, InputError, LayoutError
@@ -230,7 +230,8 @@ def test_a_generation_without_cache_is_ablated_as_one_with_it(family, mode):
     with model.intervene(HeadAblation(CHOSEN, mode=mode, phase="both", positions="visual", **options)):
         tokens = model.generate(inputs, **GREEDY)
         assert torch.equal(tokens, model.generate(inputs, **GREEDY, use_cache=False))
-    assert not torch.equal(tokens, model.generate(inputs, **GREEDY))
+        logits = model(inputs)
+    assert not torch.equal(logits, model(inputs))  # greedy tokens need not change, whatever was ablated
 
 
 @torch.no_grad()
@@ -250,7 +251,8 @@ def test_beams_are_ablated_at_their_own_samples_positions(family):
     ablation = HeadAblation(CHOSEN, mode="scale", factor=-3, phase="prefill", positions="question")
     with model.intervene(ablation):
         assert torch.equal(model.generate(inputs, **options), expected)
-    assert not torch.equal(expected, plain(family).generate(**inputs.inputs, **options))
+        logits = model(inputs)
+    assert not torch.equal(logits, model(inputs))  # the beams need not change, whatever was ablated
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
