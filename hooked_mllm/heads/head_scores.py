@@ -14,13 +14,14 @@ from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.heads.arithmetic import Arithmetic
 from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.heads.files import read_json, read_tensors, write_json, write_tensors
+from hooked_mllm.heads.grouping import Grouping
 from hooked_mllm.heads.head_set import HeadSet, check_head, parse_head
 from hooked_mllm.heads.summaries import rho_half
 
 KIND = "hooked_mllm.HeadScores"
 
 
-class HeadScores(Arithmetic):
+class HeadScores(Arithmetic, Grouping):
     """One float64 per query head of a model, ranked, compared, combined and saved.
 
     Arithmetic (`+ - * /` with scores or numbers, unary minus) works head by head and records its expression.

@@ -1,0 +1,75 @@
+"""Between query heads and the key-value heads that they share: head h reads key-value head h // (H / H_kv)."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hooked_mllm.errors import HeadError
+
+if TYPE_CHECKING:
+    from hooked_mllm.heads.head_scores import HeadScores
+
+REDUCTIONS = ("sum", "mean", "max")
+
+
+class Grouping:
+    """`to_query` and `to_kv` of head scores."""
+
+    values: Tensor
+    counts: Tensor | None
+    name: str
+    provenance: dict[str, Any]
+    missing: tuple[int, ...]
+
+    def to_query(self, n_heads: int) -> "HeadScores":
+        """Scores of key-value heads as scores of query heads: each query head takes that of the one it reads.
+
+        Args:
+            n_heads: Query heads per layer, `model.cfg.n_heads`.
+
+        Raises:
+            HeadError: if the key-value heads cannot be shared evenly among so many.
+
+        Example:
+            >>> from hooked_mllm import HeadScores
+            >>> HeadScores([[0.2, 0.9]]).to_query(4).values.tolist()
+            [[0.2, 0.2, 0.9, 0.9]]
+        """
+        groups = _groups(n_heads, self.values.shape[1])
+        counts = None if self.counts is None else self.counts.repeat_interleave(groups, dim=1)
+        return self._regrouped(self.values.repeat_interleave(groups, dim=1), counts, {"repeated": groups})
+
+    def to_kv(self, n_kv_heads: int, reduce: str) -> "HeadScores":
+        """Scores of query heads as scores of the key-value heads that they read.
+
+        Args:
+            n_kv_heads: Key-value heads per layer, `model.cfg.n_key_value_heads`.
+            reduce: What becomes of a group's scores: "sum", "mean" or "max".
+
+        Raises:
+            HeadError: if the query heads cannot be shared evenly among so many, or for another reduction.
+
+        Example:
+            >>> from hooked_mllm import HeadScores
+            >>> HeadScores([[0.25, 0.5, 1.0, 0.0]]).to_kv(2, reduce="max").values.tolist()
+            [[0.5, 1.0]]
+        """
+        if reduce not in REDUCTIONS:
+            raise HeadError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduce!r}.")
+        _groups(self.values.shape[1], n_kv_heads)
+        grouped = self.values.unflatten(1, (n_kv_heads, -1))
+        values = grouped.amax(-1) if reduce == "max" else getattr(grouped, reduce)(-1)
+        counts = None if self.counts is None else self.counts.unflatten(1, (n_kv_heads, -1)).amin(-1)
+        return self._regrouped(values, counts, {"reduced": reduce})
+
+    def _regrouped(self, values: Tensor, counts: Tensor | None, how: dict[str, Any]) -> "HeadScores":
+        from hooked_mllm.heads.head_scores import HeadScores
+
+        facts = {**self.provenance, "heads": "query" if "repeated" in how else "key-value", **how}
+        return HeadScores(values, name=self.name, provenance=facts, counts=counts, missing=self.missing)
+
+
+def _groups(n_heads: int, n_kv_heads: int) -> int:
+    if n_kv_heads < 1 or n_heads < n_kv_heads or n_heads % n_kv_heads:
+        raise HeadError(f"{n_heads} query heads cannot share {n_kv_heads} key-value heads evenly.")
+    return n_heads // n_kv_heads
