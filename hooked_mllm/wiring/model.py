@@ -1,6 +1,8 @@
 """Joins all hook points of a model of any family to its modules."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +42,13 @@ class Wiring:
     outputs: dict[str, nn.Module] = field(default_factory=dict)
     #: attention of blocks that run, but whose output goes nowhere: without hook points, as an edit there would be lost
     bystanders: list[AttentionSite] = field(default_factory=list)
+    _deepstack: "DeepStack | None" = None
+
+    @property
+    def deepstack(self) -> "DeepStack":
+        """The visual features that are added between the first blocks, where the family has such."""
+        assert self._deepstack is not None
+        return self._deepstack
 
     def add(self, sites: list[AttentionSite], block: BlockWiring) -> None:
         """Wire a block into one of the towers."""
@@ -66,6 +75,16 @@ class DeepStack:
         self.points: list[HookPoint] = []
         builder.junction(language_model, "pre").watch(self._enter, self.points)
         builder.junction(language_model, "post").watch(self._leave, self.points)
+
+    @contextmanager
+    def holding(self, features: list[Tensor], mask: Tensor | None) -> Iterator[list[Tensor]]:
+        """Within it, blocks that are run by themselves find these features, and hooks replace them in the list."""
+        before = self.features, self.mask
+        self.features, self.mask = features or None, mask
+        try:
+            yield features
+        finally:
+            self.features, self.mask = before
 
     def bind(self, layer: int, block: nn.Module) -> None:
         """Make the point after one decoder block."""
@@ -216,7 +235,7 @@ def _text(model: Any, family: Family, builder: Builder, wiring: Wiring) -> None:
         lambda call: call.kwargs["inputs_embeds"],
         _set_embeds,
     )
-    deepstack = DeepStack(builder, language_model)
+    deepstack = wiring._deepstack = DeepStack(builder, language_model)
     for index, block in enumerate(model.get_submodule(family.text.blocks)):
         block_wiring = BlockWiring(builder, block, family.text, "", index, config.num_attention_heads, head_dim, switch)
         wiring.add(wiring.text, block_wiring)

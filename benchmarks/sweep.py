@@ -1,0 +1,146 @@
+"""What ablating every head alone costs: the sweep engine against a plain loop of forward passes with a hook.
+
+Run on a GPU:  python benchmarks/sweep.py
+On a CPU:      python benchmarks/sweep.py --tiny
+
+Both are timed in one process, in turns. Values are compared before anything is printed: in float32 they must agree to
+rounding, and in the dtype that is timed no worse than a batch of another size agrees with itself.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import QWEN3_VL_8B, TINY, make_sample, random_model
+
+from hooked_mllm import HeadAblation, HookedMLLM, objectives
+from hooked_mllm.sweep import Sweep
+
+TOKENS = (1000, 2000)
+
+
+def objective() -> Any:
+    """The difference of two logits at the last position: random weights have no answer."""
+    return objectives.LogitDifference(TOKENS[0], wrong=TOKENS[1])
+
+
+def ablations(heads: list[tuple[int, int]], positions: Any = None) -> list[Any]:
+    """Each head alone, its z zero."""
+    return [HeadAblation([head], mode="zero", phase="prefill", positions=positions) for head in heads]
+
+
+def loop(hf: Any, inputs: dict[str, Any], heads: list[tuple[int, int]], first: int = 0, **options: Any) -> torch.Tensor:
+    """The plain loop: one forward pass a head of the transformers model, with a bare torch hook."""
+    config, layers, values = hf.config.text_config, hf.model.language_model.layers, []
+    width = config.head_dim
+    for layer, head in heads:
+
+        def silence(_: Any, args: tuple[torch.Tensor], head: int = head) -> tuple[torch.Tensor]:
+            z = args[0].clone()
+            z[:, first:, head * width : (head + 1) * width] = 0
+            return (z,)
+
+        handle = layers[layer].self_attn.o_proj.register_forward_pre_hook(silence)
+        logits = hf(**inputs, use_cache=False, **options).logits[0, -1].float()
+        handle.remove()
+        values.append(logits[TOKENS[0]] - logits[TOKENS[1]])
+    return torch.stack(values).double().cpu()
+
+
+def seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall-clock seconds of a call, and what it gave."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = fn()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def check(model: HookedMLLM, sample: Any, heads: list[tuple[int, int]], first: int, what: str) -> None:
+    """The engine's values against the loop's, in float32."""
+    positions = None if first == 0 else slice(first, None)
+    swept = Sweep(model, sample, objective()).run(ablations(heads, positions))[:, 0]
+    looped = loop(model.hf_model, sample.inputs, heads, first)
+    error, size = (swept - looped).abs().max().item(), looped.abs().max().item()
+    print(f"float32, {len(heads)} heads, {what}: largest difference {error:.2e} at values up to {size:.2e}")
+    if not error <= 2e-4 * size:
+        sys.exit("results differ, so nothing is timed")
+
+
+def main() -> None:
+    """Check, then time."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="a miniature on the CPU, to try the script")
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3, help="sweeps that are timed; the loop runs once in full")
+    parser.add_argument("--batch-size", type=int, help="variants in a batch, instead of the engine's own choice")
+    parser.add_argument("--out", type=Path, help="a JSON file for the raw numbers")
+    arguments = parser.parse_args()
+    device = "cpu" if arguments.tiny else "cuda"
+    torch.set_grad_enabled(False)
+    torch.manual_seed(0)
+    hf = random_model(TINY if arguments.tiny else QWEN3_VL_8B, device, torch.float32)
+    model = HookedMLLM.from_model(hf)
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    heads = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    question = arguments.tokens - 66
+    few = heads[:: max(1, len(heads) // 24)]
+    sample = make_sample(hf, arguments.tokens, 64, grid=16)
+    check(model, sample, few, 0, "every position ablated")
+    check(model, sample, few, question, "the question's positions ablated")
+    if not arguments.tiny:
+        hf.to(torch.bfloat16)
+        torch.cuda.empty_cache()
+    sample = make_sample(hf, arguments.tokens, 64, grid=16)
+    inputs = sample.inputs
+    title = "CPU miniature" if arguments.tiny else f"{torch.cuda.get_device_name()}, Qwen3-VL-8B, random weights"
+    print(f"{title}, {hf.dtype}, {arguments.tokens} tokens, {len(heads)} heads; torch {torch.__version__}")
+
+    loop(hf, inputs, heads[:4])
+    facts: dict[str, Any] = {}
+
+    def sweep(first: int) -> torch.Tensor:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        engine = Sweep(model, sample, objective(), batch_size=arguments.batch_size)
+        values = engine.run(ablations(heads, None if first == 0 else slice(first, None)))[:, 0]
+        facts[str(first)] = {"batch": engine.batch.now, "shrunk": engine.batch.shrunk}
+        if device == "cuda":
+            facts[str(first)]["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        return values
+
+    sweep(0)
+    plain, looped = seconds(lambda: loop(hf, inputs, heads))
+    careful, _ = seconds(lambda: loop(hf, inputs, few, logits_to_keep=1))
+    careful *= len(heads) / len(few)
+    rows = {"every position": (0, plain)}
+    part, _ = seconds(lambda: loop(hf, inputs, few, question))
+    rows["the question's positions"] = (question, part * len(heads) / len(few))
+    print(f"plain loop: {plain:.2f} s, {plain / len(heads) * 1e3:.1f} ms a head; with logits of one position {careful:.2f} s")
+    raw: dict[str, Any] = {"plain_s": plain, "careful_s": careful, "tokens": arguments.tokens}
+    for name, (first, base) in rows.items():
+        times, values = zip(*(seconds(lambda first=first: sweep(first)) for _ in range(arguments.rounds)), strict=True)
+        if first == 0:
+            noise = (loop(hf, {k: v for k, v in inputs.items()}, few, logits_to_keep=1) - looped[:: len(heads) // len(few)][: len(few)]).abs().max()
+            error = (values[0] - looped).abs()
+            print(f"{hf.dtype}: engine and loop differ by {error.max():.3g} at most, {error.mean():.3g} in the mean; values {looped.mean():.3g} +- {looped.std():.3g}; loop with one row of logits against all of them: {noise:.3g}")
+        took = statistics.median(times)
+        more = facts[str(first)]
+        print(f"sweep, {name}: {took:.2f} s ({min(times):.2f}-{max(times):.2f}), {took / len(heads) * 1e3:.2f} ms a head; {base / took:.2f} times as fast as the loop ({base:.2f} s); {more}")
+        raw[name] = {"s": times, "loop_s": base, **more}
+    if arguments.out:
+        arguments.out.write_text(json.dumps(raw))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Sweep: the same run in many variants, each taken up at the block where it first differs, many in one batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mllm.errors import HookValueError, NumericsError
+from hooked_mllm.hooks import Handle, HookPoint
+from hooked_mllm.inputs import ModelInput
+from hooked_mllm.interventions import Intervention
+from hooked_mllm.objectives import as_objective
+from hooked_mllm.sweep.batching import BatchSize, free_bytes
+from hooked_mllm.sweep.trunk import Trunk
+from hooked_mllm.sweep.variant import Prepared, Variant, on_rows, prepare
+
+#: share of free memory beyond which the residual streams are kept on the CPU
+KEEP_SHARE = 0.2
+
+
+class Sweep:
+    r"""One run, and an objective of as many variants of it as are asked for.
+
+    What a variant does in block l changes nothing before block l. The run is made once and the residual stream entering
+    each block is kept; a variant starts at the first block that it edits, and variants that start at the same block
+    share a batch. The numbers are those of a loop of forward passes, one a variant, within floating-point noise (in
+    bfloat16 the order of summation depends on the batch).
+
+    Variants that edit something outside the decoder blocks (the vision tower, the embedding, the logits) are run as
+    whole forward passes. Hooks and interventions that hang already are part of every run.
+
+    Args:
+        model: A `HookedMLLM`.
+        inputs: A sample, a batch, or a mapping of model inputs.
+        objective: What is computed of each variant; an `Objective`, or a function of logits `[batch n d_vocab]` at the
+            last prompt position.
+        corrupted: The other run of a pair, for objectives that compare two.
+        batch_size: Variants in a batch; None chooses by free memory. It shrinks when memory runs out.
+        offload: Where the residual streams are kept: "auto", "device" or "cpu".
+
+    Attributes:
+        clean: The objective without any variant, `[sample]`.
+        batch: How many variants go in a batch, and how often that had to shrink.
+
+    Raises:
+        NumericsError: when the clean run's objective is not finite.
+
+    Example:
+        >>> from hooked_mllm import HeadAblation, HookedMLLM, objectives, toys
+        >>> from hooked_mllm.sweep import Sweep
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]
+        >>> sweep = Sweep(model, sample, objectives.AnswerLogProb())
+        >>> heads = [HeadAblation([(2, h)], mode="zero", phase="both") for h in range(8)]
+        >>> sweep.run(heads).shape
+        torch.Size([8, 1])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        inputs: ModelInput,
+        objective: Any,
+        *,
+        corrupted: ModelInput | None = None,
+        batch_size: int | None = None,
+        offload: Literal["auto", "device", "cpu"] = "auto",
+    ) -> None:
+        if offload not in ("auto", "device", "cpu"):
+            raise HookValueError(f"offload is 'auto', 'device' or 'cpu'; got {offload!r}.")
+        self.model = model
+        self.inputs = model.resolve(inputs)
+        self.objective = as_objective(objective)
+        other = None if corrupted is None else model.resolve(corrupted)
+        bound = self.objective.bind(model, self.inputs, other)
+        self.trunk = Trunk.record(model, self.inputs, self._keep_on(offload))
+        logits = self.trunk.logits(self.trunk.start(self.trunk.n_layers, 1), bound.positions)
+        self.bound = bound.with_clean(logits) if self.objective.needs_clean else bound
+        self.clean = self._finite(self.bound(logits).detach()[None], ())[0]
+        tokens = self.inputs.batch * self.inputs.length
+        self.batch = BatchSize(tokens, model.device, batch_size, self._one_block)
+
+    def run(
+        self,
+        variants: Sequence[Variant],
+        *,
+        skip: Callable[[int], bool] | None = None,
+        done: Callable[[list[int], Tensor], None] | None = None,
+    ) -> Float[Tensor, "variant sample"]:
+        """The objective of each variant.
+
+        Args:
+            variants: An intervention each, or several.
+            skip: Whether a variant, by its number, is left out; its row is NaN.
+            done: Told numbers and values, float64 `[variant sample]`, of each batch as it is finished.
+
+        Raises:
+            HookNameError, HeadError, HookValueError: for a variant that does not fit the model, before anything runs.
+            NumericsError: when an objective is not finite.
+        """
+        prepared = [p for p in prepare(self.model, variants) if skip is None or not skip(p.number)]
+        out = torch.full((len(variants), self.inputs.batch), torch.nan, dtype=torch.float64)
+        for part, values in self._values(prepared):
+            numbers = [p.number for p in part]
+            out[numbers] = values
+            if done is not None:
+                done(numbers, values)
+        return out
+
+    def _values(self, prepared: Sequence[Prepared]) -> Iterator[tuple[Sequence[Prepared], Tensor]]:
+        groups: dict[int, list[Prepared]] = {}
+        for each in prepared:
+            if each.layer is None:
+                yield [each], self._whole(each)[None]
+            else:
+                groups.setdefault(each.layer, []).append(each)
+        for layer in sorted(groups):
+            yield from self.batch.run(groups[layer], lambda part, layer=layer: self._tail(part, layer))
+
+    def _tail(self, part: Sequence[Prepared], layer: int) -> Float[Tensor, "variant sample"]:
+        residual = self.forward(part, layer)
+        logits = self.trunk.logits(residual, self.bound.positions).unflatten(0, (self.inputs.batch, len(part)))
+        values = torch.stack([self.bound(logits[:, i]).detach() for i in range(len(part))])
+        return self._finite(values, part)
+
+    def forward(
+        self, part: Sequence[Prepared], layer: int, stop: int | None = None
+    ) -> Float[Tensor, "row pos d_model"]:
+        """The residual stream of a batch of variants from block `layer` up to block `stop`.
+
+        Rows are `sample * len(part) + variant`.
+        """
+        with self.applied(part):
+            return self.trunk.resume(layer, self.trunk.start(layer, len(part)), stop)
+
+    @contextmanager
+    def applied(self, part: Sequence[Prepared]) -> Iterator[None]:
+        """Within it, each row of a resumed run has its own variant's edits."""
+        entries: dict[str, list[tuple[int, Any]]] = {}
+        for place, variant in enumerate(part):
+            for name, edit in variant.edits:
+                entries.setdefault(name, []).append((place, edit))
+        added: list[tuple[HookPoint, Handle]] = []
+        try:
+            for name, edits in entries.items():
+                point = self.model.registry[name]
+                added.append((point, point.add_hook(on_rows(edits, self.inputs.batch, len(part)))))
+            yield
+        finally:
+            self.model.registry.detach(added)
+
+    def _whole(self, variant: Prepared) -> Float[Tensor, " sample"]:
+        chosen: tuple[Intervention, ...] = variant.interventions
+        with self.model.intervene(*chosen), torch.no_grad():
+            residual = self.model.run(self.inputs, stop_at_layer=self.trunk.n_layers)
+            logits = self.trunk.logits(residual, self.bound.positions)
+        return self._finite(self.bound(logits).detach()[None], [variant])[0]
+
+    def _finite(self, values: Float[Tensor, "variant sample"], part: Sequence[Prepared]) -> Tensor:
+        values = values.double().cpu()
+        bad = (~torch.isfinite(values)).any(1).nonzero()
+        if len(bad):
+            what = repr(part[int(bad[0])].interventions) if part else "the run without any variant"
+            raise NumericsError(
+                f"The objective is not finite ({values[bad[0]].flatten().tolist()}) in {what}: the model overflowed, "
+                "or the objective is not defined there. Load the model with dtype='bfloat16' or 'float32'."
+            )
+        return values
+
+    def _keep_on(self, offload: str) -> torch.device | None:
+        if offload == "device":
+            return None
+        free = free_bytes(self.model.device)
+        if offload == "cpu" or free is None:
+            return torch.device("cpu")
+        cfg = self.model.cfg
+        width = torch.finfo(self.model.dtype).bits // 8
+        needed = (cfg.n_layers + 1) * self.inputs.batch * self.inputs.length * cfg.d_model * width
+        return torch.device("cpu") if needed > KEEP_SHARE * free else None
+
+    def _one_block(self, repeats: int) -> None:
+        layer = self.trunk.n_layers - 1
+        self.trunk.resume(layer, self.trunk.start(layer, repeats))
