@@ -2,6 +2,7 @@
 
 from hooked_mllm import interventions as interventions
 from hooked_mllm import metrics as metrics
+from hooked_mllm import objectives as objectives
 from hooked_mllm import plots as plots
 from hooked_mllm import toys as toys
 from hooked_mllm.attention.backends import AttentionBackend as AttentionBackend

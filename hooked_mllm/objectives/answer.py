@@ -1,0 +1,101 @@
+"""Objectives of the answer that a sample has: its log-probability, and whether greedy decoding gives it."""
+
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.objectives.base import BoundObjective, Objective
+from hooked_mllm.objectives.rows import at_least_float32, positions_of
+from hooked_mllm.objectives.tokens import Tokens, answer_tokens, check_tokens, describe_tokens, padded, token_ids
+
+
+class AnswerLogProb(Objective):
+    r"""The log-probability of the answer, in nats: summed over its tokens, each given the ones before it.
+
+    $$\sum_{t=1}^{T} \log p(a_t \mid \text{prompt}, a_{<t})$$
+
+    The sample is prepared with `answer=`, which puts the answer after the prompt (teacher forcing); position t - 1
+    tells token t.
+
+    Args:
+        answer: In place of the sample's own answer: one token (an id, a text that is one token, or a function of the
+            sample), read at the last position of the prompt. Of a list, the probabilities are added.
+
+    Raises:
+        InputError: when bound: for a sample without an answer, one that the tokenizer does not know, or an `answer` of
+            several tokens.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, objectives, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]
+        >>> log_p = objectives.objective_values(model, sample, objectives.AnswerLogProb())
+        >>> bool((log_p > -0.7) & (log_p <= 0))
+        True
+    """
+
+    def __init__(self, answer: Tokens | None = None) -> None:
+        if answer is not None:
+            check_tokens("answer", answer)
+        self.answer = answer
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as values that JSON can hold."""
+        return {"objective": "AnswerLogProb", "answer": describe_tokens(self.answer)}
+
+    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
+        """The objective for these inputs; see `Objective.bind`."""
+        if self.answer is not None:
+            return self._one_token(padded(token_ids(model, "answer", self.answer, inputs), -1), inputs)
+        tokens = answer_tokens(model, inputs, "AnswerLogProb")
+
+        def score(logits: Tensor, _: Tensor | None) -> Tensor:
+            index = tokens.to(logits.device)
+            log_p = at_least_float32(logits).log_softmax(-1).gather(2, index.clamp(min=0)[..., None])[..., 0]
+            return log_p.masked_fill(index < 0, 0.0).sum(1)
+
+        return BoundObjective(self, positions_of(inputs, "generating"), score)
+
+    def _one_token(self, tokens: Int[Tensor, "batch n"], inputs: ResolvedInput) -> BoundObjective:
+        def score(logits: Tensor, _: Tensor | None) -> Tensor:
+            index = tokens.to(logits.device)
+            log_p = at_least_float32(logits[:, 0]).log_softmax(-1).gather(1, index.clamp(min=0))
+            return log_p.masked_fill(index < 0, -float("inf")).logsumexp(1)
+
+        return BoundObjective(self, positions_of(inputs, "last"), score)
+
+
+class GreedyAccuracy(Objective):
+    """1 where greedy decoding gives the sample's answer, else 0; one forward pass, without decoding.
+
+    Every token of the answer must be the most likely one given the prompt and the answer's tokens before it. That is
+    greedy decoding: while its tokens agree with the answer it goes on from the very same sequence, so it gives the
+    answer if and only if no step departs from it. What it says after the answer is not looked at; put the token that
+    ends a turn into `answer=` to ask for an answer that stops there. `generate` agrees as far as its configuration
+    decodes greedily (no repetition penalty), and arithmetic with a cache ranks the same token first.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, objectives, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]
+        >>> objectives.objective_values(model, sample, objectives.GreedyAccuracy())
+        tensor([1.])
+    """
+
+    differentiable = False
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as values that JSON can hold."""
+        return {"objective": "GreedyAccuracy"}
+
+    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
+        """The objective for these inputs; see `Objective.bind`."""
+        tokens = answer_tokens(model, inputs, "GreedyAccuracy")
+
+        def score(logits: Tensor, _: Tensor | None) -> Tensor:
+            index = tokens.to(logits.device)
+            return ((logits.argmax(-1) == index) | (index < 0)).all(1).to(at_least_float32(logits[:0]).dtype)
+
+        return BoundObjective(self, positions_of(inputs, "generating"), score)

@@ -1,0 +1,90 @@
+"""Rows of the logits: which an objective reads, taken out of all logits or computed alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_mllm.cache.activation_cache import Positions, positions
+from hooked_mllm.errors import InputError
+from hooked_mllm.inputs import ModelInput, ResolvedInput
+
+
+def positions_of(inputs: ResolvedInput, wanted: Positions) -> Int[Tensor, "batch n"]:
+    """Positions of the prompt, named in any way, as indices; -1 where a sample has fewer than the others.
+
+    Raises:
+        InputError: for inputs that go on from `past_key_values`, or "generating" without an answer.
+        LayoutError: for a kind of token that the inputs do not tell, or positions out of range.
+    """
+    if inputs.tensors.get("past_key_values") is not None:
+        raise InputError(
+            "Objectives count positions from the start of the prompt, and these inputs go on from `past_key_values`: "
+            "give the whole sequence."
+        )
+    return positions(wanted, inputs.batch, inputs.length, inputs.masks)
+
+
+def gather_logits(
+    logits: Float[Tensor, "batch pos d_vocab"], positions: Int[Tensor, "batch n"]
+) -> Float[Tensor, "batch n d_vocab"]:
+    """The rows of logits at positions of each sample; zeros where the position is -1.
+
+    Raises:
+        InputError: for positions of another batch, or outside the sequence.
+
+    Example:
+        >>> logits = torch.arange(6.0).view(1, 3, 2)
+        >>> gather_logits(logits, torch.tensor([[2, -1]])).tolist()
+        [[[4.0, 5.0], [0.0, 0.0]]]
+    """
+    if len(positions) != len(logits):
+        raise InputError(f"Expected positions of {len(logits)} samples, one row each; got {len(positions)} rows.")
+    if positions.numel() and not -1 <= int(positions.min()) <= int(positions.max()) < logits.shape[1]:
+        raise InputError(
+            f"These positions run from {int(positions.min())} to {int(positions.max())}, the logits have "
+            f"{logits.shape[1]}. They count in the padded sequence, and -1 stands for none: give the logits of the "
+            "whole sequence."
+        )
+    index = positions.to(logits.device)
+    rows = logits[torch.arange(len(logits), device=logits.device)[:, None], index.clamp(min=0)]
+    return rows.masked_fill((index < 0)[..., None], 0.0) if bool((index < 0).any()) else rows
+
+
+def logits_at(
+    model: Any, inputs: ModelInput | ResolvedInput, positions: Int[Tensor, "batch n"]
+) -> Float[Tensor, "batch n d_vocab"]:
+    """One forward pass that unembeds only these positions of each sample; zeros where the position is -1.
+
+    Hooks and interventions that hang on the model act as in any forward pass, and gradients flow if they are enabled.
+
+    Raises:
+        InputError: for positions of another batch, or outside the sequence.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> logits_at(model, sample, torch.tensor([[len(sample) - 1]])).shape
+        torch.Size([1, 1, 102])
+    """
+    resolved = inputs if isinstance(inputs, ResolvedInput) else model.resolve(inputs)
+    low, high = (int(positions.min()), int(positions.max())) if positions.numel() else (0, -1)
+    if len(positions) != resolved.batch or not -1 <= low <= high < resolved.length:
+        raise InputError(
+            f"Expected positions [{resolved.batch} n] from 0 to {resolved.length - 1} (or -1 for none); got "
+            f"{tuple(positions.shape)} from {low} to {high}."
+        )
+    # `labels` would be compared with the few rows that are left
+    tensors = {k: v for k, v in resolved.tensors.items() if k not in ("labels", "logits_to_keep")}
+    # one index for the whole batch: early transformers 5 takes no row of positions for each sample
+    kept, place = positions.cpu().clamp(min=0).unique(return_inverse=True)
+    logits = model.run(replace(resolved, tensors=tensors), logits_to_keep=kept.to(model.lm_head.weight.device))
+    return gather_logits(logits, place.masked_fill(positions.cpu() < 0, -1))
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits in which sums over a vocabulary keep their digits."""
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

@@ -1,0 +1,148 @@
+"""Tokens that an objective names: ids, words that are one token, lists of these, or a function of the sample."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_mllm.errors import InputError
+from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.objectives.rows import positions_of
+from hooked_mllm.sample import Sample, SampleBatch
+
+#: an id, a word that is one token, or several of them
+TokenOrTokens = int | str | Sequence[int | str]
+#: the same for all samples, or a function that is given the `Sample`
+Tokens = TokenOrTokens | Callable[[Any], TokenOrTokens]
+
+
+def check_tokens(what: str, tokens: Any) -> None:
+    """Refuse what cannot name tokens, before there is a model.
+
+    Raises:
+        InputError: for an empty list, or something else than ids, texts, lists of them and functions.
+    """
+    if callable(tokens) or isinstance(tokens, str) or _is_id(tokens):
+        return
+    if not isinstance(tokens, Iterable):
+        raise InputError(
+            f"{what} is a token id, a text of one token, a list of these, or a function of the sample; got "
+            f"{type(tokens).__name__}."
+        )
+    each = list(tokens)
+    if not each:
+        raise InputError(f"{what} is an empty list: give one token at least.")
+    for one in each:
+        if not (isinstance(one, str) or _is_id(one)):
+            raise InputError(f"{what} is a list of token ids and texts of one token; got {type(one).__name__} in it.")
+
+
+def token_ids(model: Any, what: str, tokens: Tokens, inputs: ResolvedInput) -> list[list[int]]:
+    """Ids of the tokens, a list for each sample.
+
+    Raises:
+        InputError: for a token that the model's vocabulary lacks, a text of several tokens, or a function where there
+            is no sample to give it.
+    """
+    if not callable(tokens):
+        return [_ids(model, what, tokens)] * inputs.batch
+    return [_ids(model, f"{what}(sample)", tokens(sample)) for sample in samples_of(inputs, what)]
+
+
+def samples_of(inputs: ResolvedInput, what: str) -> tuple[Sample, ...]:
+    """The samples behind the inputs.
+
+    Raises:
+        InputError: for a plain mapping.
+    """
+    if isinstance(inputs.source, Sample):
+        return (inputs.source,)
+    if isinstance(inputs.source, SampleBatch):
+        return inputs.source.samples
+    raise InputError(
+        f"{what} depends on the sample, and a plain mapping of model inputs is none: make samples with "
+        "`model.prepare(question, images=..., answer=...)`, or name tokens."
+    )
+
+
+def answer_tokens(model: Any, inputs: ResolvedInput, what: str) -> Int[Tensor, "batch n"]:
+    """The teacher-forced answer of each sample, -1 after the end of shorter ones.
+
+    Raises:
+        InputError: for a sample without an answer, or with one that the tokenizer does not know.
+    """
+    for sample in samples_of(inputs, what):
+        if sample.answer is None:
+            name = "a sample" if sample.id is None else f"sample {sample.id!r}"
+            raise InputError(f"{what} reads the answer's tokens, and {name} has none: give `answer=` to prepare.")
+    at = positions_of(inputs, "answer")
+    ids = inputs.tensors["input_ids"].cpu().gather(1, at.clamp(min=0)).masked_fill(at < 0, -1)
+    unknown = _unknown_id(model)
+    if unknown is not None:
+        for sample, row in zip(samples_of(inputs, what), ids.tolist(), strict=True):
+            if unknown in row:
+                raise InputError(
+                    f"The answer {sample.answer!r} is not in the vocabulary: the tokenizer reads token "
+                    f"{row.index(unknown)} of it as unknown (id {unknown}). Give an answer in words that it knows."
+                )
+    return ids
+
+
+def describe_tokens(tokens: Tokens | None) -> Any:
+    """Tokens as a record keeps them."""
+    if tokens is None or isinstance(tokens, str):
+        return tokens
+    if callable(tokens):
+        return f"function {getattr(tokens, '__qualname__', type(tokens).__name__)}"
+    return int(tokens) if _is_id(tokens) else [one if isinstance(one, str) else int(one) for one in tokens]
+
+
+def _ids(model: Any, what: str, tokens: Any) -> list[int]:
+    check_tokens(what, tokens)
+    if callable(tokens):
+        raise InputError(f"{what} must be tokens; got another function.")
+    if isinstance(tokens, str) or _is_id(tokens):
+        return [_id(model, what, tokens)]
+    return list(dict.fromkeys(_id(model, what, one) for one in tokens))
+
+
+def _id(model: Any, what: str, token: Any) -> int:
+    if not isinstance(token, str):
+        if not 0 <= int(token) < model.cfg.d_vocab:
+            raise InputError(f"{what}: token id {int(token)} is outside the vocabulary, 0 to {model.cfg.d_vocab - 1}.")
+        return int(token)
+    if model.processor is None:
+        raise InputError(f"{what} is given as text, which needs a processor, and this model has none: give its id.")
+    tokenizer = model.processor.tokenizer
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1:
+        pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids)
+        raise InputError(
+            f"{what}: {token!r} is {len(ids)} tokens{f' ({pieces})' if ids else ''}, expected one. Give one of its "
+            "tokens, or watch the whole answer: AnswerLogProb() on samples prepared with `answer=`."
+        )
+    if ids[0] == _unknown_id(model):
+        raise InputError(
+            f"{what}: {token!r} is not in the vocabulary: the tokenizer reads it as unknown (id {ids[0]}). Give a "
+            "token that it knows, or an id."
+        )
+    return int(ids[0])
+
+
+def _unknown_id(model: Any) -> int | None:
+    return None if model.processor is None else getattr(model.processor.tokenizer, "unk_token_id", None)
+
+
+def _is_id(token: Any) -> bool:
+    if isinstance(token, bool):
+        return False
+    scalar = isinstance(token, Tensor) and token.dim() == 0 and not token.is_floating_point()
+    return scalar or (hasattr(token, "__index__") and not isinstance(token, Tensor))
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "batch n"]:
+    """Rows of unequal length as one tensor."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])

@@ -1,0 +1,32 @@
+"""Objectives computed by hand: plain transformers on the very tensors, NumPy in float64."""
+
+import numpy as np
+import torch
+from wrapped import plain
+
+
+def log_softmax(logits):
+    """NumPy, float64."""
+    x = np.asarray(logits, dtype=np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+@torch.no_grad()
+def sample_logits(family, sample, dtype=torch.float32):
+    """All logits of one unpadded sample `[pos vocab]`, by a model that was never wrapped, as float64."""
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in sample.inputs.items()}
+    return plain(family, dtype=dtype)(**inputs, use_cache=False).logits[0].double().numpy()
+
+
+def answer_ids(sample):
+    """The answer's tokens, from the end of the input: nothing stands behind them."""
+    n = sum(sample.layout.answer.tolist())
+    return sample.inputs["input_ids"][0, -n:].tolist()
+
+
+def answer_log_probs(family, sample, dtype=torch.float32):
+    """log p of each token of the answer, given those before it."""
+    ids = answer_ids(sample)
+    rows = log_softmax(sample_logits(family, sample, dtype))[-len(ids) - 1 : -1]
+    return rows[np.arange(len(ids)), ids]
