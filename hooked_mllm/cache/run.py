@@ -162,7 +162,7 @@ def _run(model: Any, inputs: ResolvedInput, request: CacheRequest) -> Any:
     if not request.incl_bwd:
         kind = "logits" if request.return_logits else None
         return model.run(inputs, kind, request.stop_at_layer, **request.forward)
-    with _frozen(model.hf_model), torch.enable_grad():
+    with frozen_parameters(model.hf_model), torch.enable_grad():
         if callable(request.incl_bwd):
             output = model.run(inputs, "logits", **request.forward)
             scalar = request.incl_bwd(output)
@@ -178,7 +178,7 @@ def _run(model: Any, inputs: ResolvedInput, request: CacheRequest) -> Any:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
     """No gradients for parameters: those of activations are wanted, and `.grad` of the user's model stays as it is."""
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
