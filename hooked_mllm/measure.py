@@ -22,6 +22,7 @@ from hooked_mllm.heads import HeadScores
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs import ModelInput, ResolvedInput
 from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared
 
 if TYPE_CHECKING:
     from hooked_mllm.model import HookedMLLM
@@ -57,7 +58,8 @@ class _Collector:
         calls, self.held, self._bytes = self.held, [], 0
         q = calls[0].q
         if q.device not in self._selections:
-            self._selections[q.device] = Selections(self.inputs.masks, (q.shape[0], q.shape[2]), q.device)
+            shape = (q.shape[0], calls[0].k.shape[2])
+            self._selections[q.device] = Selections(self.inputs.masks, shape, q.device)
         view = AttentionView(
             [c.layer for c in calls],
             [c.q.detach() for c in calls],
@@ -67,6 +69,7 @@ class _Collector:
             self._selections[q.device],
             self.n_layers,
             context=self._context(calls),
+            first=calls[0].k.shape[2] - q.shape[2],
         )
         for metric in self.metrics:
             metric.update(view=view)
@@ -202,6 +205,7 @@ def measure(
     state = _Checkpoint(checkpoint, chosen)
     state.load(model.device)
     skip, ids, templates, seen = list(state.done), [], set(), 0
+    prefix = {"reused": 0, "whole": 0}
     counted = hasattr(samples, "__len__") and not isinstance(samples, Sample | SampleBatch | Mapping)
     total = len(samples) if counted else None  # type: ignore[arg-type]
     pending: list[AttentionView] = []
@@ -210,7 +214,8 @@ def measure(
         for number, source in enumerate(_each(samples)):
             seen = number + 1
             name = fingerprint(source) if checkpoint is not None else ""
-            inputs = model.resolve(source)
+            reuse = isinstance(source, SharedPrefix) and not reasons_to_run_whole(model, source, chosen)
+            inputs = source.resolved(model.device) if reuse else model.resolve(source)
             ids += [i for i in inputs.ids if i is not None]
             held = source if isinstance(source, SampleBatch) else [source] if isinstance(source, Sample) else []
             templates |= {s.template for s in held if s.template}
@@ -222,7 +227,9 @@ def measure(
                     )
                 bar.update()
                 continue
-            views = _one(model, inputs, chosen, group_bytes)
+            if isinstance(source, SharedPrefix):
+                prefix["reused" if reuse else "whole"] += 1
+            views = _one(model, inputs, chosen, group_bytes, reuse)
             _check(pending)  # one sample late, so that the device is never waited for in between
             pending = views
             state.finished(name)
@@ -248,7 +255,8 @@ def measure(
     results = [metric.compute() for metric in chosen]
     for result in results:
         if isinstance(result, HeadScores):
-            facts = {"sample_ids": ids, "templates": sorted(templates)}
+            shared = prefix if any(prefix.values()) else None
+            facts = {"sample_ids": ids, "templates": sorted(templates), "shared_prefix": shared}
             result.provenance.update({k: v for k, v in facts.items() if v})
     return results if several else results[0]
 
@@ -260,14 +268,17 @@ def _check(views: list[AttentionView]) -> None:
 
 
 def _one(
-    model: "HookedMLLM", inputs: ResolvedInput, metrics: Sequence[Metric], group_bytes: int
+    model: "HookedMLLM", inputs: ResolvedInput, metrics: Sequence[Metric], group_bytes: int, reuse: bool
 ) -> list[AttentionView]:
-    """One forward pass of the language model, no logits, the metrics fed layer by layer."""
+    """One forward pass of the language model, no logits, the metrics fed layer by layer; or a shared prefix, once."""
     collector = _Collector(metrics, model.cfg.n_layers, inputs, group_bytes)
     sites = model.wiring.text
     taken = []
     hung = []
     try:
+        if reuse and isinstance(inputs.source, SharedPrefix):
+            run_shared(model, inputs.source, collector)
+            return collector.views
         if any(getattr(metric, "needs_residual", False) for metric in metrics):
             hung = model.registry.attach("blocks.*.hook_resid_pre", collector.keep_residual, reads_only=True)
         for site in sites:

@@ -63,12 +63,15 @@ class QuerySelection:
         """The mean over each sample's own query tokens, on the host."""
         return (values * self._valid).sum(1) / self.counts
 
-    def take(self, q: Float[Tensor, "batch head pos d_head"], part: slice) -> Float[Tensor, "batch head query d_head"]:
-        """The chosen rows of q."""
+    def take(
+        self, q: Float[Tensor, "batch head pos d_head"], part: slice, first: int = 0
+    ) -> Float[Tensor, "batch head query d_head"]:
+        """The chosen rows of q, which begins at position `first`."""
         if self.span is not None:
-            return q[:, :, self.span[0] + part.start : self.span[0] + part.stop]
+            start = self.span[0] - first
+            return q[:, :, start + part.start : start + part.stop]
         index = self.index[:, None, part, None].expand(-1, q.shape[1], -1, q.shape[3])
-        return q.gather(2, index)
+        return q.gather(2, index - first)
 
     @cached_property
     def _valid(self) -> Bool[np.ndarray, "batch query"]:

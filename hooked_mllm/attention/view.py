@@ -48,9 +48,10 @@ class AttentionView:
         n_layers: Number of decoder layers of the model.
         max_bytes: Bound on the scratch memory for attention rows.
         context: What is known beside attention: token ids, layouts, the residual stream.
+        first: Position of the first row of q, where the positions before it are keys only (see `SharedPrefix`).
 
     Raises:
-        InputError: if the lists differ in length or the tensors in shape.
+        InputError: if the lists differ in length or the tensors in shape; when asked, for a query before `first`.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class AttentionView:
         n_layers: int,
         max_bytes: int = MAX_BYTES,
         context: ViewContext | None = None,
+        first: int = 0,
     ) -> None:
         lengths = {"layers": len(layers), "q": len(q), "k": len(k), "mask": len(mask), "scale": len(scale)}
         if len(set(lengths.values())) != 1 or not layers:
@@ -75,16 +77,18 @@ class AttentionView:
                         f"Layers of one view share shape and device: {name} of layer {layer} is {list(tensor.shape)} "
                         f"on {tensor.device}, of layer {layers[0]} {list(tensors[0].shape)} on {q[0].device}."
                     )
-        if q[0].shape[1] % k[0].shape[1] or q[0].shape[2] != k[0].shape[2]:
+        if q[0].shape[1] % k[0].shape[1] or q[0].shape[2] + first != k[0].shape[2]:
+            since = f", q from position {first} on" if first else ""
             raise InputError(
-                f"Expected q [batch head pos d_head] and k [batch kv_head pos d_head] over the same positions, head a "
-                f"multiple of kv_head; got q {list(q[0].shape)} and k {list(k[0].shape)}."
+                f"Expected q [batch head pos d_head] and k [batch kv_head pos d_head] over the same positions{since}, "
+                f"head a multiple of kv_head; got q {list(q[0].shape)} and k {list(k[0].shape)}."
             )
         self.layers = tuple(int(layer) for layer in layers)
         self.n_layers = n_layers
         self.context = context or ViewContext()
-        self.batch, self.n_heads, self.n_keys, _ = q[0].shape
-        self.n_kv_heads = k[0].shape[1]
+        self.batch, self.n_heads = q[0].shape[:2]
+        self.n_kv_heads, self.n_keys = k[0].shape[1:3]
+        self.first = first
         self.device = q[0].device
         self._q, self._k, self._mask, self._scale = q, k, mask, scale
         self._max_bytes = max_bytes
@@ -164,7 +168,7 @@ class AttentionView:
         Returns:
             Rows [layer batch head query key] in float32, or what `reduce` made of each, [layer batch head query].
         """
-        selection = self._selections.queries(queries)
+        selection = self._select(queries)
         shape = (len(self.layers), self.batch, self.n_heads, selection.length)
         out = sums = torch.empty(0)
         for chunk in self._chunks(selection):
@@ -205,7 +209,7 @@ class AttentionView:
 
         The tensor is shared: change a copy of it only.
         """
-        selection = self._selections.queries(queries)
+        selection = self._select(queries)
         if selection.key in self._profiles:
             return self._profiles[selection.key]
         out: Tensor | None = None
@@ -259,7 +263,7 @@ class AttentionView:
         self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "layer batch"]:
         """The mass that a head attending evenly to all it sees would have: target tokens over visible tokens."""
-        selection = self._selections.queries(queries)
+        selection = self._select(queries)
         key = (selection.key, keys if isinstance(keys, str) else id(keys))
         if key not in self._chances:
             if self._plain_causal:
@@ -302,6 +306,17 @@ class AttentionView:
                 "float32), or the inputs are damaged."
             )
 
+    def _select(self, queries: str | Bool[Tensor, "batch pos"]) -> QuerySelection:
+        selection = self._selections.queries(queries)
+        if int(selection.positions.min()) < self.first:
+            label = repr(queries) if isinstance(queries, str) else "given"
+            raise InputError(
+                f"Some of the {label} query tokens stand before position {self.first}, and of that shared prefix only "
+                "the keys were kept. Let the metric name its query tokens in an attribute `queries`, or measure on "
+                "plain batches (for NullQuery, reuse_prefix=False)."
+            )
+        return selection
+
     def _row_bytes(self, heads: int) -> int:
         return self.batch * heads * self.n_keys * 4 * 2  # float32; the scores and their softmax live side by side
 
@@ -330,7 +345,7 @@ class AttentionView:
                     q, k = list(self._q[layers]), list(self._k[layers])
                     if kv_step < self.n_kv_heads:
                         q, k = [t[:, heads] for t in q], [t[:, kv_heads] for t in k]
-                    chosen = _stack([selection.take(t, queries) for t in q])
+                    chosen = _stack([selection.take(t, queries, self.first) for t in q])
                     rows = attention_rows(chosen, k, self._scale[layers], some)
                     yield _Chunk(layers, heads, queries, rows)
 
@@ -345,7 +360,7 @@ class AttentionView:
             return (torch.arange(first, self.n_keys, device=self.device) > index[..., None])[None]
         kinds = [_identity(mask) for mask in self._mask]
         distinct = dict(zip(kinds, self._mask, strict=True))
-        built = {kind: ~mask.rows(index).to(self.device) for kind, mask in distinct.items()}
+        built = {kind: ~mask.rows(index - self.first).to(self.device) for kind, mask in distinct.items()}
         if len(built) == 1:
             return next(iter(built.values()))[None]
         return torch.stack([built[kind] for kind in kinds])

@@ -11,6 +11,7 @@ from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
 from hooked_mllm.layout import Kind, TokenLayout, View
 from hooked_mllm.sample import Sample, SampleBatch, is_per_token
+from hooked_mllm.shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
     from hooked_mllm.model import HookedMLLM
@@ -21,10 +22,13 @@ class NullQuery:
     """Puts a text that asks nothing in the place of each sample's question.
 
     The tokens before the question stay as they are, so that every visual token has the position and the key it had; the
-    question's own are replaced by those of `text`, and all behind them move.
+    question's own are replaced by those of `text`, and all behind them move. `model.measure` therefore runs the tokens
+    before the question once for both prompts (see `SharedPrefix`); with hooks or interventions on the model, both
+    prompts are run whole.
 
     Args:
         text: What stands for the question.
+        reuse_prefix: False makes plain batches, padded on the left, of which every prompt is run whole.
 
     Source: arXiv:2506.09944 (QRHead, calibration with "N/A"); arXiv:2605.27243.
 
@@ -39,6 +43,7 @@ class NullQuery:
     """
 
     text: str = "N/A"
+    reuse_prefix: bool = True
 
     def sample(self, model: "HookedMLLM", sample: Sample) -> Sample:
         """The sample with the null question; its answer is dropped.
@@ -79,7 +84,8 @@ class NullQuery:
         for sample in [samples] if isinstance(samples, Sample) else samples:
             if sample.answer is not None:
                 raise InputError("A calibrated score compares questions: prepare the samples without answer=.")
-            yield SampleBatch.collate([sample, self.sample(model, sample)])
+            pair = [sample, self.sample(model, sample)]
+            yield SharedPrefix.collate(pair) if self.reuse_prefix else SampleBatch.collate(pair)
 
 
 def check_pairs(view: AttentionView) -> None:

@@ -1,0 +1,204 @@
+"""Several questions about the same pictures: the tokens before the question are run once, and their keys kept."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hooked_mllm.attention.engine import AttentionCall
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.sample import Sample, SampleBatch, is_per_token, moved
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SharedPrefix(SampleBatch):
+    """Samples that are the same up to their questions, padded on the right so that they also are in the same places.
+
+    `model.measure` runs the first of them whole, and of the others only what comes after `prefix`, against the keys and
+    values that the first one left (see `reasons_to_run_whole`). For everything else this is a batch like any other.
+
+    Attributes:
+        prefix: how many positions are shared; 0 if none can be, and the batch is then run whole.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> other = metrics.NullQuery("what color is the star ?").sample(model, sample)
+        >>> batch = SharedPrefix.collate([sample, other])
+        >>> batch.prefix == sample.layout.spans("question")[0][0]
+        True
+    """
+
+    prefix: int = field(default=0, kw_only=True)
+
+    @classmethod
+    def collate(cls, samples: Sequence[Sample], padding_side: str = "right") -> "SharedPrefix":
+        """Join samples of one model; padded on the left, they have no prefix in common.
+
+        Raises:
+            InputError: an empty batch, an unknown side, or pictures that the model cannot take in one batch.
+        """
+        batch = super().collate(samples, padding_side)
+        return replace(batch, prefix=common_prefix(batch.samples) if padding_side == "right" else 0)  # type: ignore[return-value]
+
+    def resolved(self, device: torch.device | str | None) -> ResolvedInput:
+        """What is known of the batch, without the pixels, which only the first sample's run needs."""
+        tensors = moved({"input_ids": self.inputs["input_ids"]}, device)
+        return ResolvedInput(tensors, self.mask, tuple(s.id for s in self), self)
+
+
+def common_prefix(samples: Sequence[Sample]) -> int:
+    """How many positions all samples share before any of their questions; 0 if pixels or later visual tokens differ."""
+    first, width = samples[0], min(map(len, samples))
+    shared = torch.ones(width, dtype=torch.bool)
+    for sample in samples:
+        if sample.inputs.keys() != first.inputs.keys():
+            return 0
+        for name, value in sample.inputs.items():
+            other = first.inputs[name]
+            if is_per_token(value, len(sample)):
+                shared &= (value[0, :width] == other[0, :width]).cpu()
+            elif value is not other and not torch.equal(value, other):
+                return 0
+        asked = sample.layout.question[:width]
+        shared &= asked.cumsum(0) == 0
+        shared &= torch.arange(width) < len(sample) - 1  # something must be left to run
+    length = int(shared.long().cumprod(0).sum())
+    return 0 if any(bool(s.layout.visual[length:].any()) for s in samples) else length
+
+
+def reasons_to_run_whole(model: "HookedMLLM", batch: SharedPrefix, metrics: Sequence[Any]) -> list[str]:
+    """Why `model.measure` would run this batch whole; empty if the prefix is run once.
+
+    A hook or a backend of the user's would see other shapes in a run of the suffix alone, so that its result could be
+    another one. A metric must say by its attribute `queries` whose rows it reads, for only those after the prefix are
+    there, and must not read the residual stream.
+    """
+    reasons = [] if batch.prefix else ["the samples share no prefix before their questions"]
+    config = model.family.text_config(model.hf_model.config)
+    if not model.family.text.causal or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
+        reasons.append("not every layer attends to all that came before")
+    if model.hf_model.training:
+        reasons.append("the model is in training mode")
+    if any(point.active for point in model.hook_dict.values()):
+        reasons.append("hooks or interventions hang on the model")
+    sites = (*model.wiring.text, *model.wiring.vision)
+    if any(site.backend is not None or site.taps for site in sites):
+        reasons.append("an attention backend or a tap is in use")
+    if any(_is_foreign(fn) for module in model.hf_model.modules() for fn in _torch_hooks(module)):
+        reasons.append("torch hooks hang on the model")
+    for metric in metrics:
+        queries = getattr(metric, "queries", None)
+        if getattr(metric, "needs_residual", False) or not isinstance(queries, str):
+            reasons.append(f"{metric!r} may read what comes before the question")
+        elif bool(batch.mask(queries)[:, : batch.prefix].any()):
+            reasons.append(f"{metric!r} reads rows of {queries!r}, some of which come before the question")
+    return reasons
+
+
+def _torch_hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
+    yield from module._forward_pre_hooks.values()
+    yield from module._forward_hooks.values()
+
+
+def _is_foreign(fn: Callable[..., Any]) -> bool:
+    """Whether a torch hook is not one that transformers records outputs with."""
+    return not (getattr(fn, "__module__", None) or "").startswith("transformers.")
+
+
+class _Held:
+    """Of each sample what the attention rows of its suffix need beside the prefix: its own q and k, by layer."""
+
+    def __init__(self, prefix: int) -> None:
+        self.prefix = prefix
+        self.suffixes: list[dict[int, tuple[Tensor, Tensor]]] = []
+
+    def keep(self, call: AttentionCall) -> None:
+        """Copy the suffix out of a call, so that the whole can be freed."""
+        start = self.prefix - (call.k.shape[2] - call.q.shape[2])
+        self.suffixes[-1][call.layer] = (call.q[:, :, start:].clone(), call.k[:, :, self.prefix :].clone())
+
+    def join(self, call: AttentionCall) -> AttentionCall:
+        """The call that the whole batch would have made, but for the queries of the prefix."""
+        self.keep(call)
+        parts = [held.pop(call.layer) for held in self.suffixes]
+        width = max(q.shape[2] for q, _ in parts)
+        q = call.q.new_zeros(len(parts), call.q.shape[1], width, call.q.shape[3])
+        k = call.k.new_zeros(len(parts), call.k.shape[1], self.prefix + width, call.k.shape[3])
+        k[:, :, : self.prefix] = call.k[:, :, : self.prefix]
+        for row, (some_q, some_k) in enumerate(parts):
+            q[row, :, : some_q.shape[2]] = some_q[0]
+            k[row, :, self.prefix : self.prefix + some_k.shape[2]] = some_k[0]
+        # the padding is behind all that is asked about, where causality hides it
+        mask = MaskRows(len(parts), width, k.shape[2], k.device, causal=True)
+        return replace(call, q=q, k=k, mask=mask)
+
+
+@torch.no_grad()
+def run_shared(model: "HookedMLLM", batch: SharedPrefix, collect: Callable[[AttentionCall], None]) -> None:
+    """Run the batch with its prefix once, and hand `collect` each layer's call as the whole batch would have made it.
+
+    Beside one layer's keys of the whole batch, what is kept is the keys and values of one sample and the queries and
+    keys of the suffixes.
+    """
+    held, cache = _Held(batch.prefix), DynamicCache()
+    model.family.reset(model.hf_model)
+    first_position: Tensor | None = None
+
+    def collect_joined(call: AttentionCall) -> None:
+        collect(held.join(call))
+
+    for number, sample in enumerate(batch):
+        held.suffixes.append({})
+        with _tapping(model, collect_joined if number == len(batch) - 1 else held.keep):
+            if number == 0:
+                tensors = {k: v for k, v in moved(sample.inputs, model.device).items() if k != "labels"}
+                with _positions(model) as seen:
+                    model.hf_model.model(**tensors, use_cache=True, past_key_values=cache)
+                # text goes on from the shared prefix one by one in each sample, on each axis of a rotary encoding
+                if seen[0] is not None:
+                    first_position = seen[0][..., batch.prefix : batch.prefix + 1]
+            else:
+                cache.crop(batch.prefix - cache.get_seq_length())
+                tokens = sample.inputs["input_ids"][:, batch.prefix :].to(model.device)
+                more: dict[str, Any] = {"attention_mask": torch.ones(1, len(sample), device=model.device).long()}
+                if first_position is not None:
+                    more["position_ids"] = first_position + torch.arange(tokens.shape[1], device=first_position.device)
+                model.hf_model.model(input_ids=tokens, use_cache=True, past_key_values=cache, **more)
+
+
+@contextmanager
+def _tapping(model: "HookedMLLM", tap: Callable[[AttentionCall], None]) -> Iterator[None]:
+    sites = list(model.wiring.text)
+    try:
+        for site in sites:
+            site.add_tap(tap)
+        yield
+    finally:
+        for site in sites:
+            site.remove_tap(tap)
+
+
+@contextmanager
+def _positions(model: "HookedMLLM") -> Iterator[list[Tensor | None]]:
+    """Within it, the position ids that the language model is called with."""
+    seen: list[Tensor | None] = []
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs.get("position_ids"))
+
+    language_model = model.hf_model.get_submodule(model.family.language_model)
+    handle = language_model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
