@@ -71,10 +71,13 @@ class GreedyAccuracy(Objective):
     """1 where greedy decoding gives the sample's answer, else 0; one forward pass, without decoding.
 
     Every token of the answer must be the most likely one given the prompt and the answer's tokens before it. That is
-    greedy decoding: while its tokens agree with the answer it goes on from the very same sequence, so it gives the
-    answer if and only if no step departs from it. What it says after the answer is not looked at; put the token that
-    ends a turn into `answer=` to ask for an answer that stops there. `generate` agrees as far as its configuration
-    decodes greedily (no repetition penalty), and arithmetic with a cache ranks the same token first.
+    greedy decoding: as long as its tokens are the answer's it goes on from the very same sequence, so it gives the
+    answer if and only if no step departs from it. What it would say after the answer is not looked at; put the token
+    that ends a turn into `answer=` to ask for an answer that stops there.
+
+    It agrees with `model.generate(..., do_sample=False)` as far as the checkpoint's generation settings decode greedily
+    (without a repetition penalty), and under interventions that act on the answer as on generated tokens (phase
+    "both"). The answer stands in the prefill here, where one of phase "prefill" reaches it and "decode" does not.
 
     Example:
         >>> from hooked_mllm import HookedMLLM, objectives, toys

@@ -109,7 +109,7 @@ class BoundObjective:
         if logits.dim() != 3 or logits.shape[:2] != self.positions.shape:
             raise InputError(
                 f"{self.objective!r} reads logits [batch n d_vocab] at its positions {tuple(self.positions.shape)}; "
-                f"got logits {tuple(logits.shape)}. `gather_logits(logits, bound.positions)` takes them out of all logits."
+                f"got {tuple(logits.shape)}. `gather_logits(logits, bound.positions)` takes them out of all logits."
             )
 
     def __repr__(self) -> str:

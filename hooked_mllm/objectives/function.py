@@ -33,7 +33,7 @@ class FunctionObjective(Objective):
         torch.Size([1])
     """
 
-    def __init__(self, fn: Callable[[Tensor], Tensor], positions: Positions = "last") -> None:
+    def __init__(self, fn: Callable[..., Any], positions: Positions = "last") -> None:
         if not callable(fn) or isinstance(fn, type):
             raise InputError(f"Expected a function of logits [batch n d_vocab]; got {_named(fn)}.")
         self.fn, self.positions = fn, positions

@@ -19,7 +19,7 @@ class LogitDifference(Objective):
 
     read at the last position of the prompt; C and W are the correct and the wrong tokens, mostly one each. The
     softmax's normaliser cancels, so it equals the difference of log-probabilities, in nats (Wang et al. 2023, arXiv
-    2211.00593, section 2.2).
+    2211.00593).
 
     Args:
         correct: The right token: an id, a text that is one token, a list of these (their mean), or a function of the

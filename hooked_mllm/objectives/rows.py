@@ -28,9 +28,13 @@ def positions_of(inputs: ResolvedInput, wanted: Positions) -> Int[Tensor, "batch
 
 
 def gather_logits(
-    logits: Float[Tensor, "batch pos d_vocab"], positions: Int[Tensor, "batch n"]
+    logits: Float[Tensor, "batch pos d_vocab"], positions: Int[Tensor, "rows n"]
 ) -> Float[Tensor, "batch n d_vocab"]:
     """The rows of logits at positions of each sample; zeros where the position is -1.
+
+    Args:
+        logits: Logits of all positions.
+        positions: One row a sample, counted in the padded sequence.
 
     Raises:
         InputError: for positions of another batch, or outside the sequence.
@@ -48,9 +52,10 @@ def gather_logits(
             f"{logits.shape[1]}. They count in the padded sequence, and -1 stands for none: give the logits of the "
             "whole sequence."
         )
-    index = positions.to(logits.device)
-    rows = logits[torch.arange(len(logits), device=logits.device)[:, None], index.clamp(min=0)]
-    return rows.masked_fill((index < 0)[..., None], 0.0) if bool((index < 0).any()) else rows
+    none = positions < 0
+    index = positions.clamp(min=0).to(logits.device)
+    rows = logits[torch.arange(len(logits), device=logits.device)[:, None], index]
+    return rows.masked_fill(none[..., None].to(logits.device), 0.0) if bool(none.any()) else rows
 
 
 def logits_at(
@@ -67,8 +72,8 @@ def logits_at(
         >>> from hooked_mllm import HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-        >>> logits_at(model, sample, torch.tensor([[len(sample) - 1]])).shape
-        torch.Size([1, 1, 102])
+        >>> logits_at(model, sample, torch.tensor([[len(sample) - 1]])).shape == (1, 1, model.cfg.d_vocab)
+        True
     """
     resolved = inputs if isinstance(inputs, ResolvedInput) else model.resolve(inputs)
     low, high = (int(positions.min()), int(positions.max())) if positions.numel() else (0, -1)
@@ -80,9 +85,10 @@ def logits_at(
     # `labels` would be compared with the few rows that are left
     tensors = {k: v for k, v in resolved.tensors.items() if k not in ("labels", "logits_to_keep")}
     # one index for the whole batch: early transformers 5 takes no row of positions for each sample
-    kept, place = positions.cpu().clamp(min=0).unique(return_inverse=True)
-    logits = model.run(replace(resolved, tensors=tensors), logits_to_keep=kept.to(model.lm_head.weight.device))
-    return gather_logits(logits, place.masked_fill(positions.cpu() < 0, -1))
+    at = positions.cpu()
+    kept = at[at >= 0].unique()
+    logits = model.run(replace(resolved, tensors=tensors), logits_to_keep=kept)
+    return gather_logits(logits, torch.searchsorted(kept, at).masked_fill(at < 0, -1))
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -13,7 +14,7 @@ from hooked_mllm.objectives.rows import positions_of
 from hooked_mllm.sample import Sample, SampleBatch
 
 #: an id, a word that is one token, or several of them
-TokenOrTokens = int | str | Sequence[int | str]
+TokenOrTokens = int | str | Sequence[int | str | np.integer] | Tensor | np.ndarray
 #: the same for all samples, or a function that is given the `Sample`
 Tokens = TokenOrTokens | Callable[[Any], TokenOrTokens]
 
@@ -90,7 +91,7 @@ def answer_tokens(model: Any, inputs: ResolvedInput, what: str) -> Int[Tensor, "
     return ids
 
 
-def describe_tokens(tokens: Tokens | None) -> Any:
+def describe_tokens(tokens: Any) -> Any:
     """Tokens as a record keeps them."""
     if tokens is None or isinstance(tokens, str):
         return tokens
@@ -136,10 +137,9 @@ def _unknown_id(model: Any) -> int | None:
 
 
 def _is_id(token: Any) -> bool:
-    if isinstance(token, bool):
-        return False
-    scalar = isinstance(token, Tensor) and token.dim() == 0 and not token.is_floating_point()
-    return scalar or (hasattr(token, "__index__") and not isinstance(token, Tensor))
+    if isinstance(token, Tensor | np.ndarray):
+        return token.ndim == 0 and _is_id(token.item())
+    return isinstance(token, int | np.integer) and not isinstance(token, bool)
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Int[Tensor, "batch n"]:

@@ -42,11 +42,11 @@ def objective_values(
         torch.Size([1])
     """
     resolved = inputs if isinstance(inputs, ResolvedInput) else model.resolve(inputs)
-    if corrupted is not None and not isinstance(corrupted, ResolvedInput):
-        corrupted = model.resolve(corrupted)
     bound = objective
     if not isinstance(bound, BoundObjective):
-        bound = as_objective(objective).bind(model, resolved, corrupted)
+        known = corrupted is None or isinstance(corrupted, ResolvedInput)
+        other: Any = corrupted if known else model.resolve(corrupted)
+        bound = as_objective(objective).bind(model, resolved, other)
     if bound.objective.needs_clean and bound.clean is None:
         raise InputError(
             f"{bound.objective!r} compares with a clean run: bind it, give it that run's logits by `with_clean`, and "
