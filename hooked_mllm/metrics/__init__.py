@@ -1,9 +1,16 @@
 """Metrics of attention heads, as `torchmetrics.Metric`s; `metrics.functional` has the same maths as plain functions."""
 
 from hooked_mllm.metrics import functional as functional
+from hooked_mllm.metrics.annotation_free import GradientAgreement as GradientAgreement
+from hooked_mllm.metrics.annotation_free import OcclusionAgreement as OcclusionAgreement
+from hooked_mllm.metrics.annotation_free import ParaphraseConsistency as ParaphraseConsistency
+from hooked_mllm.metrics.annotation_free import QuestionContrast as QuestionContrast
 from hooked_mllm.metrics.attention_score import AttentionScore as AttentionScore
 from hooked_mllm.metrics.base import AttentionMetric as AttentionMetric
 from hooked_mllm.metrics.base import HeadMetric as HeadMetric
+from hooked_mllm.metrics.causal import AblationCurve as AblationCurve
+from hooked_mllm.metrics.causal import AblationCurveResult as AblationCurveResult
+from hooked_mllm.metrics.duo_gate import DuoGate as DuoGate
 from hooked_mllm.metrics.key_token_coverage import CoverageCurve as CoverageCurve
 from hooked_mllm.metrics.key_token_coverage import KeyTokenCoverage as KeyTokenCoverage
 from hooked_mllm.metrics.key_token_ratio import KeyTokenRatio as KeyTokenRatio

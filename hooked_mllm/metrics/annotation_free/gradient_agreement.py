@@ -1,0 +1,95 @@
+"""GradientAgreement: the evidence is where the answer's score changes fastest with the visual embeddings."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.errors import InputError
+from hooked_mllm.hooks import HookPoint
+from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visual_points, with_greedy_answer
+from hooked_mllm.sample import Sample
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+RULES = ("norm", "gradient_x_input")
+
+
+class GradientAgreement(EvidenceAgreement):
+    r"""Attention to the visual tokens on which the model's own answer depends, by gradients. No target.
+
+    $$\text{score}[l,h] = \sum_{j\in V} \frac{r[j]}{\sum_i r[i]}\, a^{l,h}[j],\qquad
+    s = \sum_t \log\frac{p(y_t)}{1 - p(y_t)}$$
+
+    $$r[j] = \sum_p \lVert \nabla_{x_p[j]}\, s\rVert^2 \ \text{ or }\ \Big|\sum_p x_p[j]\cdot\nabla_{x_p[j]}\, s\Big|$$
+
+    - $a[j]$: mean attention of the query tokens to visual token j; $V$: all visual tokens.
+    - $x_p[j]$: visual features entering the language model at j: the embedding and, in Qwen3-VL, DeepStack's additions.
+    - $y$: the greedy answer; the log-odds have the direction of the gradient of log p, and do not fade where the model
+      is sure.
+
+    In [0, 1], averaged over samples. Beside the measurement, two forward passes and a backward pass a sample; this one
+    keeps the activations of all layers, far more memory than measuring.
+
+    Args:
+        rule: "norm" (squared length of the gradient) or "gradient_x_input" (its product with the features).
+        queries: Name of the mask of query tokens.
+        n_tokens: How many tokens of the greedy answer are explained.
+
+    Raises:
+        InputError: for an unknown rule or no token.
+
+    Source: saliency, arXiv:1312.6034 (norm), and gradient x input, arXiv:1605.01713, as the region of
+    arXiv:2606.05843 eq. 1.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, metrics
+        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
+        >>> samples = VisualRetrieval(pages=1).samples(model, 4)
+        >>> scores = metrics.GradientAgreement().run(model, samples, progress=False)
+        >>> sorted(f"L{l}H{h}" for l, h in scores.top(4))  # planted
+        ['L2H4', 'L2H5', 'L2H6', 'L2H7']
+    """
+
+    def __init__(self, *, rule: str = "norm", queries: str = "question", n_tokens: int = 1) -> None:
+        super().__init__(queries=queries, n_tokens=n_tokens)
+        if rule not in RULES:
+            raise InputError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
+        self.rule = rule
+
+    def relevance(self, model: "HookedMLLM", sample: Sample) -> Float[Tensor, " pos"]:
+        """The squared gradient or gradient times input of each position, over all features entering there."""
+        forced, answer = with_greedy_answer(model, sample, self.n_tokens)
+        leaves: dict[str, Tensor] = {}
+
+        def leaf(value: Tensor, hook: HookPoint) -> Tensor:
+            leaves[hook.name] = value.detach().requires_grad_(True)
+            return leaves[hook.name]
+
+        hooks = [(name, leaf) for name in visual_points(model)]
+        with frozen_parameters(model.hf_model), torch.enable_grad(), model.hooks(hooks):
+            logits = model(forced, logits_to_keep=len(answer))[0].float()
+            log_odds(logits, answer.to(logits.device)).sum().backward()
+        total = torch.zeros(len(sample), dtype=torch.float64)
+        for value in leaves.values():
+            assert value.grad is not None
+            gradient, features = value.grad[0, : len(sample)].double(), value.detach()[0, : len(sample)].double()
+            part = gradient.square() if self.rule == "norm" else gradient * features
+            total += part.sum(-1).cpu()
+        return total.abs()
+
+
+def log_odds(logits: Float[Tensor, "token vocab"], answer: Tensor) -> Float[Tensor, " token"]:
+    """`log p / (1 - p)` of each answer token, from logits, where p itself would round to 1.
+
+    Example:
+        >>> log_odds(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+        tensor([2.])
+    """
+    chosen = logits.gather(1, answer[:, None])
+    others = logits.scatter(1, answer[:, None], -torch.inf)
+    return chosen[:, 0] - others.logsumexp(1)

@@ -1,0 +1,114 @@
+"""ParaphraseConsistency: attention that every wording of a question sends to a token, and other questions do not."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import InputError
+from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, reword, unannotated
+from hooked_mllm.sample import Sample
+from hooked_mllm.shared_prefix import SharedPrefix
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+
+class ParaphraseConsistency(QuestionScore):
+    r"""How much attention all wordings of a question agree to send to a token, beyond other questions. No target.
+
+    $$g_x^{l,h}[j] = \min_{w\in P(x)} a_w^{l,h}[j] - \operatorname*{mean}_{y\ne x,\; w\in P(y)} a_w^{l,h}[j],\qquad
+    \text{score}[l,h] = \operatorname*{mean}_x \sum_{j\in T_x} \max\big(g_x^{l,h}[j],\, 0\big)$$
+
+    - $P(x)$: `wordings` paraphrases of question x; $a_w[j]$: mean attention of the tokens of w to visual token j.
+    - $T_x$: the `ceil(share * |V|)` visual tokens that gain most.
+
+    In [0, 1], averaged over samples. As `QuestionContrast`, and it also takes away what follows the words rather than
+    the meaning: a token counts only with what every wording gives it.
+
+    Args:
+        wordings: How many paraphrases of each question stand together in a batch.
+        queries: Name of the mask of query tokens.
+        share: Share of the visual tokens whose gain counts, above 0 and at most 1.
+
+    Returns (`compute()`):
+        `HeadScores` [layer head].
+
+    Raises:
+        InputError: for numbers out of range; on `update`, if a batch is not made of such questions about the same
+            pictures.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, metrics
+        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
+        >>> samples = VisualRetrieval(pages=1).samples(model, 2)
+        >>> def paraphrase(question):
+        ...     shape = f" {question.lower()}".rstrip(" ?.").split(" the ")[-1].split()[0]
+        ...     return [f"What color is the {shape}?", f"Tell me the color of the {shape}."]
+        >>> metric = metrics.ParaphraseConsistency(wordings=2)
+        >>> scores = model.measure(metric.groups(model, samples, paraphrase, n=1), metric, progress=False)
+        >>> scores.shape
+        (6, 8)
+    """
+
+    advice = "Measure on `metric.groups(model, samples, paraphrase)`."
+
+    def __init__(self, *, wordings: int = 2, queries: str = "question", share: float = 0.01) -> None:
+        super().__init__(queries=queries, share=share)
+        if wordings < 2:
+            raise InputError(f"wordings must be 2 at least, to agree or not; got {wordings!r}.")
+        self.wordings = wordings
+
+    def groups(
+        self,
+        model: "HookedMLLM",
+        samples: Sample | Iterable[Sample],
+        paraphrase: Callable[[str], Sequence[str]],
+        questions: Sequence[str] | None = None,
+        *,
+        n: int = 2,
+        seed: int = 0,
+    ) -> Iterator[SharedPrefix]:
+        """Each sample's prompt with its question and `n` others, every one in all wordings.
+
+        Args:
+            model: A `HookedMLLM`.
+            samples: Samples without answers; their targets are dropped.
+            paraphrase: Gives wordings of a question, its own among them or not; the first `wordings` are taken.
+            questions: Where the others are drawn from; by default, the samples' own.
+            n: How many others each sample gets.
+            seed: Seed of the draw.
+
+        Raises:
+            InputError: if fewer than `n` questions differ in meaning from a sample's own (no wording in common), if
+                there are too few wordings, or a sample has an answer.
+        """
+        chosen = unannotated(samples)
+        if questions is None:
+            chosen = list(chosen)
+            questions = [s.question for s in chosen]
+        # questions that can be worded alike ask the same: one of them stands for all
+        pool = list(dict.fromkeys(tuple(reword(paraphrase, text, self.wordings)) for text in questions))
+        rng = np.random.default_rng(seed)
+        for sample in chosen:
+            own = reword(paraphrase, sample.question, self.wordings)
+            apart = [wordings for wordings in pool if not set(wordings) & set(own)]
+            drawn = draw(apart, n, rng, sample.question)
+            yield group(model, sample, [*own, *(text for wordings in drawn for text in wordings)])
+
+    def score(self, view: AttentionView) -> Float[Tensor, "layer 1 head"]:
+        """One number per layer and head of a group of questions."""
+        asked, rest = divmod(view.batch, self.wordings)
+        if rest or asked < 2:
+            raise InputError(
+                f"Expected two questions at least, {self.wordings} wordings each; the batch holds {view.batch} "
+                f"prompts. {self.advice}"
+            )
+        a = self.profiles(view).unflatten(1, (asked, self.wordings))
+        mean = a.mean(2)
+        others = (mean.sum(1, keepdim=True) - mean) / (asked - 1)
+        return self.focused(a.amin(2) - others).mean(1, keepdim=True)
