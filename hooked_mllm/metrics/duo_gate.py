@@ -1,0 +1,208 @@
+"""DuoGate: how much of its full attention each key-value head needs, found by optimisation."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_mllm.cache.activation_cache import Positions, positions
+from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.errors import HookValueError, InputError, NumericsError
+from hooked_mllm.heads import HeadScores
+from hooked_mllm.inputs import ModelInput, ResolvedInput
+from hooked_mllm.interventions.base import describe_positions
+from hooked_mllm.interventions.places import as_mask
+from hooked_mllm.measure import fingerprint
+from hooked_mllm.metrics.gating import GateState, MixedAttention, last_hidden
+from hooked_mllm.sample import Sample, SampleBatch
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+
+class DuoGate:
+    r"""A gate per key-value head between full attention and a short window, optimised to change the model little.
+
+    $$z = \alpha\,\text{full}(q,k,v) + (1-\alpha)\,\text{streaming}(q,k,v),\qquad
+    \mathcal L = \frac{1}{|T|}\sum_{t\in T}\frac{1}{d}\lVert x_t - \tilde x_t\rVert^2 + \frac{\lambda}{LH}\sum|\alpha|$$
+
+    - $\alpha\in[0,1]$: the score, one per layer and key-value head, shared by the query heads that read it. It starts
+      at 1 and is clamped after every step; all weights stay as they are.
+    - full: the model's own attention; streaming: of the keys that a query sees, the first `sink` tokens and the last
+      `recent` (its own among them), padding not counted.
+    - $x, \tilde x$: the last hidden states (after the final norm) without and with the gates; $T$: `positions`.
+
+    Heads that end near 1 cannot do without what lies far back. Adam, one sample (or batch) a step, the samples in an
+    order drawn anew for each pass through them; the learning rate rises from a tenth over the first fifth of the steps
+    and falls back over the last.
+
+    What the released code does differently: its full branch runs without gradients and on the hidden states of the
+    unmodified model, carried beside the gated ones in a batch of twice the size, so that a gated layer mixes outputs of
+    two streams; here both branches read the gated stream, which is the paper's formula and what a deployed model does.
+    Its gates are clamped before a step and so may be saved outside [0, 1]. Its block-sparse kernel rounds `sink` and
+    `recent` up to blocks of 128 tokens. To deploy, it keeps gates above 0.5 or above a quantile, ties broken by noise
+    without a seed: here `result.top(share)` breaks them by layer and head.
+
+    Args:
+        sink: First tokens that every streaming head sees.
+        recent: Last tokens that it sees, at least 1.
+        steps: Steps of the optimisation.
+        lr: Largest learning rate.
+        l1: λ.
+        positions: T, the positions that must not change: "suffix" (from the question's first token to the end, an
+            answer included), or a token kind, a mask, indices, a slice.
+        seed: Seed of the order of the samples.
+
+    Raises:
+        InputError: for settings out of range.
+
+    Source: arXiv:2410.10819 (DuoAttention), section 3.2; defaults are the paper's.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, metrics
+        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
+        >>> samples = VisualRetrieval(pages=1).samples(model, 2)
+        >>> gate = metrics.DuoGate(sink=4, recent=16, steps=2, lr=0.1).run(model, samples, progress=False)
+        >>> gate.shape, gate.to_query(model.cfg.n_heads).shape
+        ((6, 4), (6, 8))
+    """
+
+    def __init__(
+        self,
+        *,
+        sink: int = 128,
+        recent: int = 256,
+        steps: int = 2000,
+        lr: float = 0.02,
+        l1: float = 0.05,
+        positions: Positions = "suffix",
+        seed: int = 0,
+    ) -> None:
+        if sink < 0 or recent < 1 or steps < 1:
+            raise InputError(f"Expected sink >= 0, recent >= 1 and steps >= 1; got {sink=}, {recent=}, {steps=}.")
+        if not (lr > 0 and l1 >= 0):
+            raise InputError(f"Expected lr > 0 and l1 >= 0; got {lr=}, {l1=}.")
+        self.sink, self.recent, self.steps = sink, recent, steps
+        self.lr, self.l1, self.positions, self.seed = lr, l1, positions, seed
+
+    def config(self) -> dict[str, Any]:
+        """The settings, as values that JSON can hold."""
+        named = ("sink", "recent", "steps", "lr", "l1", "seed")
+        return {**{n: getattr(self, n) for n in named}, "positions": describe_positions(self.positions)}
+
+    def __repr__(self) -> str:
+        return f"DuoGate({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
+
+    def run(
+        self,
+        model: "HookedMLLM",
+        samples: ModelInput | Iterable[ModelInput],
+        *,
+        checkpoint: str | Path | None = None,
+        save_every: int = 100,
+        progress: bool = True,
+    ) -> HeadScores:
+        """Optimise the gates of a model: one forward and one backward pass a step, and one forward a sample.
+
+        The same model, samples and settings give the same gates. Parameters get no gradients and stay as they are.
+
+        Args:
+            model: The model.
+            samples: Samples, batches or mappings; each is one step's input.
+            checkpoint: A file in which the gates are kept every `save_every` steps and when interrupted; a later call
+                with the same samples, settings and file goes on there.
+            save_every: Steps between two savings.
+            progress: Show a progress bar.
+
+        Returns:
+            `HeadScores` [layer kv_head]; `.to_query(model.cfg.n_heads)` gives those of query heads.
+
+        Raises:
+            InputError: for no sample.
+            LayoutError: for inputs that do not tell which positions are meant.
+            NumericsError: when the hidden states are not finite.
+            CacheFileError: for a checkpoint of other settings or samples.
+        """
+        sources = [samples] if isinstance(samples, Sample | SampleBatch | Mapping) else list(samples)
+        if not sources:
+            raise InputError("There is no sample to optimise the gates on: `samples` is empty.")
+        gates = torch.ones(model.cfg.n_layers, model.cfg.n_key_value_heads, device=model.device, requires_grad=True)
+        named = {"samples": [fingerprint(source) for source in sources]} if checkpoint is not None else {}
+        state = GateState(checkpoint, gates, self.lr, {**self.config(), **named})
+        state.load()
+        known: dict[int, Tensor] = {}
+        start = len(state.distances)
+        bar = tqdm(total=self.steps, initial=start, desc="optimising gates", unit="step", disable=not progress)
+        try:
+            with frozen_parameters(model.hf_model):
+                for step in range(start, self.steps):
+                    number = self._sample_of(step, len(sources))
+                    inputs = model.resolve(sources[number])
+                    rows = self._rows(inputs)
+                    if number not in known:
+                        with torch.no_grad():
+                            known[number] = last_hidden(model, inputs, rows)
+                    with torch.enable_grad():
+                        distance = self._distance(model, inputs, rows, known[number], gates)
+                        loss = distance + self.l1 * gates.abs().mean()
+                    state.step(loss, float(distance.detach()), self.lr * self._warmth(step))
+                    bar.set_postfix(distance=f"{state.distances[-1]:.3g}", refresh=False)
+                    bar.update()
+                    if (step + 1) % save_every == 0:
+                        state.save()
+        finally:  # an interrupt, too
+            state.save()
+            bar.close()
+        return HeadScores(
+            gates.detach(),
+            name="DuoGate",
+            provenance={
+                "metric": "DuoGate",
+                "config": self.config(),
+                **model.info.provenance(),
+                "heads": "key-value",
+                "n_samples": len(sources),
+                "sample_ids": [i for source in sources for i in model.resolve(source).ids if i is not None],
+                "distance": state.distances[-1],
+            },
+        )
+
+    def _sample_of(self, step: int, n: int) -> int:
+        round_, place = divmod(step, n)
+        return int(np.random.default_rng([self.seed, round_]).permutation(n)[place])
+
+    def _warmth(self, step: int) -> float:
+        """The share of the learning rate that a step has: up over the first fifth, down over the last, at least 0.1."""
+        fifth = self.steps / 5
+        return min(1.0, max(min(step + 1, self.steps - step) / fifth, 0.1))
+
+    def _rows(self, inputs: ResolvedInput) -> Bool[Tensor, "batch pos"]:
+        if isinstance(self.positions, str) and self.positions == "suffix":
+            asked = inputs.masks("question").cpu().int().cummax(1).values.bool()
+            return asked & ~inputs.masks("padding").cpu()
+        return as_mask(positions(self.positions, inputs.batch, inputs.length, inputs.masks), inputs.length)
+
+    def _distance(
+        self, model: "HookedMLLM", inputs: ResolvedInput, rows: Tensor, reference: Tensor, gates: Tensor
+    ) -> Float[Tensor, ""]:
+        mixed = MixedAttention(gates, self.sink, self.recent, inputs.masks("padding").to(model.device))
+        with model.attention(mixed):
+            hidden = last_hidden(model, inputs, rows)
+        if len(mixed.layers) < model.cfg.n_layers:
+            raise HookValueError(
+                "A hook on attention scores or patterns keeps the gates from layers of their own: take it off, or "
+                "intervene on z."
+            )
+        distance = (hidden - reference.to(hidden.device)).pow(2).mean()
+        if not bool(torch.isfinite(distance)):
+            raise NumericsError(
+                "The hidden states are not finite. A model in float16 overflows: load it with dtype='bfloat16' or "
+                "'float32'."
+            )
+        return distance.to(gates.device)

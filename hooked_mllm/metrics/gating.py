@@ -1,0 +1,126 @@
+"""What `DuoGate` runs: attention mixed of a full and a streaming branch, the last hidden states, the state on disk."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.errors import CacheFileError
+from hooked_mllm.heads.files import read_tensors, write_tensors
+from hooked_mllm.inputs import ResolvedInput
+
+if TYPE_CHECKING:
+    from hooked_mllm.model import HookedMLLM
+
+KIND = "hooked_mllm.DuoGate"
+
+
+class MixedAttention:
+    """An attention backend: each key-value head's full attention and its streaming one, mixed by its gate.
+
+    Args:
+        gates: 1 for full attention, 0 for streaming.
+        sink: First tokens that streaming heads see.
+        recent: Last tokens that they see, the query's own among them.
+        padding: True at positions that hold no token; they count neither as first nor as last.
+    """
+
+    def __init__(
+        self, gates: Float[Tensor, "layer kv_head"], sink: int, recent: int, padding: Bool[Tensor, "batch pos"]
+    ) -> None:
+        self.gates, self.layers = gates, set[int]()
+        rank = (~padding).cumsum(1)
+        self.near = (rank[:, :, None] - rank[:, None, :] < recent) | (rank <= sink)[:, None, :]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
+        """The attention of one layer: `[batch query head d_head]`."""
+        self.layers.add(layer)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        visible = mask.full()
+        blind = ~visible.any(-1, keepdim=True)  # padding: the softmax over nothing is NaN, and so is its gradient
+        visible = visible | (blind & torch.eye(visible.shape[-1], dtype=torch.bool, device=visible.device))
+
+        def attend(seen: Tensor) -> Tensor:
+            return scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale).float()
+
+        gate = self.gates[layer].to(q.device).repeat_interleave(groups)[:, None, None]
+        near = self.near.to(q.device) | blind
+        return (gate * attend(visible) + (1 - gate) * attend(visible & near)).transpose(1, 2).to(q.dtype)
+
+
+def last_hidden(
+    model: "HookedMLLM", inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, "row d_model"]:
+    """The states that the unembedding takes, after the final norm, at some positions; float32."""
+    kept: list[Tensor] = []
+    handle = model.ln_final.register_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        model.run_trunk(inputs)
+    finally:
+        handle.remove()
+    return kept[0][rows.to(kept[0].device)].float()
+
+
+class GateState:
+    """The gates, their optimiser, and both on disk.
+
+    Args:
+        path: The checkpoint; None for none.
+        gates: What is optimised.
+        lr: Largest learning rate.
+        settings: What a checkpoint must have been made with, as JSON-able values.
+    """
+
+    def __init__(self, path: str | Path | None, gates: Tensor, lr: float, settings: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.gates, self.settings, self.lr = gates, settings, lr
+        self.optimiser = torch.optim.Adam([gates], lr=lr)
+        self.distances: list[float] = []
+        self._kept: dict[str, Tensor] = {}
+
+    def step(self, loss: Tensor, distance: float, lr: float) -> None:
+        """One step down the gradient, the gates kept in [0, 1]."""
+        (self.gates.grad,) = torch.autograd.grad(loss, self.gates)
+        self.optimiser.param_groups[0]["lr"] = lr
+        self.optimiser.step()
+        with torch.no_grad():
+            self.gates.clamp_(0, 1)
+        self.distances.append(distance)
+        if self.path is not None:  # a copy: the next step may be interrupted halfway
+            moments = self.optimiser.state[self.gates]
+            self._kept = {name: moments[name].detach().clone() for name in ("exp_avg", "exp_avg_sq")}
+            self._kept["gates"] = self.gates.detach().clone()
+            self._kept["distances"] = torch.tensor(self.distances, dtype=torch.float64)
+
+    def save(self) -> None:
+        """Write what the last whole step left."""
+        if self.path is not None and self._kept:
+            write_tensors(self.path, KIND, self._kept, {"settings": self.settings})
+
+    def load(self) -> None:
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            CacheFileError: if it is damaged, or of other settings or samples.
+        """
+        if self.path is None or not self.path.is_file():
+            return
+        kept, header = read_tensors(self.path, KIND)
+        if header.get("settings") != self.settings:
+            theirs = header.get("settings") or {}
+            other = [name for name, value in self.settings.items() if theirs.get(name) != value]
+            raise CacheFileError(f"{self.path} was made with other {', '.join(other)}: use another file, or the same.")
+        if set(kept) != {"exp_avg", "exp_avg_sq", "gates", "distances"} or kept["gates"].shape != self.gates.shape:
+            raise CacheFileError(f"{self.path} is damaged, or of a model of another shape.")
+        with torch.no_grad():
+            self.gates.copy_(kept["gates"])
+        moments = {name: kept[name].to(self.gates.device) for name in ("exp_avg", "exp_avg_sq")}
+        moments["step"] = torch.tensor(float(len(kept["distances"])))
+        self.optimiser.state[self.gates] = moments
+        self.distances = kept["distances"].tolist()
+        self._kept = kept
