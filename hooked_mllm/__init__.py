@@ -1,5 +1,6 @@
 """Look inside multimodal language models: name, read, edit and score everything between pixels and words."""
 
+from hooked_mllm import corruptions as corruptions
 from hooked_mllm import interventions as interventions
 from hooked_mllm import metrics as metrics
 from hooked_mllm import objectives as objectives

@@ -15,7 +15,7 @@ from hooked_mllm.errors import InputError
 from hooked_mllm.families.base import Family
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
 from hooked_mllm.prompt import check_text, refuse_special, render, token_spans
-from hooked_mllm.sample import Sample, SampleBatch, is_per_token
+from hooked_mllm.sample import Preparation, Sample, SampleBatch, is_per_token
 from hooked_mllm.video import Number, Video
 
 
@@ -162,6 +162,7 @@ class Preparer:
             id,
             hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()[:16],
             pad if pad is not None else self.tokenizer.eos_token_id or 0,
+            Preparation(system, float(min_overlap), dict(kwargs)),
         )
 
     def _process(

@@ -14,6 +14,21 @@ from hooked_mllm.layout import Region, TokenLayout
 from hooked_mllm.video import Video
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a sample was prepared with beside its question, pictures, answer, target and id.
+
+    Attributes:
+        system: the system prompt, or `None` for the template's own default.
+        min_overlap: the least share of a token's footprint that the target covers.
+        processor: options of the processor.
+    """
+
+    system: str | None = None
+    min_overlap: float = 0.0
+    processor: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A question with its pictures, the model inputs made of them, and the layout of its tokens.
@@ -30,6 +45,8 @@ class Sample:
         id: a name of the user's own.
         template: a fingerprint of the chat template.
         pad_token_id: what a batch is padded with.
+        preparation: what else it was prepared with, so that it can be prepared again with one thing changed; `None` for
+            a sample made by hand.
     """
 
     inputs: dict[str, Tensor]
@@ -43,6 +60,7 @@ class Sample:
     id: str | None = None
     template: str | None = None
     pad_token_id: int = 0
+    preparation: Preparation | None = None
 
     def mask(self, name: str) -> Bool[Tensor, "1 pos"]:
         """Positions by name, on the device of the inputs.

@@ -53,7 +53,7 @@ def _image_shares(item: VisualItem, regions: list[Region], boxes: np.ndarray) ->
                 f"A mask of {item.name} must have its shape [height width] = ({item.height}, {item.width}); "
                 f"got {r.pixels.shape}."
             )
-    rectangles = [_inside(item, corners(r)) for r in regions if isinstance(r, Box)]
+    rectangles = [inside(item, corners(r)) for r in regions if isinstance(r, Box)]
     masks = [r.pixels for r in regions if isinstance(r, Mask)]
     return _covered(Coverage(rectangles, masks), boxes)
 
@@ -64,15 +64,15 @@ def _video_shares(
     whole, frame_boxes = np.zeros(item.n_frames, dtype=bool), defaultdict(list)
     for r in regions:
         if isinstance(r, Frames):
-            frames = _frames(item, r)
+            frames = frames_within(item, r)
             if r.box is None:
                 whole[frames] = True
                 continue
-            box = _inside(item, r.box)
+            box = inside(item, r.box)
             for f in frames.tolist():
                 frame_boxes[f].append(box)
         elif isinstance(r, Tube):
-            for f, box in _tube(item, r):
+            for f, box in tube_boxes(item, r):
                 frame_boxes[f].append(box)
     # frames with the same boxes are measured once
     groups: dict[tuple[Corners, ...], list[int]] = defaultdict(list)
@@ -102,8 +102,12 @@ def _covered(coverage: Coverage, boxes: np.ndarray) -> Float[np.ndarray, " token
     return coverage.area(boxes) / area
 
 
-def _inside(item: VisualItem, box: Corners) -> Corners:
-    """The part of a box that lies in the picture."""
+def inside(item: VisualItem, box: Corners) -> Corners:
+    """The part of a box that lies in the picture.
+
+    Raises:
+        LayoutError: when no part does.
+    """
     x0, y0, x1, y1 = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(item.width)), min(box[3], float(item.height))
     if x0 >= x1 or y0 >= y1:
         raise LayoutError(
@@ -113,7 +117,12 @@ def _inside(item: VisualItem, box: Corners) -> Corners:
     return x0, y0, x1, y1
 
 
-def _frames(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]:
+def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]:
+    """The numbers of a video's frames whose time lies in the region.
+
+    Raises:
+        LayoutError: when there is none.
+    """
     times = np.asarray(item.times_s)
     start = -np.inf if region.start_s is None else float(region.start_s)
     end = np.inf if region.end_s is None else float(region.end_s)
@@ -132,9 +141,14 @@ def _frames(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]:
     )
 
 
-def _tube(item: VisualItem, region: Tube) -> list[tuple[int, Corners]]:
+def tube_boxes(item: VisualItem, region: Tube) -> list[tuple[int, Corners]]:
+    """The frames in which a tube has a box, each with the part of it that lies in the picture.
+
+    Raises:
+        LayoutError: when there is none.
+    """
     boxes = ((f, region.at(float(t))) for f, t in enumerate(item.times_s))
-    found = [(f, _inside(item, box)) for f, box in boxes if box is not None]
+    found = [(f, inside(item, box)) for f, box in boxes if box is not None]
     if not found:
         times = [t for t, box in region.boxes.items() if box is not None]
         raise LayoutError(

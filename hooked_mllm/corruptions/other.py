@@ -1,0 +1,151 @@
+"""OtherImage and OtherQuestion: another picture under the question, another question under the picture."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hooked_mllm import images as loading
+from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
+from hooked_mllm.errors import InputError
+from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.video import Video
+
+
+class OtherImage(Corruption):
+    """Ask the same question of other pictures, drawn from a set.
+
+    One candidate takes the place of all pictures of the sample, so it must have as many images and videos, videos with
+    as many frames; the sample's own pictures are never drawn. Unless told otherwise they are resized to the sizes of
+    those they replace, which changes their proportions where these differ: the number of tokens depends on the size,
+    and patching needs as many. A video keeps the times of the one that it replaces.
+
+    Args:
+        images: The candidates: a picture (PIL image, path, array) or `Video`, a list of pictures for samples of
+            several, a Sample (its pictures), or a list of any of these. A list of pictures is a list of candidates of
+            one picture each.
+        seed: Which candidate is drawn. Samples with other questions or pictures draw anew from one seed.
+        resize: False leaves the pictures as they are; the corruption is then refused where its tokens differ.
+
+    Raises:
+        InputError: for no candidate, or (when called) none that fits the sample.
+        LayoutError: when called with resize=False, for pictures that give other tokens.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, corruptions, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 4)
+        >>> corrupted = corruptions.OtherImage(samples, seed=0)(model, samples[0])
+        >>> corrupted.question == samples[0].question, corrupted.images == samples[0].images
+        (True, False)
+    """
+
+    def __init__(self, images: Any, seed: int = 0, resize: bool = True) -> None:
+        check_seed(seed)
+        self.candidates = tuple(_candidates(images))
+        if not self.candidates:
+            raise InputError("OtherImage has no pictures to draw from: give one at least.")
+        self.seed, self.resize = int(seed), resize
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+        return {
+            "corruption": "OtherImage",
+            "candidates": len(self.candidates),
+            "seed": self.seed,
+            "resize": self.resize,
+        }
+
+    def changes(self, sample: Sample) -> dict[str, Any]:
+        """The pictures of the candidate that is drawn."""
+        if not sample.images and not sample.videos:
+            raise InputError("This sample has no images and no videos to replace.")
+        for number in drawing(self.seed, sample).permutation(len(self.candidates)):
+            images, videos = _pictures(self.candidates[number])
+            if _fits(sample, images, videos) and not _same(sample, images, videos):
+                if self.resize:
+                    images = [_resized(i, o.size) for i, o in zip(images, sample.images, strict=True)]
+                    videos = [_refitted(v, o) for v, o in zip(videos, sample.videos, strict=True)]
+                return {"images": images or None, "videos": videos or None}
+        frames = ", ".join(str(len(v)) for v in sample.videos)
+        raise InputError(
+            f"None of the {len(self.candidates)} candidates can stand for the pictures of this sample, "
+            f"{len(sample.images)} images and {len(sample.videos)} videos{f' of {frames} frames' if frames else ''}: a "
+            "candidate needs as many, and others than its own. For samples of several pictures give lists of as many, "
+            "or samples."
+        )
+
+
+class OtherQuestion(Corruption):
+    """Ask another question of the same pictures.
+
+    The counterpart has the sample's tokens only where the question has as many; `check_pair` tells.
+
+    Args:
+        text: The question, or a function of the sample that gives it.
+
+    Raises:
+        InputError: for something else; when called, for an empty question.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, corruptions, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = model.prepare("what color is the star ?", images=toys.VisualRetrieval().example(0).images)
+        >>> corruptions.OtherQuestion("what color is the heart ?")(model, sample).question
+        'what color is the heart ?'
+    """
+
+    same_length = False
+
+    def __init__(self, text: str | Callable[[Any], str]) -> None:
+        if not isinstance(text, str) and not callable(text):
+            raise InputError(f"The other question is a text, or a function of the sample; got {type(text).__name__}.")
+        self.text = text
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+        named = getattr(self.text, "__qualname__", type(self.text).__name__)
+        return {"corruption": "OtherQuestion", "text": self.text if isinstance(self.text, str) else f"function {named}"}
+
+    def changes(self, sample: Sample) -> dict[str, Any]:
+        """The other question."""
+        return {"question": self.text if isinstance(self.text, str) else self.text(sample)}
+
+
+def _candidates(given: Any) -> Iterator[Any]:
+    if isinstance(given, Sample | Video):
+        yield given
+    elif isinstance(given, SampleBatch):
+        yield from given.samples
+    else:
+        for one in loading.as_list(given):
+            yield from one.samples if isinstance(one, SampleBatch) else (one,)
+
+
+def _pictures(candidate: Any) -> tuple[list[Image.Image], list[Video]]:
+    if isinstance(candidate, Sample):
+        return list(candidate.images), list(candidate.videos)
+    each = [candidate] if isinstance(candidate, Video) else loading.as_list(candidate)
+    videos = [one for one in each if isinstance(one, Video)]
+    return [loading.load_image(one) for one in each if not isinstance(one, Video)], videos
+
+
+def _fits(sample: Sample, images: list[Image.Image], videos: list[Video]) -> bool:
+    return len(images) == len(sample.images) and [len(v) for v in videos] == [len(v) for v in sample.videos]
+
+
+def _same(sample: Sample, images: list[Image.Image], videos: list[Video]) -> bool:
+    return all(
+        a.size == b.size and a.tobytes() == b.tobytes() for a, b in zip(images, sample.images, strict=True)
+    ) and all(np.array_equal(a.frames, b.frames) for a, b in zip(videos, sample.videos, strict=True))
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _refitted(video: Video, original: Video) -> Video:
+    size = (original.width, original.height)
+    frames = np.stack([np.asarray(_resized(Image.fromarray(f), size)) for f in video.frames])
+    return Video(frames, original.times_s, original.fps, video.source)

@@ -1,0 +1,99 @@
+"""Editing the pixels of a region, picture by picture, with everything else left bit for bit."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+
+from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.layout import Region
+from hooked_mllm.layout.pixels import pixel_masks
+from hooked_mllm.layout.regions import as_regions
+from hooked_mllm.sample import Sample
+from hooked_mllm.video import Video
+
+#: takes the pixels of one picture or frame, 0 to 255, and which of them to change; returns new pixels
+PixelEdit = Callable[
+    [Float[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]], Float[np.ndarray, "height width 3"]
+]
+#: "target", a region or several, or None for all pictures whole
+Where = str | Region | Iterable[Region] | None
+
+
+def check_where(region: Any) -> Any:
+    """The region as given, safe to read more than once.
+
+    Raises:
+        InputError: for another name than "target".
+        LayoutError: for something that is no region.
+    """
+    if isinstance(region, str):
+        if region != "target":
+            raise InputError(
+                f"A region is 'target', a Box, Mask, Pages, Frames or Tube, or None for all; got {region!r}."
+            )
+        return region
+    return None if region is None else as_regions(region)
+
+
+def describe_where(region: Any) -> Any:
+    """The region as a record keeps it."""
+    return region if region is None or isinstance(region, str) else [repr(r) for r in region]
+
+
+def edited(sample: Sample, region: Any, edit: PixelEdit) -> dict[str, Any]:
+    """The sample's images and videos with the pixels of a region edited.
+
+    Raises:
+        InputError: for a sample without pictures, or without the target asked for.
+        LayoutError: for a region that its pictures do not have.
+    """
+    images, frames = [np.asarray(i) for i in sample.images], [v.frames.copy() for v in sample.videos]
+    for number, mask in masks_of(sample, region).items():
+        item = sample.layout.items[number]
+        if item.kind == "image":
+            images[item.index] = _edit(images[item.index], mask, edit)
+        else:
+            for f in np.flatnonzero(mask.any((1, 2))):
+                frames[item.index][f] = _edit(frames[item.index][f], mask[f], edit)
+    return pictures(sample, images, frames)
+
+
+def masks_of(sample: Sample, region: Any) -> dict[int, np.ndarray]:
+    """The pixels of a region, by the place of the image or video in the layout."""
+    items = sample.layout.items
+    if not items:
+        raise InputError("This sample has no images and no videos, so there are no pixels to change.")
+    if region is None:
+        sizes = [(i.height, i.width) if i.kind == "image" else (i.n_frames, i.height, i.width) for i in items]
+        return {number: np.ones(size, dtype=bool) for number, size in enumerate(sizes)}
+    return pixel_masks(items, target_of(sample) if isinstance(region, str) else region)
+
+
+def target_of(sample: Sample) -> list[Region]:
+    """The sample's target, as a list of regions.
+
+    Raises:
+        InputError: for a sample without one.
+    """
+    if sample.target is None:
+        raise InputError(
+            "The sample has no target to corrupt: give `target=` to prepare, such as Box(x0, y0, x1, y1), or name a "
+            "region here."
+        )
+    return as_regions(sample.target)
+
+
+def pictures(sample: Sample, images: list[np.ndarray], frames: list[np.ndarray]) -> dict[str, Any]:
+    """Pixels as `prepare` takes them, videos with the sample's own times."""
+    videos = [Video(f, v.times_s, v.fps, v.source) for f, v in zip(frames, sample.videos, strict=True)]
+    return {"images": [Image.fromarray(i) for i in images] or None, "videos": videos or None}
+
+
+def _edit(pixels: np.ndarray, mask: np.ndarray, edit: PixelEdit) -> np.ndarray:
+    if mask.shape != pixels.shape[:2]:
+        raise LayoutError(f"The mask {mask.shape} does not fit the picture {pixels.shape[:2]} [height width].")
+    new = edit(pixels.astype(np.float64), mask)
+    return np.where(mask[..., None], np.rint(new).clip(0, 255).astype(np.uint8), pixels)

@@ -1,0 +1,105 @@
+"""Corruptions that take away what a region shows: BlurRegion and MeanRegion."""
+
+from typing import Any
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+
+from hooked_mllm.corruptions.base import Corruption
+from hooked_mllm.corruptions.pixels import Where, check_where, describe_where, edited
+from hooked_mllm.errors import InputError
+from hooked_mllm.sample import Sample
+
+#: a Gaussian is cut off at so many standard deviations
+REACH = 4.0
+
+
+class BlurRegion(Corruption):
+    r"""Blur the target's pixels with a Gaussian; all other pixels stay.
+
+    The picture is convolved with $e^{-(x^2 + y^2) / 2 \sigma^2}$, its edges repeated outwards, and the region takes the
+    result: what it shows is smeared, and what surrounds it bleeds in.
+
+    Args:
+        sigma: Standard deviation, in pixels of the original.
+        region: What is blurred: "target", a region or several, or None for all pictures whole. Of a video, `Frames` and
+            `Tube` blur the frames that they hold.
+
+    Raises:
+        InputError: for a sigma that is not positive; when called, for a sample without a target.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, corruptions, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> corrupted = corruptions.BlurRegion(8)(model, sample)
+        >>> corrupted.images[0].size == sample.images[0].size
+        True
+    """
+
+    def __init__(self, sigma: float | int, region: Where = "target") -> None:
+        if not (np.isfinite(sigma) and sigma > 0):
+            raise InputError(f"sigma is a positive number of pixels; got {sigma!r}.")
+        self.sigma, self.region = float(sigma), check_where(region)
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+        return {"corruption": "BlurRegion", "sigma": self.sigma, "region": describe_where(self.region)}
+
+    def changes(self, sample: Sample) -> dict[str, Any]:
+        """The pictures with the region blurred."""
+        return edited(sample, self.region, self._blur)
+
+    def _blur(self, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        reach = int(REACH * self.sigma + 0.5)
+        # no more of a large picture than the blur can see
+        window = tuple(slice(max(0, a - reach), b + reach) for a, b in (_extent(mask.any(1)), _extent(mask.any(0))))
+        out = pixels.copy()
+        out[window] = gaussian_filter(pixels[window], (self.sigma, self.sigma, 0), mode="nearest", truncate=REACH)
+        return out
+
+
+def _extent(flags: Any) -> tuple[int, int]:
+    at = np.flatnonzero(flags)
+    return int(at[0]), int(at[-1]) + 1
+
+
+class MeanRegion(Corruption):
+    """Replace the target's pixels by one colour, the mean of the rest of the picture; all other pixels stay.
+
+    The mean of the region itself would keep some of what it shows. Where the region is the whole picture there is no
+    rest, and the colour is the picture's own mean. Of a video, each frame has its own.
+
+    Args:
+        region: What is replaced: "target", a region or several, or None for all pictures whole.
+        of: "rest" for the mean of the pixels outside the region, "region" for that of those inside.
+
+    Raises:
+        InputError: for an unknown `of`; when called, for a sample without a target.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, corruptions, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> corrupted = corruptions.MeanRegion()(model, sample)
+        >>> box = tuple(int(x) for x in (sample.target.x0, sample.target.y0, sample.target.x1, sample.target.y1))
+        >>> len(corrupted.images[0].crop(box).getcolors())
+        1
+    """
+
+    def __init__(self, region: Where = "target", of: str = "rest") -> None:
+        if of not in ("rest", "region"):
+            raise InputError(f"of is 'rest' or 'region': whose mean colour the region takes; got {of!r}.")
+        self.region, self.of = check_where(region), of
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+        return {"corruption": "MeanRegion", "region": describe_where(self.region), "of": self.of}
+
+    def changes(self, sample: Sample) -> dict[str, Any]:
+        """The pictures with the region in one colour."""
+        return edited(sample, self.region, self._fill)
+
+    def _fill(self, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        source = mask if self.of == "region" or mask.all() else ~mask
+        return np.broadcast_to(pixels[source].mean(0), pixels.shape)
