@@ -125,7 +125,7 @@ def check_seed(seed: Any) -> None:
     Raises:
         InputError: for anything but an integer from 0.
     """
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise InputError(f"seed is an integer from 0; got {seed!r}.")
 
 

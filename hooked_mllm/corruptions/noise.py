@@ -37,7 +37,7 @@ class ImageNoise(Corruption):
         if not (np.isfinite(std) and std > 0):
             raise InputError(f"std is a positive number of pixel values (0 to 255); got {std!r}.")
         check_seed(seed)
-        self.std, self.region, self.seed = float(std), check_where(region), int(seed)
+        self.std, self.region, self.seed = float(std), check_where(region), seed
 
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""

@@ -1,6 +1,6 @@
 """OtherImage and OtherQuestion: another picture under the question, another question under the picture."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class OtherImage(Corruption):
         self.candidates = tuple(_candidates(images))
         if not self.candidates:
             raise InputError("OtherImage has no pictures to draw from: give one at least.")
-        self.seed, self.resize = int(seed), resize
+        self.seed, self.resize = seed, resize
 
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""
@@ -98,7 +98,7 @@ class OtherQuestion(Corruption):
 
     same_length = False
 
-    def __init__(self, text: str | Callable[[Any], str]) -> None:
+    def __init__(self, text: Any) -> None:
         if not isinstance(text, str) and not callable(text):
             raise InputError(f"The other question is a text, or a function of the sample; got {type(text).__name__}.")
         self.text = text

@@ -52,7 +52,7 @@ class SwapRegion(Corruption):
     def __init__(self, box: Box | Sequence[float | int] | Callable[[Any], Any] | None = None, seed: int = 0) -> None:
         check_seed(seed)
         self.box = box if box is None or callable(box) else _as_box(box)
-        self.seed = int(seed)
+        self.seed = seed
 
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""
