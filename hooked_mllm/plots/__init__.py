@@ -7,4 +7,5 @@ from hooked_mllm.plots.curves import coverage_curve as coverage_curve
 from hooked_mllm.plots.head_map import head_map as head_map
 from hooked_mllm.plots.overlay import overlay as overlay
 from hooked_mllm.plots.overlay import overlay_grid as overlay_grid
+from hooked_mllm.plots.pair import pair as pair
 from hooked_mllm.plots.stability_map import stability_map as stability_map

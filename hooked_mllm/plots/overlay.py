@@ -120,7 +120,7 @@ def overlay_grid(
         raise InputError("nothing to draw: expected at least one panel of values")
     if columns < 1 or not 0 < opacity <= 1:
         raise InputError(f"expected columns >= 1 and 0 < opacity <= 1, got {columns=}, {opacity=}")
-    image, video = _which(sample, image, video)
+    image, video = which(sample, image, video)
     painted = {
         name: sample.layout.to_image(as_array(v, f"values {name!r}"), image=image, video=video, frame=frame, view=view)
         for name, v in values.items()
@@ -162,8 +162,12 @@ def _draw(
     plain_axes(axes)
 
 
-def _which(sample: Any, image: int | None, video: int | None) -> tuple[int | None, int | None]:
-    """The picture asked for, or else the target's, or else the first."""
+def which(sample: Any, image: int | None, video: int | None) -> tuple[int | None, int | None]:
+    """The picture asked for, or else the target's, or else the first.
+
+    Raises:
+        InputError: no sample, or one without pictures.
+    """
     if not hasattr(sample, "layout"):
         raise InputError(f"expected one Sample, got {type(sample).__name__}; of a batch take one, as in batch[0]")
     if image is not None or video is not None:

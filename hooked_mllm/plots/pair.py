@@ -1,0 +1,75 @@
+"""A sample and its corrupted counterpart, side by side."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from hooked_mllm.errors import InputError
+from hooked_mllm.plots.figure import new_figure, plain_axes
+from hooked_mllm.plots.outline import draw_targets
+from hooked_mllm.plots.overlay import which
+
+
+def pair(
+    clean: Any,
+    corrupted: Any,
+    *,
+    image: int | None = None,
+    video: int | None = None,
+    frame: int = 0,
+    target: bool = True,
+    title: str | None = None,
+    panel: float | int = 3.2,
+) -> Figure:
+    """One picture of a sample and the same of its corrupted counterpart, each under its question.
+
+    Args:
+        clean: the sample.
+        corrupted: what a corruption made of it.
+        image: number of the image; by default that of the target, or else the first.
+        video: number of the video, instead of an image.
+        frame: of a video, which of the frames given to the model.
+        target: outline the sample's target region.
+        title: above both.
+        panel: longer side of a picture, inches.
+
+    Raises:
+        InputError: something else than samples, or samples without this picture.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, corruptions, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> len(pair(sample, corruptions.MeanRegion()(model, sample)).axes)
+        2
+    """
+    image, video = which(clean, image, video)
+    which(corrupted, image, video)
+    shown = [_pixels(sample, image, video, frame) for sample in (clean, corrupted)]
+    scale = panel / max(shown[0].shape[:2])
+    height, width = (n * scale for n in shown[0].shape[:2])
+    figure = new_figure(2 * width + 0.4, height + 0.5 + (0.3 if title else 0.0))
+    for axes, sample, pixels, name in zip(
+        figure.subplots(1, 2), (clean, corrupted), shown, ("clean", "corrupted"), strict=True
+    ):
+        rows, columns = pixels.shape[:2]
+        # pixel i spans [i, i + 1], as in the layout's boxes
+        axes.imshow(pixels, extent=(0.0, float(columns), float(rows), 0.0), interpolation="nearest")
+        axes.set_title(f"{name}: {sample.question}", fontsize="medium", wrap=True)
+        if target and sample.target is not None:
+            draw_targets(axes, sample, image, video, frame)
+        plain_axes(axes)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _pixels(sample: Any, image: int | None, video: int | None, frame: int) -> np.ndarray:
+    try:
+        return sample.videos[video].frames[frame] if video is not None else np.asarray(sample.images[image])
+    except IndexError:
+        wanted = f"image {image}" if video is None else f"frame {frame} of video {video}"
+        raise InputError(
+            f"There is no {wanted}: the sample has {len(sample.images)} images and {len(sample.videos)} videos."
+        ) from None
