@@ -1,0 +1,178 @@
+"""What an ablation curve measured: every sample's value for every number of heads taken away."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from hooked_mllm.errors import CacheFileError, HeadError, InputError
+from hooked_mllm.heads.files import read_json, write_json
+
+KIND = "hooked_mllm.AblationCurve"
+
+
+@dataclass(frozen=True, eq=False)
+class AblationCurveResult:
+    """An objective against the number of heads ablated, for each ranking; `AblationCurve.run` measures it.
+
+    Attributes:
+        ks: Numbers of heads, ascending.
+        per_sample: The objective of every sample by ranking, `[seed k sample]`; "top" and "bottom" have one seed. NaN
+            where there is no control: fewer heads are left than were ranked.
+        heads: The heads ablated, by ranking, `[seed][k]` as text; None where there is no control.
+        moved: Of the random heads, how many had to be drawn from another layer than the ranked heads', `[seed][k]`.
+        objective: Name of the objective.
+        larger_is_better: Whether ablation that hurts lowers it.
+        provenance: Model, ranking, settings, objective, sample ids, versions.
+
+    Example:
+        >>> values = {"top": np.array([[[1.0, 1.0], [0.0, 1.0]]])}
+        >>> curve = AblationCurveResult(ks=(0, 4), per_sample=values, heads={"top": [["", "L0H0, L0H1, L1H0, L1H2"]]})
+        >>> curve.at("top", 4), curve.clean
+        (0.5, 1.0)
+    """
+
+    ks: tuple[int, ...]
+    per_sample: dict[str, Float[np.ndarray, "seed k sample"]]
+    heads: dict[str, list[list[str | None]]]
+    moved: list[list[int | None]] = field(default_factory=list)
+    objective: str = "objective"
+    larger_is_better: bool = True
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rankings(self) -> tuple[str, ...]:
+        """The rankings measured."""
+        return tuple(self.per_sample)
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        return next(iter(self.per_sample.values())).shape[2]
+
+    @property
+    def values(self) -> dict[str, Float[np.ndarray, "seed k"]]:
+        """The mean over samples, by ranking."""
+        return {name: values.mean(2) for name, values in self.per_sample.items()}
+
+    @property
+    def clean(self) -> float | None:
+        """The mean of the model as it is; None where k = 0 was not asked for."""
+        return float(next(iter(self.values.values()))[0, 0]) if self.ks[0] == 0 else None
+
+    def mean(self, ranking: str) -> Float[np.ndarray, " k"]:
+        """The mean over samples and seeds.
+
+        Raises:
+            InputError: for a ranking that was not measured.
+        """
+        return self._of(ranking).mean((0, 2))
+
+    def at(self, ranking: str, k: int) -> float:
+        """The mean over samples and seeds with `k` heads ablated.
+
+        Raises:
+            HeadError: for a k that was not measured.
+            InputError: for a ranking that was not.
+        """
+        if k not in self.ks:
+            raise HeadError(f"{k} heads were not ablated; the curve has k in {list(self.ks)}.")
+        return float(self.mean(ranking)[self.ks.index(k)])
+
+    def interval(
+        self, ranking: str, level: float = 0.95, n: int = 1000, seed: int = 0
+    ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+        r"""Percentile bootstrap of the mean: (low, high) for each k.
+
+        Each of `n` times, as many samples as there are get drawn with replacement, the same for every k and every seed
+        of the controls, and averaged; low and high are the $(1\mp\text{level})/2$ quantiles. The interval is about
+        which samples were asked, with the heads of the controls as they were drawn.
+
+        Raises:
+            InputError: for fewer than two samples, a level that is not between 0 and 1, or no draw.
+
+        Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+        """
+        values = self._of(ranking).mean(0)  # [k sample]
+        count = self.n_samples
+        if count < 2:
+            raise InputError(f"A bootstrap needs at least two samples; this curve has {count}.")
+        if not 0.0 < level < 1.0 or n < 1:
+            raise InputError(f"Expected a level between 0 and 1 and at least one draw; got level={level!r}, n={n!r}.")
+        weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n) / count
+        low, high = np.quantile(weights @ values.T, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return low, high
+
+    def table(self) -> str:
+        """Mean and 95 % interval for each k, as text."""
+        columns = [[f"{k:>5}" for k in self.ks]]
+        for name in self.rankings:
+            mean = self.mean(name)
+            low, high = self.interval(name) if self.n_samples > 1 else (mean, mean)
+            cells = [
+                "-" if np.isnan(m) else f"{m:.3f} [{lo:.3f}, {hi:.3f}]"
+                for m, lo, hi in zip(mean, low, high, strict=True)
+            ]
+            columns.append([f"{cell:>22}" for cell in cells])
+        head = f"{'heads':>5}" + "".join(f"{name:>22}" for name in self.rankings)
+        return "\n".join([head, *("".join(row) for row in zip(*columns, strict=True))])
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the curves with `hooked_mllm.plots.ablation_curves`; returns a matplotlib Figure."""
+        from hooked_mllm.plots import ablation_curves
+
+        return ablation_curves(self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything as JSON."""
+        content = {
+            "ks": list(self.ks),
+            "per_sample": {name: to_lists(values) for name, values in self.per_sample.items()},
+            **{name: getattr(self, name) for name in _PLAIN},
+        }
+        write_json(Path(path), KIND, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "AblationCurveResult":
+        """Read what `save` wrote.
+
+        Raises:
+            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+        """
+        content = read_json(Path(path), KIND)
+        try:
+            per_sample = {name: from_lists(values) for name, values in content["per_sample"].items()}
+            ks = tuple(int(k) for k in content["ks"])
+            shapes = [v.shape for v in per_sample.values()]
+            if not shapes or any(len(s) != 3 or s[1:] != (len(ks), shapes[0][2]) for s in shapes):
+                raise ValueError("its parts do not fit each other")
+            return cls(ks, per_sample, **{name: content[name] for name in _PLAIN})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CacheFileError(f"{path} is damaged: {error!r}") from None
+
+    def __repr__(self) -> str:
+        last = ", ".join(f"{name} {self.values[name].mean(0)[-1]:.3f}" for name in self.rankings)
+        return (
+            f"AblationCurveResult({self.objective}, k from {self.ks[0]} to {self.ks[-1]}, {self.n_samples} samples; "
+            f"at k={self.ks[-1]}: {last})"
+        )
+
+    def _of(self, ranking: str) -> np.ndarray:
+        if ranking not in self.per_sample:
+            raise InputError(f"Expected one of the rankings {', '.join(self.rankings)}; got {ranking!r}.")
+        return self.per_sample[ranking]
+
+
+_PLAIN = ("heads", "moved", "objective", "larger_is_better", "provenance")
+
+
+def to_lists(values: np.ndarray) -> Any:
+    """Nested lists of numbers, None for NaN, as JSON takes them."""
+    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+
+
+def from_lists(values: Any) -> np.ndarray:
+    """What `to_lists` made, as float64."""
+    return np.array(values, dtype=np.float64)  # None becomes NaN
