@@ -344,6 +344,35 @@ class HookedMLLM(RunMethods, HookMethods):
                 raise HookValueError(f"Expected a name or a callable; got {type(implementation).__name__}.")
             yield
 
+    # -- other tools -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def nnsight(self) -> Any:
+        """The same module object as an nnsight object, with this package's names inside a trace; see `NNsightModel`.
+
+        nnsight is imported on first use. It gives every Python object a method `save`, which some packages do not bear
+        while they are imported: import everything else first.
+
+        Raises:
+            InputError: when nnsight is not installed.
+
+        Example:
+            >>> from hooked_mllm import HookedMLLM, toys
+            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+            >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+            >>> with model.nnsight.trace(sample):
+            ...     z = model.nnsight["blocks.3.attn.hook_z"].save()
+        """
+        try:
+            from hooked_mllm.nnsight_bridge import NNsightModel
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != "nnsight":
+                raise
+            raise InputError(
+                "model.nnsight needs nnsight, which is not installed: pip install 'nnsight>=0.8'."
+            ) from error
+        return NNsightModel(self)
+
     # -- trust -----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
