@@ -3,8 +3,11 @@
 No figure is registered with pyplot, so none has to be closed, and no setting of matplotlib is changed.
 """
 
+from hooked_mllm.plots.ablation_curves import ablation_curves as ablation_curves
 from hooked_mllm.plots.curves import coverage_curve as coverage_curve
+from hooked_mllm.plots.group_bars import group_bars as group_bars
 from hooked_mllm.plots.head_map import head_map as head_map
+from hooked_mllm.plots.head_map import head_maps as head_maps
 from hooked_mllm.plots.overlay import overlay as overlay
 from hooked_mllm.plots.overlay import overlay_grid as overlay_grid
 from hooked_mllm.plots.pair import pair as pair

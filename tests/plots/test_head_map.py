@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_mllm.errors import HeadError
+from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
-from hooked_mllm.plots import head_map
+from hooked_mllm.plots import head_map, head_maps
 from hooked_mllm.plots.figure import NotebookFigure
 
 VALUES = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
@@ -78,3 +78,24 @@ def test_scores_plot_themselves_and_show_in_notebooks():
     figure = HeadScores(VALUES).plot(top=2)
     assert isinstance(figure, NotebookFigure) and len(framed(figure)) == 2
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_maps_side_by_side_frame_their_own_top_heads():
+    ram, vision = HeadScores(torch.rand(3, 4), name="RAM"), HeadScores(torch.rand(3, 4) * 9, name="VisionMass")
+    figure = head_maps([ram, vision], top=2, title="toy")
+    for axes, scores in zip(figure.axes[:2], (ram, vision), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), scores.values.numpy())
+        framed = {(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in axes.patches}
+        assert framed == set(scores.top(2)) and axes.get_title() == scores.name
+        assert axes.images[0].norm.vmax == pytest.approx(scores.values.max().item())
+    assert figure.get_suptitle() == "toy"
+
+
+def test_maps_that_do_not_go_together():
+    ram = HeadScores(torch.rand(3, 4))
+    with pytest.raises(InputError, match="got 1 for 2"):
+        head_maps([ram, ram], titles=["one"])
+    with pytest.raises(InputError, match="got 0 for 0"):
+        head_maps([])
+    with pytest.raises(HeadError, match=r"shapes \(3, 4\), \(2, 2\)"):
+        head_maps([ram, HeadScores(torch.rand(2, 2))])
