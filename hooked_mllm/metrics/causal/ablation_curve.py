@@ -50,8 +50,8 @@ class AblationCurve:
     - $m$: the objective, by default whether greedy decoding gives the answer. k = 0 is the clean model.
 
     The random heads are a control of the top ones: as many, in the same layers, none of them among the top k, once for
-    each seed. Where a layer has too few left, the rest is drawn from other layers, and `result.moved` counts them; where
-    fewer heads than k are left in all, there is no control and the curve ends (NaN).
+    each seed. Where a layer has too few left, the rest is drawn from other layers, and `result.moved` counts them.
+    Where fewer heads than k are left in all, there is no control and the curve ends (NaN).
 
     Answers are teacher-forced: one forward pass sees the prompt and the answer, and heads are taken away at all
     positions (`phase="both"`), at those of the prompt ("prefill": its last position, which gives the answer's first

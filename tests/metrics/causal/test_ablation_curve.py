@@ -60,7 +60,7 @@ def log_p(family, sample, heads, phase, value=0.0):
 def test_it_equals_a_plain_loop_with_bare_hooks(family, samples, phase):
     curve = AblationCurve(SCORES, ks=[3, 0, 7], phase=phase, seeds=[4, 2])
     found = curve.run(wrapped(family), samples(family), objective=AnswerLogProb(), batch_size=2, progress=False)
-    order = sorted(((-float(SCORES.values[l, h]), l, h) for l in range(LAYERS) for h in range(HEADS)))
+    order = sorted((-float(SCORES.values[l, h]), l, h) for l in range(LAYERS) for h in range(HEADS))
     order = [(l, h) for _, l, h in order]
     assert found.ks == (0, 3, 7) and found.rankings == ("top", "bottom", "random")
     for i, sample in enumerate(samples(family)):

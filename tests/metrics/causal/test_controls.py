@@ -1,4 +1,4 @@
-"""Random controls: as many heads, in the same layers, none of the ranked ones, and what happens where that cannot be."""
+"""Random controls: as many heads, in the same layers, none of the ranked ones; and where that cannot be."""
 
 from collections import Counter
 
