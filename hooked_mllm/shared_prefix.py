@@ -111,8 +111,8 @@ def _torch_hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _is_foreign(fn: Callable[..., Any]) -> bool:
-    """Whether a torch hook is not one that transformers records outputs with."""
-    return not (getattr(fn, "__module__", None) or "").startswith("transformers.")
+    """Whether a torch hook is neither one that transformers records outputs with nor carries hook points."""
+    return not (getattr(fn, "__module__", None) or "").startswith(("transformers.", "hooked_mllm."))
 
 
 class _Held:

@@ -62,7 +62,9 @@ class EvidenceAgreement(ABC):
             )
         return relevance / relevance.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
-    def targets(self, model: "HookedMLLM", samples: Sample | Iterable[Sample], share: float = 0.01) -> Iterator[Sample]:
+    def targets(
+        self, model: "HookedMLLM", samples: Sample | Iterable[Any], share: float | int = 0.01
+    ) -> Iterator[Sample]:
         """The samples with the model's own evidence as their target, for any metric that needs one.
 
         Args:
@@ -83,7 +85,7 @@ class EvidenceAgreement(ABC):
     def run(
         self,
         model: "HookedMLLM",
-        samples: Sample | Iterable[Sample],
+        samples: Sample | Iterable[Any],
         *,
         checkpoint: str | Path | None = None,
         progress: bool = True,

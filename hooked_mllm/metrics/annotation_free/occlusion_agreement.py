@@ -91,7 +91,7 @@ class OcclusionAgreement(EvidenceAgreement):
         model: "HookedMLLM",
         sample: Sample,
         answer: Int[Tensor, " token"],
-        places: Sequence[Int[Tensor, " place"]],
+        places: Sequence[Int[Tensor, " _"]],
         visual: Int[Tensor, " visual"],
     ) -> Float[Tensor, " place"]:
         """What the answer's log-probability loses by each set of positions that is occluded."""

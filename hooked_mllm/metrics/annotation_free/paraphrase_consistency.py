@@ -1,7 +1,7 @@
 """ParaphraseConsistency: attention that every wording of a question sends to a token, and other questions do not."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -57,7 +57,7 @@ class ParaphraseConsistency(QuestionScore):
 
     advice = "Measure on `metric.groups(model, samples, paraphrase)`."
 
-    def __init__(self, *, wordings: int = 2, queries: str = "question", share: float = 0.01) -> None:
+    def __init__(self, *, wordings: int = 2, queries: str = "question", share: float | int = 0.01) -> None:
         super().__init__(queries=queries, share=share)
         if wordings < 2:
             raise InputError(f"wordings must be 2 at least, to agree or not; got {wordings!r}.")
@@ -66,7 +66,7 @@ class ParaphraseConsistency(QuestionScore):
     def groups(
         self,
         model: "HookedMLLM",
-        samples: Sample | Iterable[Sample],
+        samples: Sample | Iterable[Any],
         paraphrase: Callable[[str], Sequence[str]],
         questions: Sequence[str] | None = None,
         *,

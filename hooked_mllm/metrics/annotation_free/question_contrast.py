@@ -1,7 +1,7 @@
 """QuestionContrast: attention that goes where this question sends it, and other questions do not."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -58,13 +58,13 @@ class QuestionContrast(QuestionScore):
 
     advice = "Measure on `QuestionContrast.groups(model, samples)`."
 
-    def __init__(self, *, queries: str = "question", share: float = 0.01) -> None:
+    def __init__(self, *, queries: str = "question", share: float | int = 0.01) -> None:
         super().__init__(queries=queries, share=share)
 
     @staticmethod
     def groups(
         model: "HookedMLLM",
-        samples: Sample | Iterable[Sample],
+        samples: Sample | Iterable[Any],
         questions: Sequence[str] | None = None,
         *,
         n: int = 4,

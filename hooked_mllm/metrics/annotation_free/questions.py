@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class QuestionScore(HeadMetric):
     #: what a batch of another kind is told
     advice = ""
 
-    def __init__(self, *, queries: str, share: float) -> None:
+    def __init__(self, *, queries: str, share: float | int) -> None:
         super().__init__()
         if not 0.0 < share <= 1.0:
             raise InputError(f"share must be above 0 and at most 1 (of the visual tokens); got {share!r}.")
@@ -59,7 +59,7 @@ class QuestionScore(HeadMetric):
         return gain.clamp(min=0).topk(share_count(self.share, gain.shape[-1]), dim=-1).values.sum(-1)
 
 
-def unannotated(samples: Sample | Iterable[Sample]) -> Iterator[Sample]:
+def unannotated(samples: Sample | Iterable[Any]) -> Iterator[Sample]:
     """The samples without their targets, so that no score can come to depend on them.
 
     Raises:

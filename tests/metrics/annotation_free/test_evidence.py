@@ -1,0 +1,239 @@
+"""The model's own evidence: gradients and occlusions against plain transformers with bare torch hooks."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from cache_witness import attentions, hooked, plain
+from tiny import tiny_image
+
+from hooked_mllm import Box, HookedMLLM, SampleBatch
+from hooked_mllm.errors import InputError, NumericsError
+from hooked_mllm.metrics import GradientAgreement, OcclusionAgreement, RetrievalAttentionMass
+from hooked_mllm.metrics.annotation_free import EvidenceAgreement
+from hooked_mllm.metrics.annotation_free.gradient_agreement import log_odds
+from hooked_mllm.toys import VisualRetrieval
+
+
+def prepared(family, number=0, **more):
+    text = ("What colour is the mug?", "Where is the dog in the picture of the star?")[number]
+    return hooked(family).prepare(text, images=tiny_image(32, 24, seed=number), **more)
+
+
+def with_features(family, inputs, change):
+    """Logits of plain transformers after `change` of all that the language model is given for the visual tokens.
+
+    `change` takes a list of tensors [visual d_model], the embeddings first and DeepStack's additions after them.
+    """
+    model, visual = plain(family), None
+    ids = inputs["input_ids"][0]
+    tokens = [
+        getattr(model.config, name) for name in ("image_token_id", "video_token_id") if hasattr(model.config, name)
+    ]
+    visual = torch.isin(ids, torch.tensor(tokens))
+
+    def pre(module, args, kwargs):
+        embeds = kwargs["inputs_embeds"].clone()
+        deep = kwargs.get("deepstack_visual_embeds") or []
+        first, *more = change([embeds[0, visual].detach(), *(d.detach() for d in deep)])
+        kwargs["inputs_embeds"] = embeds.detach().index_put((torch.tensor(0), visual.nonzero()[:, 0]), first)
+        if more:
+            kwargs["deepstack_visual_embeds"] = more
+        return args, kwargs
+
+    handle = model.model.language_model.register_forward_pre_hook(pre, with_kwargs=True)
+    try:
+        return model(**inputs, use_cache=False).logits[0], visual
+    finally:
+        handle.remove()
+
+
+def forced(family, sample, n):
+    """The prompt and its greedy answer but the last token, by plain transformers; and the answer."""
+    model = plain(family)
+    out = model.generate(**sample.inputs, max_new_tokens=n, do_sample=False)[0, len(sample) :]
+    more = len(out) - 1
+    inputs = dict(sample.inputs)
+    for name, value in sample.inputs.items():
+        if value.shape == (1, len(sample)):
+            fill = out[None, :-1] if name == "input_ids" else torch.full((1, more), int(name == "attention_mask"))
+            inputs[name] = torch.cat([value, fill.to(value)], dim=1)
+    return inputs, out
+
+
+def reset(family):
+    if family == "qwen3_vl":
+        plain(family).model.rope_deltas = None
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3])
+def test_gradients(family, n_tokens):
+    sample = prepared(family, 1)
+    reset(family)
+    inputs, answer = forced(family, sample, n_tokens)
+    reset(family)
+    leaves = []
+
+    def watch(features):
+        leaves.extend(f.requires_grad_(True) for f in features)
+        return leaves
+
+    logits, visual = with_features(family, inputs, watch)
+    p = logits[-len(answer) :].double().softmax(-1).gather(1, answer[:, None])[:, 0]
+    (p / (1 - p)).log().sum().backward()
+    assert len(leaves) == (3 if family == "qwen3_vl" else 1)
+    rules = {
+        "norm": sum(leaf.grad.double().square().sum(-1) for leaf in leaves),
+        "gradient_x_input": sum((leaf.grad * leaf.detach()).double().sum(-1) for leaf in leaves).abs(),
+    }
+    for rule, due in rules.items():
+        agreement = GradientAgreement(rule=rule, n_tokens=n_tokens)
+        weights = agreement.weights(hooked(family), sample)
+        np.testing.assert_allclose(weights[visual[: len(sample)]], due / due.sum(), rtol=2e-3, atol=1e-5)
+        assert not weights[~visual[: len(sample)]].any() and weights.sum() == pytest.approx(1)
+        assert due.max() > 2 * due.mean()
+
+
+@torch.no_grad()
+def drop(family, inputs, answer, at):
+    """What the answer's log-probability loses when the visual tokens numbered `at` get the mean features."""
+
+    def occlude(features):
+        out = []
+        for f in features:
+            f = f.clone()
+            f[at] = f.mean(0)
+            out.append(f)
+        return out
+
+    values = []
+    for change in (lambda features: features, occlude):
+        reset(family)
+        logits, _ = with_features(family, inputs, change)
+        values.append(logits[-len(answer) :].double().log_softmax(-1).gather(1, answer[:, None]).sum())
+    return float(values[0] - values[1])
+
+
+@pytest.mark.parametrize(("n_tokens", "window", "refine"), [(1, None, 2), (2, 5, 1)])
+def test_occlusions(family, n_tokens, window, refine):
+    sample = prepared(family)
+    reset(family)
+    inputs, answer = forced(family, sample, n_tokens)
+    count = int(sample.mask("visual").sum())
+    width = window or int(np.ceil(np.sqrt(count)))
+    windows = [list(range(i, min(i + width, count))) for i in range(0, count, width)]
+    coarse = [drop(family, inputs, answer, at) for at in windows]
+    tried = [w for w in np.argsort(coarse)[::-1][:refine] if coarse[w] > 0]
+    due = np.zeros(count)
+    for j in (j for w in tried for j in windows[w]):
+        due[j] = max(drop(family, inputs, answer, [j]), 0)
+    agreement = OcclusionAgreement(window=window, refine=refine, batch_size=3, n_tokens=n_tokens)
+    weights = agreement.weights(hooked(family), sample)
+    visual = sample.mask("visual")[0]
+    np.testing.assert_allclose(weights[visual], due / due.sum(), atol=1e-4)
+    assert not weights[~visual].any()
+
+
+def test_scores_are_the_weighted_rows(family):
+    samples = [replace(prepared(family, n), id=f"s{n}") for n in range(2)]
+    for agreement in (GradientAgreement(), GradientAgreement(queries="last"), OcclusionAgreement(batch_size=4)):
+        found = agreement.run(hooked(family), samples, progress=False)
+        due = []
+        for sample in samples:
+            rows = torch.stack(attentions(family, sample.inputs))[:, 0].double()
+            a = rows[:, :, sample.mask(agreement.queries)[0]].mean(2)
+            due.append((a * agreement.weights(hooked(family), sample)).sum(-1).numpy())
+        np.testing.assert_allclose(found.values, np.mean(due, axis=0), atol=1e-6)
+        assert found.name == type(agreement).__name__ == found.provenance["metric"]
+        assert found.provenance["config"] == agreement.config()
+        assert found.provenance["sample_ids"] == ["s0", "s1"] and found.provenance["without_evidence"] == 0
+
+
+def test_targets_are_the_heaviest_tokens(family):
+    model, sample = hooked(family), prepared(family, target=Box(0, 0, 8, 8))
+    agreement = GradientAgreement()
+    count = int(sample.mask("visual").sum())
+    (found,) = agreement.targets(model, sample, share=3 / count)
+    weights = agreement.weights(model, sample)
+    assert set(found.target_mask.nonzero()[:, 0].tolist()) == set(np.argsort(-weights.numpy())[:3].tolist())
+    ram = model.measure(found, RetrievalAttentionMass(), progress=False)
+    rows = torch.stack(attentions(family, sample.inputs))[:, 0]
+    due = rows[:, :, sample.mask("question")[0]].mean(2)[..., found.target_mask].sum(-1)
+    np.testing.assert_allclose(ram.values, due, atol=1e-5)
+
+
+def test_the_model_is_left_as_it_was(family):
+    model, sample = hooked(family), prepared(family)
+    model.hf_model.requires_grad_(True)
+    try:
+        GradientAgreement(n_tokens=2).run(model, sample, progress=False)
+        assert all(p.requires_grad and p.grad is None for p in model.hf_model.parameters())
+    finally:
+        model.hf_model.requires_grad_(False)
+    OcclusionAgreement().run(model, sample, progress=False)
+    assert not any(point.active for point in model.hook_dict.values())
+    assert torch.equal(model(sample), plain_logits(family, sample))
+
+
+def plain_logits(family, sample):
+    reset(family)
+    return plain(family, "sdpa")(**sample.inputs, use_cache=False).logits
+
+
+class Fixed(EvidenceAgreement):
+    """Evidence that is told."""
+
+    def __init__(self, *, values):
+        super().__init__()
+        self.values = values
+
+    def relevance(self, model, sample):
+        return torch.full((len(sample),), self.values[sample.id])
+
+
+def test_samples_without_evidence_are_left_out_and_counted(family):
+    model = hooked(family)
+    samples = [replace(prepared(family, n), id=f"s{n}") for n in range(2)]
+    found = Fixed(values={"s0": 0.0, "s1": 2.0}).run(model, samples, progress=False)
+    alone = Fixed(values={"s1": 1.0}).run(model, samples[1], progress=False)
+    assert torch.equal(found.values, alone.values)
+    assert found.provenance["without_evidence"] == 1 and found.provenance["n_samples"] == 1
+    with pytest.raises(InputError, match="no sample to measure"):
+        Fixed(values={"s0": 0.0}).run(model, samples[:1], progress=False)
+    with pytest.raises(NumericsError, match="relevance of .* is not finite"):
+        Fixed(values={"s0": torch.nan}).run(model, samples[:1], progress=False)
+
+
+def test_refusals(family):
+    model, sample = hooked(family), prepared(family)
+    with pytest.raises(InputError, match="rule must be one of norm"):
+        GradientAgreement(rule="sum")
+    with pytest.raises(InputError, match="n_tokens must be 1"):
+        OcclusionAgreement(n_tokens=0)
+    for name in ("window", "refine", "batch_size"):
+        with pytest.raises(InputError, match=f"{name} must be 1"):
+            OcclusionAgreement(**{name: 0})
+    with pytest.raises(InputError, match="share must be above 0"):
+        next(GradientAgreement().targets(model, sample, share=0.0))
+    with pytest.raises(InputError, match="without answer="):
+        GradientAgreement().run(model, prepared(family, answer="red"), progress=False)
+    with pytest.raises(InputError, match="one by one"):
+        GradientAgreement().run(model, [SampleBatch.collate([sample])], progress=False)
+
+
+def test_log_odds_of_a_sure_model_keep_their_gradient():
+    logits = torch.tensor([[60.0, 1.0, 0.0]], requires_grad=True)
+    log_odds(logits, torch.tensor([0])).sum().backward()
+    due = np.array([1.0, -1 / (1 + np.exp(-1)), -1 / (1 + np.e)])
+    np.testing.assert_allclose(logits.grad[0].numpy(), due, rtol=1e-6)
+
+
+def test_evidence_of_a_planted_toy_is_the_target():
+    model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32", check=False)
+    samples = VisualRetrieval(seed=7).samples(model, 4)
+    for agreement in (GradientAgreement(), OcclusionAgreement(batch_size=16)):
+        found = [bool(s.target_mask[agreement.weights(model, s).argmax()]) for s in samples]
+        assert sum(found) >= 3  # by chance, one of 144
+        scores = agreement.run(model, samples, progress=False)
+        assert set(scores.top(4)) == {(2, 4), (2, 5), (2, 6), (2, 7)}

@@ -1,0 +1,154 @@
+"""QuestionContrast and ParaphraseConsistency against NumPy on patterns of plain transformers, each prompt run apart."""
+
+import numpy as np
+import pytest
+import torch
+from cache_witness import attentions, hooked
+from tiny import tiny_image
+
+from hooked_mllm import Box, HookedMLLM, SampleBatch
+from hooked_mllm.errors import InputError
+from hooked_mllm.metrics import NullQuery, ParaphraseConsistency, QuestionContrast
+from hooked_mllm.shared_prefix import SharedPrefix
+from hooked_mllm.toys import VisualRetrieval
+
+QUESTIONS = ("What colour is the mug?", "Where is the dog in the picture of the star?", "Is the star red?", "so")
+PICTURES = [tiny_image(32, 24, seed=n) for n in range(3)]
+
+
+def prepared(family, **more):
+    texts = QUESTIONS[:3]
+    return [hooked(family).prepare(t, images=p, id=t, **more) for t, p in zip(texts, PICTURES, strict=True)]
+
+
+def visual_rows(family, picture, question) -> np.ndarray:
+    """[layer head visual]: the mean eager row of the question's tokens, of a prompt of its own."""
+    one = hooked(family).prepare(question, images=picture)
+    pattern = torch.stack(attentions(family, one.inputs))[:, 0].double().numpy()
+    return pattern[:, :, one.mask("question")[0].numpy()].mean(2)[..., one.mask("visual")[0].numpy()]
+
+
+def best(gain: np.ndarray, share: float) -> np.ndarray:
+    count = int(np.ceil(share * gain.shape[-1] - 1e-9))
+    return np.sort(np.maximum(gain, 0), axis=-1)[..., -count:].sum(-1)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+def test_question_contrast(family, share):
+    model, metric = hooked(family), QuestionContrast(share=share).keep_samples()
+    samples = prepared(family)
+    found = model.measure(metric.groups(model, samples, n=2), metric, progress=False)
+    assert found.provenance["shared_prefix"] == {"reused": 3, "whole": 0} and found.provenance["n_samples"] == 3
+    for number, picture in enumerate(PICTURES):
+        rows = [visual_rows(family, picture, text) for text in QUESTIONS[:3]]
+        due = np.mean([best(a - (sum(rows) - a) / 2, share) for a in rows], axis=0)
+        np.testing.assert_allclose(metric.sample_scores().values[number], due, atol=1e-5)
+    np.testing.assert_allclose(found.values, metric.sample_scores().values.mean(0), atol=1e-12)
+    assert found.values.std() > 1e-3
+
+
+def wordings(question):
+    return [question, f"so {question}", "the dog is red" if "dog" in question else f"{question} so so"]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_paraphrase_consistency(family, share):
+    model, metric = hooked(family), ParaphraseConsistency(wordings=3, share=share)
+    samples = prepared(family)
+    found = model.measure(metric.groups(model, samples, wordings, n=2), metric, progress=False)
+    due = []
+    for picture in PICTURES:
+        rows = [[visual_rows(family, picture, w) for w in wordings(text)] for text in QUESTIONS[:3]]
+        for x in range(3):
+            others = [np.mean(rows[y], axis=0) for y in range(3) if y != x]
+            due.append(best(np.min(rows[x], axis=0) - np.mean(others, axis=0), share))
+    np.testing.assert_allclose(found.values, np.mean(due, axis=0), atol=1e-5)
+
+
+def test_questions_are_drawn_by_seed_and_never_ones_own(family):
+    model, samples = hooked(family), prepared(family)
+
+    def drawn(**options):
+        return [[s.question for s in batch] for batch in QuestionContrast.groups(model, samples, **options)]
+
+    assert drawn(n=2) == drawn(n=2)
+    for own, batch in zip(samples, drawn(n=2), strict=True):
+        assert batch[0] == own.question and sorted(batch) == sorted(QUESTIONS[:3])
+    given = drawn(questions=["so", "so", QUESTIONS[0]], n=1)
+    assert given[0] == [QUESTIONS[0], "so"] and given[1][1] in ("so", QUESTIONS[0])
+    assert len({str(drawn(questions=[*QUESTIONS, "the", "red"], n=2, seed=seed)) for seed in range(4)}) > 1
+
+
+def test_paraphrases_of_one_question_never_stand_against_each_other(family):
+    model = hooked(family)
+    texts = ("What colour is the mug?", "so What colour is the mug?", "Is the star red?")
+    samples = [model.prepare(t, images=PICTURES[0]) for t in texts]
+    same = {t: [texts[0], texts[1]] for t in texts[:2]} | {texts[2]: [texts[2], "so"]}
+    metric = ParaphraseConsistency(wordings=2)
+    for batch in metric.groups(model, samples, same.__getitem__, n=1):
+        assert {s.question for s in batch.samples[:2]} ^ {s.question for s in batch.samples[2:]} == {*texts, "so"}
+
+
+def test_targets_are_not_looked_at(family):
+    model = hooked(family)
+    scores = []
+    for target in (None, Box(0, 0, 8, 8), Box(16, 8, 32, 24)):
+        metric = QuestionContrast()
+        samples = prepared(family, target=target)
+        groups = list(metric.groups(model, samples, n=1))
+        assert all(s.target_mask is None and s.target is None for batch in groups for s in batch)
+        scores.append(model.measure(groups, metric, progress=False).values)
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[0], scores[2])
+
+
+def test_left_padded_batches_give_the_same(family):
+    model, metric, whole = hooked(family), QuestionContrast(share=0.3), QuestionContrast(share=0.3)
+    groups = list(metric.groups(model, prepared(family), n=2))
+    shared = model.measure(groups, metric, progress=False)
+    plain = model.measure([SampleBatch.collate(batch.samples) for batch in groups], whole, progress=False)
+    np.testing.assert_allclose(shared.values, plain.values, atol=1e-5)
+
+
+def test_refusals(family):
+    model, samples = hooked(family), prepared(family)
+    for build in (lambda s: QuestionContrast(share=s), lambda s: ParaphraseConsistency(share=s)):
+        for share in (0.0, 1.5, -1):
+            with pytest.raises(InputError, match="share must be above 0"):
+                build(share)
+    with pytest.raises(InputError, match="wordings must be 2"):
+        ParaphraseConsistency(wordings=1)
+    with pytest.raises(InputError, match="only 2 differ"):
+        next(QuestionContrast.groups(model, samples, n=3))
+    with pytest.raises(InputError, match="n must be 1"):
+        next(QuestionContrast.groups(model, samples, n=0))
+    with pytest.raises(InputError, match="Expected 3 different wordings"):
+        next(ParaphraseConsistency(wordings=3).groups(model, samples, lambda q: [q, q, "so"], n=1))
+    with pytest.raises(InputError, match="without answer="):
+        next(QuestionContrast.groups(model, prepared(family, answer="red"), n=1))
+    with pytest.raises(InputError, match="one by one"):
+        next(QuestionContrast.groups(model, [SampleBatch.collate(samples)], n=1))
+    with pytest.raises(InputError, match="needs two questions"):
+        model.measure(samples[0], QuestionContrast(), progress=False)
+    with pytest.raises(InputError, match="differ before their questions"):
+        odd = model.prepare("so", images=PICTURES[:2])
+        model.measure(SampleBatch.collate([samples[0], odd]), QuestionContrast(), progress=False)
+    three = SampleBatch.collate([samples[0], *(NullQuery(t).sample(model, samples[0]) for t in ("so", "red"))])
+    with pytest.raises(InputError, match="two questions at least, 2 wordings each; the batch holds 3"):
+        model.measure(three, ParaphraseConsistency(), progress=False)
+
+
+def test_a_head_that_ignores_the_question_scores_nothing(family):
+    model, sample = hooked(family), prepared(family)[0]
+    with model.hooks([("blocks.1.attn.hook_rot_q", lambda q, hook: torch.zeros_like(q))]):
+        # as many tokens, so that even attention is the same
+        other = NullQuery("What colour is the dog?").sample(model, sample)
+        scores = model.measure(SharedPrefix.collate([sample, other]), QuestionContrast(share=1.0), progress=False)
+    assert scores.values[1].abs().max() < 1e-6 < scores.values[2].min()
+
+
+def test_planted_heads_are_found_without_a_target():
+    model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32", check=False)
+    samples = VisualRetrieval(seed=7).samples(model, 8)
+    metric = QuestionContrast()
+    scores = model.measure(metric.groups(model, samples, n=2), metric, progress=False)
+    assert set(scores.top(4)) == {(2, 4), (2, 5), (2, 6), (2, 7)}
