@@ -108,36 +108,50 @@ def main() -> None:
     loop(hf, inputs, heads[:4])
     facts: dict[str, Any] = {}
 
-    def sweep(first: int) -> torch.Tensor:
-        if device == "cuda":
+    def sweep(first: int | None, compiled: bool) -> torch.Tensor:
+        cuda = device == "cuda"
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        engine = Sweep(model, sample, objective(), batch_size=arguments.batch_size)
+        before = torch.cuda.memory_allocated() if cuda else 0
+        engine = Sweep(model, sample, objective(), batch_size=arguments.batch_size, compile=compiled)
         values = engine.run(ablations(heads, None if first == 0 else slice(first, None)))[:, 0]
-        facts[str(first)] = {"batch": engine.batch.now, "shrunk": engine.batch.shrunk}
-        if device == "cuda":
-            facts[str(first)]["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        facts.update(batch=engine.batch.now, shrunk=engine.batch.shrunk)
+        if cuda:
+            facts["peak_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
         return values
 
-    sweep(0)
     plain, looped = seconds(lambda: loop(hf, inputs, heads))
-    careful, _ = seconds(lambda: loop(hf, inputs, few, logits_to_keep=1))
-    careful *= len(heads) / len(few)
-    rows = {"every position": (0, plain)}
-    part, _ = seconds(lambda: loop(hf, inputs, few, question))
-    rows["the question's positions"] = (question, part * len(heads) / len(few))
-    print(f"plain loop: {plain:.2f} s, {plain / len(heads) * 1e3:.1f} ms a head; with logits of one position {careful:.2f} s")
+    share = len(heads) / len(few)
+    careful = seconds(lambda: loop(hf, inputs, few, logits_to_keep=1))[0] * share
+    print(f"plain loop: {plain:.2f} s, {plain / len(heads) * 1e3:.1f} ms a head")
+    print(f"the loop, computing logits of the last position alone: {careful:.2f} s (from {len(few)} heads)")
     raw: dict[str, Any] = {"plain_s": plain, "careful_s": careful, "tokens": arguments.tokens}
-    for name, (first, base) in rows.items():
-        times, values = zip(*(seconds(lambda first=first: sweep(first)) for _ in range(arguments.rounds)), strict=True)
-        if first == 0:
-            noise = (loop(hf, {k: v for k, v in inputs.items()}, few, logits_to_keep=1) - looped[:: len(heads) // len(few)][: len(few)]).abs().max()
-            error = (values[0] - looped).abs()
-            print(f"{hf.dtype}: engine and loop differ by {error.max():.3g} at most, {error.mean():.3g} in the mean; values {looped.mean():.3g} +- {looped.std():.3g}; loop with one row of logits against all of them: {noise:.3g}")
-        took = statistics.median(times)
-        more = facts[str(first)]
-        print(f"sweep, {name}: {took:.2f} s ({min(times):.2f}-{max(times):.2f}), {took / len(heads) * 1e3:.2f} ms a head; {base / took:.2f} times as fast as the loop ({base:.2f} s); {more}")
-        raw[name] = {"s": times, "loop_s": base, **more}
+    cases = {"every position": 0, "the question and behind": question, "the last position": arguments.tokens - 1}
+    for compiled in (False, True) if device == "cuda" else (False,):
+        for what, first in cases.items():
+            if compiled and first:
+                continue  # the end of a sequence alone is not compiled
+            sweep(first, compiled)
+            base = plain if first == 0 else seconds(lambda first=first: loop(hf, inputs, few, first))[0] * share
+            runs = [
+                seconds(lambda first=first, compiled=compiled: sweep(first, compiled)) for _ in range(arguments.rounds)
+            ]
+            times = [took for took, _ in runs]
+            name = what + (", compiled" if compiled else "")
+            if first == 0:
+                error = (runs[0][1] - looped).abs()
+                print(
+                    f"{hf.dtype}, {name}: values {looped.mean():.3g} +- {looped.std():.3g}; the engine differs by "
+                    f"{error.mean():.2g} in the mean, {error.max():.2g} at most"
+                )
+                if not error.mean() < 0.2 * looped.std():
+                    sys.exit("results differ, so no ratio is printed")
+            took = statistics.median(times)
+            print(
+                f"sweep, {name}: {took:.2f} s ({min(times):.2f}-{max(times):.2f}), {took / len(heads) * 1e3:.2f} ms a "
+                f"head; {base / took:.2f} times as fast as the loop ({base:.2f} s); {facts}"
+            )
+            raw[name] = {"s": times, "loop_s": base, **facts}
     if arguments.out:
         arguments.out.write_text(json.dumps(raw))
 

@@ -28,6 +28,8 @@ class HookRegistry:
         self.clock = Clock()
         #: the inputs of the run that goes on, for hooks that need to know which position is what; None between runs
         self.running: Any = None
+        #: the position of the first row of text activations: above 0 where only the end of a sequence is run again
+        self.first = 0
         self.hook_dict: dict[str, HookPoint] = {}
 
     def add(self, point: HookPoint) -> HookPoint:
@@ -36,13 +38,13 @@ class HookRegistry:
         return point
 
     @contextmanager
-    def running_on(self, inputs: Any) -> Iterator[None]:
-        """Within it, hooks find `inputs` in `running`."""
-        before, self.running = self.running, inputs
+    def running_on(self, inputs: Any, first: int = 0) -> Iterator[None]:
+        """Within it, hooks find `inputs` in `running`, and rows of activations begin at position `first`."""
+        before, self.running, self.first = (self.running, self.first), inputs, first
         try:
             yield
         finally:
-            self.running = before
+            self.running, self.first = before
 
     # -- looking up ------------------------------------------------------------------------------------------------
 

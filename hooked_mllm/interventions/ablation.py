@@ -22,7 +22,7 @@ from hooked_mllm.interventions.base import (
     keep_heads,
     tower_shape,
 )
-from hooked_mllm.interventions.places import Places, check_places
+from hooked_mllm.interventions.places import Places, check_places, first_position
 from hooked_mllm.interventions.reference import HeadReference, head_reference
 from hooked_mllm.interventions.source import Source
 
@@ -171,6 +171,10 @@ class HeadAblation(Intervention):
         }
         optional = {"factor": self.factor, "seed": self.seed, "reference": _described(self.source)}
         return {**told, **{name: value for name, value in optional.items() if value is not None}}
+
+    def first_position(self, model: Any, inputs: Any) -> int:
+        """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
+        return first_position(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer that has heads of the set."""

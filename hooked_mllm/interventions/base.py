@@ -50,6 +50,13 @@ class Intervention(ABC):
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""
 
+    def first_position(self, model: Any, inputs: Any) -> int:
+        """The first position of the prompt whose row it may change in any sample: rows before it need no second run.
+
+        0 unless a subclass knows better.
+        """
+        return 0
+
     def validate(self, model: Any) -> None:
         """Refuse what does not fit `model`, before anything is hung."""
         for name, _ in self.edits(model):

@@ -22,7 +22,7 @@ from hooked_mllm.interventions.base import (
     layers_of,
     tower_shape,
 )
-from hooked_mllm.interventions.places import Places, check_places
+from hooked_mllm.interventions.places import Places, check_places, first_position
 from hooked_mllm.interventions.source import Source, source_of
 
 #: sites whose axes are [batch head query key]; other sites with heads are [batch pos head ...]
@@ -108,6 +108,10 @@ class ActivationPatch(Intervention):
         if self.source_positions is not None:
             told["source_positions"] = describe_positions(self.source_positions)
         return told
+
+    def first_position(self, model: Any, inputs: Any) -> int:
+        """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
+        return first_position(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
         """One edit at each hook point that is patched."""
@@ -249,6 +253,10 @@ class HeadPatch(Intervention):
         if self.source_positions is not None:
             told["source_positions"] = describe_positions(self.source_positions)
         return told
+
+    def first_position(self, model: Any, inputs: Any) -> int:
+        """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
+        return first_position(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
         """One edit of z in each layer that has heads of the set."""

@@ -59,6 +59,11 @@ class Places:
         """The inputs of this run; None in a vision tower, whose positions are not those of the prompt."""
         return self.registry.running if self.tower == "text" else None
 
+    @property
+    def first(self) -> int:
+        """The position of the first row of activations, above 0 where only the end of a prompt is run again."""
+        return self.registry.first if self.tower == "text" else 0
+
     def prompt_length(self, length: int) -> int:
         """Positions of the prompt, for an activation of `length` positions."""
         return length if self.running is None else self.running.length
@@ -66,6 +71,8 @@ class Places:
     def offset(self, length: int, step: int) -> int:
         """The position in the sequence of the first row of an activation of `length` positions."""
         prompt = self.prompt_length(length)
+        if self.first:
+            return self.first
         return 0 if step == 0 or length >= prompt + step else prompt + step - 1
 
     def rows(self, batch: int, length: int, hook: HookPoint, device: torch.device) -> Bool[Tensor, "batch pos"] | None:
@@ -78,6 +85,8 @@ class Places:
         whole = step == 0 or length >= prompt + step
         if (self.phase == "decode" and step == 0) or (self.phase == "prefill" and not whole):
             return None
+        if self.first:
+            return self.prompt(batch, prompt, device)[:, self.first : self.first + length]
         out = torch.zeros(batch, length, dtype=torch.bool, device=device)
         if self.phase != "decode" and whole:
             out[:, :prompt] = self.prompt(batch, prompt, device)[:, :length]
@@ -107,6 +116,14 @@ class Places:
                 "whole sequence, or use `model.generate`."
             )
         return as_mask(positions(self.wanted, rows, length, None if running is None else running.masks), length)
+
+
+def first_position(wanted: Positions | None, inputs: Any) -> int:
+    """The first of the wanted positions in any sample of the inputs; 0 for all."""
+    if wanted is None:
+        return 0
+    index = positions(wanted, inputs.batch, inputs.length, inputs.masks)
+    return int(index[index >= 0].min())
 
 
 def as_mask(index: Tensor, length: int) -> Bool[Tensor, "batch pos"]:

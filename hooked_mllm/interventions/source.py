@@ -58,6 +58,8 @@ class Source:
             value = torch.nn.functional.pad(value, (0, x.shape[-1] - value.shape[-1]), value=empty)
         if self.wanted is None:
             value = self._same_positions(name, value, x, axis)
+            if self.places.first:
+                value = value.narrow(axis, self.places.first, x.shape[axis])
         if len(value) not in (1, len(x)):
             value = value.repeat_interleave(len(x) // len(value), dim=0)
         value = value.expand(len(x), *value.shape[1:])
@@ -93,7 +95,7 @@ class Source:
                 )
             self._compared = running
         short = x.shape[axis] - value.shape[axis]
-        if short <= 0:
+        if short <= 0 or self.places.first:
             return value
         return torch.cat([value, x.narrow(axis, value.shape[axis], short)[: len(value)] * 0], dim=axis)
 

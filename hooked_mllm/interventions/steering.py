@@ -19,7 +19,7 @@ from hooked_mllm.interventions.base import (
     layers_of,
     tower_shape,
 )
-from hooked_mllm.interventions.places import Places, check_places
+from hooked_mllm.interventions.places import Places, check_places, first_position
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -85,6 +85,10 @@ class Steer(Intervention):
             "positions": describe_positions(self.positions),
             "tower": self.tower,
         }
+
+    def first_position(self, model: Any, inputs: Any) -> int:
+        """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
+        return first_position(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer."""

@@ -10,6 +10,13 @@ from hooked_mllm.metrics.base import AttentionMetric as AttentionMetric
 from hooked_mllm.metrics.base import HeadMetric as HeadMetric
 from hooked_mllm.metrics.causal import AblationCurve as AblationCurve
 from hooked_mllm.metrics.causal import AblationCurveResult as AblationCurveResult
+from hooked_mllm.metrics.causal import AblationEffect as AblationEffect
+from hooked_mllm.metrics.causal import AttributionPatching as AttributionPatching
+from hooked_mllm.metrics.causal import CausalTable as CausalTable
+from hooked_mllm.metrics.causal import DirectLogitAttribution as DirectLogitAttribution
+from hooked_mllm.metrics.causal import LogitDecomposition as LogitDecomposition
+from hooked_mllm.metrics.causal import PatchingEffect as PatchingEffect
+from hooked_mllm.metrics.causal import PathPatching as PathPatching
 from hooked_mllm.metrics.duo_gate import DuoGate as DuoGate
 from hooked_mllm.metrics.key_token_coverage import CoverageCurve as CoverageCurve
 from hooked_mllm.metrics.key_token_coverage import KeyTokenCoverage as KeyTokenCoverage

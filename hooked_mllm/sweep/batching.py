@@ -11,7 +11,7 @@ from hooked_mllm.errors import HookValueError
 T = TypeVar("T")
 
 #: tokens in a batch beyond which larger ones are no faster: matrix products are at their full rate
-MAX_TOKENS = {"cuda": 32768, "cpu": 4096}
+MAX_TOKENS = {"cuda": 8192, "cpu": 4096}
 #: share of free memory that a batch may be expected to take
 SHARE = 0.8
 #: what edits and fragmentation add to the memory of a block
@@ -76,22 +76,29 @@ class BatchSize:
         self.now = max(1, self.now // 2)
         self.shrunk += 1
 
-    def split(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
-        """Batches as even as they can be, none larger than `now` is when it is taken."""
+    def split(self, items: Sequence[T], more: int = 1) -> Iterator[Sequence[T]]:
+        """Batches as even as they can be, none larger than `more` times what `now` is when it is taken."""
         start = 0
         while start < len(items):
             left = len(items) - start
-            size = -(-left // -(-left // self.now))
+            size = -(-left // -(-left // (self.now * more)))
             yield items[start : start + size]
             start += size
 
-    def run(self, items: Sequence[T], fn: Callable[[Sequence[T]], Any]) -> Iterator[tuple[Sequence[T], Any]]:
+    def run(
+        self, items: Sequence[T], fn: Callable[[Sequence[T]], Any], more: int = 1
+    ) -> Iterator[tuple[Sequence[T], Any]]:
         """Call `fn` on batch after batch; one that runs out of memory is tried again in halves.
+
+        Args:
+            items: What to go through.
+            fn: Called on each batch.
+            more: So many times as many items go in a batch, where an item is smaller than usual.
 
         Raises:
             torch.OutOfMemoryError: when a single item does not fit.
         """
-        for batch in self.split(items):
+        for batch in self.split(items, more):
             pending = [batch]
             while pending:
                 part = pending.pop(0)
@@ -106,10 +113,10 @@ class BatchSize:
                         raise
                     result = None
                 if result is None:  # outside the handler, whose traceback would keep the batch's tensors alive
-                    while self.now >= len(part):
+                    while self.now > 1 and self.now * more >= len(part):
                         self.shrink()
-                    gc.collect()
                     if torch.cuda.is_available():
+                        gc.collect()
                         torch.cuda.empty_cache()
                     half = -(-len(part) // 2)
                     pending = [part[:half], part[half:], *pending]

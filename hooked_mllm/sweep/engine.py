@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,13 +12,17 @@ from hooked_mllm.errors import HookValueError, NumericsError
 from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.inputs import ModelInput
 from hooked_mllm.interventions import Intervention
-from hooked_mllm.objectives import as_objective
+from hooked_mllm.objectives import BoundObjective, as_objective
 from hooked_mllm.sweep.batching import BatchSize, free_bytes
 from hooked_mllm.sweep.trunk import Trunk
 from hooked_mllm.sweep.variant import Prepared, Variant, on_rows, prepare
 
 #: share of free memory beyond which the residual streams are kept on the CPU
 KEEP_SHARE = 0.2
+#: the sequence is divided into so many places, and variants that first change the same one share batches
+PLACES = 16
+#: times as many variants that change only the end of a sequence go in a batch
+MOST_MORE = 8
 
 
 class Sweep:
@@ -26,8 +30,9 @@ class Sweep:
 
     What a variant does in block l changes nothing before block l. The run is made once and the residual stream entering
     each block is kept; a variant starts at the first block that it edits, and variants that start at the same block
-    share a batch. The numbers are those of a loop of forward passes, one a variant, within floating-point noise (in
-    bfloat16 the order of summation depends on the batch).
+    share a batch. Of a variant that edits only late positions, only these are run again: earlier ones see nothing of
+    it, and their keys and values are those of the clean run. The numbers are those of a loop of forward passes, one a
+    variant, within floating-point noise (in bfloat16 the order of summation depends on the batch).
 
     Variants that edit something outside the decoder blocks (the vision tower, the embedding, the logits) are run as
     whole forward passes. Hooks and interventions that hang already are part of every run.
@@ -35,11 +40,13 @@ class Sweep:
     Args:
         model: A `HookedMLLM`.
         inputs: A sample, a batch, or a mapping of model inputs.
-        objective: What is computed of each variant; an `Objective`, or a function of logits `[batch n d_vocab]` at the
-            last prompt position.
+        objective: What is computed of each variant: an `Objective`, one that is bound to other inputs of the same
+            layout, or a function of logits `[batch n d_vocab]` at the last prompt position.
         corrupted: The other run of a pair, for objectives that compare two.
         batch_size: Variants in a batch; None chooses by free memory. It shrinks when memory runs out.
         offload: Where the residual streams are kept: "auto", "device" or "cpu".
+        compile: Run blocks without hooks through `torch.compile`: worth its half minute for many heads of a large
+            model on a GPU.
 
     Attributes:
         clean: The objective without any variant, `[sample]`.
@@ -67,18 +74,22 @@ class Sweep:
         *,
         corrupted: ModelInput | None = None,
         batch_size: int | None = None,
-        offload: Literal["auto", "device", "cpu"] = "auto",
+        offload: str = "auto",
+        compile: bool = False,
     ) -> None:
         if offload not in ("auto", "device", "cpu"):
             raise HookValueError(f"offload is 'auto', 'device' or 'cpu'; got {offload!r}.")
         self.model = model
         self.inputs = model.resolve(inputs)
-        self.objective = as_objective(objective)
-        other = None if corrupted is None else model.resolve(corrupted)
-        bound = self.objective.bind(model, self.inputs, other)
+        bound = objective
+        if not isinstance(bound, BoundObjective):
+            other = None if corrupted is None else model.resolve(corrupted)
+            bound = as_objective(objective).bind(model, self.inputs, other)
         self.trunk = Trunk.record(model, self.inputs, self._keep_on(offload))
+        self.trunk.compiled = compile
         logits = self.trunk.logits(self.trunk.start(self.trunk.n_layers, 1), bound.positions)
-        self.bound = bound.with_clean(logits) if self.objective.needs_clean else bound
+        needed = bound.objective.needs_clean and bound.clean is None
+        self.bound = bound.with_clean(logits) if needed else bound
         self.clean = self._finite(self.bound(logits).detach()[None], ())[0]
         tokens = self.inputs.batch * self.inputs.length
         self.batch = BatchSize(tokens, model.device, batch_size, self._one_block)
@@ -101,7 +112,7 @@ class Sweep:
             HookNameError, HeadError, HookValueError: for a variant that does not fit the model, before anything runs.
             NumericsError: when an objective is not finite.
         """
-        prepared = [p for p in prepare(self.model, variants) if skip is None or not skip(p.number)]
+        prepared = [p for p in prepare(self.model, variants, self.inputs) if skip is None or not skip(p.number)]
         out = torch.full((len(variants), self.inputs.batch), torch.nan, dtype=torch.float64)
         for part, values in self._values(prepared):
             numbers = [p.number for p in part]
@@ -111,30 +122,47 @@ class Sweep:
         return out
 
     def _values(self, prepared: Sequence[Prepared]) -> Iterator[tuple[Sequence[Prepared], Tensor]]:
-        groups: dict[int, list[Prepared]] = {}
+        groups: dict[tuple[int, int], list[Prepared]] = {}
+        alone, length = self.trunk.alone, self.inputs.length
+        step = -(-length // PLACES)
+        if alone and any(each.first for each in prepared):
+            _ = self.trunk.attention  # recorded now, while no variant is applied
         for each in prepared:
             if each.layer is None:
                 yield [each], self._whole(each)[None]
             else:
-                groups.setdefault(each.layer, []).append(each)
-        for layer in sorted(groups):
-            yield from self.batch.run(groups[layer], lambda part, layer=layer: self._tail(part, layer))
+                first = each.first // step * step if alone else 0
+                groups.setdefault((each.layer, first), []).append(each)
+        for layer, first in sorted(groups):
+            more = min(length // (length - first), MOST_MORE)
+            group = sorted(groups[layer, first], key=lambda p: p.first)
 
-    def _tail(self, part: Sequence[Prepared], layer: int) -> Float[Tensor, "variant sample"]:
-        residual = self.forward(part, layer)
-        logits = self.trunk.logits(residual, self.bound.positions).unflatten(0, (self.inputs.batch, len(part)))
+            def one(part: Sequence[Prepared], layer: int = layer) -> Tensor:
+                return self.tail(part, layer, min(p.first for p in part) if alone else 0)
+
+            yield from self.batch.run(group, one, more)
+
+    def tail(self, part: Sequence[Prepared], layer: int, first: int = 0) -> Float[Tensor, "variant sample"]:
+        """The objective of a batch of variants that start at block `layer` and change nothing before `first`."""
+        residual = self.forward(part, layer, first=first)
+        logits = self.trunk.logits(residual, self.bound.positions, first)
+        logits = logits.unflatten(0, (self.inputs.batch, len(part)))
         values = torch.stack([self.bound(logits[:, i]).detach() for i in range(len(part))])
         return self._finite(values, part)
 
     def forward(
-        self, part: Sequence[Prepared], layer: int, stop: int | None = None
+        self, part: Sequence[Prepared], layer: int, stop: int | None = None, first: int = 0
     ) -> Float[Tensor, "row pos d_model"]:
-        """The residual stream of a batch of variants from block `layer` up to block `stop`.
+        """The residual stream of a batch of variants from block `layer` up to block `stop`, from position `first` on.
 
         Rows are `sample * len(part) + variant`.
         """
+        stop = self.trunk.n_layers if stop is None else stop
+        last = min(1 + max(p.last for p in part), stop)
+        residual = self.trunk.start(layer, len(part), first)
         with self.applied(part):
-            return self.trunk.resume(layer, self.trunk.start(layer, len(part)), stop)
+            residual = self.trunk.resume(layer, residual, last, first)
+        return self.trunk.resume(last, residual, stop, first)  # nothing of the sweep's own hangs there
 
     @contextmanager
     def applied(self, part: Sequence[Prepared]) -> Iterator[None]:

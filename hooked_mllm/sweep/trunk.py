@@ -1,14 +1,17 @@
 """A forward pass of the language model that can be taken up again at any block."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.attention.engine import AttentionCall
 from hooked_mllm.inputs import ResolvedInput
 from hooked_mllm.objectives import gather_logits
+from hooked_mllm.sweep.prefix import Prefix, suffix_mask
 
 
 @dataclass
@@ -30,6 +33,9 @@ class Trunk:
     arguments: list[dict[str, Any]] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     visual: Tensor | None = None
+    #: blocks that run without hooks are compiled
+    compiled: bool = False
+    _compiled: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
@@ -81,18 +87,44 @@ class Trunk:
         """Number of decoder blocks."""
         return len(self.arguments)
 
-    def start(self, layer: int, repeats: int) -> Float[Tensor, "row pos d_model"]:
-        """The residual stream entering a block, each sample `repeats` times."""
-        blocks = self.model.hf_model.get_submodule(self.model.family.text.blocks)
-        weight = next(blocks[layer].parameters()) if layer < self.n_layers else self.model.ln_final.weight
-        return self.residual[layer].to(weight.device).repeat_interleave(repeats, dim=0)
+    @cached_property
+    def attention(self) -> list[AttentionCall]:
+        """Keys, values and masks of every block: what the end of the sequence needs of its beginning."""
+        calls: list[AttentionCall] = []
+        sites = self.model.wiring.text
+        try:
+            for site in sites:
+                site.add_tap(calls.append)
+            with torch.no_grad():
+                self.model.run_trunk(self.inputs)
+        finally:
+            for site in sites:
+                site.remove_tap(calls.append)
+        for call in calls:
+            call.q = call.q[:0]  # not needed, and as large as the residual stream
+        return calls
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing hangs in the language model, and its attention is one whose masks are known."""
+        registry, wiring = self.model.registry, self.model.wiring
+        hung = any(point.active for point in registry.hook_dict.values() if point.tower == "text")
+        sites = any(site.taps or site.backend is not None for site in wiring.text)
+        return not hung and not sites and wiring.switches["text"].base in ("sdpa", "eager")
+
+    def start(self, layer: int, repeats: int, first: int = 0) -> Float[Tensor, "row pos d_model"]:
+        """The residual stream entering a block, each sample `repeats` times, from position `first` on."""
+        weight = next(self._block(layer).parameters())
+        return self.residual[layer][:, first:].to(weight.device).repeat_interleave(repeats, dim=0)
+
+    def _block(self, layer: int) -> Any:
+        if layer == self.n_layers:
+            return self.model.ln_final
+        return self.model.hf_model.get_submodule(self.model.family.text.blocks)[layer]
 
     @torch.no_grad()
     def resume(
-        self,
-        layer: int,
-        residual: Float[Tensor, "row pos d_model"],
-        stop: int | None = None,
+        self, layer: int, residual: Float[Tensor, "row pos d_model"], stop: int | None = None, first: int = 0
     ) -> Float[Tensor, "row pos d_model"]:
         """Run the blocks from `layer` on, hooks and all.
 
@@ -100,16 +132,18 @@ class Trunk:
             layer: The first block to run.
             residual: What enters it; rows as `start` gives them.
             stop: The first block that is not run; None for all of them.
+            first: The position of the first row. Above 0, keys and values before it are those of the recorded run.
         """
-        model = self.model
-        blocks = model.hf_model.get_submodule(model.family.text.blocks)
-        repeats = len(residual) // self.inputs.batch
+        model, batch = self.model, self.inputs.batch
+        repeats = len(residual) // batch
         stop = self.n_layers if stop is None else stop
-        deepstack = model.wiring.deepstack
-        visual = None if self.visual is None else _repeated(self.visual, self.inputs.batch, repeats)
-        with model.registry.running_on(self.inputs), deepstack.holding(self._features(repeats), visual) as features:
+        visual = None if self.visual is None else _repeated(self.visual[:, first:], batch, repeats)
+        compiled = self.compiled and first == 0 and self.alone
+        held = model.wiring.deepstack.holding(self._features(repeats, first), visual)
+        with model.registry.running_on(self.inputs, first), held as features:
             for index in range(layer, stop):
-                residual = blocks[index](residual, **self._arguments(index, repeats))
+                block = self._compiled_block(index) if compiled else self._block(index)
+                residual = block(residual, **self._arguments(index, repeats, first))
                 if index < len(features):
                     assert visual is not None
                     mask = visual.to(residual.device)
@@ -117,33 +151,63 @@ class Trunk:
                     residual[mask] = residual[mask] + features[index].to(residual.device, residual.dtype)
         return residual
 
+    def _compiled_block(self, index: int) -> Any:
+        if index not in self._compiled:
+            self._compiled[index] = torch.compile(self._block(index), dynamic=False)
+        return self._compiled[index]
+
     @torch.no_grad()
     def logits(
-        self, residual: Float[Tensor, "row pos d_model"], positions: Int[Tensor, "batch n"]
+        self, residual: Float[Tensor, "row pos d_model"], positions: Int[Tensor, "batch n"], first: int = 0
     ) -> Float[Tensor, "row n d_vocab"]:
-        """Logits at some positions of each sample, from what leaves the last block."""
+        """Logits at some positions of each sample, from what leaves the last block.
+
+        Positions before `first`, which a run of the end alone has not changed, are those of the recorded run.
+        """
         model = self.model
         repeats = len(residual) // self.inputs.batch
         rows = positions.repeat_interleave(repeats, dim=0)
+        if first and bool(((positions >= 0) & (positions < first)).any()):
+            begin = self.start(self.n_layers, repeats)[:, :first].to(residual.device)
+            residual, first = torch.cat([begin, residual], dim=1), 0
+        rows = torch.where(rows < 0, rows, rows - first)
         late = ("ln_final.hook_scale", "ln_final.hook_normalized", "hook_logits")
         with model.registry.running_on(self.inputs):
             if any(model.registry[name].active for name in late):  # their hooks expect every position
                 return gather_logits(model.lm_head(model.ln_final(residual)), rows)
             return model.lm_head(model.ln_final(gather_logits(residual, rows)))
 
-    def _features(self, repeats: int) -> list[Tensor]:
+    def _features(self, repeats: int, first: int) -> list[Tensor]:
         """DeepStack's features for every row, in the order in which a mask of the rows takes them."""
-        if not self.features or repeats == 1:
-            return list(self.features)
+        if not self.features:
+            return []
         assert self.visual is not None
-        counts = self.visual.sum(1).tolist()
-        return [torch.cat([part.repeat(repeats, 1) for part in f.split(counts)]) for f in self.features]
+        late = self.visual.nonzero()[:, 1] >= first
+        counts = self.visual[:, first:].sum(1).tolist()
+        kept = [f[late.to(f.device)] if first else f for f in self.features]
+        return [torch.cat([part.repeat(repeats, 1) for part in f.split(counts)]) for f in kept]
 
-    def _arguments(self, layer: int, repeats: int) -> dict[str, Any]:
-        batch = self.inputs.batch
+    def _arguments(self, layer: int, repeats: int, first: int) -> dict[str, Any]:
+        batch, arguments = self.inputs.batch, self.arguments[layer]
+        if first:
+            call = self.attention[layer]
+            arguments = {
+                **{name: _from(value, first, self.inputs.length) for name, value in arguments.items()},
+                "attention_mask": suffix_mask(call, first, self.model.wiring.switches["text"].base),
+                "past_key_values": Prefix(call, first, repeats),
+            }
         if repeats == 1:
-            return self.arguments[layer]
-        return {name: _repeated(value, batch, repeats) for name, value in self.arguments[layer].items()}
+            return arguments
+        return {name: _repeated(value, batch, repeats) for name, value in arguments.items()}
+
+
+def _from(value: Any, first: int, length: int) -> Any:
+    """An argument of a block from position `first` on: cosines and sines `[batch pos d]`, position ids `[batch pos]`."""
+    if isinstance(value, tuple):
+        return tuple(_from(v, first, length) for v in value)
+    if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == length:
+        return value[:, first:]
+    return value
 
 
 def _repeated(value: Any, batch: int, repeats: int) -> Any:

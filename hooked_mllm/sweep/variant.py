@@ -8,11 +8,12 @@ from torch import Tensor
 
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs import ResolvedInput
 from hooked_mllm.interventions import Intervention
 from hooked_mllm.interventions.base import Edit
 
-#: interventions that make one variant
-Variant = Intervention | Sequence[Intervention]
+#: an intervention, or a sequence of several that make one variant; anything else is refused with a word
+Variant = Any
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,19 @@ class Prepared:
         edits: Hook points and what is done there.
         layer: The first block that it changes; None where something before the first block, or behind the last one,
             is edited.
+        last: The last block that it edits.
+        first: The first position whose row it changes.
     """
 
     number: int
     interventions: tuple[Intervention, ...]
     edits: tuple[tuple[str, Edit], ...]
     layer: int | None
+    last: int
+    first: int
 
 
-def prepare(model: Any, variants: Sequence[Variant]) -> list[Prepared]:
+def prepare(model: Any, variants: Sequence[Variant], inputs: ResolvedInput) -> list[Prepared]:
     """Check every variant before anything runs.
 
     Raises:
@@ -42,7 +47,8 @@ def prepare(model: Any, variants: Sequence[Variant]) -> list[Prepared]:
     """
     prepared = []
     for number, variant in enumerate(variants):
-        chosen = (variant,) if isinstance(variant, Intervention) else tuple(variant)
+        several = isinstance(variant, list | tuple)
+        chosen: tuple[Any, ...] = tuple(variant) if several else (variant,)
         for each in chosen:
             if not isinstance(each, Intervention):
                 raise HookValueError(
@@ -53,7 +59,8 @@ def prepare(model: Any, variants: Sequence[Variant]) -> list[Prepared]:
         inside = [p.layer() if p.tower == "text" and p.name.startswith("blocks.") else None for p in points]
         known = [layer for layer in inside if layer is not None]
         layer = min(known) if known and len(known) == len(inside) else None
-        prepared.append(Prepared(number, chosen, edits, layer))
+        first = min((each.first_position(model, inputs) for each in chosen), default=0)
+        prepared.append(Prepared(number, chosen, edits, layer, max(known, default=-1), first))
     return prepared
 
 

@@ -1,0 +1,103 @@
+"""CausalTable: effects by layer and place, such as patching the residual stream at every position."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
+from hooked_mllm.heads.files import read_tensors, write_tensors
+
+KIND = "hooked_mllm.CausalTable"
+
+
+class CausalTable:
+    """One number for each layer and place, with where it came from.
+
+    Args:
+        values: `[layer place]`; kept as float64 on the CPU.
+        places: What each column is: a position, or a kind of token.
+        layers: What each row is; 0, 1, ... by default.
+        name: What the numbers are.
+        provenance: JSON-able facts, as in `HeadScores`.
+
+    Raises:
+        HeadError: for values of another shape.
+        NumericsError: for a value that is not finite.
+
+    Example:
+        >>> table = CausalTable([[0.1, 0.9], [0.0, 0.2]], places=["visual", "question"], name="demo")
+        >>> table[0, "question"]
+        0.9
+    """
+
+    values: Tensor
+
+    def __init__(
+        self,
+        values: Any,
+        *,
+        places: Sequence[str | int],
+        layers: Sequence[int] | None = None,
+        name: str = "effect",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(values, Tensor):
+            values = torch.from_numpy(np.array(values, dtype=np.float64))
+        self.values = values.detach().to(device="cpu", dtype=torch.float64, copy=True)
+        self.places = tuple(places)
+        self.layers = tuple(range(len(self.values)) if layers is None else layers)
+        if self.values.dim() != 2 or self.values.shape != (len(self.layers), len(self.places)) or not self.places:
+            raise HeadError(
+                f"Expected values [layer place] of {len(self.layers)} layers and {len(self.places)} places; got shape "
+                f"{list(self.values.shape)}."
+            )
+        if not bool(torch.isfinite(self.values).all()):
+            row, column = (~torch.isfinite(self.values)).nonzero()[0].tolist()
+            raise NumericsError(
+                f"{name} is not finite in layer {self.layers[row]} at {self.places[column]!r}: the run overflowed."
+            )
+        self.name = name
+        self.provenance = dict(provenance or {})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(layers, places)."""
+        return len(self.layers), len(self.places)
+
+    def __getitem__(self, key: tuple[int, str | int]) -> float:
+        layer, place = key
+        if layer not in self.layers or place not in self.places:
+            raise HeadError(f"No effect of layer {layer} at {place!r}: layers {self.layers}, places {self.places}.")
+        return float(self.values[self.layers.index(layer), self.places.index(place)])
+
+    def plot(self, **options: Any) -> Any:
+        """Draw it: layers up, places across; see `plots.table_map`."""
+        from hooked_mllm.plots.table_map import table_map
+
+        return table_map(self, **options)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        header = {"name": self.name, "places": self.places, "layers": self.layers, "provenance": self.provenance}
+        write_tensors(Path(path), KIND, {"values": self.values}, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CausalTable":
+        """Read what `save` wrote.
+
+        Raises:
+            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+        """
+        tensors, header = read_tensors(Path(path), KIND)
+        try:
+            more = {name: header[name] for name in ("places", "layers", "name", "provenance")}
+            return cls(tensors["values"], **more)
+        except (KeyError, HeadError, NumericsError) as error:
+            raise CacheFileError(f"{path} is damaged: {error}") from None
+
+    def __repr__(self) -> str:
+        return f"CausalTable({self.name}, {self.shape[0]} layers x {self.shape[1]} places)"
