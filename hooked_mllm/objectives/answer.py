@@ -37,9 +37,7 @@ class AnswerLogProb(Objective):
     """
 
     def __init__(self, answer: Tokens | None = None) -> None:
-        if answer is not None:
-            check_tokens("answer", answer)
-        self.answer = answer
+        self.answer = None if answer is None else check_tokens("answer", answer)
 
     def describe(self) -> dict[str, Any]:
         """What it is, as values that JSON can hold."""
@@ -99,6 +97,8 @@ class GreedyAccuracy(Objective):
 
         def score(logits: Tensor, _: Tensor | None) -> Tensor:
             index = tokens.to(logits.device)
-            return ((logits.argmax(-1) == index) | (index < 0)).all(1).to(at_least_float32(logits[:0]).dtype)
+            largest, best = at_least_float32(logits).max(-1)
+            right = ((best == index) | (index < 0)).all(1)
+            return right.to(largest.dtype).masked_fill(largest.isnan().any(1), float("nan"))
 
         return BoundObjective(self, positions_of(inputs, "generating"), score)

@@ -42,10 +42,8 @@ class LogitDifference(Objective):
     """
 
     def __init__(self, correct: Tokens | None = None, wrong: Tokens | None = None) -> None:
-        for name, tokens in (("correct", correct), ("wrong", wrong)):
-            if tokens is not None:
-                check_tokens(name, tokens)
-        self.correct, self.wrong = correct, wrong
+        self.correct = None if correct is None else check_tokens("correct", correct)
+        self.wrong = None if wrong is None else check_tokens("wrong", wrong)
 
     def describe(self) -> dict[str, Any]:
         """What it is, as values that JSON can hold."""

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions, positions
-from hooked_mllm.errors import InputError
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs import ModelInput, ResolvedInput
 
 
@@ -17,14 +17,21 @@ def positions_of(inputs: ResolvedInput, wanted: Positions) -> Int[Tensor, "batch
 
     Raises:
         InputError: for inputs that go on from `past_key_values`, or "generating" without an answer.
-        LayoutError: for a kind of token that the inputs do not tell, or positions out of range.
+        LayoutError: for a kind of token that the inputs do not tell, positions out of range, or a sample without any.
     """
     if inputs.tensors.get("past_key_values") is not None:
         raise InputError(
             "Objectives count positions from the start of the prompt, and these inputs go on from `past_key_values`: "
             "give the whole sequence."
         )
-    return positions(wanted, inputs.batch, inputs.length, inputs.masks)
+    index = positions(wanted, inputs.batch, inputs.length, inputs.masks)
+    empty = (index < 0).all(1).nonzero()
+    if len(empty):
+        raise LayoutError(
+            f"Sample {int(empty[0])} has none of the positions that the objective reads: give a mask that is true "
+            "somewhere in every sample."
+        )
+    return index
 
 
 def gather_logits(

@@ -19,14 +19,16 @@ TokenOrTokens = int | str | Sequence[int | str | np.integer] | Tensor | np.ndarr
 Tokens = TokenOrTokens | Callable[[Any], TokenOrTokens]
 
 
-def check_tokens(what: str, tokens: Any) -> None:
-    """Refuse what cannot name tokens, before there is a model.
+def check_tokens(what: str, tokens: Any) -> Any:
+    """Tokens as given, safe to read more than once; what cannot name tokens is refused before there is a model.
 
     Raises:
         InputError: for an empty list, or something else than ids, texts, lists of them and functions.
     """
-    if callable(tokens) or isinstance(tokens, str) or _is_id(tokens):
-        return
+    if callable(tokens) or isinstance(tokens, str):
+        return tokens
+    if _is_id(tokens):
+        return int(tokens)
     if not isinstance(tokens, Iterable):
         raise InputError(
             f"{what} is a token id, a text of one token, a list of these, or a function of the sample; got "
@@ -38,6 +40,7 @@ def check_tokens(what: str, tokens: Any) -> None:
     for one in each:
         if not (isinstance(one, str) or _is_id(one)):
             raise InputError(f"{what} is a list of token ids and texts of one token; got {type(one).__name__} in it.")
+    return [one if isinstance(one, str) else int(one) for one in each]
 
 
 def token_ids(model: Any, what: str, tokens: Tokens, inputs: ResolvedInput) -> list[list[int]]:
@@ -93,27 +96,23 @@ def answer_tokens(model: Any, inputs: ResolvedInput, what: str) -> Int[Tensor, "
 
 def describe_tokens(tokens: Any) -> Any:
     """Tokens as a record keeps them."""
-    if tokens is None or isinstance(tokens, str):
-        return tokens
-    if callable(tokens):
-        return f"function {getattr(tokens, '__qualname__', type(tokens).__name__)}"
-    return int(tokens) if _is_id(tokens) else [one if isinstance(one, str) else int(one) for one in tokens]
+    return f"function {getattr(tokens, '__qualname__', type(tokens).__name__)}" if callable(tokens) else tokens
 
 
 def _ids(model: Any, what: str, tokens: Any) -> list[int]:
-    check_tokens(what, tokens)
+    tokens = check_tokens(what, tokens)
     if callable(tokens):
         raise InputError(f"{what} must be tokens; got another function.")
-    if isinstance(tokens, str) or _is_id(tokens):
+    if isinstance(tokens, str | int):
         return [_id(model, what, tokens)]
     return list(dict.fromkeys(_id(model, what, one) for one in tokens))
 
 
-def _id(model: Any, what: str, token: Any) -> int:
+def _id(model: Any, what: str, token: int | str) -> int:
     if not isinstance(token, str):
-        if not 0 <= int(token) < model.cfg.d_vocab:
-            raise InputError(f"{what}: token id {int(token)} is outside the vocabulary, 0 to {model.cfg.d_vocab - 1}.")
-        return int(token)
+        if not 0 <= token < model.cfg.d_vocab:
+            raise InputError(f"{what}: token id {token} is outside the vocabulary, 0 to {model.cfg.d_vocab - 1}.")
+        return token
     if model.processor is None:
         raise InputError(f"{what} is given as text, which needs a processor, and this model has none: give its id.")
     tokenizer = model.processor.tokenizer

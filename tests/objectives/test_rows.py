@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from objective_witness import answer_ids, log_softmax
-from tiny import VOCAB, tiny_image
+from tiny import VOCAB, tiny_image, tiny_processor
 from wrapped import fresh, model_inputs, noise, wrapped
 
-from hooked_mllm import SampleBatch
-from hooked_mllm.errors import InputError, NumericsError
+from hooked_mllm import HookedMLLM, SampleBatch
+from hooked_mllm.errors import InputError, LayoutError, NumericsError
 from hooked_mllm.objectives import (
     AnswerLogProb,
     FunctionObjective,
@@ -179,10 +179,29 @@ def test_what_does_not_fit_is_refused(family):
         KLDivergence().bind(model, resolved)(logits[:, -1:])
     with pytest.raises(InputError, match="compares with a clean run"):
         objective_values(model, inputs, KLDivergence())
-    with (
-        model.hooks([("ln_final.hook_normalized", lambda x, hook: x * float("nan"))]),
-        pytest.raises(NumericsError, match="not a number"),
-    ):
-        objective_values(model, inputs, AnswerLogProb())
+    with model.hooks([("ln_final.hook_normalized", lambda x, hook: x * float("nan"))]):
+        for objective in (AnswerLogProb(), GreedyAccuracy(), LogitDifference(5, 6)):
+            with pytest.raises(NumericsError, match="not a number"):
+                objective_values(model, inputs, objective)
+    some = torch.zeros(2, logits.shape[1], dtype=torch.bool)
+    some[1, 4] = True
+    for objective in (KLDivergence(some), FunctionObjective(lambda x: x[:, 0, 0], some)):
+        with pytest.raises(LayoutError, match="Sample 0 has none of the positions that the objective reads"):
+            objective.bind(model, resolved)
     with pytest.raises(InputError, match="past_key_values"):
         objective_values(model, {"input_ids": torch.tensor([[5]]), "past_key_values": object()}, LogitDifference(5, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@torch.no_grad()
+def test_on_a_gpu_objectives_are_those_of_the_cpu(family):
+    inputs, model = batch(family), HookedMLLM.from_model(fresh(family).to("cuda"), tiny_processor(family), check=False)
+    for objective in (AnswerLogProb(), AnswerLogProb([5, 6]), GreedyAccuracy(), LogitDifference(5, [6, 7])):
+        want = objective_values(wrapped(family), inputs, objective)
+        got = objective_values(model, inputs, objective)
+        assert got.device.type == "cuda"
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-3, atol=1e-3)
+    bound = KLDivergence("generating").bind(model, model.resolve(inputs))
+    bound = bound.with_clean(logits_at(model, inputs, bound.positions))
+    assert objective_values(model, inputs, bound).abs().max() < 1e-4

@@ -92,6 +92,8 @@ def test_what_names_no_token_is_refused_before_there_is_a_model():
     ):
         with pytest.raises(InputError, match=why):
             check_tokens("tokens", given)
+    once = check_tokens("tokens", iter(["red", 5]))
+    assert list(once) == list(once) == ["red", 5]
     for make in (AnswerLogProb, LogitDifference, lambda t: LogitDifference("red", t)):
         with pytest.raises(InputError, match="is an empty list"):
             make([])
