@@ -1,0 +1,59 @@
+"""The tutorials' code runs and shows what their text says; outputs are made by the manual's build, not committed."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
+PLANTED = {(2, 4), (2, 5), (2, 6), (2, 7)}
+
+
+def cells(book, kind):
+    data = json.loads(book.read_text(encoding="utf-8"))
+    return [(i, "".join(c["source"])) for i, c in enumerate(data["cells"]) if c["cell_type"] == kind]
+
+
+@cache
+def names_after(stem):
+    """What a notebook's cells leave behind, run one after the other."""
+    book, names = ROOT / "docs" / "tutorials" / f"{stem}.ipynb", {"__name__": "__main__"}
+    for index, source in cells(book, "code"):
+        exec(compile(source, f"{book.name}, cell {index}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_notebooks_run_from_top_to_bottom(book, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert names_after(book.stem)
+    assert not [*tmp_path.iterdir()]  # a reader's folder stays as it was
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_notebooks_are_committed_bare_and_say_that_the_toy_was_planted(book):
+    data = json.loads(book.read_text(encoding="utf-8"))
+    code = [c for c in data["cells"] if c["cell_type"] == "code"]
+    assert code and not any(c["outputs"] or c["execution_count"] for c in code)
+    text = "\n".join(source for _, source in cells(book, "markdown"))
+    assert "planted" in text
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (book.parent / link).exists(), link
+    assert f"tutorials/{book.name}" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+def test_a_first_look_finds_what_was_planted():
+    names = names_after("01_first_look")
+    assert set(names["core"]) == PLANTED
+    assert names["example"].answer == names["say"](names["sample"])
+    with names["model"].intervene(names["HeadAblation"](names["core"], mode="zero", phase="prefill")):
+        assert names["say"](names["sample"]) != names["example"].answer
+
+
+def test_the_metrics_of_the_second_tutorial_agree_on_the_planted_heads():
+    names = names_after("02_your_own_metric")
+    assert set(names["share"].top(4)) == set(names["ram"].top(4)) == PLANTED
+    assert PLANTED & set(names["sharp"].top(4)) and 0 < names["ram"].spearman(names["share"]) < 1
