@@ -1,0 +1,226 @@
+"""What the numbers of `core_heads_measure.py` say, in words made of them, beside what the paper says."""
+
+from typing import Any
+
+#: arXiv:2606.05843: figures 5a, 6a, 6b, 6c and section 4.3, on Qwen3-VL-4B and LLaVA-OneVision
+PAPER = {
+    "spearman": (0.79, 0.92),
+    "ratio": {"LLaVA-OneVision": 0.144, "Qwen3-VL": 0.256, "bottom": 0.02},
+    "ablation": {"Qwen3-VL": (45.3, 27.0), "LLaVA-OneVision": (16.4, 10.6)},
+    "coverage": (50, 100, 0.70, 0.80),
+}
+ORDERS = {"top": "from the top", "bottom": "from the bottom", "random": "in random order"}
+#: an accuracy has fallen when it is nearer to chance than to the clean model's
+HALF = 0.5
+#: accuracies as far as this below the clean one count as kept
+KEPT = 0.05
+
+
+def findings(r: dict[str, Any]) -> dict[str, list[str]]:
+    """Sentences by section of the report."""
+    return {
+        "toy": [what_it_is(r), accuracies(r)],
+        "maps": [found_planted(r), against_vision(r)],
+        "stability": [tasks_agree(r), top_in_every_task(r)],
+        "ablation": [top_falls(r), others_hold(r), bottom_or_random(r)],
+        "ratio": [key_tokens(r)],
+        "coverage": [coverage(r)],
+        "overlays": [on_target(r)],
+        "queries": [last_token(r)],
+    }
+
+
+def what_it_is(r: dict[str, Any]) -> str:
+    if r["planted"]:
+        return (
+            f"This is a planted model: in training {heads(r['planted'])} were the only heads allowed to look far back. "
+            "That they retrieve is a known truth to check methods against, and no emergent finding."
+        )
+    return (
+        "This is a free model: no head was set apart in training. Which heads retrieve is what training made of it, "
+        "for this task, size and seed; one small model says nothing of large ones."
+    )
+
+
+def accuracies(r: dict[str, Any]) -> str:
+    parts = [f"{d['accuracy']['clean']:.1%} on {label}" for label, d in r["domains"].items()]
+    return f"Accuracy on held-out examples: {', '.join(parts)}; chance is {r['chance']:.1%}."
+
+
+def found_planted(r: dict[str, Any]) -> str:
+    k, n = len(r["top"]), r["shape"][0] * r["shape"][1]
+    if not r["planted"]:
+        layers = sorted({int(name[1:].split("H")[0]) for name in r["top"]})
+        where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
+        return f"RAM's top {k} of {n} heads are {heads(r['top'])}, in {where}."
+    hits = {label: len(set(d["top"]) & set(r["planted"])) for label, d in r["domains"].items()}
+    full = [label for label, count in hits.items() if count == len(r["planted"]) == k]
+    if len(full) == len(hits):
+        return f"RAM's top {k} of {n} heads are exactly the planted ones, in all {len(hits)} domains."
+    counts = "; ".join(f"{label}: {count} of {len(r['planted'])}" for label, count in hits.items())
+    return f"RAM's top {k} of {n} heads are not the planted ones in every domain ({counts})."
+
+
+def against_vision(r: dict[str, Any]) -> str:
+    m = r["maps"]
+    ram, vision = m["half"]
+    concentrated = "fewer" if ram < vision else "more" if ram > vision else "as many"
+    agrees = "as the paper's maps show" if ram < vision else "unlike the paper's maps"
+    return (
+        f"Half of all RAM lies in {ram:.0%} of the heads, half of all VisionMass in {vision:.0%}: RAM takes "
+        f"{concentrated} heads, {agrees}. The top {len(r['top'])} of the two share {m['overlap']:.0%}; Spearman "
+        f"{m['spearman']:.2f}."
+    )
+
+
+def tasks_agree(r: dict[str, Any]) -> str:
+    s, (low, high) = r["stability"], PAPER["spearman"]
+    where = "within" if low <= s["least"] and s["most"] <= high else "partly outside"
+    where = "above" if s["least"] > high else "below" if s["most"] < low else where
+    return (
+        f"Spearman correlations between the {len(s['tasks'])} tasks: {s['least']:.2f} to {s['most']:.2f}, {where} the "
+        f"paper's {low} to {high}."
+    )
+
+
+def top_in_every_task(r: dict[str, Any]) -> str:
+    s = r["stability"]
+    share, n = 100 - s["percentile"], len(s["universal"])
+    if not n:
+        return f"No head is in the top {share:g} % of every task."
+    text = f"In the top {share:g} % of every task: {heads(s['universal'])}."
+    if r["planted"]:
+        inside = len(set(s["universal"]) & set(r["planted"]))
+        text += f" {inside} of {n} {'is' if n == 1 else 'are'} planted."
+    return text
+
+
+def top_falls(r: dict[str, Any]) -> str:
+    a, chance = r["ablation"], r["chance"]
+    clean, mean = a["top"]["mean"][0], a["top"]["mean"]
+    middle = chance + HALF * (clean - chance)
+    fallen = next((k for k, m in zip(a["ks"], mean, strict=True) if m < middle), None)
+    at_chance = next(
+        (k for k, low, high in zip(a["ks"], a["top"]["low"], a["top"]["high"], strict=True) if low <= chance <= high),
+        None,
+    )
+    if fallen is None:
+        text = f"Without its top {a['ks'][-1]} heads the model still has {mean[-1]:.1%} of {clean:.1%}: RAM ranks no "
+        return text + "heads first that it needs, unlike in the paper."
+    text = f"Accuracy falls below {middle:.1%}, half-way to chance, without the top {fallen} head{'s' * (fallen > 1)}"
+    text += f" ({mean[a['ks'].index(fallen)]:.1%}, from {clean:.1%})"
+    if at_chance is not None:
+        text += (
+            f"; from {at_chance} on chance lies within the 95 % interval"
+            if at_chance != fallen
+            else (", where chance lies within the 95 % interval")
+        )
+    q, l = PAPER["ablation"]["Qwen3-VL"], PAPER["ablation"]["LLaVA-OneVision"]
+    return f"{text}. (The paper, without the top 5 heads: {q[0]} to {q[1]} on Qwen3-VL, {l[0]} to {l[1]} on LLaVA.)"
+
+
+def others_hold(r: dict[str, Any]) -> str:
+    parts = []
+    for name in ("bottom", "random"):
+        ks, mean = _known(r["ablation"], name)
+        kept = last_kept(ks, mean)
+        end = "the last k measured" if kept == ks[-1] else f"{mean[ks.index(kept) + 1]:.1%} at {ks[ks.index(kept) + 1]}"
+        parts.append(f"{name} heads up to k = {kept} ({end})")
+    return f"Within {KEPT:.0%} of the clean accuracy it stays without {parts[0]}, and without {parts[1]}."
+
+
+def bottom_or_random(r: dict[str, Any]) -> str:
+    """The paper: bottom heads cost less than random ones."""
+    bottom, random = (_known(r["ablation"], name) for name in ("bottom", "random"))
+    shared = [k for k in random[0] if k in bottom[0] and k]
+    gaps = [bottom[1][bottom[0].index(k)] - random[1][random[0].index(k)] for k in shared]
+    least, most = min(gaps), max(gaps)
+    at = [k for k, gap in zip(shared, gaps, strict=True) if abs(gap) > KEPT]
+    if not at:
+        return (
+            f"Bottom and random heads differ by {max(abs(least), abs(most)):.1%} at most: the paper's finding that "
+            "bottom heads matter less than random ones is not seen here."
+        )
+    if least >= -KEPT:
+        return f"Bottom heads matter less than random ones (by up to {most:.1%}, at k = {listed(at)}), as in the paper."
+    if most <= KEPT:
+        return (
+            f"Unlike in the paper, bottom heads matter more than random ones (by up to {-least:.1%}, at k = "
+            f"{listed(at)})."
+        )
+    return f"Bottom heads matter less than random ones at some k and more at others ({least:+.1%} to {most:+.1%})."
+
+
+def key_tokens(r: dict[str, Any]) -> str:
+    k, p = r["key_tokens"], PAPER["ratio"]
+    top, bottom = k["ratio"]["top"], k["ratio"]["bottom"]
+    agrees = "as in the paper, the top heads hold more" if top > bottom else "unlike in the paper, they hold no more"
+    return (
+        f"Of the target's tokens the top {len(r['top'])} heads hold {top:.1%} on average among their most attended 5 % "
+        f"of positions (half or more in {k['hit_rate']['top']:.0%} of the samples), the bottom ones {bottom:.1%}: "
+        f"{agrees} (there {p['LLaVA-OneVision']:.1%} and {p['Qwen3-VL']:.1%} against about {p['bottom']:.0%}, for the "
+        "top and bottom 15)."
+    )
+
+
+def coverage(r: dict[str, Any]) -> str:
+    curves, (few, many, low, high) = r["key_tokens"]["coverage"], PAPER["coverage"]
+    n = len(curves["top"])
+    reach = {name: next((i + 1 for i, c in enumerate(curve) if c >= low), None) for name, curve in curves.items()}
+    parts = [f"{ORDERS[name]} {'never' if k is None else f'by {k}'}" for name, k in reach.items()]
+    return (
+        f"{low:.0%} of the target's tokens are covered {', '.join(parts)} of {n} heads (the paper: by the top {few} to "
+        f"{many} of about a thousand, {low:.0%} to {high:.0%}). All heads together cover {curves['top'][-1]:.1%}."
+    )
+
+
+def on_target(r: dict[str, Any]) -> str:
+    found = r["overlays"]
+    top, bottom, even = (
+        sum(values) / len(found)
+        for values in (
+            [o["share"]["top"] for o in found],
+            [o["share"]["bottom"] for o in found],
+            [o["even"] for o in found],
+        )
+    )
+    return (
+        f"In the pictures shown, the top heads keep {top:.1%} of their visual attention on the target, the bottom ones "
+        f"{bottom:.1%}; attention spread evenly would put {even:.1%} there."
+    )
+
+
+def last_token(r: dict[str, Any]) -> str:
+    q = r["queries"]
+    question, last = q["top_mean"]
+    return (
+        f"Asked by the last token of the prompt instead of the question's tokens, the top {len(r['top'])} are "
+        f"{heads(q['tops'][1])}: {q['overlap']:.0%} of the question's top. Their mean RAM is {last:.3f} (question: "
+        f"{question:.3f}); Spearman {q['spearman']:.2f} over all heads."
+    )
+
+
+def last_kept(ks: list[int], mean: list[float]) -> int:
+    """The largest k up to which no mean is more than `KEPT` below the first."""
+    kept = ks[0]
+    for k, m in zip(ks, mean, strict=True):
+        if m < mean[0] - KEPT:
+            break
+        kept = k
+    return kept
+
+
+def _known(ablation: dict[str, Any], ranking: str) -> tuple[list[int], list[float]]:
+    pairs = [(k, m) for k, m in zip(ablation["ks"], ablation[ranking]["mean"], strict=True) if m is not None]
+    return [k for k, _ in pairs], [m for _, m in pairs]
+
+
+def heads(names: list[str]) -> str:
+    """Names in a sentence."""
+    return listed(sorted(names))
+
+
+def listed(values: list[Any]) -> str:
+    """Values in a sentence: a, b and c."""
+    *most, last = map(str, values)
+    return f"{', '.join(most)} and {last}" if most else last
