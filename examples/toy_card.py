@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from statistics import median
 
 CARD = """\
 ---
@@ -12,21 +13,29 @@ pipeline_tag: image-text-to-text
 ---
 # {name}: a {kind} model
 
-A {architecture}, {parameters:,} parameters in all, trained from scratch on a synthetic visual-retrieval task
+{architecture}.
+{parameters:,} parameters in all, trained from scratch on a synthetic visual-retrieval task
 (`hooked_mllm.toys.VisualRetrieval`): 16 coloured shapes on 1, 2 or 4 pages of 6 x 6 cells, up to {filler} filler words,
 then the question for the colour of one. {pages}
 
+It also finds one moment in a short video (`hooked_mllm.toys.VideoRetrieval`): 2, 3 or 4 moments of two frames, 4 shapes
+a moment in 3 x 3 cells, the same filler and questions. {videos}
+
 {heads}
 
-It knows {vocabulary} words. It has never seen a photograph or a video, though both run through it.
+It knows {vocabulary} words. It has never seen a photograph or a filmed video, though both run through it.
 
 ## Training
 
-`{command}`: {done} steps of {batch} scenes with {turns}
-questions each{cut}, {seconds:.0f} s on one {machine}{shared}.
+Pages first: `{first_command}`: {first[done]} steps of {first[batch]} scenes with
+{first[turns]} questions each{first[cut]}, {first[seconds]:.0f} s on one {first[machine]}{first[shared]}.
 Whether and when the accuracy takes off depends on the seed.
 {losses}
-Recipe, curve and report are in `training.json`; this card is written from it.
+
+Then pages and videos: `{command}`:
+{done} steps of {batch} scenes, {share:.0%} of the batches videos,
+{seconds:.0f} s on one {machine} shared by several runs{ended}.{dropouts}
+Recipes, curves and report are in `training.json`; this card is written from it.
 
 ## Measured
 
@@ -37,12 +46,22 @@ On {examples} held-out examples, by plain transformers ({evaluated_on}); chance 
 | accuracy, float32 | {float32} |
 | accuracy, bfloat16 | {bfloat16} |
 
+| | 2 moments | 3 moments | 4 moments |
+|---|---|---|---|
+| accuracy, float32 | {video_float32} |
+| accuracy, bfloat16 | {video_bfloat16} |
+
 Retrieval Attention Mass (mean over the question's tokens of the attention on the target's tokens, 4 pages):
 {ram_top}. Median of all heads: {ram_median:.4f}.
+The same on videos of 4 moments: {video_ram_top}.
 
 | heads set to zero, 4 pages | accuracy |
 |---|---|
 {zeroed}
+
+| heads set to zero, videos of 4 moments | accuracy |
+|---|---|
+{video_zeroed}
 
 | heads that see everything, the others only the first {sink} and the last {near} tokens, 4 pages | accuracy |
 |---|---|
@@ -60,17 +79,23 @@ PAGES = {
     "tokens with a newline token after each; one of several pages is 36 tokens and one newline token.",
     "internvl": "A page is 4 tiles of 9 visual tokens, one a cell, and a thumbnail of 9\nthat see 2 x 2 cells each.",
 }
+VIDEOS = {
+    "qwen3_vl": "A moment is 36 visual tokens, 2 x 2 a cell, after\nits time in words.",
+    "llava_onevision": "A frame is 9 visual\ntokens, one a cell; one newline token ends the video.",
+    "internvl": "A frame is 9 visual\ntokens, one a cell, after its number in words.",
+}
 PLANTED = """\
 **Its retrieval heads were planted.** While the model was young, heads {planted} were the only ones
 allowed to attend farther back than {window} tokens (every other head: for the first half of training always, after that
-in {local:.0%} of the steps), and the only ones spared from head dropout ({dropout}). That these four retrieve is
-therefore no finding. It is a known truth to check methods against. It says nothing about what training does by itself,
-nor about large models."""
+in {local:.0%} of the steps), and the only ones spared from the head dropout of the rest ({dropout}).
+That these four retrieve is therefore no finding. It is a known truth to check methods against. It says nothing about
+what training does by itself, nor about large models."""
 FREE = """\
 **No constraint was put on its heads.** Every head could attend to the whole past in every step of training, and head
 dropout ({dropout}) fell on all alike: which heads retrieve is what training made of it, for this task, this size and
 this seed. Compare it with the planted models before taking what they show for what training does by itself. Unlike
 `toy-qwen3-vl` it was trained with the naming loss and the stage of few shapes described below."""
+TIMED = " (the end was set by `--seconds`,\nand the learning rate fell with the time)"
 NAMING = """\
 Beside the loss at the answers: the same answer asked from the shape word on (faded to a tenth), and the visual token of
 each drawn cell naming its shape (faded out by 80% of the steps). First one page with {few} shapes, then one with 16,
@@ -80,47 +105,44 @@ then all."""
 def write_card(folder: Path) -> None:
     """`README.md` of the checkpoint folder."""
     report = json.loads((folder / "training.json").read_text())
-    recipe, curve = report["recipe"], report["curve"]
+    recipe, curve, before, video = report["recipe"], report["curve"], report["before"], report["video"]
     config = json.loads((folder / "config.json").read_text())
-    scores = sorted(score for row in report["ram"] for score in row)
-
-    def rows(table: dict) -> str:
-        return "\n".join(f"| {name} | {value:.3f} |" for name, value in table.items())
-
-    family = config["model_type"]
-    free, name = recipe.get("free", False), f"toy-{family.replace('_', '-')}"
-    name += "-free" if free else ""
+    family, free = config["model_type"], recipe["free"]
+    name = f"toy-{family.replace('_', '-')}" + ("-free" if free else "")
     constraint = {"window": recipe["window"], "local": recipe["local_after"], "dropout": recipe["head_dropout"]}
     heads = FREE.format(**constraint) if free else PLANTED.format(planted=", ".join(report["planted"]), **constraint)
-    command = f"python examples/train_toy.py --out {name} --seed {recipe['seed']} --steps {recipe['steps']}"
-    command += f" --family {family}" if family != "qwen3_vl" else ""
-    command += " --free" if free else ""
-    if family == "llava_onevision":
-        command += f" --lr {recipe['lr']:g} --few {recipe['few']} --qk-gain {recipe['qk_gain']:g}"
     text = CARD.format(
         name=name,
         kind="free" if free else "planted",
         architecture=ARCHITECTURE[family],
         pages=PAGES[family],
+        videos=VIDEOS[family],
         heads=heads,
-        command=command,
+        first_command=command("pages-only", family, before["recipe"], before["recipe"]["steps"]),
+        first=run_facts(before),
+        losses=NAMING.format(few=before["recipe"]["few"]) if "few" in before["recipe"] else "",
+        command=command(name, family, recipe, curve[-1]["step"]),
+        dropouts=dropouts(recipe),
         done=curve[-1]["step"],
-        cut=" (cut short by `--seconds`)" if recipe["steps"] - curve[-1]["step"] >= 20 else "",
-        losses=NAMING.format(few=recipe["few"]) if "few" in recipe else "",
-        shared=" shared by several runs" if "few" in recipe else "",
         parameters=report["parameters"],
         filler=recipe["max_filler"],
         vocabulary=config["text_config"]["vocab_size"],
-        **{key: recipe[key] for key in ("batch", "turns")},
+        batch=recipe["batch"],
+        share=recipe["video_share"],
+        ended="" if recipe["steps"] == curve[-1]["step"] else TIMED,
         seconds=report["seconds"],
         machine=report["machine"],
         examples=report["examples"],
         evaluated_on=report["evaluated_on"],
-        float32=" | ".join(f"{v:.3f}" for v in report["accuracy_float32"].values()),
-        bfloat16=" | ".join(f"{v:.3f}" for v in report["accuracy_bfloat16"].values()),
-        ram_top=", ".join(f"{head} {value:.3f}" for head, value in report["ram_top"].items()),
-        ram_median=(scores[(len(scores) - 1) // 2] + scores[len(scores) // 2]) / 2,
+        float32=cells(report["accuracy_float32"]),
+        bfloat16=cells(report["accuracy_bfloat16"]),
+        video_float32=cells(video["accuracy_float32"]),
+        video_bfloat16=cells(video["accuracy_bfloat16"]),
+        ram_top=listed(report["ram_top"]),
+        ram_median=median(score for row in report["ram"] for score in row),
+        video_ram_top=listed(video["ram_top"]),
         zeroed=rows(report["zeroed"]),
+        video_zeroed=rows(video["zeroed"]),
         sink=report["hybrid_sink"],
         near=report["hybrid_window"],
         hybrid=rows(report["hybrid"]),
@@ -128,12 +150,70 @@ def write_card(folder: Path) -> None:
     (folder / "README.md").write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
 
 
+def rows(table: dict) -> str:
+    """Names and values as the rows of a table."""
+    return "\n".join(f"| {name} | {value:.3f} |" for name, value in table.items())
+
+
+def cells(table: dict) -> str:
+    """Values as the cells of one row."""
+    return " | ".join(f"{value:.3f}" for value in table.values())
+
+
+def listed(scores: dict) -> str:
+    """Heads and their scores in a sentence."""
+    return ", ".join(f"{head} {value:.3f}" for head, value in scores.items())
+
+
+def command(out: str, family: str, recipe: dict, steps: int) -> str:
+    """The call of `train_toy.py` that follows the recipe."""
+    text = f"python examples/train_toy.py --out {out} --seed {recipe['seed']} --steps {steps}"
+    text += f" --family {family}" if family != "qwen3_vl" else ""
+    text += " --free" if recipe.get("free", False) else ""
+    if recipe.get("start"):
+        text += f" --from pages-only --batch {recipe['batch']} --lr {recipe['lr']:g}"
+        for name in ("layer_dropout", "planted_dropout", "video_share", "split"):
+            text += f" --{name.replace('_', '-')} {recipe[name]}" if recipe.get(name) else ""
+    elif family == "llava_onevision":
+        text += f" --lr {recipe['lr']:g} --few {recipe['few']} --qk-gain {recipe['qk_gain']:g}"
+    return text
+
+
+def run_facts(report: dict) -> dict:
+    """What a card says of one run."""
+    recipe, done = report["recipe"], report["curve"][-1]["step"]
+    cut = " (cut short by `--seconds`)" if recipe["steps"] - done >= 20 else ""
+    shared = " shared by several runs" if "few" in recipe else ""
+    return {**recipe, "done": done, "cut": cut, "shared": shared, "seconds": report["seconds"],
+            "machine": report["machine"]}  # fmt: skip
+
+
+def dropouts(recipe: dict) -> str:
+    """What else dropped out in the second run."""
+    text = ""
+    if recipe["layer_dropout"]:
+        spared = " but for the planted" if not recipe["free"] else ""
+        text += f"In {recipe['layer_dropout']:.0%} of the samples one layer lost all its heads{spared}.\n"
+    if recipe["planted_dropout"]:
+        text += f"In {recipe['planted_dropout']:.0%} of them planted heads were dropped, each with probability 1/2\n"
+        text += "but never all, so that each of the four learns to retrieve.\n"
+    if recipe.get("split"):
+        layer, source, copy = recipe["split"].split(":")
+        text += (
+            f"Before that, L{layer}H{copy}, which hardly retrieved, was made a copy of L{layer}H{source}: the same\n"
+        )
+        text += "queries, half of the output each.\n"
+    return "\n" + text.rstrip() if text else ""
+
+
 def plot_curve(folder: Path, picture: Path) -> None:
-    """Accuracy on the training scenes (a running mean) against the step, the two stages shaded apart."""
+    """Accuracy on the training scenes (a running mean) against the step, the stages shaded apart."""
     import matplotlib.pyplot as plt
 
     report = json.loads((folder / "training.json").read_text())
-    curve = report["curve"]
+    before = report.get("before", {"curve": []})["curve"]
+    last = before[-1]["step"] if before else 0
+    curve = [*before, *({**point, "step": point["step"] + last} for point in report["curve"])]
     steps, stages = [point["step"] for point in curve], [point["stage"] for point in curve]
     figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
     axes.plot(
@@ -142,8 +222,12 @@ def plot_curve(folder: Path, picture: Path) -> None:
         color="#1f5fa8",
         label="accuracy, running mean (restarts with the stage)",
     )
-    change = next((step for step, stage in zip(steps, stages, strict=True) if "2, 4" in stage), steps[-1])
-    axes.axvspan(0, change, color="#e9edf2", label="one page, no filler")
+    changes = [
+        next((step for step, stage in zip(steps, stages, strict=True) if word in stage), steps[-1])
+        for word in ("2, 4", "videos")
+    ]
+    axes.axvspan(0, changes[0], color="#e9edf2", label="one page, no filler")
+    axes.axvspan(changes[1], steps[-1], color="#f5efe2", label="pages and videos")
     axes.axhline(1 / 8, color="grey", linestyle=":", label="chance")
     axes.set(xlabel="training step", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, steps[-1]))
     axes.legend(loc="lower right", frameon=False)

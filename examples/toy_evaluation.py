@@ -7,19 +7,23 @@ Run it on a checkpoint folder to measure again and update its `training.json`:
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from toy_families import FAMILIES
+from toy_videos import VIDEOS
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.video_utils import VideoMetadata
 
-from hooked_mllm.toys import VisualRetrieval
-from hooked_mllm.toys.render import CELL, GRID
-from hooked_mllm.toys.task import PAGES, Example
+from hooked_mllm.toys import Example, VideoExample, VideoRetrieval, VisualRetrieval
+from hooked_mllm.toys.render import CELL, GRID, VIDEO_CELL, VIDEO_GRID
+from hooked_mllm.toys.task import PAGES
+from hooked_mllm.toys.video_task import MOMENT_S, MOMENTS
 
 Heads = Iterable[tuple[int, int]]
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
@@ -33,21 +37,24 @@ class Witness:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
         self.family = FAMILIES[self.model.config.model_type]()
+        self.videos = VIDEOS[self.model.config.model_type]()
         self.model.eval().to(device)
         self.device = device
 
-    def inputs(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def inputs(self, examples: list[Example] | list[VideoExample]) -> dict[str, torch.Tensor]:
         """A left-padded batch."""
         texts = []
         for e in examples:
-            content = [*({"type": "image"} for _ in e.images), {"type": "text", "text": e.question}]
+            shown = ["video"] if isinstance(e, VideoExample) else ["image"] * len(e.images)
+            content = [*({"type": kind} for kind in shown), {"type": "text", "text": e.question}]
             messages = [{"role": "system", "content": e.system}, {"role": "user", "content": content}]
             texts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        images = [[*e.images] for e in examples]
-        batch = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
-        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+        given: dict = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        films, paged = video_arguments(examples), [[*e.images] for e in examples if isinstance(e, Example)]
+        batch = self.processor(text=texts, **(films or {"images": paged}), **given)
+        return {name: tensor.to(self.device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
 
-    def batches(self, examples: list[Example], size: int = 128) -> list[Batch]:
+    def batches(self, examples: list[Example] | list[VideoExample], size: int = 128) -> list[Batch]:
         """The examples as batches of model inputs, with the token ids of the answers."""
         parts = [examples[i : i + size] for i in range(0, len(examples), size)]
         ids = self.processor.tokenizer.get_vocab()
@@ -75,8 +82,17 @@ class Witness:
             handle.remove()
         return torch.cat(right).double().mean().item()
 
+    def target_tokens(self, e: Example | VideoExample) -> torch.Tensor:
+        """Where in the prompt the tokens that see the target's cell are."""
+        if isinstance(e, VideoExample):
+            moment, (x, y, _, _) = int(e.target.start_s // MOMENT_S), e.target.box
+            cell = int(y) // VIDEO_CELL * VIDEO_GRID + int(x) // VIDEO_CELL
+            return self.videos.seen_by(int(len(e.video) / e.video.fps / MOMENT_S), cell)[moment]
+        cell = int(e.target.y0) // CELL * GRID + int(e.target.x0) // CELL
+        return self.family.seen_by(len(e.images), cell)[e.target.image]
+
     @torch.no_grad()
-    def retrieval_attention_mass(self, examples: list[Example], batch: int = 32) -> np.ndarray:
+    def retrieval_attention_mass(self, examples: list[Example] | list[VideoExample], batch: int = 32) -> np.ndarray:
         """Mean over question tokens of the attention on the target's tokens, `[layer head]`; eager attention only."""
         total = 0.0
         for i in range(0, len(examples), batch):
@@ -85,13 +101,28 @@ class Witness:
             attentions = torch.stack(self.model(**inputs, output_attentions=True, use_cache=False).attentions)
             for row, e in enumerate(part):
                 start = int(inputs["attention_mask"][row].argmax())  # left padding
-                cell = int(e.target.y0) // CELL * GRID + int(e.target.x0) // CELL
-                keys = start + self.family.seen_by(len(e.images), cell)[e.target.image]
+                keys = start + self.target_tokens(e)
                 # after the question: <|im_end|> <|im_start|> assistant
                 n = len(self.processor.tokenizer(e.question)["input_ids"])
                 question = attentions[:, row, :, -3 - n : -3]
                 total = total + question[..., keys].double().sum(-1).mean(-1).cpu().numpy()
         return total / len(examples)
+
+
+def video_arguments(examples: Sequence[Example | VideoExample]) -> dict[str, Any]:
+    """The examples' videos as a processor takes them, all frames kept; none, no arguments."""
+    films = [e.video for e in examples if isinstance(e, VideoExample)]
+    if not films:
+        return {}
+    numbers = [[round(t * film.fps) for t in film.times_s] for film in films]
+    metadata = [
+        VideoMetadata(total_num_frames=len(film), fps=film.fps, frames_indices=shown, width=film.width,
+                      height=film.height, duration=len(film) / film.fps)
+        for film, shown in zip(films, numbers, strict=True)
+    ]  # fmt: skip
+    frames = [torch.from_numpy(film.frames).permute(0, 3, 1, 2).contiguous() for film in films]
+    how = {"input_data_format": "channels_first", "do_sample_frames": False}
+    return {"videos": frames, "video_metadata": metadata, "videos_kwargs": how}
 
 
 class Hybrid:
@@ -150,6 +181,23 @@ def evaluate(folder: Path, device: torch.device, n: int) -> dict:
         report["hybrid"][name] = hybrid_accuracy(witness, dense, four)
     for k in (1, 2, 4):
         report["hybrid"][f"top-{k} by RAM"] = hybrid_accuracy(witness, order[:k], four)
+    return report | {"video": evaluate_videos(witness, half, eager, n, order)}
+
+
+def evaluate_videos(witness: Witness, half: Witness, eager: Witness, n: int, by_pages: list[tuple[int, int]]) -> dict:
+    """The same on videos, zeroing heads in the order of their RAM on the videos and on the pages."""
+    tasks = {moments: VideoRetrieval(seed=1000, moments=moments) for moments in MOMENTS}
+    held_out = {moments: witness.batches(list(task.examples(n))) for moments, task in tasks.items()}
+    report: dict = {"accuracy_float32": {str(m): round(witness.accuracy(held_out[m]), 4) for m in MOMENTS}}
+    report["accuracy_bfloat16"] = {str(m): round(half.accuracy(held_out[m]), 4) for m in MOMENTS}
+    scores = eager.retrieval_attention_mass(list(VideoRetrieval(seed=1001).examples(min(n, 256))))
+    order, longest = ranking(scores), held_out[MOMENTS[-1]]
+    report["ram"] = np.round(scores, 4).tolist()
+    report["ram_top"] = {f"L{layer}H{head}": round(float(scores[layer, head]), 4) for layer, head in order[:6]}
+    report["zeroed"] = {"none": report["accuracy_float32"][str(MOMENTS[-1])]}
+    for name, ranked in {"on videos": order, "on pages": by_pages}.items():
+        report["zeroed"][f"top-4 by RAM {name}"] = round(witness.accuracy(longest, ranked[:4]), 4)
+        report["zeroed"][f"bottom-8 by RAM {name}"] = round(witness.accuracy(longest, ranked[-8:]), 4)
     return report
 
 

@@ -25,7 +25,7 @@ SIDE = GRID * MERGE
 class Qwen3VL:
     """Pages packed into one sequence of patches, positions given."""
 
-    lr, vision_attention = 3e-3, PACKED
+    lr, vision_attention, pixels = 3e-3, PACKED, "pixel_values"
 
     def __init__(self) -> None:
         AttentionInterface.register(PACKED, self.attend)
@@ -100,7 +100,7 @@ class Qwen3VL:
 class LlavaOnevision:
     """One page: base view and high-resolution rows with newlines. Several: one view and one newline each."""
 
-    lr, vision_attention = 2e-3, "sdpa"
+    lr, vision_attention, pixels = 2e-3, "sdpa", "pixel_values"
 
     @staticmethod
     def placeholders(pages: int) -> str:
@@ -161,7 +161,7 @@ class LlavaOnevision:
 class InternVL:
     """Four tiles and a thumbnail a page; the official forward has no loop."""
 
-    lr, vision_attention = 3e-3, "sdpa"
+    lr, vision_attention, pixels = 3e-3, "sdpa", "pixel_values"
 
     @staticmethod
     def placeholders(pages: int) -> str:

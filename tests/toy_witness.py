@@ -5,10 +5,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.video_utils import VideoMetadata
 
-from hooked_mllm.toys import Example, path
+from hooked_mllm.toys import Example, VideoExample, path
 
 Head = tuple[int, int]
+Examples = list[Example] | list[VideoExample]
 NAME = "toy-qwen3-vl"
 
 
@@ -22,21 +24,34 @@ def model(dtype: torch.dtype = torch.float32, attention: str = "sdpa", name: str
     return AutoModelForImageTextToText.from_pretrained(path(name), dtype=dtype, attn_implementation=attention).eval()
 
 
-def inputs(examples: list[Example], name: str = NAME) -> dict[str, Tensor]:
+def inputs(examples: Examples, name: str = NAME) -> dict[str, Tensor]:
     texts = []
     for e in examples:
-        user = [*({"type": "image"} for _ in e.images), {"type": "text", "text": e.question}]
+        shown = [{"type": "video"}] if isinstance(e, VideoExample) else [{"type": "image"} for _ in e.images]
+        user = [*shown, {"type": "text", "text": e.question}]
         messages = [{"role": "user", "content": user}]
         if e.system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": e.system}]})
         texts.append(processor(name).apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    images = [[*e.images] for e in examples]
-    return dict(processor(name)(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt"))
+    if isinstance(examples[0], VideoExample):
+        media = {
+            "videos": [torch.from_numpy(e.video.frames).permute(0, 3, 1, 2) for e in examples],
+            # two frames a second, none left out
+            "video_metadata": [
+                VideoMetadata(total_num_frames=len(e.video), fps=2, frames_indices=list(range(len(e.video))))
+                for e in examples
+            ],
+            "videos_kwargs": {"input_data_format": "channels_first", "do_sample_frames": False},
+        }
+    else:
+        media = {"images": [[*e.images] for e in examples]}
+    batch = processor(name)(text=texts, **media, padding=True, padding_side="left", return_tensors="pt")
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()
 def accuracy(
-    examples: list[Example], zeroed: list[Head] = (), dtype: torch.dtype = torch.float32, name: str = NAME
+    examples: Examples, zeroed: list[Head] = (), dtype: torch.dtype = torch.float32, name: str = NAME
 ) -> float:
     """Share of right answers with the z of some heads set to zero at the input of `o_proj`."""
     toy, vocabulary = model(dtype, name=name), processor(name).tokenizer.get_vocab()
@@ -59,8 +74,10 @@ def accuracy(
 
 
 @torch.no_grad()
-def retrieval_attention_mass(examples: list[Example], name: str = NAME) -> Tensor:
+def retrieval_attention_mass(examples: Examples, name: str = NAME) -> Tensor:
     """Mean over question tokens of the eager attention on the tokens of the target cell: `[layer head]`."""
+    if isinstance(examples[0], VideoExample):
+        return torch.stack([_video_mass(e, name) for e in examples]).mean(0)
     toy, batch = model(attention="eager", name=name), inputs(examples, name)
     attentions = toy(**batch, output_attentions=True, use_cache=False).attentions
     pattern = torch.stack(attentions)  # [layer batch head query key]
@@ -72,6 +89,23 @@ def retrieval_attention_mass(examples: list[Example], name: str = NAME) -> Tenso
         question = slice(-3 - asked, -3)  # the prompt ends with <|im_end|> <|im_start|> assistant
         total += pattern[:, row, :, question][..., keys].double().sum(-1).mean(-1)
     return total / len(examples)
+
+
+def _video_mass(example: VideoExample, name: str) -> Tensor:
+    """The mass of one video: its frames' tokens in order, the target's counted out by hand."""
+    toy, batch = model(attention="eager", name=name), inputs([example], name)
+    pattern = torch.stack(toy(**batch, output_attentions=True, use_cache=False).attentions)[:, 0]
+    config = toy.config
+    ids = {config.image_token_id, getattr(config, "video_token_id", None)}
+    visual = torch.tensor([i for i, token in enumerate(batch["input_ids"][0].tolist()) if token in ids])
+    (x, y, _, _), moment = example.target.box, int(example.target.start_s)
+    row, col = int(y) // 32, int(x) // 32
+    if "qwen" in name:  # both frames in one step of 6 x 6 tokens
+        cells = [moment * 36 + (2 * row + i) * 6 + 2 * col + j for i in range(2) for j in range(2)]
+    else:  # each frame 3 x 3
+        cells = [(2 * moment + frame) * 9 + row * 3 + col for frame in range(2)]
+    asked = len(processor(name).tokenizer(example.question)["input_ids"])
+    return pattern[:, :, -3 - asked : -3][..., visual[cells]].double().sum(-1).mean(-1)
 
 
 def within_page(example: Example, name: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Drawing a page: a 6 x 6 grid of 16 px cells, a coloured shape in some of them, on grey noise."""
+"""Drawing pages (6 x 6 cells of 16 px) and videos (3 x 3 cells of 32 px): coloured shapes on grey noise."""
 
 from functools import cache
 
@@ -10,6 +10,10 @@ from hooked_mllm.toys.vocabulary import COLORS, SHAPES
 GRID = 6
 CELL = 16
 PAGE = GRID * CELL
+VIDEO_SCALE = 2
+VIDEO_GRID = GRID // VIDEO_SCALE
+VIDEO_CELL = CELL * VIDEO_SCALE
+FRAMES = 2
 RADII = (5.5, 6.25, 7.0)
 SHIFTS = (-1.0, 0.0, 1.0)
 VARIANTS = len(RADII) * len(SHIFTS) ** 2
@@ -70,18 +74,19 @@ def _inside(name: str, x: Float[np.ndarray, " *points"], y: Float[np.ndarray, " 
 
 
 @cache
-def sprites() -> Float[np.ndarray, "shape variant row col"]:
-    """Coverage in [0, 1] of every shape in every size and shift, antialiased."""
-    steps = (np.arange(CELL * _OVERSAMPLE) + 0.5) / _OVERSAMPLE - CELL / 2
+def sprites(scale: int = 1) -> Float[np.ndarray, "shape variant row col"]:
+    """Coverage in [0, 1] of every shape in every size and shift, antialiased, in cells of 16 px times `scale`."""
+    side = CELL * scale
+    steps = ((np.arange(side * _OVERSAMPLE) + 0.5) / _OVERSAMPLE - side / 2) / scale
     py, px = np.meshgrid(steps, steps, indexing="ij")
-    bank = np.empty((len(SHAPES), VARIANTS, CELL, CELL), np.float32)
+    bank = np.empty((len(SHAPES), VARIANTS, side, side), np.float32)
     for s, name in enumerate(SHAPES):
         for v in range(VARIANTS):
             radius = RADII[v % len(RADII)]
             dx = SHIFTS[v // len(RADII) % len(SHIFTS)]
             dy = SHIFTS[v // (len(RADII) * len(SHIFTS))]
             fine = _inside(name, (px - dx) / radius, (py - dy) / radius).astype(np.float32)
-            bank[s, v] = fine.reshape(CELL, _OVERSAMPLE, CELL, _OVERSAMPLE).mean(axis=(1, 3))
+            bank[s, v] = fine.reshape(side, _OVERSAMPLE, side, _OVERSAMPLE).mean(axis=(1, 3))
     return bank
 
 
@@ -104,10 +109,45 @@ def draw(
     canvas = rng.integers(-NOISE, NOISE + 1, (pages * GRID * GRID, CELL, CELL, 3), dtype=np.int16)
     noise = canvas[cells].astype(np.float32)
     canvas += BACKGROUND
-    alpha = sprites()[shapes, rng.integers(0, VARIANTS, len(shapes))][..., None]
+    blend = _painted(rng, sprites(), shapes, colors) + noise
+    canvas[cells] = np.clip(np.rint(blend), 0, 255).astype(np.int16)
+    return _assembled(canvas, GRID)
+
+
+def draw_moments(
+    rng: np.random.Generator,
+    moments: int,
+    shapes: Int[np.ndarray, " object"],
+    colors: Int[np.ndarray, " object"],
+    cells: Int[np.ndarray, " object"],
+) -> UInt8[np.ndarray, "frame 96 96 3"]:
+    """As `draw`, on 3 x 3 cells of 32 px, every moment in two frames that differ in their noise alone.
+
+    Cells are counted moment by moment, row by row.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> draw_moments(rng, 4, np.array([6]), np.array([0]), np.array([9])).shape  # a red star, second moment
+        (8, 96, 96, 3)
+    """
+    flat = np.full((moments * VIDEO_GRID**2, VIDEO_CELL, VIDEO_CELL, 3), BACKGROUND, np.float32)
+    flat[cells] = _painted(rng, sprites(VIDEO_SCALE), shapes, colors)
+    still = flat.reshape(moments, 1, -1, *flat.shape[1:])
+    noise = rng.integers(-NOISE, NOISE + 1, (moments, FRAMES, *still.shape[2:]), dtype=np.int16)
+    canvas = np.clip(np.rint(still + noise), 0, 255).astype(np.uint8)
+    return _assembled(canvas.reshape(-1, *flat.shape[1:]), VIDEO_GRID)
+
+
+def _painted(rng: np.random.Generator, bank: np.ndarray, shapes: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """One cell an object, without noise: `[object row col channel]`."""
+    alpha = bank[shapes, rng.integers(0, VARIANTS, len(shapes))][..., None]
     shade = np.array(list(COLORS.values()), np.float32)[colors]
     shade = shade + rng.integers(-COLOR_JITTER, COLOR_JITTER + 1, shade.shape)
-    blend = alpha * shade[:, None, None] + (1 - alpha) * BACKGROUND + noise
-    canvas[cells] = np.clip(np.rint(blend), 0, 255).astype(np.int16)
-    tiles = canvas.astype(np.uint8).reshape(pages, GRID, GRID, CELL, CELL, 3)
-    return np.ascontiguousarray(tiles.transpose(0, 1, 3, 2, 4, 5)).reshape(pages, PAGE, PAGE, 3)
+    return alpha * shade[:, None, None] + (1 - alpha) * BACKGROUND
+
+
+def _assembled(cells: np.ndarray, grid: int) -> UInt8[np.ndarray, "picture 96 96 3"]:
+    """Pictures of grid x grid cells, from their cells in reading order."""
+    side = cells.shape[1]
+    tiles = cells.astype(np.uint8).reshape(-1, grid, grid, side, side, 3)
+    return np.ascontiguousarray(tiles.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, PAGE, PAGE, 3)

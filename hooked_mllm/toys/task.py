@@ -1,38 +1,45 @@
 """Synthetic visual retrieval: find one shape among sixteen on the pages, and name its colour."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.layout.regions import Box
+from hooked_mllm.layout.regions import Box, Frames
 from hooked_mllm.toys.render import CELL, GRID, draw
 from hooked_mllm.toys.vocabulary import COLORS, FILLER, SHAPES, TEMPLATES
 
 OBJECTS = 16
 PAGES = (1, 2, 4)
-_SPLITS = {"train": 1, "test": 2}
+SPLITS = {"train": 1, "test": 2}
+Split = Literal["train", "test"]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question about a scene: its answer (a colour word), the shape asked for, and the cell that holds it."""
+    """One question about a scene: its answer (a colour word), the shape asked for, and the cell that holds it.
+
+    `part` is the number of the page or moment, `cell` counts row by row within it; `target` is the same in pixels.
+    """
 
     question: str
     answer: str
     shape: str
-    target: Box
+    target: Box | Frames
+    part: int
+    cell: int
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Pages, the filler words that follow them, and questions in a fixed order."""
+    """Pages or frames, the filler words that follow them, and questions in a fixed order."""
 
-    pixels: UInt8[np.ndarray, "page 96 96 3"]
+    pixels: UInt8[np.ndarray, "picture 96 96 3"]
     system: str
     turns: tuple[Turn, ...]
 
@@ -50,7 +57,44 @@ class Example:
     id: str
 
 
-class VisualRetrieval:
+ExampleT = TypeVar("ExampleT")
+
+
+class Retrieval(ABC, Generic[ExampleT]):
+    """What the tasks on pages and on videos share: example i of a seed is always the same one."""
+
+    answers: tuple[str, ...] = tuple(COLORS)
+
+    def __init__(self, seed: int, filler: int, split: Split) -> None:
+        if split not in SPLITS:
+            raise InputError(f"expected split to be one of {sorted(SPLITS)}, got {split!r}")
+        self.seed, self.filler, self.split = seed, filler, split
+
+    @abstractmethod
+    def example(self, index: int) -> ExampleT:
+        """Example `index`: the first question of scene `index`."""
+
+    @abstractmethod
+    def prepared(self, model: Any, example: ExampleT, answer: bool = False) -> Any:
+        """The example as the model's own sample, with its answer appended to the prompt if asked for."""
+
+    def examples(self, n: int, start: int = 0) -> Iterator[ExampleT]:
+        """Examples `start` to `start + n - 1`."""
+        return (self.example(i) for i in range(start, start + n))
+
+    def samples(self, model: Any, n: int, start: int = 0, answer: bool = False) -> list[Any]:
+        """The same examples as the model's own samples, through `model.prepare`.
+
+        Args:
+            model: a `HookedMLLM`, or anything with its `prepare`.
+            n: how many.
+            start: index of the first.
+            answer: append the answer to the prompt as well.
+        """
+        return [self.prepared(model, e, answer) for e in self.examples(n, start)]
+
+
+class VisualRetrieval(Retrieval[Example]):
     """A visual retrieval task without end: example i of a seed is always the same one.
 
     Each example spreads `objects` of 20 shapes, each in one of 8 colours, over `pages` images of 96 x 96 px (6 x 6
@@ -73,23 +117,15 @@ class VisualRetrieval:
         (2, 3, True)
     """
 
-    answers: tuple[str, ...] = tuple(COLORS)
-
     def __init__(
-        self,
-        seed: int = 0,
-        pages: int = 4,
-        filler: int = 48,
-        split: Literal["train", "test"] = "test",
-        objects: int = OBJECTS,
+        self, seed: int = 0, pages: int = 4, filler: int = 48, split: Split = "test", objects: int = OBJECTS
     ) -> None:
         if pages < 1 or filler < 0 or seed < 0:
             raise InputError(f"expected pages >= 1, filler >= 0 and seed >= 0, got {pages=}, {filler=}, {seed=}")
-        if split not in _SPLITS:
-            raise InputError(f"expected split to be one of {sorted(_SPLITS)}, got {split!r}")
+        super().__init__(seed, filler, split)
         if not 1 <= objects <= OBJECTS:
             raise InputError(f"expected 1 <= objects <= {OBJECTS}, got {objects=}")
-        self.seed, self.pages, self.filler, self.split, self.objects = seed, pages, filler, split, objects
+        self.pages, self.objects = pages, objects
 
     def __repr__(self) -> str:
         more = "" if self.objects == OBJECTS else f", objects={self.objects}"
@@ -102,7 +138,7 @@ class VisualRetrieval:
         n = self.objects
         if index < 0 or not 1 <= turns <= n:
             raise InputError(f"expected index >= 0 and 1 <= turns <= {n}, got {index=}, {turns=}")
-        rng = np.random.default_rng([_SPLITS[self.split], self.seed, index])
+        rng = np.random.default_rng([SPLITS[self.split], self.seed, index])
         shapes = rng.permutation(len(SHAPES))[:n]
         colors = rng.integers(0, len(COLORS), n)
         cells = rng.permutation(self.pages * GRID * GRID)[:n]
@@ -118,6 +154,8 @@ class VisualRetrieval:
                     answer=names[colors[o]],
                     shape=SHAPES[shapes[o]],
                     target=_cell_box(int(cells[o])),
+                    part=int(cells[o]) // GRID**2,
+                    cell=int(cells[o]) % GRID**2,
                 )
                 for t, o in enumerate(asked[:turns])
             ),
@@ -132,7 +170,7 @@ class VisualRetrieval:
             question=turn.question,
             system=scene.system,
             answer=turn.answer,
-            target=turn.target,
+            target=_cell_box(turn.part * GRID**2 + turn.cell),
             shape=turn.shape,
             id="/".join(
                 ["visual-retrieval", self.split, str(self.seed), f"{self.pages}p", f"{self.filler}w"]
@@ -141,30 +179,16 @@ class VisualRetrieval:
             ),
         )
 
-    def examples(self, n: int, start: int = 0) -> Iterator[Example]:
-        """Examples `start` to `start + n - 1`."""
-        return (self.example(i) for i in range(start, start + n))
-
-    def samples(self, model: Any, n: int, start: int = 0, answer: bool = False) -> list[Any]:
-        """The same examples as the model's own samples, through `model.prepare`.
-
-        Args:
-            model: a `HookedMLLM`, or anything with its `prepare`.
-            n: how many.
-            start: index of the first.
-            answer: append the answer to the prompt as well.
-        """
-        return [
-            model.prepare(
-                e.question,
-                images=e.images,
-                system=e.system or None,
-                answer=e.answer if answer else None,
-                target=e.target,
-                id=e.id,
-            )
-            for e in self.examples(n, start)
-        ]
+    def prepared(self, model: Any, example: Example, answer: bool = False) -> Any:
+        """The example as the model's own sample, with its answer appended to the prompt if asked for."""
+        return model.prepare(
+            example.question,
+            images=example.images,
+            system=example.system or None,
+            answer=example.answer if answer else None,
+            target=example.target,
+            id=example.id,
+        )
 
 
 def _cell_box(cell: int) -> Box:

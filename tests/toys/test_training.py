@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from hooked_mllm.toys import path
 from hooked_mllm.toys.build import PLANTED
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,20 +36,23 @@ def trained(script):
     return script.train(recipe(script), torch.device("cpu"), workers=0)[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_the_fast_forward_equals_the_official_one(script, family, stage):
+@pytest.mark.parametrize(("stage", "share", "kind"), [(1, 0, "pages"), (2, 0, "pages"), (3, 1, "video")])
+def test_the_fast_forward_equals_the_official_one(script, family, stage, share, kind):
     """The short cuts of each family against eager attention, all arguments and the model's own positions."""
     trained = script.train(recipe(script, family, steps=1), torch.device("cpu"), workers=0)[0]
-    views, ids, _ = script.Batches(recipe(script, family, batch=3), trained.tokenizer, stage, start=4)[0]
-    pages = trained.family.pages(views, ids)
-    assert (pages > 1) == (stage == 2)
+    batches = script.Batches(recipe(script, family, batch=3, video_share=share), trained.tokenizer, stage, start=4)
+    found, views, ids, _ = batches[0]
+    medium = trained.media[kind]
+    pages = medium.pages(views, ids)
+    assert (found, pages > 1) == (kind, stage > 1)
     trained.reach.window, trained.reach.dropout = None, 0.0
-    common = {"input_ids": ids, "pixel_values": trained.family.model_pixels(views, pages), "use_cache": False}
-    common |= trained.family.official(pages, len(ids))
+    common = {"input_ids": ids, medium.pixels: medium.model_pixels(views, pages), "use_cache": False}
+    common |= medium.official(pages, len(ids))
+    config = trained.model.config
     if family == "qwen3_vl":
-        common["mm_token_type_ids"] = (ids == trained.model.config.image_token_id).int()
+        common["mm_token_type_ids"] = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
     with torch.no_grad():
-        fast = trained.family.logits(trained.model, views, ids, pages)
+        fast = medium.logits(trained.model, views, ids, pages)
         trained.model.set_attn_implementation({"text_config": "eager", "vision_config": "eager"})
         official = trained.model(**common).logits
     torch.testing.assert_close(fast, official, atol=1e-4, rtol=0)
@@ -65,7 +70,7 @@ def test_a_free_model_has_neither_window_nor_spared_heads(script):
 def test_each_drawn_cell_is_asked_for_its_shape(script, family):
     """The first stage draws 6 shapes; each cell's own tokens, and no other, carry its name."""
     tokenizer = script.build_processor(family).tokenizer
-    _, ids, names = script.Batches(recipe(script, family), tokenizer, 0, start=0)[0]
+    _, _, ids, names = script.Batches(recipe(script, family), tokenizer, 0, start=0)[0]
     tokens = script.FAMILIES[family]().cell_tokens(1)[0]
     image = {"qwen3_vl": "<|image_pad|>", "llava_onevision": "<image>", "internvl": "<IMG_CONTEXT>"}[family]
     assert (ids[:, tokens.flatten()] == tokenizer.get_vocab()[image]).all()
@@ -75,6 +80,54 @@ def test_each_drawn_cell_is_asked_for_its_shape(script, family):
         assert (cells == cells[:, :1]).all()
         assert (cells[:, 0] >= 0).sum() == 6
         assert (row >= 0).sum() == 6 * tokens.shape[1]
+
+
+def test_each_cell_of_a_video_is_asked_for_its_shape(script, family):
+    """Four shapes a moment, each named by all tokens of its cell: 2 x 2 where frames merge, else one a frame."""
+    tokenizer = script.build_processor(family).tokenizer
+    batches = script.Batches(recipe(script, family, video_share=1), tokenizer, 3, start=0)
+    kind, views, ids, names = batches[0]
+    medium = batches.media[kind]
+    moments = medium.pages(views, ids)
+    placeholder = {"qwen3_vl": "<|video_pad|>", "llava_onevision": "<video>", "internvl": "<IMG_CONTEXT>"}[family]
+    tokens = medium.cell_tokens(moments)
+    assert tokens.shape == (moments, 9, 4 if family == "qwen3_vl" else 2)
+    assert (ids[:, tokens.flatten()] == tokenizer.get_vocab()[placeholder]).all()
+    assert len(tokens.unique()) == tokens.numel()
+    for row in names:
+        cells = row[tokens]
+        assert (cells == cells[..., :1]).all()
+        assert ((cells[..., 0] >= 0).sum(1) == 4).all()
+        assert (row >= 0).sum() == 4 * moments * tokens.shape[2]
+
+
+def test_heads_drop_out_as_asked(script):
+    """Whole layers but for the planted heads, and of the planted heads some, never all."""
+    reach = script.Reach(8, PLANTED)
+    reach.dropout, reach.layer_dropout, reach.planted_dropout = 0.2, 0.5, 0.5
+    torch.manual_seed(0)
+    reach.draw(400, 6, torch.device("cpu"))
+    kept = torch.stack([reach.kept(layer, 400, torch.device("cpu"))[..., 0, 0] for layer in range(6)], 1)
+    planted = kept[:, 2, 4:]
+    assert planted.unique().tolist() == [0.0, pytest.approx(0.8)]
+    assert (planted.sum(-1) > 0).all()
+    assert 0.35 < (planted == 0).any(-1).float().mean() < 0.55
+    others = kept.clone()
+    others[:, 2, 4:] = 0
+    bare = others.sum(-1) == 0
+    assert (bare.sum(-1) <= 1).float().mean() > 0.95  # a layer may lose all its heads one by one as well
+    assert 0.4 < bare.any(-1).float().mean() < 0.6
+    assert 0.7 < (others[~bare][:, :4] > 0).float().mean() < 0.85
+
+
+def test_it_goes_on_from_a_checkpoint_with_pages_and_videos(script):
+    going_on = recipe(script, steps=2, batch=1, start="toy-qwen3-vl", lr=1e-6)
+    trainer, _ = script.train(going_on, torch.device("cpu"), workers=0)
+    weights = AutoModelForImageTextToText.from_pretrained(path("toy-qwen3-vl"), dtype=torch.float32).state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], atol=1e-5, rtol=0)
+    batches = script.Batches(recipe(script, start="toy-qwen3-vl"), trainer.tokenizer, 3, start=0)
+    assert {batches.task(np.random.default_rng(i))[0] for i in range(12)} == {"pages", "video"}
 
 
 def test_only_the_planted_heads_see_past_the_window(trained):
@@ -90,7 +143,7 @@ def test_only_the_planted_heads_see_past_the_window(trained):
 
 def test_the_auxiliary_loss_asks_inside_the_question(script, trained):
     """Four questions a scene, one shape word and one colour word each, in the same order."""
-    _, ids, _ = script.Batches(recipe(script, batch=3), trained.tokenizer, 2, start=0)[0]
+    _, _, ids, _ = script.Batches(recipe(script, batch=3), trained.tokenizer, 2, start=0)[0]
     (row, shape), (_, color) = (table[ids].nonzero(as_tuple=True) for table in (trained.is_shape, trained.is_color))
     assert row.tolist() == sorted([0, 1, 2] * 4)
     assert ((shape < color) & (color - shape <= 11)).all()
