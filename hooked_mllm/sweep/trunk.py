@@ -202,7 +202,7 @@ class Trunk:
 
 
 def _from(value: Any, first: int, length: int) -> Any:
-    """An argument of a block from position `first` on: cosines and sines `[batch pos d]`, position ids `[batch pos]`."""
+    """An argument of a block from position `first` on: cosines, sines `[batch pos d]`, position ids `[batch pos]`."""
     if isinstance(value, tuple):
         return tuple(_from(v, first, length) for v in value)
     if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == length:
