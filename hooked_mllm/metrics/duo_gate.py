@@ -129,7 +129,7 @@ class DuoGate:
             NumericsError: when the hidden states are not finite.
             CacheFileError: for a checkpoint of other settings or samples.
         """
-        sources = [samples] if isinstance(samples, Sample | SampleBatch | Mapping) else list(samples)
+        sources: list[Any] = [samples] if isinstance(samples, Sample | SampleBatch | Mapping) else list(samples)
         if not sources:
             raise InputError("There is no sample to optimise the gates on: `samples` is empty.")
         gates = torch.ones(model.cfg.n_layers, model.cfg.n_key_value_heads, device=model.device, requires_grad=True)

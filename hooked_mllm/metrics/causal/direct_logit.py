@@ -131,7 +131,8 @@ class DirectLogitAttribution:
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples, batches or mappings; or pairs (clean, corrupted), whose corrupted answer is the wrong one.
+            samples: Samples, batches or mappings; or pairs, tuples (clean, corrupted), whose corrupted answer is the
+                wrong one.
             progress: Show a progress bar.
 
         Returns:
@@ -149,7 +150,7 @@ class DirectLogitAttribution:
         Arguments and errors are those of `run`.
         """
         one = isinstance(samples, Sample | SampleBatch) or hasattr(samples, "keys") or _is_pair(samples)
-        items = [samples] if one else list(samples)
+        items: list[Any] = [samples] if one else [*samples]  # type: ignore[misc]
         if not items:
             raise InputError("There is no sample to attribute: `samples` is empty.")
         parts, totals, ids, labels = [], [], [], ()
