@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -67,7 +68,7 @@ class BatchSize:
         self.now = max(1, MAX_TOKENS["cuda" if device.type == "cuda" else "cpu"] // tokens)
         free = free_bytes(device)
         if free is not None and block is not None and self.now > 1:
-            one, two = (peak_bytes(device, lambda n=n: block(n)) for n in (1, 2))
+            one, two = (peak_bytes(device, partial(block, n)) for n in (1, 2))
             each = max(two - one, 1) * SLACK
             self.now = int(min(self.now, max(1.0, SHARE * free / each)))
 
