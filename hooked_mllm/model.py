@@ -22,10 +22,11 @@ from hooked_mllm.measure import measure
 from hooked_mllm.prepare import Preparer
 from hooked_mllm.run_methods import RunMethods
 from hooked_mllm.version import __version__
+from hooked_mllm.vision_positions import VisionMethods
 from hooked_mllm.wiring import wire
 
 
-class HookedMLLM(RunMethods, HookMethods):
+class HookedMLLM(RunMethods, HookMethods, VisionMethods):
     """A multimodal language model with a name for every activation: read it, edit it, score its heads.
 
     The transformers model inside is not changed: no module is replaced, and with no hook added it runs as it always

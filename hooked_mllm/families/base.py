@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_mllm.errors import InputError
-from hooked_mllm.layout.items import Media, VisualItem
+from hooked_mllm.errors import InputError, UnsupportedModelError
+from hooked_mllm.layout.items import Media, Patches, VisualItem
 
 #: ranges (start, stop) of rows of a vision tower
 Rows = list[tuple[int, int]]
@@ -172,6 +172,14 @@ class Family(ABC):
         self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         """Which pixels every visual token of one sample sees, one `VisualItem` per image or video in prompt order."""
+
+    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
+        """Which pixels every position of the vision tower sees, of one image or video, in the order of the tower.
+
+        Raises:
+            UnsupportedModelError: where a family does not say.
+        """
+        raise UnsupportedModelError(f"The family {self.name!r} does not say which pixels a patch of its tower sees.")
 
 
 def share_out(sizes: Sequence[int], units: Sequence[int], due: Sequence[int], start: int = 0) -> list[Rows]:

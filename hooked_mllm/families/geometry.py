@@ -35,6 +35,15 @@ def grid_boxes(x: Float[np.ndarray, "col 2"], y: Float[np.ndarray, "row 2"]) -> 
     return np.stack([cols[:, 0], rows[:, 0], cols[:, 1], rows[:, 1]], -1)
 
 
+def split_boxes(boxes: Float[np.ndarray, "*token 4"], n: int) -> Float[np.ndarray, "*token {n} {n} 4"]:
+    """Each box cut into n x n equal ones, row by row."""
+    x0, y0, x1, y1 = np.moveaxis(boxes, -1, 0)[..., None, None]
+    col, row = np.arange(n), np.arange(n)[:, None]
+    width, height = (x1 - x0) / n, (y1 - y0) / n
+    cut = (x0 + col * width, y0 + row * height, x0 + (col + 1) * width, y0 + (row + 1) * height)
+    return np.stack(np.broadcast_arrays(*cut), -1)
+
+
 def inside(cells: Cells, length: float | int) -> Cells:
     """The part of each cell within [0, length]; NaN where nothing is left."""
     cut = cells.clip(0, length)

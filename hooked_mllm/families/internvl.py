@@ -1,5 +1,6 @@
 """InternVL3.5, native class: tiles and a thumbnail, CLS dropped, pixel shuffle, LayerScale in the tower."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,11 +26,12 @@ from hooked_mllm.families.geometry import (
     grid_boxes,
     image_item,
     patch_cells,
+    split_boxes,
     split_media,
     square_side,
     video_item,
 )
-from hooked_mllm.layout.items import ImageMedia, Media, View, VisualItem
+from hooked_mllm.layout.items import ImageMedia, Media, Patches, View, VisualItem
 
 
 class InternVL(Family):
@@ -129,6 +131,15 @@ class InternVL(Family):
                 taken += m.n_frames
             seen[kind] += 1
         return items
+
+    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
+        # the last tile of an image is its thumbnail, or the only one; those of a video are its frames
+        per_tile = len(item) // item.n_frames if item.n_frames else int((item.views == item.views[-1]).sum())
+        n, join = math.isqrt(per_tile), round(1 / config.downsample_ratio)
+        cells = split_boxes(item.boxes.reshape(-1, n, n, 4), join)  # [tile row col row-in-token col-in-token 4]
+        patches = cells.swapaxes(2, 3).reshape(len(cells), -1, 4)
+        cls = np.full((len(cells), 1, 4), np.nan)
+        return Patches(np.concatenate([cls, patches], 1), item.frames[::per_tile], item.views[::per_tile])
 
 
 def _views(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,12 @@ from hooked_mllm.families.geometry import (
     image_item,
     in_prompt_order,
     inside,
+    no_box,
     patch_cells,
     split_media,
     video_item,
 )
-from hooked_mllm.layout.items import ImageMedia, Media, VideoMedia, View, VisualItem
+from hooked_mllm.layout.items import ImageMedia, Media, Patches, VideoMedia, View, VisualItem
 
 
 class LlavaOnevision(Family):
@@ -139,8 +141,25 @@ class LlavaOnevision(Family):
             items.append(video_item(i, m, _pooled(m, side, patch), frame_ranges(m.n_frames), newlines=1))
         return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
 
+    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
+        side, patch = config.vision_config.image_size, config.vision_config.patch_size
+        if item.kind == "video":
+            frames = frame_ranges(item.n_frames)
+            boxes, views = np.stack([_whole(item, side, patch)] * len(frames)), [View.FRAME] * len(frames)
+            return Patches(boxes, frames, np.array(views, np.int8))
+        if not (item.views == View.BASE).any():
+            boxes, views = [no_box(_padded_square(item, side, patch))], [View.WHOLE]
+        else:
+            tiles = _tiles(item, config)
+            boxes, views = [_whole(item, side, patch), *tiles], [View.BASE] + [View.HIGHRES] * len(tiles)
+        return Patches(np.stack(boxes), np.full((len(views), 2), -1), np.array(views, np.int8))
 
-def _whole(media: ImageMedia | VideoMedia, side: int, patch: int) -> Boxes:
+
+#: an original: all that has a width and a height
+Sized = ImageMedia | VideoMedia | VisualItem
+
+
+def _whole(media: Sized, side: int, patch: int) -> Boxes:
     """The picture squashed to a square of `side` pixels, its patches row by row."""
     n = side // patch
     return grid_boxes(patch_cells(n, patch, side, media.width), patch_cells(n, patch, side, media.height))
@@ -154,7 +173,7 @@ def _pooled(media: VideoMedia, side: int, patch: int) -> Boxes:
     return grid_boxes(patch_cells(half, size, side, media.width), patch_cells(half, size, side, media.height))
 
 
-def _padded_square(media: ImageMedia, side: int, patch: int) -> Boxes:
+def _padded_square(media: Sized, side: int, patch: int) -> Boxes:
     """The picture centred in a square of its longer edge, which is resized to `side` pixels."""
     n, square = side // patch, max(media.width, media.height)
     x, y = (
@@ -164,17 +183,50 @@ def _padded_square(media: ImageMedia, side: int, patch: int) -> Boxes:
     return grid_boxes(x, y)
 
 
+@dataclass(frozen=True)
+class _Canvas:
+    """The rectangle of tiles that a picture is fitted into: its size, and that of the picture on it, in pixels."""
+
+    width: int
+    height: int
+    shown_w: int
+    shown_h: int
+
+    @classmethod
+    def of(cls, media: Sized, config: Any) -> "_Canvas":
+        # The picture keeps its aspect and is centred: one axis fills the canvas, the other one is padded.
+        height, width = select_best_resolution((media.height, media.width), config.image_grid_pinpoints)
+        scale_w, scale_h = width / media.width, height / media.height
+        shown_w = width if scale_w < scale_h else min(math.ceil(media.width * scale_h), width)
+        shown_h = min(math.ceil(media.height * scale_w), height) if scale_w < scale_h else height
+        return cls(width, height, shown_w, shown_h)
+
+
+def _on_picture(cells: Cells, canvas: int, shown: int, length: int) -> Cells:
+    """From pixels of the canvas to those of the original, cut off at its edges."""
+    return inside((cells - (canvas - shown) // 2) * (length / shown), length)
+
+
+def _tiles(media: Sized, config: Any) -> list[Boxes]:
+    """The patches of every tile, tiles and patches row by row."""
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    canvas, n = _Canvas.of(media, config), side // patch
+    x, y = (
+        [_on_picture(t * side + even_cells(n, n * patch), whole, shown, length) for t in range(whole // side)]
+        for whole, shown, length in (
+            (canvas.width, canvas.shown_w, media.width),
+            (canvas.height, canvas.shown_h, media.height),
+        )
+    )
+    return [no_box(grid_boxes(col, row)) for row in y for col in x]
+
+
 def _highres(media: ImageMedia, config: Any) -> Boxes:
     """The tiled grid without its padding, row by row, each row closed by a newline token."""
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    n, width, height = side // patch, media.width, media.height
-    canvas_h, canvas_w = select_best_resolution((height, width), config.image_grid_pinpoints)
-    rows, cols = canvas_h // side * n, canvas_w // side * n
-    # The picture keeps its aspect and is centred: one axis fills the canvas, the other one is padded. The model cuts
-    # the padding off in whole patches, so a patch may remain that sees nothing else.
-    scale_w, scale_h = canvas_w / width, canvas_h / height
-    shown_w = canvas_w if scale_w < scale_h else min(math.ceil(width * scale_h), canvas_w)
-    shown_h = min(math.ceil(height * scale_w), canvas_h) if scale_w < scale_h else canvas_h
+    n, width, height, canvas = side // patch, media.width, media.height, _Canvas.of(media, config)
+    rows, cols = canvas.height // side * n, canvas.width // side * n
+    # The model cuts the padding off in whole patches, so a patch may remain that sees nothing else.
     cut_x = cut_y = 0
     if width / height > cols / rows:
         cut_y = (rows - int(round(height * (cols / width), 7))) // 2
@@ -187,12 +239,10 @@ def _highres(media: ImageMedia, config: Any) -> Boxes:
     if ratio > 1.1:
         out_w, out_h = int(kept_w // ratio), int(kept_h // ratio)
 
-    def cells(cut: int, kept: int, out: int, canvas: int, shown: int, length: int) -> Cells:
-        on_canvas = _across_tiles(cut + even_cells(out, kept), n, side, patch)
-        return inside((on_canvas - (canvas - shown) // 2) * (length / shown), length)
-
-    x = cells(cut_x, kept_w, out_w, canvas_w, shown_w, width)
-    y = cells(cut_y, kept_h, out_h, canvas_h, shown_h, height)
+    x = _across_tiles(cut_x + even_cells(out_w, kept_w), n, side, patch)
+    y = _across_tiles(cut_y + even_cells(out_h, kept_h), n, side, patch)
+    x = _on_picture(x, canvas.width, canvas.shown_w, width)
+    y = _on_picture(y, canvas.height, canvas.shown_h, height)
     return grid_boxes(np.concatenate([x, [[np.nan, np.nan]]]), y)
 
 

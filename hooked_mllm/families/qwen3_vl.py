@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
@@ -23,10 +24,11 @@ from hooked_mllm.families.geometry import (
     grid_boxes,
     image_item,
     in_prompt_order,
+    split_boxes,
     split_media,
     video_item,
 )
-from hooked_mllm.layout.items import Media, View, VisualItem
+from hooked_mllm.layout.items import Media, Patches, View, VisualItem
 
 
 class Qwen3VL(Family):
@@ -130,3 +132,9 @@ class Qwen3VL(Family):
             boxes = grid_boxes(even_cells(w // merge, m.width), even_cells(h // merge, m.height))
             items.append(video_item(i, m, boxes, frames))
         return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
+
+    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
+        # the patches of a token stand side by side, for the merger joins neighbours of the packed row
+        boxes = split_boxes(item.boxes, config.vision_config.spatial_merge_size)
+        step = len(item) // len(np.unique(item.frames[:, 0]))  # tokens of an image, or of the frames that share tokens
+        return Patches(boxes.reshape(len(item) // step, -1, 4), item.frames[::step], item.views[::step])

@@ -108,6 +108,21 @@ class VisualItem:
         return len(self.times_s)
 
 
+@dataclass(frozen=True, eq=False)
+class Patches:
+    """What the positions of a vision tower see of one image or video.
+
+    Attributes:
+        boxes: x0, y0, x1, y1 in original pixels; NaN for a class token, and for a patch that sees padding alone.
+        frames: the first and the last frame that the positions of a row see; -1 for images.
+        views: a `View` for each row.
+    """
+
+    boxes: Float[np.ndarray, "row pos 4"]
+    frames: Int[np.ndarray, "row 2"]
+    views: Int8[np.ndarray, " row"]
+
+
 def number_items(items: Sequence[VisualItem]) -> list[tuple[str, int]]:
     """Kind and number among its kind that each of `items` ought to have."""
     count = {"image": 0, "video": 0}
