@@ -33,7 +33,7 @@ def best(gain: np.ndarray, share: float) -> np.ndarray:
     return np.sort(np.maximum(gain, 0), axis=-1)[..., -count:].sum(-1)
 
 
-@pytest.mark.parametrize("share", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.3, 1.0])
 def test_question_contrast(family, share):
     model, metric = hooked(family), QuestionContrast(share=share).keep_samples()
     samples = prepared(family)
@@ -51,8 +51,8 @@ def wordings(question):
     return [question, f"so {question}", "the dog is red" if "dog" in question else f"{question} so so"]
 
 
-@pytest.mark.parametrize("share", [0.01, 0.3])
-def test_paraphrase_consistency(family, share):
+def test_paraphrase_consistency(family):
+    share = 0.3
     model, metric = hooked(family), ParaphraseConsistency(wordings=3, share=share)
     samples = prepared(family)
     found = model.measure(metric.groups(model, samples, wordings, n=2), metric, progress=False)
@@ -148,7 +148,7 @@ def test_a_head_that_ignores_the_question_scores_nothing(family):
 
 def test_planted_heads_are_found_without_a_target():
     model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32", check=False)
-    samples = VisualRetrieval(seed=7).samples(model, 8)
+    samples = VisualRetrieval(seed=7, pages=2).samples(model, 6)
     metric = QuestionContrast()
     scores = model.measure(metric.groups(model, samples, n=2), metric, progress=False)
     assert set(scores.top(4)) == {(2, 4), (2, 5), (2, 6), (2, 7)}
