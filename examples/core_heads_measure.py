@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hooked_mllm.metrics import (
 )
 
 KIND = "hooked_mllm.examples.core_heads"
-MAIN = "4 pages, 48 words"
+MAIN = "4 pages + 48 words"
 #: evaluation examples start here, so that none of them was used to rank the heads
 HELD_OUT = 10_000
 CHANCE = 1 / len(toys.VisualRetrieval.answers)
@@ -51,7 +52,7 @@ def domains(name: str, seed: int) -> dict[str, Any]:
     """The tasks that a toy was trained on, by name; `training.json` says whether videos are among them."""
     found: dict[str, Any] = {
         "1 page": toys.VisualRetrieval(seed=seed, pages=1, filler=0),
-        "2 pages, 16 words": toys.VisualRetrieval(seed=seed, pages=2, filler=16),
+        "2 pages + 16 words": toys.VisualRetrieval(seed=seed, pages=2, filler=16),
         MAIN: toys.VisualRetrieval(seed=seed, pages=4, filler=48),
     }
     if "video" in training(name):
@@ -214,13 +215,19 @@ class _Run:
 
 
 def summary(curve: AblationCurveResult) -> dict[str, Any]:
-    """Means and intervals of an ablation curve, None where there is no control."""
+    """Means and intervals of an ablation curve, None where there is no control; and the layers of the ablated heads."""
     found: dict[str, Any] = {"ks": list(curve.ks), "n_samples": curve.n_samples, "moved": curve.moved}
     for ranking in curve.rankings:
         low, high = curve.interval(ranking)
         parts = {"mean": curve.mean(ranking), "low": low, "high": high}
         found[ranking] = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in parts.items()}
+        found[ranking]["layers"] = [_layers(heads) for heads in curve.heads[ranking][0]]
     return found
+
+
+def _layers(heads: str | None) -> dict[str, int]:
+    """Heads in each layer."""
+    return dict(Counter(name[1:].split("H")[0] for name in heads.split(", "))) if heads else {}
 
 
 def _compared(first: HeadScores, second: HeadScores, k: int) -> dict[str, Any]:

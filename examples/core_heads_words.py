@@ -146,9 +146,20 @@ def bottom_or_random(r: dict[str, Any]) -> str:
     if most <= KEPT:
         return (
             f"Unlike in the paper, bottom heads matter more than random ones (by up to {-least:.1%}, at k = "
-            f"{listed(at)})."
+            f"{listed(at)}). {where_they_stand(r, at[0])}"
         )
     return f"Bottom heads matter less than random ones at some k and more at others ({least:+.1%} to {most:+.1%})."
+
+
+def where_they_stand(r: dict[str, Any], k: int) -> str:
+    """The layer of which the bottom heads hold most more than the controls do."""
+    i, a = r["ablation"]["ks"].index(k), r["ablation"]
+    bottom, random = a["bottom"]["layers"][i], a["random"]["layers"][i]
+    layer = max(sorted(bottom), key=lambda name: bottom[name] - random.get(name, 0))
+    return (
+        f"At k = {k} the bottom ones hold {bottom[layer]} of the {r['shape'][1]} heads of layer {layer}, the random "
+        f"ones {random.get(layer, 0)}: here they stand in the layers of the top heads, in the paper anywhere."
+    )
 
 
 def key_tokens(r: dict[str, Any]) -> str:

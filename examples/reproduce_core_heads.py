@@ -2,9 +2,9 @@
 
     python examples/reproduce_core_heads.py [--toys toy-qwen3-vl ...] [--samples 48] [--out core-heads] [--quick]
 
-Writes `report.html`, whole in itself, and for each toy a folder with `results.json`, `ablation.json` and the figures. A
-toy whose folder holds results of the same settings, weights and tasks is not measured again, and an ablation that was
-interrupted goes on where it stopped.
+Writes `report.html`, whole in itself, its sentences as `findings.md`, and for each toy a folder with `results.json`,
+`ablation.json` and the figures. A toy whose folder holds results of the same settings, weights and tasks is not
+measured again, and an ablation that was interrupted goes on where it stopped.
 """
 
 import argparse
@@ -52,9 +52,10 @@ def reproduce(names: list[str], settings: Settings, out: Path, progress: bool = 
         runs.append({**found, "findings": findings(found)})
     write_json(out / "results.json", KIND, {"settings": asdict(settings), "toys": runs})
     write_atomically(out / "report.html", lambda path: _write(path, page(runs, settings, out)))
-    for run in runs:
-        print("", run["toy"], *(f"  {sentence}" for part in run["findings"].values() for sentence in part), sep="\n")
-    print(f"\n{out / 'report.html'}")
+    text = markdown(runs, settings)
+    write_atomically(out / "findings.md", lambda path: _write(path, text))
+    print("", text, sep="\n")
+    print(out / "report.html")
     return out / "report.html"
 
 
@@ -77,6 +78,25 @@ def page(runs: list[dict[str, Any]], settings: Settings, out: Path) -> str:
     helpers = {"percent": percent, "picture": picture, "interval": interval, "moved": moved}
     template = environment.get_template("core_heads_report.html.j2")
     return template.render(runs=runs, settings=settings, main=MAIN, rankings=RANKINGS, **helpers)
+
+
+def markdown(runs: list[dict[str, Any]], settings: Settings) -> str:
+    """The report's summary and sentences, without its figures."""
+    k = settings.top
+    head = f"| toy | top {k} of RAM | accuracy | without them | without the bottom {k} | KTR of top / bottom {k} |"
+    lines = [head, "|---" * 6 + "|"]
+    for r in runs:
+        accuracy, ratio = (r["domains"][MAIN]["accuracy"], r["key_tokens"]["ratio"])
+        shares = [percent(accuracy[name]) for name in ("clean", "top", "bottom")]
+        ktr = f"{percent(ratio['top'])} / {percent(ratio['bottom'])}"
+        kind = "planted" if r["planted"] else "free"
+        lines.append(f"| {r['toy']} ({kind}) | {' | '.join([', '.join(r['top']), *shares, ktr])} |")
+    lines.append(
+        f"\n({MAIN}; {settings.samples} samples to rank the heads, {settings.samples} others for all the rest.)"
+    )
+    for r in runs:
+        lines += [f"\n**{r['toy']}**\n", *(f"- {s}" for part in r["findings"].values() for s in part)]
+    return "\n".join(lines) + "\n"
 
 
 def percent(share: float | None) -> str:

@@ -32,7 +32,7 @@ def group_bars(
 
     Example:
         >>> figure = group_bars({"toy": {"top 2": [0.9, 0.7], "bottom 2": [0.0, 0.1]}})
-        >>> [round(bar.get_height(), 2) for bar in figure.axes[0].patches]
+        >>> [round(float(bar.get_height()), 2) for bar in figure.axes[0].patches]
         [0.8, 0.05]
     """
     names = list(dict.fromkeys(name for model in groups.values() for name in model))

@@ -45,7 +45,7 @@ def pairs(names):
 def test_ram_and_accuracies_are_those_of_plain_transformers(run):
     _, found = run
     ranked_on, asked = list(ALL.examples(N)), list(ALL.examples(N, start=10_000))
-    ram = torch.tensor(found["domains"]["4 pages, 48 words"]["ram"])
+    ram = torch.tensor(found["domains"]["4 pages + 48 words"]["ram"])
     witness = toy_witness.retrieval_attention_mass(ranked_on, TOY)
     torch.testing.assert_close(ram.double(), witness, atol=1e-4, rtol=1e-3)
     order = witness.flatten().argsort(descending=True, stable=True).tolist()
@@ -56,7 +56,7 @@ def test_ram_and_accuracies_are_those_of_plain_transformers(run):
     for i, k in enumerate((0, 4, 16)):
         assert ablation["top"]["mean"][i] == toy_witness.accuracy(asked, order[:k], name=TOY)
     bottom = pairs(found["bottom"])
-    assert found["domains"]["4 pages, 48 words"]["accuracy"]["bottom"] == toy_witness.accuracy(asked, bottom, name=TOY)
+    assert found["domains"]["4 pages + 48 words"]["accuracy"]["bottom"] == toy_witness.accuracy(asked, bottom, name=TOY)
     one = list(VisualRetrieval(seed=0, pages=1, filler=0).examples(N, start=10_000))
     assert found["domains"]["1 page"]["accuracy"]["clean"] == toy_witness.accuracy(one, name=TOY)
 
@@ -65,7 +65,7 @@ def test_ram_and_accuracies_are_those_of_plain_transformers(run):
 def test_key_tokens_are_those_of_eager_attention(run):
     _, found = run
     model, hold, covered = toy_witness.model(attention="eager", name=TOY), [], []
-    order = torch.tensor(found["domains"]["4 pages, 48 words"]["ram"]).flatten().argsort(descending=True, stable=True)
+    order = torch.tensor(found["domains"]["4 pages + 48 words"]["ram"]).flatten().argsort(descending=True, stable=True)
     for e in ALL.examples(N, start=10_000):
         inputs = toy_witness.inputs([e], TOY)
         attention = torch.cat(model(**inputs, output_attentions=True, use_cache=False).attentions)  # [layer head q k]
@@ -135,6 +135,8 @@ def test_words_follow_the_numbers(run, script):
     assert "still has 90.0% of 100.0%" in top and "unlike in the paper" in top
     assert "bottom heads up to k = 0 (50.0% at 4)" in others and "random heads up to k = 4 (the last" in others
     assert "Unlike in the paper, bottom heads matter more than random ones (by up to 50.0%, at k = 4)" in between
+    in_bottom = max(sum(f"L{layer}H" in name for name in found["bottom"]) for layer in range(6))
+    assert re.search(rf"At k = 4 the bottom ones hold [1-{in_bottom}] of the 8 heads of layer \d, the random", between)
     other["ablation"]["bottom"]["mean"] = [1.0, 1.0, 1.0]
     other["ablation"]["random"]["mean"] = [1.0, 0.8, 0.6]
     assert "by up to 40.0%, at k = 4 and 16), as in the paper" in script.findings(other)["ablation"][2]
