@@ -1,7 +1,7 @@
 """What is left of a model as its heads are taken away."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -59,7 +59,7 @@ def ablation_curves(
     for style, curve in zip(STYLES, shown.values(), strict=False):
         for ranking in curve.rankings:
             colour, mean = COLOURS[ranking], curve.mean(ranking)
-            options = {"color": colour, "linestyle": style}
+            options: Any = {"color": colour, "linestyle": style}
             axes.plot(curve.ks, mean, marker="." if len(curve.ks) <= MARKED else None, **options)
             if ranking == "random" and len(curve.per_sample[ranking]) > 1:
                 for values in curve.values[ranking]:

@@ -170,7 +170,9 @@ _PLAIN = ("heads", "moved", "objective", "larger_is_better", "provenance")
 
 def to_lists(values: np.ndarray) -> Any:
     """Nested lists of numbers, None for NaN, as JSON takes them."""
-    return np.where(np.isnan(values), None, values.astype(object)).tolist()
+    plain = values.astype(object)
+    plain[np.isnan(values)] = None
+    return plain.tolist()
 
 
 def from_lists(values: Any) -> np.ndarray:
