@@ -7,10 +7,11 @@ which needs the target, and by what is left of the accuracy when its first heads
 Writes `annotation_free.json` and `annotation_free.png` into FOLDER (default: the working directory).
 """
 
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 
 from hooked_mllm import HeadAblation, HeadScores, HookedMLLM, metrics
 from hooked_mllm.sample import Sample, SampleBatch
-from hooked_mllm.toys import VisualRetrieval
+from hooked_mllm.toys import VisualRetrieval, path
 from hooked_mllm.toys.vocabulary import SHAPES, TEMPLATES
 
 TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-free")
@@ -72,10 +73,11 @@ def scores(model: HookedMLLM, samples: Sequence[Sample]) -> dict[str, tuple[Head
 
 
 @torch.no_grad()
-def accuracy(model: HookedMLLM, samples: Sequence[Sample], answers: Sequence[str], heads: Sequence = ()) -> float:
+def accuracy(model: HookedMLLM, samples: Sequence[Sample], answers: Sequence[str], heads: Iterable = ()) -> float:
     """Share of samples whose first greedy token, the whole answer in this task, is right; the z of heads zeroed."""
     ids = model.processor.tokenizer.convert_tokens_to_ids(list(answers))
-    zeroed = [HeadAblation(heads, mode="zero", phase="both")] if heads else []
+    chosen = list(heads)
+    zeroed = [HeadAblation(chosen, mode="zero", phase="both")] if chosen else []
     right = 0
     with model.intervene(*zeroed):
         for start in range(0, len(samples), 16):
@@ -93,7 +95,7 @@ def evaluate(name: str, n: int) -> dict:
     held_out, answers = task.samples(model, n), [e.answer for e in task.examples(n)]
     known: dict[frozenset, float] = {}  # several scores often have the same first heads
 
-    def left(heads: Sequence = ()) -> float:
+    def left(heads: Iterable = ()) -> float:
         if frozenset(heads) not in known:
             known[frozenset(heads)] = accuracy(model, held_out, answers, heads)
         return known[frozenset(heads)]
@@ -111,7 +113,8 @@ def evaluate(name: str, n: int) -> dict:
             "scores": values.values.tolist(),
         }
     random = {f"zeroed_{k}": [left(ram.random(k, seed)) for seed in range(RANDOM_SEEDS)] for k in ABLATED}
-    return {"unchanged": left(), "random": random, "rows": rows}
+    weights = hashlib.sha256((path(name) / "model.safetensors").read_bytes()).hexdigest()
+    return {"weights_sha256": weights, "unchanged": left(), "random": random, "rows": rows}
 
 
 def table(report: dict) -> str:

@@ -214,8 +214,10 @@ def measure(
         for number, source in enumerate(_each(samples)):
             seen = number + 1
             name = fingerprint(source) if checkpoint is not None else ""
-            reuse = isinstance(source, SharedPrefix) and not reasons_to_run_whole(model, source, chosen)
-            inputs = source.resolved(model.device) if reuse else model.resolve(source)
+            shared = source if isinstance(source, SharedPrefix) else None
+            if shared is not None and reasons_to_run_whole(model, shared, chosen):
+                shared = None
+            inputs = model.resolve(source) if shared is None else shared.resolved(model.device)
             ids += [i for i in inputs.ids if i is not None]
             held = source if isinstance(source, SampleBatch) else [source] if isinstance(source, Sample) else []
             templates |= {s.template for s in held if s.template}
@@ -228,8 +230,8 @@ def measure(
                 bar.update()
                 continue
             if isinstance(source, SharedPrefix):
-                prefix["reused" if reuse else "whole"] += 1
-            views = _one(model, inputs, chosen, group_bytes, reuse)
+                prefix["whole" if shared is None else "reused"] += 1
+            views = _one(model, inputs, chosen, group_bytes, shared)
             _check(pending)  # one sample late, so that the device is never waited for in between
             pending = views
             state.finished(name)
@@ -255,8 +257,8 @@ def measure(
     results = [metric.compute() for metric in chosen]
     for result in results:
         if isinstance(result, HeadScores):
-            shared = prefix if any(prefix.values()) else None
-            facts = {"sample_ids": ids, "templates": sorted(templates), "shared_prefix": shared}
+            runs = prefix if any(prefix.values()) else None
+            facts = {"sample_ids": ids, "templates": sorted(templates), "shared_prefix": runs}
             result.provenance.update({k: v for k, v in facts.items() if v})
     return results if several else results[0]
 
@@ -268,7 +270,11 @@ def _check(views: list[AttentionView]) -> None:
 
 
 def _one(
-    model: "HookedMLLM", inputs: ResolvedInput, metrics: Sequence[Metric], group_bytes: int, reuse: bool
+    model: "HookedMLLM",
+    inputs: ResolvedInput,
+    metrics: Sequence[Metric],
+    group_bytes: int,
+    shared: SharedPrefix | None,
 ) -> list[AttentionView]:
     """One forward pass of the language model, no logits, the metrics fed layer by layer; or a shared prefix, once."""
     collector = _Collector(metrics, model.cfg.n_layers, inputs, group_bytes)
@@ -276,8 +282,8 @@ def _one(
     taken = []
     hung = []
     try:
-        if reuse and isinstance(inputs.source, SharedPrefix):
-            run_shared(model, inputs.source, collector)
+        if shared is not None:
+            run_shared(model, shared, collector)
             return collector.views
         if any(getattr(metric, "needs_residual", False) for metric in metrics):
             hung = model.registry.attach("blocks.*.hook_resid_pre", collector.keep_residual, reads_only=True)
