@@ -57,3 +57,23 @@ def test_the_metrics_of_the_second_tutorial_agree_on_the_planted_heads():
     names = names_after("02_your_own_metric")
     assert set(names["share"].top(4)) == set(names["ram"].top(4)) == PLANTED
     assert PLANTED & set(names["sharp"].top(4)) and 0 < names["ram"].spearman(names["share"]) < 1
+
+
+def test_the_third_tutorial_takes_away_what_the_answer_needs():
+    names = names_after("03_ablation")
+    assert set(names["sets"]["top"]) == set(names["effect"].top(4)) == PLANTED
+    result = names["result"]
+    assert result.at("top", 0) == 1 == result.at("bottom", 12) and result.at("top", 4) < 0.5
+    ablation = names["HeadAblation"]
+    whole, without = (
+        names["measure"](ablation(names["sets"]["top"], mode="zero", phase=phase)) for phase in ("decode", "both")
+    )
+    assert whole == names["measure"]() != without  # one token of answer is out of reach for "decode"
+
+
+def test_the_fourth_tutorial_follows_the_difference_through_the_planted_heads():
+    names = names_after("04_activation_patching")
+    for scores in ("denoising", "noising", "first_order", "integrated"):
+        assert set(names[scores].top(4)) == PLANTED, scores
+    table = names["table"]
+    assert table[0, "target"] < 0.5 < table[2, "target"] and table[3, "target"] < 0.5 < table[3, "template"]
