@@ -232,4 +232,4 @@ def test_evidence_of_a_planted_toy_is_the_target():
     assert sum(bool(s.target_mask[gradient.weights(model, s).argmax()]) for s in samples) >= 3  # by chance, 1 of 36
     assert set(gradient.run(model, samples, progress=False).top(4)) == {(2, 4), (2, 5), (2, 6), (2, 7)}
     occlusion = OcclusionAgreement(refine=1)
-    assert all(bool(s.target_mask[occlusion.weights(model, s).argmax()]) for s in samples[:2])
+    assert sum(bool(s.target_mask[occlusion.weights(model, s).argmax()]) for s in samples) >= 3
