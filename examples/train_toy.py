@@ -14,8 +14,15 @@ FREE (`--free`): no window, and all heads under the same dropout. Which heads re
 The loss is taken at the colour words that answer four questions about each scene; an auxiliary loss asks for the same
 colour from the shape word of the question to its end, and another one, faded out altogether, has the visual token of
 each drawn cell name its shape. One page with few shapes and no filler comes first, then one with 16; 1, 2 or 4 pages
-and up to 48 filler words follow: each stage once the running accuracy of the one before passes 0.9. Whether and when
-the accuracy takes off depends on the seed.
+and up to 48 filler words follow, and at last videos of 2, 3 or 4 moments among them: each stage once the running
+accuracy of the one before passes 0.9. Whether and when the accuracy takes off depends on the seed.
+
+The bundled toys came about in two runs, pages first. The second goes on from the first, in the last stage:
+
+    python examples/train_toy.py --out toy-qwen3-vl --from pages-only --batch 64 --steps 3420 --layer-dropout 0.1
+
+`--layer-dropout` keeps any layer's other heads from becoming necessary, `--planted-dropout` has every planted head
+learn to retrieve. With `--seconds` the learning rate falls with the time that is up.
 """
 
 import argparse
