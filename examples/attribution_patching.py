@@ -1,0 +1,100 @@
+"""How well attribution patching stands for patching: a table over the bundled toys.
+
+    python examples/attribution_patching.py [FOLDER] [PAIRS]
+
+Every head's z is patched for real, and estimated from a gradient, on the same pairs of a sample and its corrupted
+counterpart; so is the residual stream at the target's tokens. Prints tables in Markdown and writes
+`attribution_patching.json` and `attribution_patching.png` into FOLDER (default: the working directory).
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hooked_mllm import HeadScores, HookedMLLM, corruptions, metrics, objectives, plots
+from hooked_mllm.toys import VisualRetrieval
+
+TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-free")
+TASK = VisualRetrieval(seed=11, pages=1, filler=8)
+POINTS = (None, 1, 5)
+STREAM_POINTS = (None, 5, 20)
+TOP = 4
+SHOWN = ("toy-qwen3-vl-free", "another picture", "denoising")
+
+
+def timed(metric: Any, model: HookedMLLM, pairs: Any) -> tuple[HeadScores, float]:
+    """The scores and the seconds they took."""
+    start = time.perf_counter()
+    objective = objectives.LogitDifference(wrong=TASK.answers)
+    return metric.run(model, pairs, objective=objective, progress=False), time.perf_counter() - start
+
+
+def compare(model: HookedMLLM, pairs: Any, direction: str) -> tuple[dict[str, Any], HeadScores, HeadScores]:
+    """Agreement of each estimate with real patching, and the scores of the plain one."""
+    real, seconds = timed(metrics.PatchingEffect("z", direction=direction), model, pairs)
+    row: dict[str, Any] = {"seconds": seconds, "estimates": {}}
+    plain = real
+    for points in POINTS:
+        metric = metrics.AttributionPatching("z", direction=direction, integrated=points)
+        found, spent = timed(metric, model, pairs)
+        plain = found if points is None else plain
+        row["estimates"]["none" if points is None else points] = {
+            "spearman": found.spearman(real),
+            "pearson": float(np.corrcoef(found.values.flatten(), real.values.flatten())[0, 1]),
+            "top": found.overlap(real, TOP),
+            "seconds": spent,
+        }
+    return row, plain, real
+
+
+def target_effects(model: HookedMLLM, pairs: Any) -> list[float]:
+    """The effect of the target's tokens as they enter block 0: real, then by each estimate."""
+    real, _ = timed(metrics.PatchingEffect("resid_pre", by="kind", layers=0), model, pairs)
+    estimates = [metrics.AttributionPatching("resid_pre", by="kind", layers=0, integrated=n) for n in STREAM_POINTS]
+    return [table[0, "target"] for table in (real, *(timed(metric, model, pairs)[0] for metric in estimates))]
+
+
+def named(points: int | None) -> str:
+    """What a column is."""
+    return f"integrated={points}" if points else "gradient of the base"
+
+
+def line(toy: str, kind: str, direction: str, row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [f"{e['spearman']:.2f} / {e['pearson']:.2f} / {e['top']:.2f}" for e in row["estimates"].values()]
+    faster = row["seconds"] / row["estimates"]["none"]["seconds"]
+    return f"| {' | '.join([toy, kind, direction, *cells, f'{faster:.1f}'])} |"
+
+
+def main(folder: Path, n: int) -> None:
+    """Measure every toy."""
+    print(f"| {' | '.join(['toy', 'corrupted by', 'direction', *map(named, POINTS), 'times faster'])} |")
+    print("| --- " * (4 + len(POINTS)) + "|")
+    rows, stream = {}, {}
+    for toy in TOYS:
+        model = HookedMLLM.from_pretrained(toy, dtype="float32")
+        clean = TASK.samples(model, n, answer=True)
+        kinds = {"mean of the target": corruptions.MeanRegion(), "another picture": corruptions.OtherImage(clean)}
+        for kind, corruption in kinds.items():
+            pairs = [(sample, corruption(model, sample)) for sample in clean]
+            for direction in ("denoising", "noising"):
+                row, plain, real = compare(model, pairs, direction)
+                rows["/".join((toy, kind, direction))] = row
+                print(line(toy, kind, direction, row), flush=True)
+                if (toy, kind, direction) == SHOWN:
+                    plots.scatter(plain, real, diagonal=True).savefig(folder / "attribution_patching.png", dpi=120)
+            stream[f"{toy}/{kind}"] = target_effects(model, pairs)
+    print(f"\n| {' | '.join(['toy', 'corrupted by', 'patching', *map(named, STREAM_POINTS)])} |")
+    print("| --- " * (3 + len(STREAM_POINTS)) + "|")
+    for key, values in stream.items():
+        print(f"| {' | '.join([*key.split('/'), *(f'{value:.2f}' for value in values)])} |")
+    found = {"pairs": n, "rows": rows, "stream": stream}
+    (folder / "attribution_patching.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "."), int(sys.argv[2]) if len(sys.argv) > 2 else 8)
