@@ -1,15 +1,18 @@
 """What a second question on the same pictures costs: its prompt run whole, or its own tokens behind a kept prefix.
 
-    python benchmarks/shared_prefix.py [ROUNDS]
+    python benchmarks/shared_prefix.py          # the bundled toys on the CPU
+    python benchmarks/shared_prefix.py --gpu    # Qwen3-VL-8B with random weights, 1k and 8k tokens, one GPU with 40 GB
 
-On the bundled toys, on the CPU; variants take turns. Scores of both are compared before anything is timed. Prints the
-least time per sample of all rounds, in milliseconds of CPU.
+Variants take turns. Scores of both are compared before anything is timed. On the CPU it prints the least time per
+sample of all rounds, in milliseconds of CPU.
 """
 
-import sys
+import argparse
 import time
+from types import SimpleNamespace
 
 import torch
+from common import QWEN3_VL_8B, interleaved, make_sample, random_model, report
 
 from hooked_mllm import HookedMLLM, metrics
 from hooked_mllm.toys import VisualRetrieval
@@ -37,9 +40,33 @@ def row(model: HookedMLLM, pages: int, rounds: int) -> tuple[int, list[float], f
     return len(samples[0]), [min(kept) for kept in times], difference
 
 
-if __name__ == "__main__":
+def gpu(rounds: int) -> None:
+    """Pairs of one sample at a real model's size, in time and in memory above the weights."""
+    hf = random_model(QWEN3_VL_8B, "cuda", torch.bfloat16)
+    # a null query of two tokens, as "N/A" is
+    tokenizer = SimpleNamespace(tokenizer=lambda *_, **__: {"input_ids": torch.tensor([[2000, 2001]])})
+    model = HookedMLLM.from_model(hf, tokenizer, check=False)
+    for n_tokens, grid in ((1024, 16), (8192, 32)):
+        sample = make_sample(hf, n_tokens, 64, grid)
+        whole, shared = (next(metrics.NullQuery(reuse_prefix=reuse).pairs(model, sample)) for reuse in (False, True))
+
+        def run(pair, metric):
+            return model.measure(pair, metric(), progress=False)
+
+        found = [run(pair, metrics.MMRetHeads).values for pair in (whole, shared)]
+        print(f"largest difference {(found[0] - found[1]).abs().max():.1e}, scores scatter by {found[0].std():.1e}")
+        variants = {
+            "one prompt (RAM)": lambda sample=sample: run(sample, metrics.RetrievalAttentionMass),
+            "pair, both whole": lambda pair=whole: run(pair, metrics.MMRetHeads),
+            "pair, prefix once": lambda pair=shared: run(pair, metrics.MMRetHeads),
+        }
+        bases = dict.fromkeys(variants, "one prompt (RAM)")
+        print(report(f"{n_tokens} tokens", interleaved(variants, 3, rounds, "cuda"), bases), flush=True)
+
+
+def cpu(rounds: int) -> None:
+    """The toys, as a Markdown table."""
     torch.set_num_threads(1)
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     print("| model | tokens | one prompt (RAM) | pair, both whole | pair, prefix once | saved | largest difference |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in TOYS:
@@ -47,6 +74,13 @@ if __name__ == "__main__":
         for pages in PAGES:
             tokens, (one, whole, shared), difference = row(model, pages, rounds)
             cells = [f"{ms:.0f}" for ms in (one, whole, shared)]
-            print(
-                f"| {name} | {tokens} | {' | '.join(cells)} | {1 - shared / whole:.0%} | {difference:.0e} |", flush=True
-            )
+            cells += [f"{1 - shared / whole:.0%}", f"{difference:.0e}"]
+            print(f"| {name} | {tokens} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--gpu", action="store_true")
+    arguments = parser.parse_args()
+    (gpu if arguments.gpu else cpu)(arguments.rounds)
