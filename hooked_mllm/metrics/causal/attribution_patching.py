@@ -33,11 +33,12 @@ class AttributionPatching(PatchingEffect):
 
     Straight lines miss curves: where attention or the objective is saturated, gradients of one run say little of the
     other. On the toys the plain estimate mostly ranks the z of heads as patching does, and misses what the evidence's
-    tokens carry before they are read (see the manual). `integrated=n` takes the mean gradient at n points on the way from one
-    run's embeddings to the other's (n forwards and backwards), at the middles of n equal steps; image embeddings and
-    DeepStack's features move along. All that enters then adds up to the whole difference, both directions give the same
-    numbers, and each is what an activation contributes while all of them change, which is not what patching it alone
-    does. Compare with `PatchingEffect` on a few samples: `plots.scatter` draws one against the other.
+    tokens carry before they are read (see the manual). `integrated=n` takes the mean gradient at n points on the way
+    from one run's embeddings to the other's (n forwards and backwards), at the middles of n equal steps; image
+    embeddings and DeepStack's features move along. All that enters then adds up to the whole difference, both
+    directions give the same numbers, and each is what an activation contributes while all of them change, which is not
+    what patching it alone does. Compare with `PatchingEffect` on a few samples: `plots.scatter` draws one against the
+    other.
 
     What the sources do differently: EAP scores edges between nodes, these are nodes; EAP-IG takes the right ends of
     the steps in place of their middles.
