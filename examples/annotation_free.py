@@ -135,7 +135,7 @@ def table(report: dict) -> str:
 
 
 def figure(report: dict) -> Figure:
-    """Agreement with RAM, and accuracy left without the first four heads, of every score and toy."""
+    """Agreement with RAM, and accuracy left without the first eight heads, of every score and toy."""
     names = list(next(iter(report["toys"].values()))["rows"])
     drawing = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = drawing.subplots(1, 2, sharey=True)
@@ -143,12 +143,12 @@ def figure(report: dict) -> Figure:
     for number, (toy, found) in enumerate(report["toys"].items()):
         places = [i + (number - 1.5) * height for i in range(len(names))]
         left.barh(places, [found["rows"][name]["spearman"] for name in names], height, label=toy)
-        right.barh(places, [found["rows"][name]["zeroed_4"] for name in names], height)
+        right.barh(places, [found["rows"][name]["zeroed_8"] for name in names], height)
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xlabel("Spearman correlation with RAM, all heads")
     left.legend(fontsize="small")
-    right.set_xlabel("accuracy with the first 4 heads at zero (lower: they matter)")
+    right.set_xlabel("accuracy with the first 8 heads at zero")
     return drawing
 
 
