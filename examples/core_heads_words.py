@@ -116,7 +116,19 @@ def top_falls(r: dict[str, Any]) -> str:
             else (", where chance lies within the 95 % interval")
         )
     q, l = PAPER["ablation"]["Qwen3-VL"], PAPER["ablation"]["LLaVA-OneVision"]
+    text += borrowed(a, fallen)
     return f"{text}. (The paper, without the top 5 heads: {q[0]} to {q[1]} on Qwen3-VL, {l[0]} to {l[1]} on LLaVA.)"
+
+
+def borrowed(ablation: dict[str, Any], k: int) -> str:
+    """Where a control is not of the same layers, it cannot tell the heads from their layer."""
+    (moved, *_) = (row[ablation["ks"].index(k)] for row in ablation["moved"])  # the same for every seed
+    if not moved:
+        return ""
+    return (
+        f". Of the {k} random heads compared with them {moved} had to come from other layers, since the top ones leave "
+        "too few in theirs: this control cannot tell the heads from their layer"
+    )
 
 
 def others_hold(r: dict[str, Any]) -> str:
@@ -178,11 +190,12 @@ def coverage(r: dict[str, Any]) -> str:
     curves, (few, many, low, high) = r["key_tokens"]["coverage"], PAPER["coverage"]
     n = len(curves["top"])
     reach = {name: next((i + 1 for i, c in enumerate(curve) if c >= low), None) for name, curve in curves.items()}
-    parts = [f"{ORDERS[name]} {'never' if k is None else f'by {k}'}" for name, k in reach.items()]
-    return (
-        f"{low:.0%} of the target's tokens are covered {', '.join(parts)} of {n} heads (the paper: by the top {few} to "
-        f"{many} of about a thousand, {low:.0%} to {high:.0%}). All heads together cover {curves['top'][-1]:.1%}."
-    )
+    paper = f"the paper: the top {few} to {many} of about a thousand cover {low:.0%} to {high:.0%}"
+    whole = f"All {n} heads together cover {curves['top'][-1]:.1%} of the target's tokens"
+    if curves["top"][-1] < low:
+        return f"{whole} and never reach {low:.0%} ({paper})."
+    parts = [f"{k} heads {ORDERS[name]}" if k != 1 else f"1 head {ORDERS[name]}" for name, k in reach.items()]
+    return f"{whole}; to cover {low:.0%} it takes {', '.join(parts)} ({paper})."
 
 
 def on_target(r: dict[str, Any]) -> str:

@@ -142,6 +142,17 @@ def test_words_follow_the_numbers(run, script):
     assert "by up to 40.0%, at k = 4 and 16), as in the paper" in script.findings(other)["ablation"][2]
     other["key_tokens"]["ratio"] = {"top": 0.1, "bottom": 0.2}
     assert "unlike in the paper, they hold no more" in script.findings(other)["ratio"][0]
+    other["key_tokens"]["coverage"] = {"top": [0.2, 0.7, 0.8], "bottom": [0.1, 0.1, 0.8], "random": [0.75, 0.8, 0.8]}
+    said = (
+        "cover 80.0% of the target's tokens; to cover 70% it takes 2 heads from the top, 3 heads from the bottom, 1 he"
+    )
+    assert said in script.findings(other)["coverage"][0]
+    other["key_tokens"]["coverage"]["top"][2] = 0.6
+    assert "cover 60.0% of the target's tokens and never reach 70%" in script.findings(other)["coverage"][0]
+    other["ablation"]["top"]["mean"], other["ablation"]["moved"] = [1.0, 0.1, 0.1], [[0, 3, 9]]
+    assert "Of the 4 random heads compared with them 3 had to come" in script.findings(other)["ablation"][0]
+    other["ablation"]["moved"] = [[0, 0, 9]]
+    assert "random heads compared" not in script.findings(other)["ablation"][0]
     other["maps"]["half"] = [0.5, 0.2]
     assert "unlike the paper's maps" in script.findings(other)["maps"][1]
 
