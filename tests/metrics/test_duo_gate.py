@@ -99,14 +99,14 @@ def plain_gates(family, items, *, sink, recent, steps, lr, l1, seed):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_its_steps_are_those_of_a_plain_implementation(family, side):
-    items = [sample(family, 0), batch(family, side), sample(family, 3)]
-    settings = {**SMALL, "steps": 7, "seed": 3}
+    items = [sample(family, 0), batch(family, side)]
+    settings = {**SMALL, "steps": 5, "seed": 3}
     gates, distance = plain_gates(family, items, **settings)
     found = DuoGate(**settings).run(wrapped(family), items, progress=False)
     assert gates.std() > 0.02  # not the plain decay that the l1 term alone would make
     torch.testing.assert_close(found.values.float(), gates, atol=2e-3, rtol=0)
     assert found.provenance["distance"] == pytest.approx(distance, rel=0.02)
-    assert found.provenance["heads"] == "key-value" and found.provenance["n_samples"] == 3
+    assert found.provenance["heads"] == "key-value" and found.provenance["n_samples"] == 2
     assert found.provenance["config"] == {**settings, "positions": "suffix"}
 
 
@@ -182,8 +182,8 @@ def toy(request):
 
 
 def test_the_planted_heads_keep_their_gates(toy):
-    samples = VisualRetrieval(seed=5, pages=1, filler=24).samples(toy, 4)
-    gate = DuoGate(sink=4, recent=16, steps=20, lr=0.1, l1=0.5, positions="last")
+    samples = VisualRetrieval(seed=5, pages=1, filler=24).samples(toy, 3)
+    gate = DuoGate(sink=4, recent=16, steps=15, lr=0.12, l1=0.5, positions="last")
     found = gate.run(toy, samples, progress=False)
     assert str(found.top(2)) in ("L2H2, L2H3", "L2H3, L2H2")
     assert min(found["L2H2"], found["L2H3"]) > 0.6

@@ -185,8 +185,8 @@ def test_integrated_gradients_between_the_embeddings(family):
 @pytest.mark.parametrize("name", ["llava_onevision", "internvl"])  # nothing enters behind the embeddings
 def test_all_that_enters_adds_up_to_the_whole_difference(name):
     run = {"objective": DIFFERENCE, "progress": False}
-    whole = AttributionPatching("resid_pre", by="layer", layers=0, integrated=48).run(wrapped(name), pair(name), **run)
-    assert whole.values.item() == pytest.approx(1.0, abs=0.02)
+    whole = AttributionPatching("resid_pre", by="layer", layers=0, integrated=32).run(wrapped(name), pair(name), **run)
+    assert whole.values.item() == pytest.approx(1.0, abs=0.03)
 
 
 def test_padding_adds_nothing(family):
@@ -236,7 +236,7 @@ def test_sites_without_a_module_follow_small_steps(site, edited):
 def toy():
     model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
     task = VisualRetrieval(seed=11, pages=1, filler=8)
-    pairs = [(s, corruptions.MeanRegion()(model, s)) for s in task.samples(model, 4, answer=True)]
+    pairs = [(s, corruptions.MeanRegion()(model, s)) for s in task.samples(model, 2, answer=True)]
     return model, pairs, LogitDifference(wrong=task.answers)
 
 
@@ -260,8 +260,8 @@ def test_it_ranks_the_toys_heads_as_patching_does(toy, direction):
 def test_bfloat16_finds_the_same_heads(toy):
     _, pairs, objective = toy
     model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="bfloat16")
-    found = AttributionPatching().run(model, pairs[:2], objective=objective, progress=False)
-    due = AttributionPatching().run(toy[0], pairs[:2], objective=objective, progress=False)
+    found = AttributionPatching().run(model, pairs, objective=objective, progress=False)
+    due = AttributionPatching().run(toy[0], pairs, objective=objective, progress=False)
     assert found.top(4) == due.top(4)
     assert found["L2H6"] == pytest.approx(due["L2H6"], rel=0.15)
 
