@@ -1,0 +1,68 @@
+"""The table of annotation-free scores: disjoint samples, and numbers that the parts give by themselves."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toy_witness
+
+from hooked_mllm.toys import VisualRetrieval
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+N = 4
+
+
+@pytest.fixture(scope="module")
+def example():
+    if not (EXAMPLES / "annotation_free.py").is_file():
+        pytest.skip("the examples are not beside the tests")
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import annotation_free
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return annotation_free
+
+
+@pytest.fixture(scope="module")
+def made(example, tmp_path_factory):
+    folder, patch = tmp_path_factory.mktemp("table"), pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(example, "TOYS", ("toy-qwen3-vl",))
+        patched.setattr(example, "RANDOM_SEEDS", 1)
+        return folder, example.main(folder, N)
+
+
+def test_it_writes_what_it_returns(example, made):
+    folder, report = made
+    assert json.loads((folder / "annotation_free.json").read_text()) == report
+    assert (folder / "annotation_free.png").read_bytes()[:4] == b"\x89PNG"
+    assert sum(line.startswith("| toy-qwen3-vl |") for line in example.table(report).splitlines()) == 8 + 2
+
+
+def test_samples_to_rank_by_and_to_evaluate_on_are_disjoint(made):
+    scenes = [
+        VisualRetrieval(seed=made[1][f"{use}_seed"]).scene(i) for use in ("detection", "evaluation") for i in range(N)
+    ]
+    assert len({scene.pixels.tobytes() for scene in scenes}) == 2 * N
+
+
+def test_numbers_are_those_of_plain_transformers(example, made):
+    found = made[1]["toys"]["toy-qwen3-vl"]
+    ram = found["rows"]["RetrievalAttentionMass"]
+    due = toy_witness.retrieval_attention_mass(list(VisualRetrieval(seed=example.DETECTION).examples(N)))
+    np.testing.assert_allclose(ram["scores"], due, atol=1e-4)
+    held_out = list(VisualRetrieval(seed=example.EVALUATION).examples(N))
+    assert found["unchanged"] == toy_witness.accuracy(held_out)
+    zeroed = [tuple(map(int, name[1:].split("H"))) for name in ram["top_4"]]
+    assert ram["zeroed_4"] == toy_witness.accuracy(held_out, zeroed)
+
+
+def test_every_wording_asks_for_the_same_shape(example):
+    asked = {one.shape: example.wordings(one.question) for one in VisualRetrieval().examples(20)}
+    for shape, texts in asked.items():
+        assert len(set(texts)) == 4 and all(shape in text for text in texts)
+    for one in VisualRetrieval().examples(20):
+        assert one.question in asked[one.shape]
