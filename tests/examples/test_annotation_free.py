@@ -11,7 +11,7 @@ import toy_witness
 from hooked_mllm.toys import VisualRetrieval
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-N = 4
+N = 6
 
 
 @pytest.fixture(scope="module")
