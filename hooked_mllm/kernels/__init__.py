@@ -1,0 +1,1 @@
+"""Kernels, each with its definition in plain torch beside it."""

@@ -1,0 +1,232 @@
+"""`hybrid_attention`: the public op, its registration with torch, and the choice of how it runs."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hooked_mllm.errors import HeadError, HookValueError, InputError
+from hooked_mllm.kernels.hybrid_attention.naive import naive_hybrid_attention
+from hooked_mllm.kernels.hybrid_attention.plan import plan
+
+#: from this many queries on, dense heads go through SDPA (measured on an H200; below, one launch for all is faster)
+SDPA_FROM = 49152
+IMPLEMENTATIONS = ("auto", "triton", "naive")
+HEAD_DIMS = (16, 256)
+_noticed: set[str] = set()
+
+
+def hybrid_attention(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_head"],
+    dense: Iterable[int],
+    *,
+    sink: int = 64,
+    window: int = 1024,
+    scale: float | None = None,
+    start: Int[Tensor, " batch"] | None = None,
+    end: Int[Tensor, " batch"] | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Any:
+    r"""Causal attention in which some heads see everything before them and the others a sink and a window.
+
+    $$z_i = \sum_{j \in V_h(i)} \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big) v_j,\qquad
+    V_h(i) = \{j \le i\} \text{ or } \{j \le i : j < \text{sink or } j > i - \text{window}\}$$
+
+    With more keys than queries, the last query stands at the last key (a chunk of a prompt and its cache). Inputs may
+    be strided in any way; the result is contiguous as `[batch query head d_head]`. Rows that see no key are 0.
+
+    "auto" takes the Triton kernel on a GPU (one launch for both kinds of head; from 49,152 queries on, dense heads go
+    through torch's SDPA, which is faster there), and the torch definition elsewhere. Gradients are those of the
+    definition: correct, and with the memory of chunks of N x N scores.
+
+    Args:
+        q: Queries after position encoding.
+        k: Keys; query head h reads key-value head h // (H / H_kv).
+        v: Values.
+        dense: Query heads that see everything before them.
+        sink: First keys that the other heads see.
+        window: Last keys that they see, the query's own among them.
+        scale: s; 1/sqrt(d_head) by default.
+        start: The first real key of each sequence (left padding before it).
+        end: One past the last real key (right padding from it on).
+        return_lse: Also return the log-sum-exp of each row's scores, float32 `[batch head query]`.
+        implementation: "auto", "triton" or "naive".
+
+    Raises:
+        InputError: for shapes that do not fit, or lengths out of range.
+        HeadError: for a head that q lacks.
+        HookValueError: for an unknown implementation, or "triton" where it cannot run.
+
+    Source: arXiv:2606.05843, algorithm 3; streaming heads: arXiv:2309.17453, arXiv:2410.10819.
+
+    Example:
+        >>> q, k, v = (torch.randn(1, heads, 100, 16) for heads in (4, 2, 2))
+        >>> hybrid_attention(q, k, v, dense=[0, 3], sink=4, window=16, implementation="naive").shape
+        torch.Size([1, 4, 100, 16])
+    """
+    heads = _check(q, k, v, dense, sink, window, start, end, implementation)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    how = _choose(implementation, q)
+    z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, scale, start, end, return_lse, how)
+    return (z, lse) if return_lse else z
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: Iterable[int],
+    sink: int,
+    window: int,
+    start: Tensor | None,
+    end: Tensor | None,
+    implementation: str,
+) -> list[int]:
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise InputError(
+            "Expected q [batch head query d_head] and k, v [batch kv_head key d_head]; got "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}."
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1] or 0 in (*q.shape, *k.shape):
+        raise InputError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or width, or heads do not divide.")
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
+        raise InputError("q, k and v must have one dtype and one device.")
+    if sink < 0 or window < 1:
+        raise InputError(f"Expected sink >= 0 and window >= 1; got {sink=}, {window=}.")
+    for name, bound in (("start", start), ("end", end)):
+        if bound is not None and bound.shape != (q.shape[0],):
+            raise InputError(f"`{name}` is one number a sequence, [{q.shape[0]}]; got {tuple(bound.shape)}.")
+    if implementation not in IMPLEMENTATIONS:
+        raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
+    heads = sorted(set(dense))
+    if heads and not 0 <= heads[0] <= heads[-1] < q.shape[1]:
+        raise HeadError(f"Dense heads {heads} are out of range: q has heads 0 to {q.shape[1] - 1}.")
+    return heads
+
+
+def _choose(implementation: str, q: Tensor) -> str:
+    least, most = HEAD_DIMS
+    fits = least <= q.shape[-1] <= most and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if implementation == "triton":
+        if not fits:
+            raise HookValueError(
+                f"The Triton kernel takes head dims {least} to {most} in bfloat16, float16 or float32; got "
+                f"{q.shape[-1]} in {q.dtype}. implementation='naive' takes any."
+            )
+        return "triton"
+    if implementation == "auto" and q.is_cuda and fits:
+        return "triton" if q.shape[2] < SDPA_FROM else "sdpa"
+    if implementation == "auto":
+        why = f"on {q.device.type}" if not q.is_cuda else f"head dim {q.shape[-1]}, {q.dtype}"
+        if why not in _noticed:
+            _noticed.add(why)
+            warnings.warn(f"hybrid_attention runs its torch definition ({why}): correct, not fast.", stacklevel=3)
+    return "naive"
+
+
+@torch.library.custom_op("hooked_mllm::hybrid_attention", mutates_args=())
+def _op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: list[int],
+    sink: int,
+    window: int,
+    scale: float,
+    start: Tensor | None,
+    end: Tensor | None,
+    with_lse: bool,
+    how: str,
+) -> tuple[Tensor, Tensor]:
+    start, end = _bounds(q, k, start, end, how)
+    if how == "naive":
+        assert start is not None and end is not None
+        z, lse = naive_hybrid_attention(q, k, v, _flags(dense, q), sink, window, scale, start, end)
+        return _laid_out(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
+    from hooked_mllm.kernels.hybrid_attention import triton as kernel  # needs a GPU's compiler, which CPUs may lack
+
+    rows, n_dense, most_dense, most_streaming = plan(tuple(dense), q.shape[1], k.shape[1], q.device)
+    out = _laid_out(torch.empty_like(q))
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
+    most = (most_dense, most_streaming)
+    if how == "sdpa" and n_dense and start is None and not with_lse and q.shape[2] == k.shape[2]:
+        if len(rows) > n_dense:
+            kernel.launch(q, k, v, out, lse, rows[n_dense:], 0, most, sink, window, scale, start, end)
+        _dense_by_sdpa(q, k, v, out, dense, scale)
+    else:
+        kernel.launch(q, k, v, out, lse, rows, n_dense, most, sink, window, scale, start, end)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """`[batch head query d_head]`, in memory `[batch query head d_head]`: what the output projection reads."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _flags(dense: list[int], q: Tensor) -> Tensor:
+    flags = torch.zeros(q.shape[1], dtype=torch.bool)
+    flags[dense] = True
+    return flags.to(q.device)
+
+
+def _bounds(q: Tensor, k: Tensor, start: Any, end: Any, how: str) -> tuple[Tensor | None, Tensor | None]:
+    if how != "naive" and start is None and end is None:
+        return None, None
+    n, like = len(q), {"dtype": torch.int32, "device": q.device}
+    start = torch.zeros(n, **like) if start is None else start.to(**like)
+    end = torch.full((n,), k.shape[2], **like) if end is None else end.to(**like)
+    return start, end
+
+
+def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: list[int], scale: float) -> None:
+    """Dense heads by torch's SDPA, on views: runs of heads that share a key-value head, or whole groups of such."""
+    size = q.shape[1] // k.shape[1]
+    runs: list[list[int]] = []
+    for head in dense:
+        if runs and runs[-1][-1] == head - 1 and (head // size == runs[-1][0] // size or len(dense) == q.shape[1]):
+            runs[-1].append(head)
+        else:
+            runs.append([head])
+    for run in runs:
+        own, kv = slice(run[0], run[-1] + 1), slice(run[0] // size, run[-1] // size + 1)
+        out[:, own] = scaled_dot_product_attention(
+            q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale, enable_gqa=True
+        )
+
+
+@_op.register_fake
+def _(q, k, v, dense, sink, window, scale, start, end, with_lse, how):
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+    return out, q.new_empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, dense, sink, window, scale, start, end, _, _ = inputs
+    ctx.save_for_backward(q, k, v, start, end)
+    ctx.settings = (dense, sink, window, scale)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, start, end = ctx.saved_tensors
+    dense, sink, window, scale = ctx.settings
+    start, end = _bounds(q, k, start, end, "naive")
+    assert start is not None and end is not None
+    leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
+    with torch.enable_grad():
+        z, lse = naive_hybrid_attention(
+            leaves[0], leaves[1], leaves[2], _flags(dense, q), sink, window, scale, start, end
+        )
+        kept = [(x, g) for x, g in ((z, dz), (lse, dlse)) if g is not None and g.numel()]
+        grads = torch.autograd.grad([x for x, _ in kept], leaves, [g for _, g in kept], allow_unused=True)
+    return (*grads, *[None] * 8)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
