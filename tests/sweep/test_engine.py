@@ -3,7 +3,7 @@
 import pytest
 import torch
 from intervention_witness import GREEDY, batch, o_proj, sample
-from tiny import FAMILIES, HEAD_DIM, HEADS
+from tiny import ALL_FAMILIES, FAMILIES, HEAD_DIM, HEADS
 from wrapped import LAYERS, plain, wrapped
 
 from hooked_mllm import ActivationPatch, AttentionKnockout, HeadAblation, HeadPatch, Steer
@@ -33,7 +33,7 @@ def difference(logits):
     return logits[:, 5] - (logits[:, 9] + logits[:, 11]) / 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_each_head_alone_against_a_torch_hook_on_the_plain_model(family):
     inputs, model = sample(family), plain(family)
     got = Sweep(wrapped(family), inputs, DIFFERENCE).run(every_head())
@@ -107,7 +107,7 @@ def test_deepstack_patched_in_a_sweep():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_late_positions_are_run_alone(family, side, attention, monkeypatch):
     model, inputs = wrapped(family, attention), batch(family, side)
