@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
@@ -16,6 +17,15 @@ from hooked_mllm.kernels.hybrid_attention.triton import launch, triton_hybrid_at
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+if not GPU:  # Triton 3.6's interpreter takes int() of arrays of one number, which NumPy 2.5 refuses
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, *rest):
+        _patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
 #: Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 #: small tiles, so that short sequences have many; the interpreter takes no register limit
