@@ -94,7 +94,8 @@ def logits_at(
     # one index for the whole batch: early transformers 5 takes no row of positions for each sample
     at = positions.cpu()
     kept = at[at >= 0].unique()
-    logits = model.run(replace(resolved, tensors=tensors), logits_to_keep=kept)
+    # numbers and no tensor: of a model on several devices, transformers would have it on another than the states
+    logits = model.run(replace(resolved, tensors=tensors), logits_to_keep=kept.tolist())
     return gather_logits(logits, torch.searchsorted(kept, at).masked_fill(at < 0, -1))
 
 

@@ -181,9 +181,8 @@ def _attribute(model: Any, sample: Any, bound: BoundObjective) -> tuple[tuple[st
     names += ["blocks.*.hook_deepstack"] if model.cfg.n_deepstack else []
     kept = bound.positions.unique()  # early transformers 5 takes no row of positions for each sample
     place = torch.searchsorted(kept, bound.positions)
-    logits, cache = model.run_with_cache(
-        sample, names, pos_slice=bound.positions, logits_to_keep=kept.to(model.lm_head.weight.device)
-    )
+    # numbers and no tensor, which on several devices would be on another than the states
+    logits, cache = model.run_with_cache(sample, names, pos_slice=bound.positions, logits_to_keep=kept.tolist())
     total = bound(logits.gather(1, place.to(logits.device)[..., None].expand(-1, -1, logits.shape[-1])))
     terms: dict[str, Tensor] = {"embed": cache["embed"].float()}
     rest: dict[str, Tensor] = {}
