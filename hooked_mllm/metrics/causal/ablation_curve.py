@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.heads.counting import resolve_count
-from hooked_mllm.inputs import ResolvedInput
 from hooked_mllm.interventions import HeadAblation, HeadReference
 from hooked_mllm.interventions.base import check_choice
 from hooked_mllm.measure import fingerprint
+from hooked_mllm.metrics.causal.ablation_effect import ablated_positions
 from hooked_mllm.metrics.causal.ablation_result import AblationCurveResult
+from hooked_mllm.metrics.causal.checkpoint import CausalCheckpoint
 from hooked_mllm.metrics.causal.controls import random_control
-from hooked_mllm.metrics.causal.curve_checkpoint import CurveCheckpoint
 from hooked_mllm.objectives import GreedyAccuracy, Objective, as_objective, logits_at
 from hooked_mllm.sample import Sample, SampleBatch
 
@@ -195,7 +195,7 @@ class AblationCurve:
             "sets": [str(heads) for heads in sets],
             "samples": [fingerprint(s) for s in chosen] if checkpoint is not None else [],
         }
-        state = CurveCheckpoint(checkpoint, identity, (len(sets), len(chosen)))
+        state = CausalCheckpoint(checkpoint, identity, (len(sets), len(chosen)))
         bar = tqdm(total=len(sets) * len(chosen), desc="ablating heads", unit="run", disable=not progress)
         try:
             for start in range(0, len(chosen), batch_size):
@@ -213,7 +213,7 @@ class AblationCurve:
         goal: Objective,
         sets: list[HeadSet],
         values: np.ndarray,
-        state: CurveCheckpoint,
+        state: CausalCheckpoint,
         save_every: int,
         bar: Any,
     ) -> None:
@@ -226,7 +226,7 @@ class AblationCurve:
         if goal.needs_clean:
             with torch.no_grad():
                 bound = bound.with_clean(logits_at(model, inputs, bound.positions))
-        where = self._where(inputs, samples)
+        where = ablated_positions(inputs, self.phase, None)
         for i, heads in enumerate(sets):
             if not np.isnan(values[i]).any():
                 continue
@@ -239,25 +239,11 @@ class AblationCurve:
             bar.update(len(samples))
             state.tick(save_every)
 
-    def _ablation(self, heads: HeadSet, where: Tensor | None) -> list[HeadAblation]:
+    def _ablation(self, heads: HeadSet, where: Positions | None) -> list[HeadAblation]:
         if not heads:
             return []
         # teacher-forced answers stand in the prefill: `where` tells them from the prompt
         return [HeadAblation(heads, mode=self.mode, phase="prefill", positions=where, reference=self.reference)]
-
-    def _where(self, inputs: ResolvedInput, samples: list[Sample]) -> Bool[Tensor, "batch pos"] | None:
-        """The positions at which heads are taken away; None for all."""
-        if self.phase == "both":
-            return None
-        if all(s.answer is None for s in samples):
-            if self.phase == "prefill":
-                return None
-            raise InputError(
-                "phase='decode' takes heads away at the answer's positions, and these samples have no answer: prepare "
-                "them with answer=."
-            )
-        answer = inputs.masks("answer")
-        return answer if self.phase == "decode" else ~answer
 
     def _result(
         self, model: Any, samples: list[Sample], goal: Objective, points: list[_Point], found: dict[HeadSet, np.ndarray]

@@ -16,8 +16,7 @@ from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.inputs import ResolvedInput
 from hooked_mllm.interventions.places import as_mask
 from hooked_mllm.metrics.causal.gradients import Products, activations, between, entrances
-from hooked_mllm.metrics.causal.patching_effect import PatchingEffect
-from hooked_mllm.metrics.causal.patching_effect import _kinds as kinds_of
+from hooked_mllm.metrics.causal.patching_effect import PatchingEffect, kinds_of
 from hooked_mllm.metrics.causal.swept import Job
 from hooked_mllm.objectives import as_objective
 

@@ -165,7 +165,7 @@ class PatchingEffect(SweptMetric):
                     " Use by='kind', or run the lengths apart."
                 )
             return [*range(lengths[0])]
-        found = [_kinds(clean) for clean, _ in items]
+        found = [kinds_of(clean) for clean, _ in items]
         return [kind for kind in KINDS if all(kind in each for each in found)]
 
     def count(self, model: Any, items: Sequence[Any]) -> int:
@@ -186,7 +186,7 @@ class PatchingEffect(SweptMetric):
         base, source = (corrupted, clean) if self.direction == "denoising" else (clean, corrupted)
         activations = source_activations(model, source, self.site, self._layers(model))
         engine = job.engine(base, bound)
-        where = _kinds(clean) if self.by == "kind" else {}
+        where = kinds_of(clean) if self.by == "kind" else {}
         patches = [
             self._patch({layer: activations[layer]}, place, where)
             for layer in self._layers(model)
@@ -234,7 +234,7 @@ def source_activations(model: Any, inputs: Any, site: str, layers: Sequence[int]
     return {layer: value_of(cache.entry(name)) for layer, name in names.items()}
 
 
-def _kinds(sample: Sample) -> dict[str, Tensor]:
+def kinds_of(sample: Sample) -> dict[str, Tensor]:
     """Positions of each kind of token that a sample has; the target's are not among the other visual ones."""
     found: dict[str, Tensor] = {}
     target = sample.target_mask

@@ -14,7 +14,7 @@ from hooked_mllm.corruptions import check_pair
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs import ResolvedInput
 from hooked_mllm.measure import fingerprint
-from hooked_mllm.metrics.causal.curve_checkpoint import CurveCheckpoint
+from hooked_mllm.metrics.causal.checkpoint import CausalCheckpoint
 from hooked_mllm.objectives import BoundObjective, Objective, as_objective, logits_at
 from hooked_mllm.sample import Sample, SampleBatch
 from hooked_mllm.sweep import Sweep
@@ -71,7 +71,7 @@ class SweptMetric(ABC):
         identity = {**facts, "samples": []}
         if checkpoint is not None:
             identity["samples"] = [[fingerprint(s) for s in (item if self.paired else (item,))] for item in items]
-        state = CurveCheckpoint(checkpoint, identity, (runs + count, sum(widths)))
+        state = CausalCheckpoint(checkpoint, identity, (runs + count, sum(widths)))
         bar = tqdm(total=count * len(items), desc=self.doing, unit="variant", disable=not progress)
         start = 0
         try:
@@ -107,7 +107,7 @@ class Job:
         goal: Objective,
         runs: np.ndarray,
         variants: np.ndarray,
-        state: CurveCheckpoint,
+        state: CausalCheckpoint,
         bar: Any,
         batch_size: int | None,
         compile: bool,

@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(samples, tmp_path):
     with pytest.raises(CacheFileError, match="differs in curve"):
         run(curve=AblationCurve(SCORES, ks=[0, 2, 4], seeds=[0, 1], phase="prefill"))
     path.write_text("{}")
-    with pytest.raises(CacheFileError, match="expected a hooked_mllm.AblationCurve.checkpoint"):
+    with pytest.raises(CacheFileError, match="expected a hooked_mllm.causal.checkpoint"):
         run()
 
 

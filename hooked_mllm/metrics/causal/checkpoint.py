@@ -1,4 +1,4 @@
-"""The state of an ablation curve on disk, so that an interrupted run goes on."""
+"""The state of a causal metric on disk, so that an interrupted run goes on."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,16 @@ from hooked_mllm.errors import CacheFileError
 from hooked_mllm.heads.files import read_json, write_json
 from hooked_mllm.metrics.causal.ablation_result import from_lists, to_lists
 
-KIND = "hooked_mllm.AblationCurve.checkpoint"
+KIND = "hooked_mllm.causal.checkpoint"
 
 
-class CurveCheckpoint:
-    """Values `[set sample]`, NaN where none was measured yet, and what they were measured of.
+class CausalCheckpoint:
+    """Values `[variant sample]`, NaN where none was measured yet, and what they were measured of.
 
     Args:
         path: The file; None keeps nothing.
         identity: What makes a run the same: settings, objective, model, heads, samples.
-        shape: (sets of heads, samples).
+        shape: (variants, samples); of an ablation curve, its sets of heads.
 
     Raises:
         CacheFileError: if the file is damaged, or the checkpoint of another run.
