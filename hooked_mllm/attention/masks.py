@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers.masking_utils import causal_mask_function
 
-from hooked_mllm.errors import NumericsError
+from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
+from hooked_mllm.errors import NumericsError, UnsupportedModelError
 
 #: attribute under which a mask tensor carries the recipe it was made from
 RECIPE = "hooked_mllm_recipe"
@@ -26,6 +28,8 @@ class MaskRecipe:
     padding: Bool[Tensor, "batch key"] | None
     q_offset: int = 0
     kv_offset: int = 0
+    #: what `MaskRows.bounds` found, by (batch, q_length, kv_length): all layers share one recipe
+    known: dict[tuple[int, int, int], CausalBounds | None] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass
@@ -38,10 +42,11 @@ class MaskRows:
         kv_length: Number of keys, the ones of a KV cache included.
         device: Where the rows are built.
         recipe: How the model's mask was made, when that is known.
-        dense: The model's own 4D mask (True = visible), when it is not.
+        dense: The model's own 4D mask (True = visible), when it is not; `[batch 1|head query key]`.
         causal: With neither: query i sees key j iff `j <= i + kv_length - q_length`.
         window: With `causal`: and `j > i + kv_length - q_length - window`.
         segments: Lengths of packed images; a query sees the keys of its own image alone.
+        streaming: Heads that see only a sink and a window of this; `head_rows` tells what each head sees.
 
     Example:
         >>> rows = MaskRows.causal_rows(batch=1, length=3, device="cpu")
@@ -59,6 +64,7 @@ class MaskRows:
     window: int | None = None
     padding: Bool[Tensor, "batch key"] | None = None
     segments: tuple[int, ...] | None = None
+    streaming: StreamingHeads | None = None
     _segment_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -157,14 +163,73 @@ class MaskRows:
     @property
     def plain_causal(self) -> bool:
         """Whether this is the causal rule and nothing else, so that no per-sample row need be built."""
-        return self.causal and self.window is None and self.padding is None
+        return self.causal and self.window is None and self.padding is None and self.streaming is None
+
+    def head_rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch mask_head query key"]:
+        """The rows of the mask at `index` as each head sees them; one for all heads if none of them streams."""
+        if self.dense is not None and self.dense.shape[1] > 1:
+            mask = self.dense[..., : self.kv_length].expand(self.batch, -1, -1, -1)
+            return torch.take_along_dim(mask, index.to(self.device)[:, None, :, None], dim=2)
+        visible = self.rows(index)[:, None]
+        if self.streaming is None:
+            return visible
+        bounds = self.bounds()
+        assert bounds is not None  # `streamed` saw to it
+        key = torch.arange(self.kv_length, device=self.device)
+        place = index.to(self.device)[..., None] + bounds.offset
+        first = 0 if bounds.start is None else bounds.start.to(self.device)[:, None, None]
+        near = (key > place - self.streaming.window) | (key < first + self.streaming.sink)
+        return visible & (near[:, None] | self.streaming.flags(self.device)[:, None, None])
+
+    def streamed(self, streaming: StreamingHeads) -> "MaskRows":
+        """This mask with streaming heads.
+
+        Raises:
+            UnsupportedModelError: if it is not the causal one with padding at the ends.
+        """
+        if self.bounds() is None:
+            raise UnsupportedModelError(
+                "Streaming heads need a causal mask, with padding at the ends of a sequence if anywhere; this "
+                "attention call has another (a vision tower, a sliding window, packed sequences, or a mask of your "
+                "own). Use attention='sdpa' there."
+            )
+        return replace(self, streaming=streaming)
+
+    def bounds(self) -> CausalBounds | None:
+        """This mask in numbers, if it is causal with padding at the ends of a sequence and nothing else.
+
+        Reading the padding waits for the device once for all layers that share the mask.
+        """
+        if self.recipe is not None:
+            key = (self.batch, self.q_length, self.kv_length)
+            if key not in self.recipe.known:
+                self.recipe.known[key] = self._recipe_bounds(self.recipe)
+            return self.recipe.known[key]
+        if self.dense is not None or self.segments is not None or self.window is not None:
+            return None
+        if not self.causal and self.q_length > 1:
+            return None
+        return _bounds(self.padding, self.kv_length - self.q_length, self.kv_length)
+
+    def _recipe_bounds(self, recipe: MaskRecipe) -> CausalBounds | None:
+        if recipe.kv_offset:
+            return None
+        if recipe.rule is not causal_mask_function and recipe.rule is not _sees_up_to_itself:
+            bare = MaskRecipe(recipe.rule, None, recipe.q_offset)
+            keys = torch.arange(self.kv_length, device=self.device)
+            for index in torch.arange(self.q_length, device=self.device).split(1024):
+                index = index.expand(self.batch, -1)
+                if not torch.equal(self._recipe_rows(bare, index, keys), (keys <= index[..., None] + recipe.q_offset)):
+                    return None
+        return _bounds(recipe.padding, recipe.q_offset, self.kv_length)
 
     def rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
-        """The rows of the mask at `index`: True where the query sees the key."""
+        """The rows of the mask at `index`: True where the query sees the key, in a dense head where some stream."""
         index = index.to(self.device)
         keys = torch.arange(self.kv_length, device=self.device)
         if self.dense is not None:
-            mask = self.dense[:, 0, :, : self.kv_length].expand(self.batch, -1, -1)
+            mask = self.dense.any(1) if self.dense.shape[1] > 1 else self.dense[:, 0]
+            mask = mask[..., : self.kv_length].expand(self.batch, -1, -1)
             return torch.take_along_dim(mask, index[..., None], dim=1)
         if self.segments is not None:
             if self._segment_ids is None:
@@ -211,12 +276,29 @@ class MaskRows:
         if padding is not None:
             short = self.kv_length - padding.shape[1]
             padding = torch.nn.functional.pad(padding, (0, short)) if short > 0 else padding[:, : self.kv_length]
-        guess = MaskRows(self.batch, self.q_length, self.kv_length, self.device, causal=True, padding=padding)
+        common = (self.batch, self.q_length, self.kv_length, self.device)
+        guess = MaskRows(*common, causal=True, padding=padding, streaming=self.streaming)
         chunks = index.split(1024, dim=1)
         if all(torch.equal(guess.rows(chunk), self.rows(chunk)) for chunk in chunks):
             return guess
-        dense = torch.cat([self.rows(chunk) for chunk in chunks], dim=1)[:, None]
-        return MaskRows(self.batch, self.q_length, self.kv_length, self.device, dense=dense)
+        return MaskRows(*common, dense=torch.cat([self.head_rows(chunk) for chunk in chunks], dim=2))
+
+
+def _bounds(padding: Tensor | None, offset: int, kv_length: int) -> CausalBounds | None:
+    """The bounds of causal attention under a mask of real keys `[batch key]`; None if there are holes."""
+    if padding is None:
+        return CausalBounds(offset)
+    real = padding[:, :kv_length]
+    real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
+    if bool(real.all()):
+        return CausalBounds(offset)
+    count = real.sum(1)
+    start = real.int().argmax(1)
+    key = torch.arange(kv_length, device=real.device)
+    together = (key >= start[:, None]) & (key < (start + count)[:, None])
+    if not torch.equal(together, real):
+        return None
+    return CausalBounds(offset, start, start + count)
 
 
 def _sees_up_to_itself(sample: Any, head: Any, query: Any, key: Any) -> Any:

@@ -1,0 +1,57 @@
+"""Masks told by numbers: which heads stream, and where each sequence begins and ends."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from hooked_mllm.errors import HeadError, InputError
+
+
+@dataclass(frozen=True)
+class StreamingHeads:
+    """The heads of a layer that see a sink and a window; the dense ones see whatever the mask shows.
+
+    Args:
+        dense: Query heads that are dense.
+        n_heads: Query heads of the layer.
+        sink: First keys of the sequence that streaming heads see.
+        window: Last keys that they see, the query's own among them.
+
+    Raises:
+        HeadError: for a head that the layer lacks.
+        InputError: for a sink below 0 or a window below 1.
+    """
+
+    dense: tuple[int, ...]
+    n_heads: int
+    sink: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if any(not 0 <= head < self.n_heads for head in self.dense):
+            raise HeadError(f"Dense heads {list(self.dense)} are out of range: heads are 0 to {self.n_heads - 1}.")
+        if self.sink < 0 or self.window < 1:
+            raise InputError(f"Expected sink >= 0 and window >= 1; got sink={self.sink}, window={self.window}.")
+
+    def flags(self, device: torch.device | str) -> Bool[Tensor, " head"]:
+        """True at the dense heads."""
+        flags = torch.zeros(self.n_heads, dtype=torch.bool)
+        flags[list(self.dense)] = True
+        return flags.to(device)
+
+
+@dataclass(frozen=True)
+class CausalBounds:
+    """A causal mask in numbers: query i stands at key p = i + offset and sees key j iff `start <= j <= p`, `j < end`.
+
+    Args:
+        offset: Keys before the first query.
+        start: First real key of each sequence; None if that is 0 for all.
+        end: One past the last real key of each; None if nothing is padded on the right.
+    """
+
+    offset: int
+    start: Int[Tensor, " batch"] | None = None
+    end: Int[Tensor, " batch"] | None = None
