@@ -1,7 +1,6 @@
 """HookedMLLM: a multimodal language model of transformers with every activation named."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,11 +8,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hooked_mllm.attention.backends import AttentionBackend, is_known
+from hooked_mllm.attending import AttentionMethods, split_attention
+from hooked_mllm.attention.backends import AttentionBackend
 from hooked_mllm.attention.protocol import Metric, ModelInfo
 from hooked_mllm.checks import self_check
 from hooked_mllm.config import HookedConfig
-from hooked_mllm.errors import HookValueError, InputError, UnsupportedModelError
+from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.hooking import HookMethods
 from hooked_mllm.inputs import ModelInput, ResolvedInput, resolve_input
@@ -26,7 +26,7 @@ from hooked_mllm.vision_positions import VisionMethods
 from hooked_mllm.wiring import wire
 
 
-class HookedMLLM(RunMethods, HookMethods, VisionMethods):
+class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     """A multimodal language model with a name for every activation: read it, edit it, score its heads.
 
     The transformers model inside is not changed: no module is replaced, and with no hook added it runs as it always
@@ -85,7 +85,7 @@ class HookedMLLM(RunMethods, HookMethods, VisionMethods):
         device: str | torch.device | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         revision: str | None = None,
-        attention: str | Mapping[str, str] | AttentionBackend | None = None,
+        attention: str | AttentionBackend | Mapping[str, str | AttentionBackend] | None = None,
         check: bool = True,
         **kwargs: Any,
     ) -> "HookedMLLM":
@@ -100,8 +100,9 @@ class HookedMLLM(RunMethods, HookMethods, VisionMethods):
             device: Put the whole model there.
             device_map: Or spread it, as transformers does ("auto").
             revision: A branch, tag or commit of the hub.
-            attention: A transformers implementation ("sdpa", "eager", ...) for both towers, a mapping of "text" and
-                "vision" to such names, or a backend of your own for the language model.
+            attention: A transformers implementation ("sdpa", "eager", ...) for both towers; a backend, such as
+                `HybridAttention(...)` or your own, for the language model; or a mapping of "text" and "vision" to
+                either.
             check: Verify the wiring on a small input (see `check`).
             **kwargs: For transformers' `from_pretrained`.
 
@@ -109,12 +110,11 @@ class HookedMLLM(RunMethods, HookMethods, VisionMethods):
             InputError: when there is no such checkpoint, it is damaged, or arguments contradict each other.
             UnsupportedModelError: for another kind of model, or one that needs code of its own.
         """
-        own: Any = attention if attention is not None and not isinstance(attention, str | Mapping) else None
-        named: Any = None if own is not None else attention
+        named, backends = split_attention(attention)
         hf_model, processor = load_model(path_or_id, dtype, device, device_map, revision, named, **kwargs)
         model = cls(hf_model, processor, name=str(path_or_id), revision=revision, check=check)
-        if own is not None:
-            model._set_backend(own, "text")
+        for tower, backend in backends.items():
+            model._set_backend(model._fitting(backend, tower), tower)
         return model
 
     @classmethod
@@ -205,7 +205,8 @@ class HookedMLLM(RunMethods, HookMethods, VisionMethods):
             model=self.name,
             revision=self.revision,
             family=self.family.name,
-            attention=self.wiring.switches["text"].base,
+            attention=self._attention_name(),
+            attention_settings=self._attention_settings(),
             dtype=str(self.dtype).removeprefix("torch."),
             versions={**{n: str(p.__version__) for n, p in packages.items()}, "hooked_mllm": __version__},
         )
@@ -300,50 +301,6 @@ class HookedMLLM(RunMethods, HookMethods, VisionMethods):
             ... )
         """
         return measure(self, samples, metrics, checkpoint=checkpoint, save_every=save_every, progress=progress)
-
-    # -- attention -------------------------------------------------------------------------------------------------
-
-    def _set_backend(self, backend: AttentionBackend | None, tower: str) -> None:
-        for site in self.wiring.text if tower == "text" else self.wiring.vision:
-            site.backend = backend
-            site.refresh()
-
-    @contextmanager
-    def attention(self, implementation: str | AttentionBackend, tower: str = "text") -> Iterator[None]:
-        """Run another attention for the body of a `with`; hooks and metrics work the same under each.
-
-        Args:
-            implementation: A name of transformers' ("eager", "sdpa", ...), or a callable
-                `(q, k, v, mask, scale, layer) -> z` (see `AttentionBackend`).
-            tower: "text" or "vision".
-
-        Raises:
-            HookValueError: for an unknown name or tower.
-
-        Example:
-            >>> from hooked_mllm import HookedMLLM, toys
-            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-            >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-            >>> with model.attention("eager"):
-            ...     logits = model(sample)
-        """
-        if tower not in self.wiring.switches:
-            raise HookValueError(f"tower is 'text' or 'vision'; got {tower!r}.")
-        with ExitStack() as stack:
-            if isinstance(implementation, str):
-                if not is_known(implementation):
-                    raise HookValueError(
-                        f"transformers knows no attention implementation {implementation!r}; 'eager' and 'sdpa' are "
-                        "always there."
-                    )
-                stack.enter_context(self.wiring.switches[tower].using(implementation))
-            elif callable(implementation):
-                sites = self.wiring.text if tower == "text" else self.wiring.vision
-                stack.callback(self._set_backend, sites[0].backend, tower)
-                self._set_backend(implementation, tower)
-            else:
-                raise HookValueError(f"Expected a name or a callable; got {type(implementation).__name__}.")
-            yield
 
     # -- other tools -----------------------------------------------------------------------------------------------
 

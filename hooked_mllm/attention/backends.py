@@ -9,12 +9,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.masks import MaskRows, with_recipe
@@ -23,6 +24,11 @@ from hooked_mllm.errors import UnsupportedModelError
 PREFIX = "hooked_mllm_"
 #: transformers hands a packed vision tower's images over in one call if the implementation's name holds this word
 PACKED_SUFFIX = "_flash_packed"
+
+#: in the name of the twin of an implementation whose padded masks come as flash attention's do: `[batch key]`
+SLIM = "slim_"
+#: implementations whose own masks have a place for every query and key
+WIDE = ("sdpa", "eager")
 
 #: what runs in place of an attention module's implementation, by module; weak, so that a dropped model is freed
 SITES: "WeakKeyDictionary[nn.Module, ReferenceType[Callable[..., tuple[Tensor, Tensor | None]]]]" = WeakKeyDictionary()
@@ -34,10 +40,30 @@ class AttentionBackend(Protocol):
 
     Shapes: q `[batch head query d_head]`, k, v `[batch kv_head key d_head]`, z `[batch query head d_head]`.
     `mask.rows(index)` gives the rows of the model's mask.
+
+    A backend may also have any of these:
+
+    - `restrict(q, k, mask, scale, layer) -> MaskRows`: what its heads see. Everything that reads attention reads it
+      under this mask, and where it is `mask` itself the model's own attention runs.
+    - `validate(n_layers, n_heads, causal)`, which raises if the backend does not fit a tower.
+    - `describe() -> dict` of JSON-able values, which results keep.
     """
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
         """The attention of one layer."""
+        ...
+
+
+def restricts(backend: AttentionBackend | None) -> TypeGuard["RestrictingBackend"]:
+    """Whether a backend says what its heads see."""
+    return hasattr(backend, "restrict")
+
+
+class RestrictingBackend(AttentionBackend, Protocol):
+    """A backend that says what its heads see."""
+
+    def restrict(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
+        """The mask of one call as its heads see it; `mask` itself to leave the call to the model's own attention."""
         ...
 
 
@@ -60,19 +86,56 @@ def _mask_twin(base: str) -> Callable[..., Any]:
     return mask
 
 
-def twin(base: str, packed: bool = False) -> str:
+def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
+    """A mask function that hands a prompt's padding on as `[batch key]`, and None where there is none.
+
+    A causal mask is then no table of N x N, nor that of a chunk of a prompt after a KV cache. Of one query, and of any
+    other rule, comes what `base` makes of it. The mask is as wide as what was read so far, the queries included, also
+    where the KV cache has room for more.
+    """
+
+    def mask(**arguments: Any) -> Any:
+        q_length, padding = arguments["q_length"], arguments.get("attention_mask")
+        rule = arguments.get("mask_function", causal_mask_function)
+        if q_length == 1 or rule is not causal_mask_function or arguments.get("kv_offset"):
+            return with_recipe(ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments), **arguments)
+        offset = int(arguments.get("q_offset") or 0)
+        if padding is not None:
+            padding = padding[:, : offset + q_length].bool()
+            padding = None if bool(padding.all()) else padding
+        if padding is None and not offset and base != "eager":  # which takes None for "everything is seen"
+            return None
+        if padding is None:
+            shape = (arguments["batch_size"], offset + q_length)
+            padding = torch.ones(shape, dtype=torch.bool, device=arguments.get("device", "cpu"))
+        return with_recipe(padding, **{**arguments, "attention_mask": padding})
+
+    return mask
+
+
+def twin(base: str, packed: bool = False, slim: bool = False) -> str:
     """The name of the hooked twin of an implementation, registered on first use.
 
     Args:
         base: A name of transformers' attention interface.
         packed: For a packed vision tower, which is then called once for all of its images.
+        slim: Without masks of N x N (see `slim_mask`).
     """
-    name = PREFIX + base + (PACKED_SUFFIX if packed and "flash" not in base else "")
+    slim = slim and base in WIDE
+    name = PREFIX + (SLIM if slim else "") + base + (PACKED_SUFFIX if packed and "flash" not in base else "")
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _dispatch)
         if base in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, _mask_twin(base))
+            AttentionMaskInterface.register(name, slim_mask(base) if slim else _mask_twin(base))
     return name
+
+
+def widened(mask: MaskRows, base: str, dtype: torch.dtype) -> Tensor:
+    """The mask that `base` takes, made of its rows: boolean `[batch 1 query key]`, additive for eager attention."""
+    visible = mask.full()[:, None]
+    if base != "eager":
+        return visible
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def is_known(base: str) -> bool:
@@ -102,15 +165,29 @@ class TowerSwitch:
         self.config = config
         self.packed = packed
         self.users = 0
+        self._slim = False
 
     def _set(self, base: str) -> None:
-        self.config._attn_implementation = twin(base, self.packed) if _TAKEN[id(self.config)] else base
+        taken = _TAKEN[id(self.config)]
+        self.config._attn_implementation = twin(base, self.packed, self._slim) if taken else base
+
+    @property
+    def slim(self) -> bool:
+        """Whether the twin goes without masks of N x N."""
+        return self._slim
+
+    @slim.setter
+    def slim(self, slim: bool) -> None:
+        self._slim = slim
+        self._set(self.base)
 
     @property
     def base(self) -> str:
         """The implementation that the model itself runs."""
         current = self.config._attn_implementation or "eager"
-        return current.removeprefix(PREFIX).removesuffix(PACKED_SUFFIX) if current.startswith(PREFIX) else current
+        if not current.startswith(PREFIX):
+            return current
+        return current.removeprefix(PREFIX).removeprefix(SLIM).removesuffix(PACKED_SUFFIX)
 
     def take(self) -> None:
         """One more user: switch on the twin with the first."""

@@ -13,8 +13,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hooked_mllm.attention.backends import SITES, AttentionBackend, TowerSwitch, implementation
+from hooked_mllm.attention.backends import (
+    SITES,
+    WIDE,
+    AttentionBackend,
+    TowerSwitch,
+    implementation,
+    restricts,
+    widened,
+)
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
 
 
@@ -102,9 +111,11 @@ class AttentionSite:
             # These are the very tensors of the KV cache: what a hook edits in place must be a copy.
             key = _headed(points["rot_k"], key.clone() if points["rot_k"].may_edit else key)
         segments = _segments(kwargs)
-        mask: MaskRows | None = None
-        if self.taps or self.backend is not None or points["attn_scores"].active or points["pattern"].active:
-            mask = MaskRows.of(
+        slim = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and self.switch.base in WIDE
+        looked_at = bool(self.taps) or points["attn_scores"].active or points["pattern"].active
+        backend, mask = self.backend, None
+        if looked_at or backend is not None or slim:
+            mask = own = MaskRows.of(
                 attention_mask,
                 batch=query.shape[0],
                 q_length=query.shape[2],
@@ -115,20 +126,36 @@ class AttentionSite:
                 segments=segments,
                 upper_left="flash" not in self.switch.base,
             )
+            if restricts(backend):
+                if kwargs.get("sliding_window") is None:
+                    mask = backend.restrict(query, key, own, scale, self.layer)
+                backend = None if mask is own else backend
+                if backend is not None and kwargs.get("dropout"):
+                    raise HookValueError(
+                        f"The model is in training mode with attention dropout {kwargs['dropout']}, which "
+                        f"{type(backend).__name__} has not: call model.hf_model.eval()."
+                    )
+            if slim and backend is None:
+                attention_mask = widened(own, self.switch.base, query.dtype)
             call = AttentionCall(self.layer, query, key, value, mask, scale, self.tower)
             for tap in tuple(self.taps):
                 tap(call)
+
+        def attend() -> tuple[Tensor, Tensor | None]:
+            if backend is not None and mask is not None:
+                return backend(query, key, value, mask, scale, self.layer), None
+            return self._own(query, key, value, attention_mask, segments, kwargs)
+
         explicit = None
         if mask is not None and (points["attn_scores"].active or points["pattern"].active):
             explicit = self._explicit(query, key, value, mask, scale)
         if explicit is None:
-            z, weights = self._own(query, key, value, attention_mask, mask, scale, segments, kwargs)
+            z, weights = attend()
         else:
             z, blind = explicit
             weights = None
             if bool(blind.any()):  # padded queries see nothing: leave them what the model's own attention makes of that
-                own, _ = self._own(query, key, value, attention_mask, mask, scale, segments, kwargs)
-                z = torch.where(blind[..., None, None], own, z)
+                z = torch.where(blind[..., None], attend()[0], z)
         if points["z"].active:
             z, _ = points["z"].run(z)
         return z, weights
@@ -139,13 +166,9 @@ class AttentionSite:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        mask: MaskRows | None,
-        scale: float,
         segments: tuple[int, ...] | None,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        if self.backend is not None and mask is not None:
-            return self.backend(query, key, value, mask, scale, self.layer), None
         run = implementation(self.module, self.switch.base)
         if segments is None or "flash" in self.switch.base:
             return run(self.module, query, key, value, attention_mask, **kwargs)
@@ -156,22 +179,24 @@ class AttentionSite:
 
     def _explicit(
         self, query: Tensor, key: Tensor, value: Tensor, mask: MaskRows, scale: float
-    ) -> tuple[Tensor, Bool[Tensor, "batch query"]] | None:
-        """Z through scores and pattern, with their hooks, and which queries see nothing.
+    ) -> tuple[Tensor, Bool[Tensor, "batch query mask_head"]] | None:
+        """Z through scores and pattern, with their hooks, and which queries see nothing, by head if heads differ.
 
         None if no hook edited and no gradient is watched: what the model's own attention gives is then the answer.
         """
         groups = query.shape[1] // key.shape[1]
-        visible = mask.full()
+        visible = mask.head_rows(torch.arange(mask.q_length, device=mask.device).expand(mask.batch, -1))
         scores = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * scale
-        scores = scores.masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         scores, edited_scores = self.points["attn_scores"].run(scores)
         dtype = torch.float32 if self.softmax_float32 else scores.dtype
         pattern = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
         pattern, edited_pattern = self.points["pattern"].run(pattern)
         if not (edited_scores or edited_pattern):
             return None
-        return torch.matmul(pattern, _repeat(value, groups)).transpose(1, 2).contiguous(), ~visible.any(-1)
+        return torch.matmul(pattern, _repeat(value, groups)).transpose(1, 2).contiguous(), ~visible.any(-1).transpose(
+            1, 2
+        )
 
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -43,8 +43,10 @@ class MaskRows:
         device: Where the rows are built.
         recipe: How the model's mask was made, when that is known.
         dense: The model's own 4D mask (True = visible), when it is not; `[batch 1|head query key]`.
-        causal: With neither: query i sees key j iff `j <= i + kv_length - q_length`.
-        window: With `causal`: and `j > i + kv_length - q_length - window`.
+        causal: With neither: query i sees key j iff `j <= i + offset`.
+        window: With `causal`: and `j > i + offset - window`.
+        padding: Which keys are real; those beyond its width are not.
+        q_offset: The offset of the two, where the last query does not stand at the last key: a KV cache of fixed size.
         segments: Lengths of packed images; a query sees the keys of its own image alone.
         streaming: Heads that see only a sink and a window of this; `head_rows` tells what each head sees.
 
@@ -65,6 +67,7 @@ class MaskRows:
     padding: Bool[Tensor, "batch key"] | None = None
     segments: tuple[int, ...] | None = None
     streaming: StreamingHeads | None = None
+    q_offset: int | None = None
     _segment_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -110,12 +113,13 @@ class MaskRows:
             return cls(*common, segments=segments)
         if recipe is not None:
             return cls(*common, recipe=recipe)
-        if mask is None and causal and upper_left and 1 < q_length < kv_length:
-            return cls(*common, recipe=MaskRecipe(_sees_up_to_itself, None))
         if mask is None:
-            return cls(*common, causal=causal and q_length > 1, window=window)
-        if mask.dim() == 2:
-            return cls(*common, causal=causal, window=window, padding=mask.bool())
+            first = 0 if causal and upper_left and 1 < q_length < kv_length else None
+            return cls(*common, causal=causal and q_length > 1, window=window, q_offset=first)
+        if mask.dim() == 2:  # as wide as what was read so far, these queries included
+            seen = mask.shape[1] - q_length
+            first = seen if causal and 0 <= seen < kv_length - q_length else None
+            return cls(*common, causal=causal, window=window, padding=mask.bool(), q_offset=first)
         if mask.dtype == torch.bool:
             return cls(*common, dense=mask)
         hidden = mask < torch.finfo(mask.dtype).min / 4
@@ -163,7 +167,13 @@ class MaskRows:
     @property
     def plain_causal(self) -> bool:
         """Whether this is the causal rule and nothing else, so that no per-sample row need be built."""
-        return self.causal and self.window is None and self.padding is None and self.streaming is None
+        others = (self.window, self.padding, self.streaming, self.q_offset)
+        return self.causal and all(other is None for other in others)
+
+    @property
+    def offset(self) -> int:
+        """Keys before the first query, where no recipe says otherwise."""
+        return self.kv_length - self.q_length if self.q_offset is None else self.q_offset
 
     def head_rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch mask_head query key"]:
         """The rows of the mask at `index` as each head sees them; one for all heads if none of them streams."""
@@ -173,13 +183,20 @@ class MaskRows:
         visible = self.rows(index)[:, None]
         if self.streaming is None:
             return visible
+        return visible & (self._near(index, self.streaming)[:, None] | self.streaming.flags(self.device)[:, None, None])
+
+    def streaming_rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
+        """The rows of the mask at `index` as a streaming head sees them; those of any head if none of them streams."""
+        visible = self.rows(index)
+        return visible if self.streaming is None else visible & self._near(index, self.streaming)
+
+    def _near(self, index: Tensor, streaming: StreamingHeads) -> Tensor:
         bounds = self.bounds()
         assert bounds is not None  # `streamed` saw to it
         key = torch.arange(self.kv_length, device=self.device)
         place = index.to(self.device)[..., None] + bounds.offset
         first = 0 if bounds.start is None else bounds.start.to(self.device)[:, None, None]
-        near = (key > place - self.streaming.window) | (key < first + self.streaming.sink)
-        return visible & (near[:, None] | self.streaming.flags(self.device)[:, None, None])
+        return (key > place - streaming.window) | (key < first + streaming.sink)
 
     def streamed(self, streaming: StreamingHeads) -> "MaskRows":
         """This mask with streaming heads.
@@ -209,19 +226,19 @@ class MaskRows:
             return None
         if not self.causal and self.q_length > 1:
             return None
-        return _bounds(self.padding, self.kv_length - self.q_length, self.kv_length)
+        return _bounds(self.padding, self.offset, self.offset + self.q_length)
 
     def _recipe_bounds(self, recipe: MaskRecipe) -> CausalBounds | None:
         if recipe.kv_offset:
             return None
-        if recipe.rule is not causal_mask_function and recipe.rule is not _sees_up_to_itself:
+        if recipe.rule is not causal_mask_function:
             bare = MaskRecipe(recipe.rule, None, recipe.q_offset)
             keys = torch.arange(self.kv_length, device=self.device)
             for index in torch.arange(self.q_length, device=self.device).split(1024):
                 index = index.expand(self.batch, -1)
                 if not torch.equal(self._recipe_rows(bare, index, keys), (keys <= index[..., None] + recipe.q_offset)):
                     return None
-        return _bounds(recipe.padding, recipe.q_offset, self.kv_length)
+        return _bounds(recipe.padding, recipe.q_offset, recipe.q_offset + self.q_length)
 
     def rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
         """The rows of the mask at `index`: True where the query sees the key, in a dense head where some stream."""
@@ -239,13 +256,13 @@ class MaskRows:
         if self.recipe is not None:
             return self._recipe_rows(self.recipe, index, keys)
         visible = torch.ones(*index.shape, self.kv_length, dtype=torch.bool, device=self.device)
-        last = index[..., None] + (self.kv_length - self.q_length)
+        last = index[..., None] + self.offset
         if self.causal:
             visible &= keys <= last
         if self.window is not None:
             visible &= keys > last - self.window
         if self.padding is not None:
-            visible &= self.padding[:, None, : self.kv_length]
+            visible &= _as_wide(self.padding, self.kv_length)[:, None]
         return visible
 
     def _recipe_rows(self, recipe: MaskRecipe, index: Tensor, keys: Tensor) -> Tensor:
@@ -256,10 +273,8 @@ class MaskRows:
         visible = visible.expand(self.batch, index.shape[1], self.kv_length)
         if recipe.padding is not None:
             padding = recipe.padding.to(self.device)
-            short = self.kv_length + recipe.kv_offset - padding.shape[1]
-            if short > 0:
-                padding = torch.nn.functional.pad(padding, (0, short))
-            visible = visible & padding[:, None, recipe.kv_offset : recipe.kv_offset + self.kv_length]
+            wide = _as_wide(padding, recipe.kv_offset + self.kv_length)
+            visible = visible & wide[:, None, recipe.kv_offset :]
         return visible
 
     def full(self) -> Bool[Tensor, "batch query key"]:
@@ -269,40 +284,43 @@ class MaskRows:
 
     def compact(self) -> "MaskRows":
         """The same mask without closures, so that it can be written: causal with padding where that is what it is."""
-        if self.recipe is None:
+        recipe = self.recipe
+        if recipe is None:
             return self
-        index = torch.arange(self.q_length, device=self.device).expand(self.batch, -1)
-        padding = self.recipe.padding
-        if padding is not None:
-            short = self.kv_length - padding.shape[1]
-            padding = torch.nn.functional.pad(padding, (0, short)) if short > 0 else padding[:, : self.kv_length]
         common = (self.batch, self.q_length, self.kv_length, self.device)
-        guess = MaskRows(*common, causal=True, padding=padding, streaming=self.streaming)
-        chunks = index.split(1024, dim=1)
-        if all(torch.equal(guess.rows(chunk), self.rows(chunk)) for chunk in chunks):
+        padding = None if recipe.padding is None else _as_wide(recipe.padding, self.kv_length)
+        guess = MaskRows(*common, causal=True, padding=padding, streaming=self.streaming, q_offset=recipe.q_offset)
+        if self.bounds() is not None:
+            return guess
+        chunks = torch.arange(self.q_length, device=self.device).expand(self.batch, -1).split(1024, dim=1)
+        if not recipe.kv_offset and all(torch.equal(guess.rows(chunk), self.rows(chunk)) for chunk in chunks):
             return guess
         return MaskRows(*common, dense=torch.cat([self.head_rows(chunk) for chunk in chunks], dim=2))
 
 
-def _bounds(padding: Tensor | None, offset: int, kv_length: int) -> CausalBounds | None:
-    """The bounds of causal attention under a mask of real keys `[batch key]`; None if there are holes."""
+def _as_wide(padding: Tensor, length: int) -> Tensor:
+    """A mask of real keys, cut or filled up to `length` of them."""
+    short = length - padding.shape[1]
+    return torch.nn.functional.pad(padding, (0, short)) if short > 0 else padding[:, :length]
+
+
+def _bounds(padding: Tensor | None, offset: int, length: int) -> CausalBounds | None:
+    """The bounds of causal attention under a mask of real keys `[batch key]`; None if there are holes.
+
+    Queries see no key from `length` on.
+    """
     if padding is None:
         return CausalBounds(offset)
-    real = padding[:, :kv_length]
-    real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
+    real = _as_wide(padding, length)
     if bool(real.all()):
         return CausalBounds(offset)
     count = real.sum(1)
     start = real.int().argmax(1)
-    key = torch.arange(kv_length, device=real.device)
+    key = torch.arange(length, device=real.device)
     together = (key >= start[:, None]) & (key < (start + count)[:, None])
     if not torch.equal(together, real):
         return None
     return CausalBounds(offset, start, start + count)
-
-
-def _sees_up_to_itself(sample: Any, head: Any, query: Any, key: Any) -> Any:
-    return key <= query
 
 
 def with_recipe(mask: Any, **arguments: Any) -> Any:

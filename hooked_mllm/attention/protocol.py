@@ -19,6 +19,7 @@ class ModelInfo:
         revision: Its revision.
         family: Name of the model family.
         attention: Attention implementation of the forward pass.
+        attention_settings: The settings of an attention backend, as JSON-able values.
         dtype: Dtype of the weights.
         versions: Library versions by name.
     """
@@ -30,12 +31,13 @@ class ModelInfo:
     revision: str | None = None
     family: str | None = None
     attention: str | None = None
+    attention_settings: dict[str, Any] | None = None
     dtype: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def provenance(self) -> dict[str, Any]:
         """What a result keeps of this, as plain JSON-able values."""
-        names = ("model", "revision", "family", "attention", "dtype")
+        names = ("model", "revision", "family", "attention", "attention_settings", "dtype")
         known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**known, "versions": dict(self.versions)} if self.versions else known
 

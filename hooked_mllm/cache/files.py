@@ -6,6 +6,7 @@ of head results; and what several entries share, such as the keys of all steps o
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
 
@@ -68,6 +70,8 @@ class _Writer:
             "causal": mask.causal,
             "window": mask.window,
             "segments": mask.segments,
+            "q_offset": mask.q_offset,
+            "streaming": None if mask.streaming is None else asdict(mask.streaming),
             **{key: self.add(f"{name}/{key}", tensor) for key, tensor in tensors.items()},
         }
 
@@ -200,6 +204,7 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
         o_proj.weight = nn.Parameter(weight, requires_grad=False)
         return LazyResult(tensors[spec["z"]], o_proj)
     get = {k: None if spec[k] is None else tensors[spec[k]] for k in ("index", "columns", "dense", "padding")}
+    streaming = spec.get("streaming")
     mask = MaskRows(
         spec["batch"],
         spec["q_length"],
@@ -210,6 +215,8 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
         causal=spec["causal"],
         window=spec["window"],
         segments=None if spec["segments"] is None else tuple(spec["segments"]),
+        q_offset=spec.get("q_offset"),  # files of version 0.1 have neither this nor what follows
+        streaming=None if streaming is None else StreamingHeads(**{**streaming, "dense": tuple(streaming["dense"])}),
     )
     k = keys(spec["k"]) if spec["growing"] else tensors[spec["k"]]
     return LazyPattern(tensors[spec["q"]], k, mask, spec["scale"], name, spec["scores"], get["index"], get["columns"])

@@ -1,6 +1,6 @@
 """Activations that are computed when they are read: attention patterns and scores from q and k, head results from z."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -168,17 +168,17 @@ class LazyPattern:
             place = queries if place is None else torch.where(queries >= 0, place.gather(1, queries.clamp(min=0)), -1)
         if place is None:
             place = torch.arange(q.shape[2], device=device).expand(q.shape[0], -1)
-        hidden = ~self.mask.rows(place.clamp(min=0)).to(device)
+        hidden = self._hidden(place.clamp(min=0))
         chosen = range(q.shape[1]) if heads is None else heads
         width = k.shape[2] if columns is None else columns.shape[1]
         out = torch.empty(q.shape[0], len(chosen), q.shape[2], width, dtype=torch.float32, device=device)
         for place_out, head in enumerate(chosen):
             row = torch.matmul(q[:, head].float(), k[:, head // groups].float().transpose(1, 2)).mul_(self.scale)
             if self.scores:
-                row = row.masked_fill_(hidden, float("-inf"))
+                row = row.masked_fill_(hidden(head), float("-inf"))
             else:
                 # As in transformers' eager attention, a query that sees nothing spreads evenly.
-                row = torch.softmax(row.masked_fill_(hidden, torch.finfo(torch.float32).min), dim=-1)
+                row = torch.softmax(row.masked_fill_(hidden(head), torch.finfo(torch.float32).min), dim=-1)
             if columns is not None:
                 picked = torch.take_along_dim(row, columns.to(device).clamp(min=0)[:, None, :], dim=2)
                 row = picked.masked_fill_((columns < 0).to(device)[:, None, :], 0.0)
@@ -191,6 +191,18 @@ class LazyPattern:
                 "dtype='bfloat16' or 'float32'."
             )
         return out
+
+    def _hidden(self, place: Tensor) -> Callable[[int], Tensor]:
+        """Which keys the queries at `place` do not see, by head: `[batch query key]`."""
+        mask, device = self.mask, self.q.device
+        if mask.dense is not None and mask.dense.shape[1] > 1:
+            by_head = ~mask.head_rows(place).to(device)
+            return lambda head: by_head[:, head]
+        hidden = ~mask.rows(place).to(device)
+        if mask.streaming is None:
+            return lambda head: hidden
+        dense, far = set(mask.streaming.dense), ~mask.streaming_rows(place).to(device)
+        return lambda head: hidden if head in dense else far
 
 
 @dataclass

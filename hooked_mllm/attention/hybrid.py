@@ -1,0 +1,248 @@
+"""Hybrid attention as a backend of a model: some heads dense, the others with a sink and a window, in prefill only."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
+from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
+from hooked_mllm.heads import HeadSet
+from hooked_mllm.heads.head_set import parse_head
+from hooked_mllm.kernels.hybrid_attention import hybrid_attention
+from hooked_mllm.kernels.hybrid_attention.op import IMPLEMENTATIONS
+
+
+@runtime_checkable
+class RoutingPolicy(Protocol):
+    """Chooses the dense heads of a layer from the prompt itself."""
+
+    def choose(
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch kv_head key d_head"],
+        mask: MaskRows,
+        scale: float,
+        layer: int,
+    ) -> tuple[int, ...]:
+        """The dense query heads of this layer, one set for all samples of the batch."""
+        ...
+
+    def validate(self, n_layers: int, n_heads: int) -> None:
+        """Raise if the policy is not one for a model of this shape."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it does, as values that JSON can hold."""
+        ...
+
+
+class DenseHeads:
+    """The dense heads of every layer: a fixed set, or a policy that chooses them.
+
+    Args:
+        dense: A `HeadSet`, names such as "L2H4", pairs (layer, head), a mapping of layers to query heads, or a policy.
+
+    Raises:
+        HeadError: for something that names no heads.
+    """
+
+    def __init__(self, dense: Any) -> None:
+        self.policy: RoutingPolicy | None = None
+        self.shape: tuple[int, int] | None = None
+        self.by_layer: dict[int, tuple[int, ...]] = {}
+        if isinstance(dense, RoutingPolicy):
+            self.policy = dense
+        elif isinstance(dense, HeadSet):
+            self.shape, self.by_layer = dense.shape, dense.by_layer
+        else:
+            self.by_layer = _by_layer(dense)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.by_layer.values()))
+
+    def validate(self, n_layers: int, n_heads: int) -> None:
+        """Check the heads against a model of this shape.
+
+        Raises:
+            HeadError: for heads that it lacks, or a set that was made for another model.
+        """
+        if self.policy is not None:
+            self.policy.validate(n_layers, n_heads)
+            return
+        if self.shape not in (None, (n_layers, n_heads)):
+            raise HeadError(
+                f"These dense heads were chosen in a model of {self.shape[0]} layers x {self.shape[1]} heads; this one "
+                f"has {n_layers} x {n_heads}. Rank the heads of this model (of key-value heads, take "
+                "`scores.to_query(n_heads)`), or use attention='sdpa'."
+            )
+        HeadSet([(l, h) for l, heads in self.by_layer.items() for h in heads], n_layers=n_layers, n_heads=n_heads)
+
+    def of(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> tuple[int, ...]:
+        """The dense query heads of one call."""
+        if self.policy is None:
+            return self.by_layer.get(layer, ())
+        return tuple(int(head) for head in self.policy.choose(q, k, mask, scale, layer))
+
+    def describe(self) -> Any:
+        """The heads, or the policy, as values that JSON can hold."""
+        if self.policy is not None:
+            return self.policy.describe()
+        return [f"L{layer}H{head}" for layer, heads in sorted(self.by_layer.items()) for head in heads]
+
+    def __str__(self) -> str:
+        return f"{len(self)} heads" if self.policy is None else repr(self.policy)
+
+
+def _by_layer(dense: Any) -> dict[int, tuple[int, ...]]:
+    if isinstance(dense, Mapping):
+        pairs = [(layer, head) for layer, heads in dense.items() for head in heads]
+    elif isinstance(dense, str):
+        pairs = HeadSet.parse(dense, n_layers=10**9, n_heads=10**9)
+    elif isinstance(dense, Iterable):
+        pairs = [parse_head(head) if isinstance(head, str) else head for head in dense]
+    else:
+        pairs = [dense]
+    known: dict[int, set[int]] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple) or len(pair) != 2 or any(type(n) is not int or n < 0 for n in pair):
+            raise HeadError(
+                "Dense heads are a HeadSet, names such as 'L2H4', pairs (layer, head), a mapping of layers to query "
+                f"heads, or a routing policy; got {pair!r}."
+            )
+        known.setdefault(pair[0], set()).add(pair[1])
+    return {layer: tuple(sorted(heads)) for layer, heads in known.items()}
+
+
+def run_hybrid(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_head"],
+    streaming: StreamingHeads,
+    bounds: CausalBounds,
+    scale: float,
+    implementation: str = "auto",
+) -> Float[Tensor, "batch query head d_head"]:
+    """Hybrid attention under a causal mask told in numbers: the one place where models, of whatever kind, run it.
+
+    Keys that no query sees, in the room that a KV cache of fixed size has left, are cut off.
+    """
+    length = bounds.offset + q.shape[2]
+    z = hybrid_attention(
+        q,
+        k[:, :, :length],
+        v[:, :, :length],
+        streaming.dense,
+        sink=streaming.sink,
+        window=streaming.window,
+        scale=scale,
+        start=bounds.start,
+        end=bounds.end,
+        implementation=implementation,
+    )
+    return z.transpose(1, 2)
+
+
+class HybridAttention:
+    r"""Attention in which chosen heads see everything before them and the others a sink and a window, in prefill.
+
+    $$V_h(i) = \{j \le i\}\ (h\ \text{dense}),\qquad
+    V_h(i) = \{j \le i : j < \text{sink or } j > i - \text{window}\}\ (\text{otherwise})$$
+
+    An attention backend: give it to `HookedMLLM.from_pretrained(attention=...)` or `model.attention(...)`. A call with
+    one query, which is a step of decoding, and layers with a sliding window of their own run the model's attention.
+    Patterns, scores and metrics are those of the hybrid mask.
+
+    Args:
+        dense: The dense heads: a `HeadSet`, names such as "L2H4", pairs (layer, head), a mapping of layers to query
+            heads, or a routing policy. Query heads, as of `HeadScores`; may be empty.
+        sink: First tokens that streaming heads see.
+        window: Last tokens that they see, the query's own among them.
+        implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
+
+    Raises:
+        HeadError: for something that names no heads; at a model, for heads that it lacks.
+        InputError: for a sink below 0 or a window below 1.
+        HookValueError: for an unknown implementation.
+        UnsupportedModelError: at a tower or a call whose attention is not causal.
+
+    Source: arXiv:2606.05843, algorithm 3.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, HybridAttention, toys
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> with model.attention(HybridAttention(["L2H4"], sink=4, window=16, implementation="naive")):
+        ...     tokens = model.generate(sample, max_new_tokens=1)
+        ...     model.info.attention
+        'hybrid(1 heads dense, sink=4, window=16; sdpa)'
+    """
+
+    def __init__(self, dense: Any, *, sink: int = 64, window: int = 1024, implementation: str = "auto") -> None:
+        self.dense = DenseHeads(dense)
+        if type(sink) is not int or type(window) is not int or sink < 0 or window < 1:
+            raise InputError(f"Expected whole numbers sink >= 0 and window >= 1; got {sink=}, {window=}.")
+        if implementation not in IMPLEMENTATIONS:
+            raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
+        self.sink, self.window, self.implementation = sink, window, implementation
+
+    def __repr__(self) -> str:
+        return f"HybridAttention({self.dense} dense, sink={self.sink}, window={self.window})"
+
+    def __str__(self) -> str:
+        return f"hybrid({self.dense} dense, sink={self.sink}, window={self.window})"
+
+    def validate(self, n_layers: int, n_heads: int, causal: bool) -> None:
+        """Check that it fits a tower of this shape.
+
+        Raises:
+            HeadError: for heads that the tower lacks, or that were chosen in another model.
+            UnsupportedModelError: for a tower that is not causal.
+        """
+        if not causal:
+            raise UnsupportedModelError(
+                "HybridAttention is causal, and a vision tower is not: leave the tower on attention='sdpa'."
+            )
+        self.dense.validate(n_layers, n_heads)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result must name to be reproduced, as values that JSON can hold."""
+        return {"backend": "HybridAttention", "dense": self.dense.describe(), "sink": self.sink, "window": self.window}
+
+    def restrict(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
+        """What each head sees in one call; `mask` itself where all see everything that it shows.
+
+        Raises:
+            UnsupportedModelError: for a mask that is not causal with padding at the ends.
+        """
+        if mask.q_length == 1:
+            return mask
+        n_heads = q.shape[1]
+        dense = self.dense.of(q, k, mask, scale, layer)
+        streaming = StreamingHeads(dense, n_heads, self.sink, self.window)
+        return mask if len(set(dense)) == n_heads else mask.streamed(streaming)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
+        """The attention of one layer: `[batch query head d_head]`."""
+        mask = mask if mask.streaming is not None else self.restrict(q, k, mask, scale, layer)
+        if mask.streaming is None:
+            return _dense(q, k, v, mask, scale)
+        bounds = mask.bounds()
+        assert bounds is not None  # `streamed` saw to it
+        return run_hybrid(q, k, v, mask.streaming, bounds, scale, self.implementation)
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
+        """As a call, but through the op also where every head is dense."""
+        dense = self.dense.of(q, k, mask, scale, layer)
+        mask = mask.streamed(StreamingHeads(dense, q.shape[1], self.sink, self.window))
+        return self(q, k, v, mask, scale, layer)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float) -> Tensor:
+    seen = mask.full()[:, None]
+    z = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    return torch.where(seen.any(-1, keepdim=True), z, 0).transpose(1, 2)

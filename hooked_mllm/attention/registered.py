@@ -1,0 +1,177 @@
+"""Hybrid attention under a plain name, for any decoder of transformers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hooked_mllm.attention.backends import PREFIX, slim_mask
+from hooked_mllm.attention.hybrid import HybridAttention
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class RegisteredAttention:
+    """What was registered under a name: the function that transformers calls in place of an attention module's own."""
+
+    name: str
+    hybrid: HybridAttention
+    checked: set[tuple[int, int]] = field(default_factory=set, compare=False, repr=False)
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Z `[batch query head d_head]` of q, k, v `[batch head pos d_head]`, and no weights."""
+        _check(self.name, module, dropout, kwargs)
+        if query.shape[2] == 1 or kwargs.get("sliding_window") is not None:
+            sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        layer: Any = module.layer_idx
+        if torch.compiler.is_compiling():
+            return _op(query, key, value, attention_mask, self.name, layer, scale).transpose(1, 2), None
+        _check_heads(self, module, query)
+        return self.run(query, key, value, attention_mask, layer, scale), None
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, layer: int, scale: float) -> Tensor:
+        """The attention of one layer, under a mask `[batch key]` of real keys or none."""
+        mask = MaskRows.of(
+            padding,
+            batch=q.shape[0],
+            q_length=q.shape[2],
+            kv_length=k.shape[2],
+            device=q.device,
+            causal=True,
+            upper_left=True,
+        )
+        return self.hybrid.prefill(q, k, v, mask, scale, layer)
+
+
+#: what is registered, by name
+REGISTERED: dict[str, RegisteredAttention] = {}
+
+
+def register_hybrid_attention(
+    name: str, heads: Any, *, sink: int = 64, window: int = 1024, implementation: str = "auto"
+) -> None:
+    """Register hybrid attention as an attention implementation of transformers, for any of its decoders.
+
+    Use it as any other: `model.set_attn_implementation(name)`, or `attn_implementation=name` when a model is loaded;
+    of a multimodal model for the language model alone, `{"text_config": name}`. Prefill is hybrid, decoding dense, and
+    layers with a sliding window of their own keep SDPA. The same name registered again has the new settings from then
+    on, in all models that run it.
+
+    Args:
+        name: The name; not one of transformers' own, nor one with "flash" in it, which transformers reads as its own.
+        heads: The dense query heads: a `HeadSet`, names such as "L2H4", pairs (layer, head), a mapping of layers to
+            query heads, or a routing policy. They are checked against a model when it first runs.
+        sink: First tokens that the other heads see.
+        window: Last tokens that they see, the query's own among them.
+        implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
+
+    Raises:
+        HookValueError: for a name that is taken or cannot be one.
+        HeadError, InputError: for heads or sizes that cannot be; in a run, for heads that the model lacks.
+        UnsupportedModelError: in a run, for attention that is not causal, or has more to it than q, k, v and padding.
+
+    Source: arXiv:2606.05843, algorithm 3.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> register_hybrid_attention("hybrid", ["L0H1"], sink=2, window=8, implementation="naive")
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
+        >>> config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+        >>> model = LlamaForCausalLM._from_config(config, attn_implementation="hybrid")
+        >>> model(torch.arange(20)[None]).logits.shape
+        torch.Size([1, 20, 64])
+    """
+    if not isinstance(name, str) or not name or any(part in name for part in ("flash", "|", "/", PREFIX)):
+        raise HookValueError(
+            f"{name!r} cannot name an attention implementation: transformers gives names with 'flash', '|' or '/' a "
+            "meaning of their own."
+        )
+    if name not in REGISTERED and (name == "eager" or name in ALL_ATTENTION_FUNCTIONS):
+        raise HookValueError(f"transformers has an attention implementation {name!r} of its own: take another name.")
+    hybrid = HybridAttention(heads, sink=sink, window=window, implementation=implementation)
+    REGISTERED[name] = RegisteredAttention(name, hybrid)
+    AttentionInterface.register(name, REGISTERED[name])
+    AttentionMaskInterface.register(name, slim_mask("sdpa"))
+
+
+#: arguments by which models ask for more than softmax(q k) v under a causal mask
+_MORE = ("softcap", "s_aux", "position_bias", "cache")
+
+
+def _check(name: str, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    what = f"{type(module).__name__} under attn_implementation={name!r}"
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if not causal:
+        raise UnsupportedModelError(
+            f"{what}: hybrid attention is causal and this module is not. Use 'sdpa' there; of a multimodal model, "
+            f"set_attn_implementation({{'text_config': {name!r}}})."
+        )
+    if dropout:
+        raise UnsupportedModelError(f"{what}: no dropout of attention here (got {dropout}): call model.eval().")
+    for more in _MORE:
+        if kwargs.get(more) is not None:
+            raise UnsupportedModelError(
+                f"{what}: the model passes `{more}`, which this has not. Use 'sdpa' or 'eager'."
+            )
+    if not hasattr(module, "layer_idx"):
+        raise UnsupportedModelError(f"{what}: the module has no `layer_idx`, so its heads are not known. Use 'sdpa'.")
+
+
+def _check_heads(attention: RegisteredAttention, module: nn.Module, query: Tensor) -> None:
+    config: Any = getattr(module, "config", None)
+    n_layers, n_heads = (getattr(config, key, None) for key in ("num_hidden_layers", "num_attention_heads"))
+    if n_heads is not None and n_heads != query.shape[1]:
+        raise HeadError(
+            f"{type(module).__name__} has {query.shape[1]} heads in this process and {n_heads} in the whole: heads "
+            "that are spread over processes have other numbers. Spread the layers instead (device_map)."
+        )
+    shape = (n_layers, query.shape[1])
+    if n_layers is not None and shape not in attention.checked:
+        attention.hybrid.validate(*shape, causal=True)
+        attention.checked.add(shape)
+
+
+@torch.library.custom_op("hooked_mllm::registered_attention", mutates_args=())
+def _op(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, name: str, layer: int, scale: float) -> Tensor:
+    """What was registered, as one op: a compiled graph holds its name, and not the heads."""
+    z = REGISTERED[name].run(q, k, v, padding, layer, scale)
+    return z.contiguous().transpose(1, 2)
+
+
+@_op.register_fake
+def _(q, k, v, padding, name, layer, scale):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, v, padding, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, padding)
+
+
+def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
+    q, k, v, padding = ctx.saved_tensors
+    name, layer, scale = ctx.settings
+    leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
+    with torch.enable_grad():
+        z = REGISTERED[name].run(leaves[0], leaves[1], leaves[2], padding, layer, scale)
+    return (*torch.autograd.grad(z, leaves, dz.transpose(1, 2)), *[None] * 4)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
