@@ -42,6 +42,17 @@ QWEN3_VL_8B = {
         "deepstack_visual_indexes": [8, 16, 24],
     },
 }
+#: sizes of Qwen3-VL-32B-Instruct
+QWEN3_VL_32B = {
+    "text": {
+        **QWEN3_VL_8B["text"],
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+    },
+    "vision": {**QWEN3_VL_8B["vision"], "out_hidden_size": 5120},
+}
 #: the same shape in miniature, to try a benchmark on a CPU
 TINY = {
     "text": {

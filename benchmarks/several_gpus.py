@@ -1,0 +1,106 @@
+"""Head scores of one model on one GPU and spread over several: are they the same numbers, and what does it cost?
+
+Run on two GPUs or more:  python benchmarks/several_gpus.py --size 32b --tokens 131072
+To try the script:        python benchmarks/several_gpus.py --size tiny --tokens 400 --device cpu
+
+The model is made once, on the first device, measured there, and then spread with accelerate, block by block, without
+touching its weights. Metrics are read under the model's own attention and under hybrid attention.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from common import QWEN3_VL_8B, QWEN3_VL_32B, TINY, make_sample, random_model
+
+from hooked_mllm import HeadSet, HookedMLLM, metrics
+from hooked_mllm.attention.hybrid import HybridAttention
+
+SIZES = {"tiny": TINY, "8b": QWEN3_VL_8B, "32b": QWEN3_VL_32B}
+
+
+def device_map(layers: int, devices: list[str]) -> dict[str, str]:
+    """Blocks in equal runs over the devices; what comes before them on the first, what comes behind on the last."""
+    own = {f"model.language_model.layers.{l}": devices[l * len(devices) // layers] for l in range(layers)}
+    rest = {name: devices[0] for name in ("model.visual", "model.language_model.embed_tokens")}
+    rest["model.language_model.rotary_emb"] = devices[0]
+    return {**rest, **own, "model.language_model.norm": devices[-1], "lm_head": devices[-1]}
+
+
+def measured(model: HookedMLLM, sample: Any, heads: HeadSet | None, devices: list[str]) -> dict[str, Any]:
+    """Scores of every head, the seconds they took, and the most memory of each device."""
+    chosen = [metrics.RetrievalAttentionMass(), metrics.KeyTokenRatio(), metrics.VisionMass()]
+    cuda = [d for d in devices if d.startswith("cuda")]
+    for device in cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    if heads is None:
+        scores = model.measure(sample, chosen, progress=False)
+    else:
+        with model.attention(HybridAttention(heads)):
+            scores = model.measure(sample, chosen, progress=False)
+    for device in cuda:
+        torch.cuda.synchronize(device)
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak GiB": [round(torch.cuda.max_memory_allocated(d) / 2**30, 1) for d in cuda],
+        "values": {type(m).__name__: s.values.cpu() for m, s in zip(chosen, scores, strict=True)},
+    }
+
+
+def main() -> None:
+    """Measure on one device, spread, measure again, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=sorted(SIZES), default="32b")
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--grid", type=int, default=64, help="the image has grid x grid visual tokens")
+    parser.add_argument("--dense", type=int, default=200, help="dense heads under hybrid attention")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--out", type=Path, help="folder for the numbers")
+    arguments = parser.parse_args()
+    size = SIZES[arguments.size]
+    count = torch.cuda.device_count() if arguments.device == "cuda" else 1
+    devices = [f"cuda:{n}" for n in range(count)] if arguments.device == "cuda" else ["cpu"]
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    hf_model = random_model(size, devices[0], dtype)
+    layers, n_heads = size["text"]["num_hidden_layers"], size["text"]["num_attention_heads"]
+    pairs = [(l, h) for l in range(layers) for h in range(n_heads)]
+    some = random.Random(0).sample(pairs, min(arguments.dense, len(pairs)))
+    heads = HeadSet(some, n_layers=layers, n_heads=n_heads)
+    sample = make_sample(hf_model, arguments.tokens, 64, min(arguments.grid, int((arguments.tokens / 2) ** 0.5)))
+    results: dict[str, Any] = {}
+    for place, on in (("one", devices[:1]), ("several", devices)):
+        if place == "several":
+            dispatch_model(hf_model, device_map(layers, devices), main_device=devices[0], force_hooks=True)
+        model = HookedMLLM.from_model(hf_model)
+        for kind, chosen in (("own attention", None), ("hybrid attention", heads)):
+            measured(model, make_sample(hf_model, 512, 64, 8), chosen, on)  # compiles kernels, fills workspaces
+            results[f"{kind}, {place}"] = measured(model, sample, chosen, on)
+    remove_hook_from_submodules(hf_model)
+    print(f"{arguments.size}, {arguments.tokens} tokens, {layers} x {n_heads} heads, {len(devices)} devices")
+    for name, result in results.items():
+        print(f"{name:<28}{result['seconds']:>8.2f} s   peak GiB {result['peak GiB']}")
+    worst = 0.0
+    for kind in ("own attention", "hybrid attention"):
+        one, several = (results[f"{kind}, {place}"]["values"] for place in ("one", "several"))
+        for name in one:
+            difference = float((one[name] - several[name]).abs().max())
+            print(f"{kind}, {name}: largest difference {difference:.3g}, largest value {float(one[name].max()):.3g}")
+            worst = max(worst, difference)
+    if arguments.out:
+        numbers = {k: {**v, "values": {n: t.tolist() for n, t in v["values"].items()}} for k, v in results.items()}
+        (arguments.out / f"several_gpus_{arguments.size}.json").write_text(json.dumps(numbers))
+    if not worst < 1e-6:
+        raise SystemExit("the scores differ")
+
+
+if __name__ == "__main__":
+    main()
