@@ -11,5 +11,6 @@ from hooked_mllm.plots.head_map import head_maps as head_maps
 from hooked_mllm.plots.overlay import overlay as overlay
 from hooked_mllm.plots.overlay import overlay_grid as overlay_grid
 from hooked_mllm.plots.pair import pair as pair
+from hooked_mllm.plots.prefill import prefill as prefill
 from hooked_mllm.plots.scatter import scatter as scatter
 from hooked_mllm.plots.stability_map import stability_map as stability_map

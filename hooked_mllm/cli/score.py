@@ -1,9 +1,9 @@
-"""The command line: `hooked-mllm score` measures every head and draws where the best ones look."""
+"""`hooked-mllm score` measures every head and draws where the best ones look."""
 
 import argparse
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,13 @@ import torch
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hooked_mllm import metrics, plots
+from hooked_mllm.cli.arguments import count, torch_device
+from hooked_mllm.cli.files import folder, save_figure
 from hooked_mllm.datasets import RefCOCOg
-from hooked_mllm.errors import HookedMLLMError, InputError
+from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores, HeadSet
-from hooked_mllm.heads.files import write_atomically
 from hooked_mllm.model import HookedMLLM
 from hooked_mllm.toys import VisualRetrieval, bundled
-from hooked_mllm.version import __version__
 
 TOY = "toy-qwen3-vl"
 METRICS: dict[str, Callable[[], metrics.HeadMetric]] = {
@@ -29,7 +29,6 @@ METRICS: dict[str, Callable[[], metrics.HeadMetric]] = {
     "vision-mass": metrics.VisionMass,
 }
 DATA_FORMS = "toy, refcocog:FOLDER, refcocog:FOLDER:SPLIT_BY or refcocog:FOLDER:SPLIT_BY:SPLIT"
-_USER_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -41,26 +40,12 @@ class Source:
     samples: Callable[[HookedMLLM], Iterable[Any]]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 for a mistake of the caller's."""
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except (HookedMLLMError, OSError) as error:
-        print(f"hooked-mllm {arguments.command}: error: {error}", file=sys.stderr)
-        return _USER_ERROR
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
-
-
 def score(arguments: argparse.Namespace) -> None:
     """Measure, save, draw and print: what `hooked-mllm score` does."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     source = _source(arguments)
-    out = _folder(arguments.out)
+    out = folder(arguments.out)
     with _loading_bar(not arguments.quiet):
         model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
     scores = model.measure(_Counted(source, model), METRICS[arguments.metric](), progress=not arguments.quiet)
@@ -68,12 +53,12 @@ def score(arguments: argparse.Namespace) -> None:
     scores.save(out / "scores")
     top = scores.top(min(arguments.top, int(scores.measured.sum())))
     written = [out / "scores.json", out / "scores.safetensors", out / "head_map.png"]
-    _save_figure(plots.head_map(scores, top), written[-1])
+    save_figure(plots.head_map(scores, top), written[-1])
     for i, sample in enumerate(source.samples(model)):
         if i == arguments.pictures:
             break
         written.append(out / f"overlay_{i}.png")
-        _save_figure(_overlay(model, sample, scores, top), written[-1])
+        save_figure(_overlay(model, sample, scores, top), written[-1])
     print(_summary(scores, top, source))
     print("\n".join(str(path) for path in written))
 
@@ -158,48 +143,13 @@ def _refcocog_parts(rest: str) -> tuple[str, str, str]:
     return folder, split_by, split
 
 
-def _folder(path: Path) -> Path:
-    """The folder, made if need be; found out before the measuring and not after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path} is not a folder that can be written to: {error.strerror}") from error
-    return path
-
-
-def _save_figure(figure: Any, path: Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
-
-
 def _shortened(text: str, limit: int = 80) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _count(text: str, least: int = 1) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least} up, got {text!r}")
-    return value
-
-
-def _device(text: str) -> str:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a torch device, such as cpu or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text!r} was asked for, but torch sees no CUDA device here")
-    return text
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("hooked-mllm", description="Look inside multimodal language models.")
-    parser.add_argument("--version", action="version", version=f"hooked-mllm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+def add_to(commands: Any) -> None:
+    """The command and its options."""
     command = commands.add_parser(
         "score",
         help="score every attention head and draw where the best ones look",
@@ -210,17 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default=TOY, help="folder, hub id, or a bundled toy")
     add("--data", help=f"{DATA_FORMS} (for a toy: toy)")
     add("--metric", choices=sorted(METRICS), default="ram", help="what to score heads by")
-    add("--samples", type=_count, default=32, help="samples at most")
-    add("--top", type=_count, default=8, help="heads to list, frame and draw")
-    add("--pictures", type=partial(_count, least=0), default=3, help="samples to paint the top heads' attention on")
+    add("--samples", type=count, default=32, help="samples at most")
+    add("--top", type=count, default=8, help="heads to list, frame and draw")
+    add("--pictures", type=partial(count, least=0), default=3, help="samples to paint the top heads' attention on")
     add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (float32 on a CPU, else bfloat16)")
-    add("--device", type=_device, help="torch device (cuda if there is one, else cpu)")
+    add("--device", type=torch_device, help="torch device (cuda if there is one, else cpu)")
     add("--seed", type=int, default=0, help="of the choice of samples")
     add("--quiet", action="store_true", help="no progress bar")
-    command.set_defaults(run=score)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    command.set_defaults(run=score, prog=command.prog)

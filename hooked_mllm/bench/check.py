@@ -1,0 +1,137 @@
+"""Outputs are compared before anything is timed.
+
+Two comparisons at a short length. In every layer, the variant's attention against softmax written out in float32, on
+the same q, k and v, so that errors cannot hide behind the layers or grow through them. And the model's last hidden
+state against that of the model run on the written-out attention, which also covers compiled blocks; there, rounding
+adds up over layers.
+"""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from hooked_mllm.attention.backends import implementation
+from hooked_mllm.bench.compiled import CompiledBlocks
+from hooked_mllm.bench.variants import Variant
+from hooked_mllm.errors import NumericsError
+
+WITNESS = "hooked_bench_witness"
+#: relative errors allowed, by dtype: of one layer's attention, and of the last hidden state
+LIMITS = {
+    torch.float32: (1e-4, 1e-3),
+    torch.float16: (2e-3, 2e-2),
+    torch.bfloat16: (1e-2, 8e-2),
+}
+
+
+@dataclass
+class Witness:
+    """Runs an attention implementation beside its definition, and goes on with the definition's result."""
+
+    variant: Variant
+    errors: list[float] = field(default_factory=list)
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        """The attention of one layer."""
+        z, _ = implementation(module, self.variant.attention)(module, q, k, v, mask, **kwargs)
+        want = self.defined(module.layer_idx, q, k, v, kwargs["scaling"])
+        self.errors.append(relative_error(z, want))
+        return want.to(q.dtype), None
+
+    def defined(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Causal attention, written out: `[batch query head d_head]`, float32."""
+        variant, n = self.variant, q.shape[2]
+        j, i = torch.arange(n, device=q.device), torch.arange(n, device=q.device)[:, None]
+        causal = j <= i
+        near = causal & ((j < variant.sink) | (j > i - variant.window))
+        group = q.shape[1] // k.shape[1]
+        dense = range(q.shape[1]) if variant.dense is None else variant.dense.by_layer.get(layer, ())
+        out = torch.empty(q.shape[0], n, q.shape[1], v.shape[3], dtype=torch.float32, device=q.device)
+        for head in range(q.shape[1]):
+            scores = q[:, head].float() @ k[:, head // group].float().transpose(1, 2) * scale
+            seen = causal if head in dense else near
+            out[:, :, head] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, head // group].float()
+        return out
+
+
+def relative_error(x: Tensor, y: Tensor) -> float:
+    """The norm of the difference over that of y, in float64."""
+    y = y.double()
+    return float((x.double() - y).norm() / y.norm())
+
+
+def check_variants(
+    model: Any, variants: Sequence[Variant], compiled: CompiledBlocks | None, length: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Compare every variant that computes attention with the definition.
+
+    Args:
+        model: A text decoder.
+        variants: The ways to run it.
+        compiled: Its compiled blocks, for those variants that run them.
+        length: Tokens; longer than sink and window together, or no key is hidden from a streaming head.
+        seed: Of the token ids.
+
+    Returns:
+        What was compared: for each variant, its largest error in a layer and that of the last hidden state.
+
+    Raises:
+        NumericsError: if one of them is wrong.
+    """
+    place = model.get_input_embeddings().weight.device
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(place)
+    layer_limit, model_limit = LIMITS[model.dtype]
+    found = []
+    for variant in variants:
+        if not variant.exact:
+            continue
+        witness = Witness(variant)
+        with _running(witness) as name, replace(variant, attention=name, compiled=False).on(model):
+            want = model(input_ids=tokens, use_cache=False).last_hidden_state
+        with variant.on(model, compiled):
+            got = model(input_ids=tokens, use_cache=False).last_hidden_state
+        row = {"variant": variant.name, "length": length, "layer": max(witness.errors)}
+        row["last_hidden_state"] = relative_error(got, want)
+        found.append(row)
+        for what, error, limit in (
+            ("attention in some layer", row["layer"], layer_limit),
+            ("the last hidden state", row["last_hidden_state"], model_limit),
+        ):
+            if not error < limit:
+                raise NumericsError(
+                    f"{variant.title}: {what} differs from the definition by {error:.2g} at {length} tokens (relative; "
+                    f"at most {limit:g} in {str(model.dtype).removeprefix('torch.')}), so nothing is timed."
+                )
+    return found
+
+
+_CURRENT: list[Witness] = []
+
+
+@contextmanager
+def _running(witness: Witness) -> Any:
+    _CURRENT.append(witness)
+    try:
+        yield WITNESS
+    finally:
+        _CURRENT.pop()
+
+
+def _witness(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _CURRENT[-1](module, *args, **kwargs)
+
+
+def _witness_mask(**arguments: Any) -> Any:
+    build: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(_CURRENT[-1].variant.attention)
+    return None if build is None else build(**arguments)
+
+
+AttentionInterface.register(WITNESS, _witness)
+AttentionMaskInterface.register(WITNESS, _witness_mask)

@@ -1,0 +1,213 @@
+"""Prefill of a whole text decoder, timed as the paper times it (arXiv:2606.05843, appendix G.4)."""
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hooked_mllm.bench.check import check_variants
+from hooked_mllm.bench.compiled import CompiledBlocks
+from hooked_mllm.bench.record import Cell, PrefillRecord, provenance
+from hooked_mllm.bench.timing import clock_name, milliseconds, peak_memory, used_devices
+from hooked_mllm.bench.variants import Variant
+from hooked_mllm.errors import InputError
+from hooked_mllm.heads import HeadScores, HeadSet
+
+WARM_UP, RUNS = 2, 5
+
+
+@torch.no_grad()
+def bench_prefill(
+    model: Any,
+    variants: Sequence[Variant],
+    contexts: Iterable[int],
+    *,
+    name: str,
+    runs: int = RUNS,
+    warm_up: int = WARM_UP,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> PrefillRecord:
+    """Time a text decoder's forward pass under each variant at each length.
+
+    Random token ids, batch 1, no padding, no cache, the last hidden state and no logits. At each length every variant
+    is warmed up, then variants take turns, one forward each, round after round. Outputs are compared first. A variant
+    that runs out of memory is recorded as such, and the run goes on.
+
+    Args:
+        model: A text decoder, such as `random_text_model` makes.
+        variants: The ways to run it.
+        contexts: Lengths in tokens.
+        name: What the model is called in the record.
+        runs: Timed forwards of each variant at each length.
+        warm_up: Forwards before them, at least 1.
+        seed: Of the token ids.
+        settings: More facts that a continued record must share.
+        out: Where the record is written after every length, and whenever the run is stopped.
+        resume: Continue the record at `out`, leaving out what it holds.
+        progress: Show a bar.
+
+    Raises:
+        NumericsError: if a variant's outputs are wrong; nothing is timed then.
+        InputError: if a record at `out` cannot be continued, or is there and was not to be.
+
+    Source: arXiv:2606.05843, appendix G.4.
+    """
+    contexts = sorted(dict.fromkeys(contexts))
+    devices = used_devices(model)
+    asked = _settings(model, variants, name, runs, warm_up, seed, devices) | dict(settings or {})
+    record = _record(out, resume, asked)
+    todo = {n: [v for v in variants if record.cell(n, v.name) is None] for n in contexts}
+    if not any(todo.values()):
+        return record
+    session = len(record.sessions)
+    record.titles |= {v.name: v.title for v in variants}
+    record.sessions.append(provenance(devices) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
+    compiled = CompiledBlocks(model) if any(v.compiled for v in variants) else None
+    wanted = [v for v in variants if any(v in left for left in todo.values())]
+    widest = max(v.sink + v.window for v in wanted)
+    record.checks += check_variants(model, wanted, compiled, min(2 * widest + 37, max(contexts)), seed)
+    total = sum(map(len, todo.values())) * (runs + warm_up)
+    with tqdm(total=total, disable=not progress, desc="prefill", unit="forward") as bar:
+        for context, left in todo.items():
+            bar.set_postfix_str(f"{context:,} tokens")
+            record.add(_length(model, left, context, devices, compiled, runs, warm_up, seed, session, bar.update))
+            if out is not None:
+                record.save(out)
+    return record
+
+
+def _length(
+    model: Any,
+    variants: Sequence[Variant],
+    context: int,
+    devices: Sequence[torch.device],
+    compiled: CompiledBlocks | None,
+    runs: int,
+    warm_up: int,
+    seed: int,
+    session: int,
+    tick: Callable[[int], Any],
+) -> list[Cell]:
+    """All variants at one length."""
+    generator = torch.Generator().manual_seed(seed + context)
+    tokens = torch.randint(model.config.vocab_size, (1, context), generator=generator)
+    tokens = tokens.to(model.get_input_embeddings().weight.device)
+
+    def forward() -> None:
+        model(input_ids=tokens, use_cache=False)
+
+    cells = {v.name: Cell(context, v.name, session=session) for v in variants}
+
+    def warm(variant: Variant, cell: Cell) -> None:
+        for i in range(warm_up):
+            begin = time.perf_counter()
+            memory = peak_memory(forward, devices)
+            cell.first_s = time.perf_counter() - begin if i == 0 else cell.first_s
+            if memory is not None:
+                cell.peak_gib, cell.added_gib = memory
+            tick(1)
+
+    def timed(variant: Variant, cell: Cell) -> None:
+        cell.ms.append(milliseconds(forward, devices))
+        tick(1)
+
+    for step in [warm] + [timed] * runs:
+        for variant in variants:
+            cell = cells[variant.name]
+            if cell.failed is None:
+                with variant.on(model, compiled):
+                    _unless_full(step, variant, cell)
+    return list(cells.values())
+
+
+def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: Cell) -> None:
+    full = False
+    try:
+        step(variant, cell)
+    except torch.OutOfMemoryError:
+        full = True  # cleaned up below, where the error and the tensors of its frames are gone
+    if full:
+        cell.failed, cell.ms, cell.peak_gib, cell.added_gib = "out of memory", [], None, None
+    if full or step.__name__ == "warm":
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _settings(
+    model: Any, variants: Sequence[Variant], name: str, runs: int, warm_up: int, seed: int, devices: Sequence[Any]
+) -> dict[str, Any]:
+    config = model.config
+    hybrid = [v for v in variants if v.dense is not None]
+    return {
+        "model": name,
+        "class": type(model).__name__,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "d_model": config.hidden_size,
+        "d_mlp": config.intermediate_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "devices": [torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices],
+        "clock": clock_name(devices),
+        "runs": runs,
+        "warm_up": warm_up,
+        "seed": seed,
+        **({"sink": hybrid[0].sink, "window": hybrid[0].window} if hybrid else {}),
+        "heads": {str(len(v.dense)): [f"L{a}H{b}" for a, b in v.dense] for v in hybrid if v.dense is not None},
+    }
+
+
+def _record(out: Path | None, resume: bool, settings: dict[str, Any]) -> PrefillRecord:
+    if out is None or not out.exists():
+        return PrefillRecord(settings)
+    if not resume:
+        raise InputError(f"{out} is there already: --resume continues it; or give another --out.")
+    return PrefillRecord.load(out).continued(settings)
+
+
+def choose_heads(numbers: Iterable[int], n_layers: int, n_heads: int, source: str | Path | None, seed: int) -> Any:
+    """The dense heads of each number: the top ones of a score file, or random ones, each number holding the smaller.
+
+    Args:
+        numbers: How many.
+        n_layers: Layers of the model.
+        n_heads: Query heads per layer.
+        source: A saved `HeadScores`; None for random heads.
+        seed: Of random heads.
+
+    Returns:
+        Number -> HeadSet.
+
+    Raises:
+        InputError: for more heads than there are, or scores of another model.
+
+    Example:
+        >>> choose_heads([0, 2], n_layers=3, n_heads=4, source=None, seed=0)[0]
+        HeadSet(0 of 3 x 4)
+    """
+    numbers = sorted(dict.fromkeys(numbers))
+    most = n_layers * n_heads
+    if any(not 0 <= k <= most for k in numbers):
+        raise InputError(f"Numbers of dense heads are 0 to {most} ({n_layers} layers x {n_heads}); got {numbers}.")
+    if source is None:
+        order = list(range(most))
+        random.Random(seed).shuffle(order)
+        pairs = [divmod(i, n_heads) for i in order]
+        return {k: HeadSet(pairs[:k], n_layers=n_layers, n_heads=n_heads) for k in numbers}
+    scores = HeadScores.load(source)
+    if scores.shape != (n_layers, n_heads):
+        raise InputError(
+            f"{source} scores {scores.n_layers} layers x {scores.n_heads} heads; the model has {n_layers} x {n_heads}."
+        )
+    empty = HeadSet([], n_layers=n_layers, n_heads=n_heads)
+    return {k: scores.top(k) if k else empty for k in numbers}

@@ -1,0 +1,144 @@
+"""What a prefill benchmark found, on disk: every raw time and what it was measured on."""
+
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+
+from hooked_mllm.errors import InputError
+from hooked_mllm.heads.files import read_json, write_json
+from hooked_mllm.version import __version__
+
+KIND = "hooked_mllm prefill benchmark"
+
+
+@dataclass
+class Cell:
+    """One variant at one length.
+
+    Attributes:
+        context: Tokens.
+        variant: Its key.
+        ms: Milliseconds of every timed forward.
+        failed: Why there are none, such as "out of memory".
+        peak_gib: The most memory allocated on the fullest GPU, weights included.
+        added_gib: How much of that the forward pass added.
+        first_s: Seconds of the first warm-up forward: compilation is in it.
+        session: Which run of the command measured it, from 0; only cells of one session took turns.
+    """
+
+    context: int
+    variant: str
+    ms: list[float] = field(default_factory=list)
+    failed: str | None = None
+    peak_gib: float | None = None
+    added_gib: float | None = None
+    first_s: float | None = None
+    session: int = 0
+
+    @property
+    def mean(self) -> float:
+        """The arithmetic mean of the timed forwards."""
+        return statistics.fmean(self.ms)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over the timed forwards."""
+        return statistics.stdev(self.ms) if len(self.ms) > 1 else 0.0
+
+
+@dataclass
+class PrefillRecord:
+    """Times of variants at lengths.
+
+    Args:
+        settings: What was asked for; a record is continued only under the same settings.
+        sessions: Versions, devices and command of every run that added to it.
+        titles: Variant -> its name in tables.
+        checks: What was compared before timing.
+        cells: The times.
+    """
+
+    settings: dict[str, Any]
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
+    checks: list[dict[str, Any]] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+
+    def cell(self, context: int, variant: str) -> Cell | None:
+        """What is known of a variant at a length."""
+        return next((c for c in self.cells if (c.context, c.variant) == (context, variant)), None)
+
+    @property
+    def contexts(self) -> list[int]:
+        """The lengths, ascending."""
+        return sorted({cell.context for cell in self.cells})
+
+    def times(self, variant: str) -> dict[int, list[float]]:
+        """The timed forwards of a variant, by length; lengths at which it failed are left out."""
+        cells = (self.cell(context, variant) for context in self.contexts)
+        return {cell.context: cell.ms for cell in cells if cell is not None and cell.ms}
+
+    def speedup(self, context: int, variant: str, base: str) -> float | None:
+        """Mean time of `base` over that of `variant`; None if one of them is not there."""
+        one, other = self.cell(context, variant), self.cell(context, base)
+        return other.mean / one.mean if one and other and one.ms and other.ms else None
+
+    def add(self, cells: Sequence[Cell]) -> None:
+        """Take up finished cells."""
+        self.cells.extend(cells)
+        self.cells.sort(key=lambda cell: cell.context)
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, in one step: a reader finds the old file or the new one."""
+        write_json(Path(path), KIND, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PrefillRecord":
+        """Read what `save` wrote.
+
+        Raises:
+            CacheFileError: if the file is missing, damaged or of another kind.
+        """
+        content = read_json(Path(path), KIND)
+        content.pop("kind")
+        return cls(**{**content, "cells": [Cell(**cell) for cell in content["cells"]]})
+
+    def continued(self, settings: Mapping[str, Any]) -> "PrefillRecord":
+        """This record, to be added to under `settings`.
+
+        Raises:
+            InputError: if they are others than its own.
+        """
+        shared = (settings.keys() & self.settings.keys()) - {"heads"}
+        other = sorted(key for key in shared if self.settings[key] != settings[key])
+        heads, more = self.settings.get("heads", {}), settings.get("heads", {})
+        other += [f"{k} dense heads" for k in heads if k in more and heads[k] != more[k]]
+        if other:
+            raise InputError(
+                f"The record that is there was made under other settings ({', '.join(other)}), so it cannot be "
+                "continued: give another --out, or the same settings."
+            )
+        self.settings = {**settings, **self.settings, "heads": {**heads, **more}}
+        return self
+
+
+def provenance(devices: Sequence[torch.device]) -> dict[str, Any]:
+    """Versions and hardware."""
+    gpus = [torch.cuda.get_device_name(d) for d in devices if d.type == "cuda"]
+    return {
+        "hooked_mllm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpus else None,
+        "devices": gpus or [f"{platform.machine()}, {torch.get_num_threads()} threads"],
+    }
