@@ -6,6 +6,7 @@ from hooked_mllm import metrics as metrics
 from hooked_mllm import objectives as objectives
 from hooked_mllm import plots as plots
 from hooked_mllm import toys as toys
+from hooked_mllm.attention import routing as routing
 from hooked_mllm.attention.backends import AttentionBackend as AttentionBackend
 from hooked_mllm.attention.hybrid import HybridAttention as HybridAttention
 from hooked_mllm.attention.registered import register_hybrid_attention as register_hybrid_attention

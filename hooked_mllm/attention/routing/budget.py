@@ -1,0 +1,135 @@
+"""How many heads a policy may make dense in a layer, when the layers after it are not known yet."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.heads import HeadSet
+
+
+@runtime_checkable
+class Budget(Protocol):
+    """Says how many heads of a layer may be dense, given what earlier layers of the same prompt took."""
+
+    def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
+        """At most so many heads of this layer; `taken` has the number of each layer before it."""
+        ...
+
+    def validate(self, n_layers: int, n_heads: int) -> None:
+        """Raise if it is not one for a model of this shape."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as values that JSON can hold."""
+        ...
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """At most `heads` dense heads in every layer.
+
+    Args:
+        heads: How many.
+
+    Raises:
+        InputError: for a number below 0.
+
+    Example:
+        >>> PerLayer(2).room(layer=3, taken={0: 2}, n_layers=6)
+        2
+    """
+
+    heads: int
+
+    def __post_init__(self) -> None:
+        _check_count(self.heads)
+
+    def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
+        """`heads`, whatever was taken before."""
+        return self.heads
+
+    def validate(self, n_layers: int, n_heads: int) -> None:
+        """Refuse more heads than a layer has.
+
+        Raises:
+            HeadError: for such.
+        """
+        if self.heads > n_heads:
+            raise HeadError(f"PerLayer({self.heads}): a layer of this model has {n_heads} heads.")
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as values that JSON can hold."""
+        return {"budget": "PerLayer", "heads": self.heads}
+
+
+@dataclass(frozen=True)
+class Total:
+    r"""At most `heads` dense heads in all layers together; what a layer leaves, later ones may take.
+
+    Layers 0 to l may take `B(l) = round(heads * w(l))` together, where w(l) rises to 1 at the last layer:
+
+    - `like=None`: w(l) = (l + 1) / L, the same share for every layer.
+    - `like` a `HeadSet`: the share of that set in layers 0 to l. With as many `heads` as the set has, an adaptive
+      policy takes as many heads in each layer as the set does, but others.
+    - `like="first"`: w(l) = 1 from the first layer on: whoever comes first. Early layers take all of it unless the
+      policy has a threshold.
+
+    Args:
+        heads: How many.
+        like: How they are spread over the layers.
+
+    Raises:
+        InputError: for a number below 0, another word than "first", or an empty set with room for heads.
+
+    Example:
+        >>> budget = Total(6)
+        >>> [budget.room(layer, {0: 1, 1: 0}, n_layers=6) for layer in (2, 5)]
+        [2, 5]
+        >>> core = HeadSet(["L2H4", "L2H5", "L3H0"], n_layers=6, n_heads=8)
+        >>> [Total(3, like=core).room(layer, {}, n_layers=6) for layer in range(6)]
+        [0, 0, 2, 3, 3, 3]
+    """
+
+    heads: int
+    like: HeadSet | str | None = None
+
+    def __post_init__(self) -> None:
+        _check_count(self.heads)
+        if isinstance(self.like, str) and self.like != "first":
+            raise InputError(f"Expected `like` to be a HeadSet, 'first' or None; got {self.like!r}.")
+        if isinstance(self.like, HeadSet) and not self.like and self.heads:
+            raise InputError(f"An empty set does not tell how to spread {self.heads} heads over the layers.")
+
+    def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
+        """What layers 0 to `layer` may take together, less what those before it took."""
+        if isinstance(self.like, HeadSet):
+            part, whole = sum(at <= layer for at, _ in self.like), len(self.like) or 1
+        else:
+            part, whole = (1, 1) if self.like == "first" else (layer + 1, n_layers)
+        allowed = (2 * self.heads * part + whole) // (2 * whole)  # rounded, halves up, in whole numbers
+        return max(0, allowed - sum(count for at, count in taken.items() if at < layer))
+
+    def validate(self, n_layers: int, n_heads: int) -> None:
+        """Refuse more heads than the model has, and a set of another model.
+
+        Raises:
+            HeadError: for such.
+        """
+        if self.heads > n_layers * n_heads:
+            raise HeadError(f"Total({self.heads}): this model has {n_layers} layers of {n_heads} heads.")
+        if isinstance(self.like, HeadSet) and self.like.shape != (n_layers, n_heads):
+            raise HeadError(
+                f"The budget is spread like a set of heads of {self.like.n_layers} x {self.like.n_heads} (layers x "
+                f"heads); this model has {n_layers} x {n_heads}."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as values that JSON can hold."""
+        like = [f"L{layer}H{head}" for layer, head in self.like] if isinstance(self.like, HeadSet) else self.like
+        return {"budget": "Total", "heads": self.heads, "like": like}
+
+
+def _check_count(heads: int) -> None:
+    if type(heads) is not int or heads < 0:
+        raise InputError(f"Expected a whole number of heads, 0 or more; got {heads!r}.")

@@ -1,0 +1,214 @@
+"""Dense heads chosen from the prompt itself: those that would lose most by streaming."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.routing.budget import Budget
+from hooked_mllm.attention.routing.lost_attention import check_estimate, lost_attention
+from hooked_mllm.errors import HeadError, InputError, NumericsError
+from hooked_mllm.heads import HeadScores
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What a policy saw in one layer of the last prompt, and what it chose.
+
+    Args:
+        lost: The estimate of each query head, mean over the samples of the batch; empty where there was no room.
+        scores: What heads were ranked by: `lost`, times the prior if there is one.
+        heads: The dense heads, in ascending order.
+    """
+
+    lost: tuple[float, ...]
+    scores: tuple[float, ...]
+    heads: tuple[int, ...]
+
+
+class QueryAwareHeads:
+    r"""In every layer of every prompt, the heads whose last queries would lose most by streaming become dense.
+
+    $$D_l = \{h : \pi_{lh} \lambda_{lh} > \tau\},\ \text{the largest of them, as many as the budget leaves room for}$$
+
+    with the lost attention of `lost_attention` and a prior pi (1 without one). A head that loses nothing is never
+    chosen: on a prompt that is no longer than sink and window no head is dense, which is then the same as all of them.
+    Ties go to the lower head. A batch has one set of dense heads, by the mean over its samples.
+
+    What it costs a layer: the estimate (see `lost_attention`) and one wait for the device, to read a number a head (and
+    one more to read the padding, if there is any). Layers are decided one after the other, each on what the layers
+    before it gave under the heads chosen there. A budget over all layers therefore needs forward passes that begin at
+    layer 0.
+
+    Args:
+        budget: `PerLayer` or `Total`.
+        queries: The queries that speak for the prompt: so many of its last tokens, or a mask `[batch pos]` such as
+            that of the question, for one prompt.
+        order: 1 ranks by the lost mass, 2 by its length, which counts spread-out attention for little.
+        keys: "exact", or an estimate from blocks: "mean", "bound" or "sample".
+        block: Keys in a block.
+        threshold: tau; a head is chosen only if its score is above it.
+        prior: Static scores of all heads, not negative, such as those of RAM.
+        sink: The sink of streaming heads; `HybridAttention` fills it in.
+        window: Their window; `HybridAttention` fills it in.
+
+    Raises:
+        InputError: for settings out of range, or a prior with a negative or missing score.
+
+    Source: input-adaptive routing is named as future work in arXiv:2606.05843; estimating from the last queries:
+    arXiv:2407.02490, arXiv:2502.20766.
+
+    Example:
+        >>> from hooked_mllm import HookedMLLM, HybridAttention, toys
+        >>> from hooked_mllm.attention.routing import Total
+        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+        >>> sample = toys.VisualRetrieval(pages=4).samples(model, 1)[0]
+        >>> policy = QueryAwareHeads(Total(6), queries=8, order=2)
+        >>> with model.attention(HybridAttention(policy, sink=4, window=16, implementation="naive")):
+        ...     logits = model(sample)
+        >>> sum(map(len, policy.chosen.values()))
+        6
+    """
+
+    def __init__(
+        self,
+        budget: Any,
+        *,
+        queries: int | Bool[Tensor, "batch pos"] = 64,
+        order: int = 1,
+        keys: str = "exact",
+        block: int = 64,
+        threshold: float = 0.0,
+        prior: HeadScores | None = None,
+        sink: int | None = None,
+        window: int | None = None,
+    ) -> None:
+        if not isinstance(budget, Budget):
+            raise InputError(f"Expected a budget, PerLayer(heads) or Total(heads); got {budget!r}.")
+        if isinstance(queries, bool) or (isinstance(queries, int) and queries < 1):
+            raise InputError(f"Expected a number of last tokens, 1 or more, or a mask [batch pos]; got {queries!r}.")
+        if not threshold >= 0:
+            raise InputError(f"Expected a threshold of 0 or more; got {threshold!r}.")
+        check_estimate(order, keys, block)
+        if prior is not None and (prior.missing or bool((prior.values < 0).any())):
+            raise InputError(
+                f"The prior {prior.name} has negative or missing scores, which no lost attention can be weighed by: "
+                "give scores from 0 up for every layer, such as those of RetrievalAttentionMass."
+            )
+        self.budget: Budget = budget
+        self.order, self.keys, self.block = order, keys, block
+        self.queries = queries if isinstance(queries, int) else queries.bool().cpu()
+        self.threshold, self.prior = float(threshold), prior
+        self.sink, self.window = sink, window
+        #: the last prompt, by layer
+        self.record: dict[int, LayerChoice] = {}
+        self._n_layers: int | None = None if prior is None else prior.n_layers
+
+    @property
+    def chosen(self) -> dict[int, tuple[int, ...]]:
+        """The dense heads of the last prompt by layer, layers without any left out."""
+        return {layer: choice.heads for layer, choice in sorted(self.record.items()) if choice.heads}
+
+    def set_streaming(self, sink: int, window: int) -> None:
+        """Take over the sink and the window of the attention that it chooses for.
+
+        Raises:
+            InputError: if it was made for others.
+        """
+        for name, own, due in (("sink", self.sink, sink), ("window", self.window, window)):
+            if own not in (None, due):
+                raise InputError(f"This policy estimates what is lost with {name}={own}, the attention has {due}.")
+        self.sink, self.window = sink, window
+
+    def choose(
+        self,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch kv_head key d_head"],
+        mask: MaskRows,
+        scale: float,
+        layer: int,
+    ) -> tuple[int, ...]:
+        """The dense query heads of this layer for this prompt.
+
+        Raises:
+            InputError: if nobody told the sink and the window, or a mask of queries is not of this prompt.
+            NumericsError: if the estimate is not finite.
+            UnsupportedModelError: for a mask that is not the causal one with padding at the ends.
+        """
+        if self.sink is None or self.window is None:
+            raise InputError("Give the policy sink= and window=, or use it in HybridAttention, which tells it.")
+        self.record = {at: choice for at, choice in self.record.items() if at < layer}
+        taken = {at: len(choice.heads) for at, choice in self.record.items()}
+        room = self.budget.room(layer, taken, self._layers(layer))
+        if not room:
+            self.record[layer] = LayerChoice((), (), ())
+            return ()
+        estimate = lost_attention(
+            q,
+            k,
+            mask,
+            scale,
+            sink=self.sink,
+            window=self.window,
+            queries=self.queries,
+            order=self.order,
+            keys=self.keys,
+            block=self.block,
+        )
+        lost = estimate.mean(0, dtype=torch.float64).cpu()
+        if not bool(lost.isfinite().all()):
+            raise NumericsError(
+                f"The lost attention of layer {layer} is not finite: its q or k hold NaN or infinity. Load the model "
+                "in bfloat16 or float32."
+            )
+        scores = lost if self.prior is None else lost * self.prior.values[layer]
+        values = scores.tolist()
+        ranked = sorted(range(len(values)), key=lambda head: (-values[head], head))
+        heads = tuple(sorted(head for head in ranked[:room] if values[head] > self.threshold))
+        self.record[layer] = LayerChoice(tuple(lost.tolist()), tuple(values), heads)
+        return heads
+
+    def _layers(self, layer: int) -> int:
+        if self._n_layers is None:
+            raise InputError("The policy does not know the model's number of layers: call validate(n_layers, n_heads).")
+        if layer >= self._n_layers:
+            raise HeadError(f"Layer {layer} is not there: the policy is for layers 0 to {self._n_layers - 1}.")
+        return self._n_layers
+
+    def validate(self, n_layers: int, n_heads: int) -> None:
+        """Refuse a model that the prior or the budget is not for; called by `HybridAttention`.
+
+        Raises:
+            HeadError: for such.
+        """
+        if self.prior is not None and self.prior.shape != (n_layers, n_heads):
+            raise HeadError(
+                f"The prior is {self.prior.n_layers} x {self.prior.n_heads} (layers x heads), this model {n_layers} x "
+                f"{n_heads}. Score the heads of this model."
+            )
+        self.budget.validate(n_layers, n_heads)
+        self._n_layers = n_layers
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as values that JSON can hold."""
+        prior = self.prior
+        return {
+            "policy": "QueryAwareHeads",
+            "budget": self.budget.describe(),
+            "queries": self.queries if isinstance(self.queries, int) else "mask",
+            "order": self.order,
+            "keys": self.keys,
+            "block": None if self.keys == "exact" else self.block,
+            "threshold": self.threshold,
+            "prior": None if prior is None else {"name": prior.name, "provenance": prior.provenance},
+            "sink": self.sink,
+            "window": self.window,
+        }
+
+    def __repr__(self) -> str:
+        prior = "" if self.prior is None else f", prior={self.prior.name}"
+        keys = self.keys if self.keys == "exact" else f"{self.keys} of {self.block}"
+        return f"QueryAwareHeads({self.budget}, keys={keys}, order={self.order}{prior})"
