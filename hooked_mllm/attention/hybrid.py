@@ -189,6 +189,9 @@ class HybridAttention:
         if implementation not in IMPLEMENTATIONS:
             raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
         self.sink, self.window, self.implementation = sink, window, implementation
+        tell = getattr(self.dense.policy, "set_streaming", None)
+        if tell is not None:
+            tell(sink, window)
 
     def __repr__(self) -> str:
         return f"HybridAttention({self.dense} dense, sink={self.sink}, window={self.window})"
