@@ -102,7 +102,8 @@ def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
         offset = int(arguments.get("q_offset") or 0)
         if padding is not None:
             padding = padding[:, : offset + q_length].bool()
-            padding = None if bool(padding.all()) else padding
+            if not torch.compiler.is_compiling() and bool(padding.all()):  # a compiled graph cannot ask
+                padding = None
         if padding is None and not offset and base != "eager":  # which takes None for "everything is seen"
             return None
         if padding is None:

@@ -238,11 +238,10 @@ class HybridAttention:
         assert bounds is not None  # `streamed` saw to it
         return run_hybrid(q, k, v, mask.streaming, bounds, scale, self.implementation)
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
-        """As a call, but through the op also where every head is dense."""
+    def streamed(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
+        """As `restrict`, also where every head is dense."""
         dense = self.dense.of(q, k, mask, scale, layer)
-        mask = mask.streamed(StreamingHeads(dense, q.shape[1], self.sink, self.window))
-        return self(q, k, v, mask, scale, layer)
+        return mask.streamed(StreamingHeads(dense, q.shape[1], self.sink, self.window))
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float) -> Tensor:

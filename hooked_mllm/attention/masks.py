@@ -222,7 +222,9 @@ class MaskRows:
             if key not in self.recipe.known:
                 self.recipe.known[key] = self._recipe_bounds(self.recipe)
             return self.recipe.known[key]
-        if self.dense is not None or self.segments is not None or self.window is not None:
+        if self.dense is not None:
+            return self._dense_bounds(self.dense[..., : self.kv_length].expand(self.batch, -1, -1, -1))
+        if self.segments is not None or self.window is not None:
             return None
         if not self.causal and self.q_length > 1:
             return None
@@ -239,6 +241,14 @@ class MaskRows:
                 if not torch.equal(self._recipe_rows(bare, index, keys), (keys <= index[..., None] + recipe.q_offset)):
                     return None
         return _bounds(recipe.padding, recipe.q_offset, recipe.q_offset + self.q_length)
+
+    def _dense_bounds(self, mask: Tensor) -> CausalBounds | None:
+        guess = replace(self, dense=None, causal=True, padding=mask[:, 0, -1], _segment_ids=None)
+        for index in torch.arange(self.q_length, device=self.device).split(1024):
+            part = mask[:, :, index]
+            if not torch.equal(part, guess.rows(index.expand(self.batch, -1))[:, None].expand_as(part)):
+                return None
+        return guess.bounds()
 
     def rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
         """The rows of the mask at `index`: True where the query sees the key, in a dense head where some stream."""
@@ -331,7 +341,7 @@ def with_recipe(mask: Any, **arguments: Any) -> Any:
         **arguments: What that function was called with.
     """
     rule = arguments.get("mask_function")
-    if isinstance(mask, Tensor) and rule is not None:
+    if isinstance(mask, Tensor) and rule is not None and not torch.compiler.is_compiling():
         padding = arguments.get("attention_mask")
         if padding is not None and padding.dim() != 2:
             return mask

@@ -46,17 +46,39 @@ class RegisteredAttention:
         return self.run(query, key, value, attention_mask, layer, scale), None
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, layer: int, scale: float) -> Tensor:
-        """The attention of one layer, under a mask `[batch key]` of real keys or none."""
-        mask = MaskRows.of(
-            padding,
-            batch=q.shape[0],
-            q_length=q.shape[2],
-            kv_length=k.shape[2],
-            device=q.device,
-            causal=True,
-            upper_left=True,
-        )
-        return self.hybrid.prefill(q, k, v, mask, scale, layer)
+        """The attention of one layer, under a mask `[batch key]` of real keys or none: `[batch query head d_head]`."""
+        mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
+        return self.hybrid(q, k, v, mask, scale, layer)
+
+    def gradients(
+        self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dz: Tensor, layer: int, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r"""The gradients of `run`, written out, since autograd records nothing within an op.
+
+        With $P = \mathrm{softmax}(s\,QK^\top)$ and $dP = dZ\,V^\top$: $dV = P^\top dZ$, $dS = P \circ (dP -
+        \mathrm{rowsum}(P \circ dP))$, $dQ = s\,dS\,K$, $dK = s\,dS^\top Q$; 1024 queries at a time, in float32.
+        """
+        mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
+        groups, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+        keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+        for place in torch.arange(q.shape[2], device=q.device).split(1024):
+            queries, dout = q[:, :, place].to(wide), dz[:, :, place].to(wide)
+            hidden = ~mask.head_rows(place.expand(len(q), -1))
+            weights = (queries @ keys.transpose(2, 3) * scale).masked_fill_(hidden, torch.finfo(wide).min).softmax(-1)
+            weights = weights.masked_fill_(hidden, 0.0)
+            dweights = dout @ values.transpose(2, 3)
+            dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
+            dq[:, :, place] = (dscores @ keys).to(q.dtype)
+            dk += dscores.transpose(2, 3) @ queries
+            dv += weights.transpose(2, 3) @ dout
+        dk, dv = (x.unflatten(1, (-1, groups)).sum(2).to(k.dtype) for x in (dk, dv))
+        return dq, dk, dv
+
+
+def _mask(q: Tensor, k: Tensor, padding: Tensor | None) -> MaskRows:
+    sizes = {"batch": q.shape[0], "q_length": q.shape[2], "kv_length": k.shape[2], "device": q.device}
+    return MaskRows.of(padding, **sizes, causal=True, upper_left=True)
 
 
 #: what is registered, by name
@@ -165,13 +187,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(q, k, v, padding)
 
 
+@torch.library.custom_op("hooked_mllm::registered_attention_backward", mutates_args=())
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dz: Tensor, name: str, layer: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return REGISTERED[name].gradients(q, k, v, padding, dz, layer, scale)
+
+
+@_gradients.register_fake
+def _(q, k, v, padding, dz, name, layer, scale):
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     q, k, v, padding = ctx.saved_tensors
-    name, layer, scale = ctx.settings
-    leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
-    with torch.enable_grad():
-        z = REGISTERED[name].run(leaves[0], leaves[1], leaves[2], padding, layer, scale)
-    return (*torch.autograd.grad(z, leaves, dz.transpose(1, 2)), *[None] * 4)
+    return (*_gradients(q, k, v, padding, dz, *ctx.settings), *[None] * 4)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
