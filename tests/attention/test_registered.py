@@ -1,0 +1,308 @@
+"""Hybrid attention by name in plain decoders of transformers, against eager attention with a mask for every head."""
+
+import sys
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from hybrid_witness import near
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+from hooked_mllm import HeadSet, register_hybrid_attention
+from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
+
+NAME, SINK, WINDOW, HEADS, LAYERS = "test_hybrid", 2, 5, 4, 3
+DENSE = {1: (2,), 2: (0, 1, 3)}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+CLASSES = {
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+}
+
+
+def decoder(kind, attn="eager", **more):
+    model_class, config_class, own = CLASSES[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = config_class(**{**SIZES, **own, **more})
+        return model_class._from_config(config, attn_implementation=attn).eval().requires_grad_(False)
+
+
+@contextmanager
+def written_out(model, start):
+    """Within it, the eager attention of `model` hides from each head of a prompt what it is not to see."""
+    file = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    eager = file.eager_attention_forward
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        n, m = query.shape[2], key.shape[2]
+        if n > 1:
+            seen = near(HEADS, DENSE.get(module.layer_idx, ()), range(m - n, m), m, start, SINK, WINDOW)
+            attention_mask = (attention_mask + torch.zeros(seen.shape)).masked_fill(~seen, torch.finfo(query.dtype).min)
+        return eager(module, query, key, value, attention_mask, **kwargs)
+
+    with patch.object(file, "eager_attention_forward", attention):
+        yield
+
+
+def prompts(batch=2, n=23, side="left"):
+    ids = torch.randint(1, 96, (batch, n), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for b in range(1, batch):
+        hidden = slice(0, 4 * b) if side == "left" else slice(n - 4 * b, n)
+        mask[b, hidden] = ids[b, hidden] = 0
+    return {"input_ids": ids, "attention_mask": mask}, tuple(mask.argmax(1).tolist())
+
+
+def register(heads=None, **more):
+    register_hybrid_attention(
+        NAME, DENSE if heads is None else heads, **{"sink": SINK, "window": WINDOW, "implementation": "naive", **more}
+    )
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize(("batch", "side"), [(1, "left"), (3, "left"), (3, "right")])
+@torch.no_grad()
+def test_logits_of_a_prompt(kind, batch, side):
+    register()
+    inputs, start = prompts(batch, side=side)
+    eager, hybrid = decoder(kind), decoder(kind, NAME)
+    with written_out(eager, start):
+        expected = eager(**inputs).logits
+    got, real = hybrid(**inputs).logits, inputs["attention_mask"].bool()
+    close(got[real], expected[real])
+    assert (got - eager(**inputs).logits)[real].abs().max() > 0.05
+    if batch == 1:
+        close(hybrid(input_ids=inputs["input_ids"]).logits, expected)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@torch.no_grad()
+def test_generation(kind):
+    register()
+    inputs, start = prompts()
+    eager, hybrid = decoder(kind), decoder(kind)
+    hybrid.set_attn_implementation(NAME)
+    options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with written_out(eager, start):
+        expected = eager.generate(**inputs, **options)
+    got = hybrid.generate(**inputs, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    close(torch.stack(got.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_a_prompt_in_chunks_and_a_static_cache(batch):
+    register()
+    inputs, start = prompts(batch)
+    eager, hybrid = decoder("qwen3"), decoder("qwen3", NAME)
+    with written_out(eager, start):
+        expected = eager(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    for past in (None, StaticCache(hybrid.config, max_cache_len=30)):
+        parts = []
+        for part in (slice(0, 9), slice(9, 23)):
+            step = {
+                "input_ids": inputs["input_ids"][:, part],
+                "attention_mask": inputs["attention_mask"][:, : part.stop],
+            }
+            out = hybrid(**step, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            parts.append(out.logits)
+        close(torch.cat(parts, dim=1)[real], expected[real])
+
+
+@torch.no_grad()
+def test_a_head_set_names_and_a_policy_name_the_same_heads():
+    inputs, _ = prompts()
+    model, results = decoder("llama", NAME), []
+
+    class Policy:
+        def choose(self, q, k, mask, scale, layer):
+            return DENSE.get(layer, ())
+
+        def validate(self, n_layers, n_heads):
+            assert (n_layers, n_heads) == (LAYERS, HEADS)
+
+        def describe(self):
+            return {"policy": "as told"}
+
+    pairs = [(layer, head) for layer, heads in DENSE.items() for head in heads]
+    names = [f"L{layer}H{head}" for layer, head in pairs]
+    for heads in (DENSE, pairs, names, ", ".join(names), HeadSet(pairs, n_layers=LAYERS, n_heads=HEADS), Policy()):
+        register(heads)  # a name may be registered again: the model runs what it stands for now
+        results.append(model(**inputs).logits)
+    assert all(torch.equal(result, results[0]) for result in results)
+    register([])
+    assert not torch.equal(model(**inputs).logits, results[0])
+
+
+@torch.no_grad()
+def test_layers_with_a_sliding_window_keep_it():
+    register()
+    inputs, start = prompts()
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    for side in ("left", "right"):
+        inputs, _ = prompts(side=side)
+        plain, hybrid = decoder("qwen2", "sdpa", **window), decoder("qwen2", NAME, **window)
+        assert torch.equal(hybrid(**inputs).logits, plain(**inputs).logits)
+    some = {**window, "max_window_layers": 2}  # the last layer alone
+    eager, hybrid = decoder("qwen2", **some), decoder("qwen2", NAME, **some)
+    inputs, start = prompts()
+    with patch.dict(DENSE, {2: tuple(range(HEADS))}), written_out(eager, start):
+        expected = eager(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    close(hybrid(**inputs).logits[real], expected[real])
+
+
+@torch.no_grad()
+def test_a_4d_mask_is_taken_if_it_is_causal_and_refused_if_not():
+    register()
+    inputs, _ = prompts(1)
+    model = decoder("qwen3", NAME)
+    expected = model(**inputs).logits
+    ids, n = inputs["input_ids"], 23
+    causal = torch.ones(n, n, dtype=torch.bool).tril()[None, None]
+    assert torch.equal(model(ids, attention_mask=causal).logits, expected)
+    with pytest.raises(UnsupportedModelError, match="need a causal mask.*Use attention='sdpa'"):
+        model(ids, attention_mask=causal | (torch.arange(n) < 4))
+    with pytest.raises(UnsupportedModelError, match="need a causal mask"):  # packed sequences
+        model(ids, position_ids=torch.cat([torch.arange(10), torch.arange(13)])[None], use_cache=False)
+    holes = inputs["attention_mask"].clone()
+    holes[0, 7] = 0
+    with pytest.raises(UnsupportedModelError, match="padding at the ends"):
+        model(ids, attention_mask=holes)
+
+
+# -- compiled and differentiated ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def layers_as_inputs():
+    before = torch._dynamo.config.allow_unspec_int_on_nn_module
+    torch._dynamo.reset()
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    try:
+        yield
+    finally:
+        torch._dynamo.config.allow_unspec_int_on_nn_module = before
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_compiled_blocks_share_their_graphs_and_have_the_gradients_of_plain_ones(padded):
+    register()
+    model, n, graphs = decoder("qwen3", NAME, num_hidden_layers=6), 23, []
+    x = torch.randn(2, n, 32, generator=torch.Generator().manual_seed(0))
+    mask = prompts()[0]["attention_mask"].bool() if padded else None
+    where = {"position_embeddings": model.model.rotary_emb(x, torch.arange(n)[None]), "attention_mask": mask}
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    with layers_as_inputs(), torch.no_grad():
+        for layer in model.model.layers:
+            assert torch.equal(torch.compile(layer, backend=count, fullgraph=True)(x, **where), layer(x, **where))
+    assert len(graphs) == 2  # of a number, and of numbers that change
+    gradients = []
+    with layers_as_inputs():
+        layer = model.model.layers[2]
+        for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+            leaf = x.clone().requires_grad_(True)
+            run(leaf, **where).square().sum().backward()
+            gradients.append(leaf.grad)
+    close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_whole_model_compiled(padded):
+    register()
+    inputs, _ = prompts(2 if padded else 1)
+    model = decoder("llama", NAME)
+    expected = model(**inputs).logits
+    with layers_as_inputs():
+        compiled = torch.compile(model, backend="eager")
+        close(compiled(**inputs, use_cache=False).logits, expected)
+        if not padded:
+            close(compiled(inputs["input_ids"], use_cache=False).logits, expected)
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_heads_of_another_model_are_refused_when_it_first_runs():
+    inputs, _ = prompts()
+    model = decoder("qwen3", NAME)
+    for heads, message in (
+        (["L3H0"], "Layer 3 of head L3H0 is not there"),
+        ([(0, 4)], "Head 4 of L0H4 is not there"),
+        (HeadSet(["L0H0"], n_layers=36, n_heads=32), "model of 36 layers x 32 heads; this one has 3 x 4.*'sdpa'"),
+    ):
+        register(heads)
+        with pytest.raises(HeadError, match=message):
+            model(**inputs)
+
+
+def test_what_cannot_be_registered():
+    for name in ("sdpa", "eager", "flash_hybrid", "a/b", ""):
+        with pytest.raises(HookValueError, match="of its own|cannot name"):
+            register_hybrid_attention(name, [])
+    for heads in ([[0, 1]], [3], 3, ["H3"], [(0, -1)], [(0.5, 1)]):
+        with pytest.raises(HeadError):
+            register(heads)
+    with pytest.raises(InputError, match="sink >= 0 and window >= 1"):
+        register(window=0)
+    with pytest.raises(HookValueError, match="implementation is one of"):
+        register(implementation="fast")
+
+
+@torch.no_grad()
+def test_models_with_more_to_their_attention_are_refused():
+    register([])
+    ids, _ = prompts(1)
+    with pytest.raises(UnsupportedModelError, match="is causal and this module is not. Use 'sdpa'"):
+        config = BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})
+        BertModel._from_config(config, attn_implementation=NAME).eval()(**ids)
+    gemma = Gemma2Config(**SIZES, head_dim=8, layer_types=["full_attention"] * LAYERS)
+    with pytest.raises(UnsupportedModelError, match="passes `softcap`"):
+        Gemma2ForCausalLM._from_config(gemma, attn_implementation=NAME).eval()(**ids)
+    sinks = GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, layer_types=["full_attention"] * LAYERS)
+    with pytest.raises(UnsupportedModelError, match="passes `s_aux`"):
+        GptOssForCausalLM._from_config(sinks, attn_implementation=NAME).eval()(**ids)
+    with pytest.raises(UnsupportedModelError, match=r"no dropout of attention here .*model.eval\(\)"):
+        decoder("llama", NAME, attention_dropout=0.1).train()(**ids)
