@@ -193,6 +193,11 @@ class HybridAttention:
         if tell is not None:
             tell(sink, window)
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether the dense heads depend on the prompts of a batch."""
+        return self.dense.policy is not None
+
     def __repr__(self) -> str:
         return f"HybridAttention({self.dense} dense, sink={self.sink}, window={self.window})"
 

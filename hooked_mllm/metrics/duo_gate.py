@@ -125,6 +125,7 @@ class DuoGate:
 
         Raises:
             InputError: for no sample.
+            HookValueError: under an attention backend, whose place the gates would take.
             LayoutError: for inputs that do not tell which positions are meant.
             NumericsError: when the hidden states are not finite.
             CacheFileError: for a checkpoint of other settings or samples.
@@ -132,6 +133,11 @@ class DuoGate:
         sources: list[Any] = [samples] if isinstance(samples, Sample | SampleBatch | Mapping) else list(samples)
         if not sources:
             raise InputError("There is no sample to optimise the gates on: `samples` is empty.")
+        if model.wiring.text[0].backend is not None:
+            raise HookValueError(
+                f"DuoGate runs attention of its own in the place of {model.wiring.text[0].backend!r}, and compares it "
+                "with the model's: leave model.attention(...) first."
+            )
         gates = torch.ones(model.cfg.n_layers, model.cfg.n_key_value_heads, device=model.device, requires_grad=True)
         named = {"samples": [fingerprint(source) for source in sources]} if checkpoint is not None else {}
         state = GateState(checkpoint, gates, self.lr, {**self.config(), **named})

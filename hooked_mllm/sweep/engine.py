@@ -53,6 +53,7 @@ class Sweep:
         batch: How many variants go in a batch, and how often that had to shrink.
 
     Raises:
+        HookValueError: under an attention whose heads depend on the batch (a routing policy).
         NumericsError: when the clean run's objective is not finite.
 
     Example:
@@ -79,6 +80,11 @@ class Sweep:
     ) -> None:
         if offload not in ("auto", "device", "cpu"):
             raise HookValueError(f"offload is 'auto', 'device' or 'cpu'; got {offload!r}.")
+        if getattr(model.wiring.text[0].backend, "adaptive", False):
+            raise HookValueError(
+                "A routing policy chooses dense heads for all rows of a batch at once, so that variants that share one "
+                "would change each other. Run the prompt once and give HybridAttention what the policy chose."
+            )
         self.model = model
         self.inputs = model.resolve(inputs)
         bound = objective

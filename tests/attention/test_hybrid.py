@@ -8,7 +8,6 @@ from transformers import DynamicCache, StaticCache
 from wrapped import edit, model_inputs, noise, plain, wrapped
 
 from hooked_mllm import ActivationCache, AttentionKnockout, GenerationCache, HeadAblation, HeadSet, HybridAttention
-from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
 
 POINTS = ["rot_q", "rot_k", "v", "attn_scores", "pattern", "z"]
 
