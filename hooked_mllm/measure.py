@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.attention.context import ViewContext
 from hooked_mllm.attention.engine import AttentionCall
+from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.protocol import Metric
 from hooked_mllm.attention.selection import Selections
 from hooked_mllm.attention.view import AttentionView
@@ -28,16 +29,44 @@ if TYPE_CHECKING:
     from hooked_mllm.model import HookedMLLM
 
 #: q and k of this many bytes are held back before their rows are computed together
-GROUP_BYTES = 1 << 29
-FORMAT = "hooked_mllm.measure/1"
+GROUP_BYTES = 1 << 27
+FORMAT = "hooked_mllm.measure/2"
+
+
+class _Held(NamedTuple):
+    """What a view needs of a layer: all of q, or its rows by the name of query tokens."""
+
+    layer: int
+    q: Tensor | None
+    rows: dict[str, Tensor]
+    k: Tensor
+    mask: MaskRows
+    scale: float
+    first: int
+
+
+def named_queries(metrics: Iterable[Any]) -> tuple[str, ...] | None:
+    """The query tokens whose rows the metrics read, if all of them say so in an attribute `queries`."""
+    names: dict[str, None] = {}
+    for metric in metrics:
+        queries = getattr(metric, "queries", None)
+        named = (queries,) if isinstance(queries, str) else queries
+        if not isinstance(named, tuple | list) or not all(isinstance(name, str) for name in named):
+            return None
+        names.update(dict.fromkeys(named))
+    return tuple(names) or None
 
 
 class _Collector:
-    """Holds back q and k of consecutive layers and hands them to the metrics as one view."""
+    """Holds back q and k of consecutive layers and hands them to the metrics as one view.
+
+    Of q only the rows that the metrics read, where they name them.
+    """
 
     def __init__(self, metrics: Sequence[Metric], n_layers: int, inputs: ResolvedInput, group_bytes: int) -> None:
         self.metrics, self.n_layers, self.inputs, self.group_bytes = metrics, n_layers, inputs, group_bytes
-        self.held: list[AttentionCall] = []
+        self.names = named_queries(metrics)
+        self.held: list[_Held] = []
         self.views: list[AttentionView] = []
         self._bytes = 0
         #: the residual stream entering a layer, where a metric asks for it
@@ -45,44 +74,54 @@ class _Collector:
         self._selections: dict[torch.device, Selections] = {}  # resolved once a sample, for they may wait for a device
 
     def __call__(self, call: AttentionCall) -> None:
-        if self.held and self.held[0].q.device != call.q.device:
+        if self.held and self.held[0].k.device != call.k.device:
             self.flush()
-        self.held.append(call)
-        self._bytes += call.q.nbytes + call.k.nbytes
+        q, k = call.q.detach(), call.k.detach()
+        first = k.shape[2] - q.shape[2]
+        rows: dict[str, Tensor] = {}
+        if self.names is not None:
+            selections = self._selected(k)
+            for name in self.names:
+                selection = selections.queries(name)
+                rows[name] = selection.take(q, slice(0, selection.length), first).contiguous()
+        self.held.append(_Held(call.layer, None if rows else q, rows, k, call.mask, call.scale, first))
+        self._bytes += k.nbytes + (sum(t.nbytes for t in rows.values()) if rows else q.nbytes)
         if call.layer in self.residual:
             self._bytes += self.residual[call.layer].nbytes
         if self._bytes >= self.group_bytes or call.layer == self.n_layers - 1:
             self.flush()
 
+    def _selected(self, k: Tensor) -> Selections:
+        if k.device not in self._selections:
+            self._selections[k.device] = Selections(self.inputs.masks, (k.shape[0], k.shape[2]), k.device)
+        return self._selections[k.device]
+
     def flush(self) -> None:
-        calls, self.held, self._bytes = self.held, [], 0
-        q = calls[0].q
-        if q.device not in self._selections:
-            shape = (q.shape[0], calls[0].k.shape[2])
-            self._selections[q.device] = Selections(self.inputs.masks, shape, q.device)
+        held, self.held, self._bytes = self.held, [], 0
+        whole = [h.q for h in held if h.q is not None]
         view = AttentionView(
-            [c.layer for c in calls],
-            [c.q.detach() for c in calls],
-            [c.k.detach() for c in calls],
-            [c.mask for c in calls],
-            [c.scale for c in calls],
-            self._selections[q.device],
+            [h.layer for h in held],
+            whole or {name: [h.rows[name] for h in held] for name in held[0].rows},
+            [h.k for h in held],
+            [h.mask for h in held],
+            [h.scale for h in held],
+            self._selected(held[0].k),
             self.n_layers,
-            context=self._context(calls),
-            first=calls[0].k.shape[2] - q.shape[2],
+            context=self._context(held),
+            first=held[0].first,
         )
         for metric in self.metrics:
             metric.update(view=view)
         view.release()
         self.views.append(view)
 
-    def _context(self, calls: Sequence[AttentionCall]) -> ViewContext:
+    def _context(self, held: Sequence[_Held]) -> ViewContext:
         source, tokens = self.inputs.source, self.inputs.tensors.get("input_ids")
         layouts = None
         if isinstance(source, Sample | SampleBatch):
             layouts = (source.layout,) if isinstance(source, Sample) else source.layouts
-        residual = [self.residual.pop(c.layer) for c in calls] if self.residual else None
-        return ViewContext(None if tokens is None else tokens.to(calls[0].q.device), layouts, residual)
+        residual = [self.residual.pop(h.layer) for h in held] if self.residual else None
+        return ViewContext(None if tokens is None else tokens.to(held[0].k.device), layouts, residual)
 
     def keep_residual(self, value: Tensor, hook: HookPoint) -> None:
         """A hook on the residual stream."""

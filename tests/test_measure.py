@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from cache_witness import batch, close, film, hooked, sample, text_sample
 from tiny import tiny_image, tiny_model
 
-import hooked_mllm.attention.view as view_module
+import hooked_mllm.attention.rows as rows_module
 from hooked_mllm import Box, HookedMLLM
 from hooked_mllm.errors import CacheFileError, InputError, LayoutError, NumericsError
 from hooked_mllm.measure import measure
@@ -110,13 +110,13 @@ def test_layers_in_groups_of_any_size_give_the_same(family):
 
 def test_metrics_share_the_attention_rows(family, monkeypatch):
     calls = []
-    own = view_module.attention_rows
+    own = rows_module.attention_rows
 
     def counting(*args, **kwargs):
         calls.append(args[0].shape)
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(view_module, "attention_rows", counting)
+    monkeypatch.setattr(rows_module, "attention_rows", counting)
     run(family, sample(family), RetrievalAttentionMass())
     one = len(calls)
     run(family, sample(family), [RetrievalAttentionMass(), VisionMass(), KeyTokenRatio(), FirstToken()])
@@ -323,7 +323,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         with pytest.raises(CacheFileError, match="not a checkpoint"):
             run(family, samples, VisionMass(), checkpoint=path)
     hooked(family).run_with_cache(samples[0], "hook_embed")[1].save(path)
-    with pytest.raises(CacheFileError, match="expected 'hooked_mllm.measure/1'"):
+    with pytest.raises(CacheFileError, match="expected 'hooked_mllm.measure/2'"):
         run(family, samples, VisionMass(), checkpoint=path)
 
 

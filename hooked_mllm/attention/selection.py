@@ -27,6 +27,8 @@ class QuerySelection:
     def __init__(self, key: object, mask: Bool[np.ndarray, "batch pos"], device: torch.device) -> None:
         self.key = key
         self.device = device
+        #: name of the mask in messages
+        self.label = repr(key) if isinstance(key, str) else "given"
         #: number of query tokens of each sample
         self.counts = mask.sum(1)
         #: that of the longest
@@ -34,6 +36,8 @@ class QuerySelection:
         rows = [np.flatnonzero(row) for row in mask]
         #: position of each query token [batch query]
         self.positions = np.stack([np.pad(row, (0, self.length - len(row)), mode="edge") for row in rows])
+        #: the first position of all
+        self.lowest = int(self.positions.min())
         #: whether all samples have the same number of query tokens
         self.even = bool((self.counts == self.length).all())
         start = int(self.positions[0, 0])
@@ -66,12 +70,30 @@ class QuerySelection:
     def take(
         self, q: Float[Tensor, "batch head pos d_head"], part: slice, first: int = 0
     ) -> Float[Tensor, "batch head query d_head"]:
-        """The chosen rows of q, which begins at position `first`."""
+        """The chosen rows of q, which begins at position `first`.
+
+        Raises:
+            InputError: for a query before that.
+        """
+        self.check(first)
         if self.span is not None:
             start = self.span[0] - first
             return q[:, :, start + part.start : start + part.stop]
         index = self.index[:, None, part, None].expand(-1, q.shape[1], -1, q.shape[3])
         return q.gather(2, index - first)
+
+    def check(self, first: int) -> None:
+        """Refuse query tokens before position `first`.
+
+        Raises:
+            InputError: for a query before that.
+        """
+        if self.lowest < first:
+            raise InputError(
+                f"Some of the {self.label} query tokens stand before position {first}, and of that shared prefix only "
+                "the keys were kept. Let the metric name its query tokens in an attribute `queries`, or measure on "
+                "plain batches (for NullQuery, reuse_prefix=False)."
+            )
 
     @cached_property
     def _valid(self) -> Bool[np.ndarray, "batch query"]:
@@ -96,6 +118,7 @@ class Selections:
         self._hosts: dict[object, np.ndarray] = {}
         self._devices: dict[object, Tensor] = {}
         self._queries: dict[object, QuerySelection] = {}
+        self._chances: dict[tuple[object, object], Tensor] = {}
         self._kept: list[Tensor] = []  # tensors given as masks stay alive, so that their id stays theirs
         self._real: np.ndarray | None = None
         self._real = ~self.host("padding")
@@ -126,6 +149,18 @@ class Selections:
         if key not in self._queries:
             self._queries[key] = QuerySelection(key, self.host(name), self.device)
         return self._queries[key]
+
+    def causal_chance(
+        self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, " batch"]:
+        """The mass on the keys of a head that attends evenly to positions 0 .. i, counted on the host."""
+        selection = self.queries(queries)
+        name = (selection.key, keys if isinstance(keys, str) else id(keys))
+        if name not in self._chances:
+            hit = np.take_along_axis(self.host(keys).cumsum(1), selection.positions, axis=1)
+            level = selection.average(hit / (selection.positions + 1))
+            self._chances[name] = torch.from_numpy(level).to(self.device, non_blocking=True)
+        return self._chances[name]
 
     def _read(self, name: str | Tensor) -> np.ndarray:
         mask = self._source(name) if isinstance(name, str) else name

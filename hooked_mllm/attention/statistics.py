@@ -55,7 +55,7 @@ def attention_rows(
     q: Float[Tensor, "layer batch head query d_head"],
     k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
     scale: Sequence[float],
-    hidden: Bool[Tensor, "mask_layer batch query tail"],
+    hidden: Bool[Tensor, "mask_layer batch mask_head query tail"],
 ) -> Float[Tensor, "layer batch head query key"]:
     """`A[i, j] = softmax_j(scale * q_i k_j)` over the keys that are not hidden; zero elsewhere.
 
@@ -63,8 +63,8 @@ def attention_rows(
         q: Queries after position encoding, the chosen rows only.
         k: Keys after position encoding, one tensor per layer.
         scale: One factor per layer.
-        hidden: True where the query does not see one of the last `tail` keys; all see the keys before. The first axis
-            is 1 or the number of layers.
+        hidden: True where the query does not see one of the last `tail` keys; all see the keys before. `mask_layer` is
+            1 or the number of layers, `mask_head` 1 or the number of heads.
 
     A row without any visible key has no softmax; it comes out uniform (finite), for the caller to discard.
     """
@@ -72,7 +72,7 @@ def attention_rows(
     tail = hidden.shape[-1]
     # the lowest finite number, not -inf: a row of padding would turn into NaN
     lowest = torch.finfo(scores.dtype).min
-    scores.narrow(-1, scores.shape[-1] - tail, tail).masked_fill_(hidden[:, :, None], lowest)
+    scores.narrow(-1, scores.shape[-1] - tail, tail).masked_fill_(hidden, lowest)
     return torch.softmax(scores, dim=-1)
 
 
@@ -88,11 +88,17 @@ def top_mask(
 ) -> Bool[Tensor, "*axes item"]:
     """True at the `k` largest values of the last axis; among equal values the lower index comes first.
 
+    On a GPU one launch of a Triton kernel for float32 `[layer batch head item]`, with k a number or `[batch 1]`.
+
     Args:
         values: Finite numbers.
         k: How many to take, at least 1; a tensor broadcasts against the other axes.
         k_max: With a tensor: its largest, known to the caller so that the device need not be waited for.
     """
+    if values.is_cuda and values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous():
+        from hooked_mllm.kernels.attention_profile.largest import triton_top_mask  # needs a GPU's compiler
+
+        return triton_top_mask(values, k)
     if isinstance(k, int):
         threshold = values.topk(k, dim=-1).values[..., -1:]
         room: Tensor | int = k
@@ -108,13 +114,43 @@ def top_mask(
 
 
 def chance_level(
-    visible: Bool[Tensor, "mask batch query key"],
+    visible: Bool[Tensor, "batch mask_head query key"],
     keys: Bool[Tensor, "batch key"],
     weight: Float[Tensor, "batch query"],
-) -> Float[Tensor, "mask batch"]:
+) -> Float[Tensor, "batch mask_head"]:
     """The mass on K of a head that attends evenly to all it sees: mean over the queries of |K visible| / |visible|."""
     seen = visible.sum(-1)
-    hit = (visible & keys[:, None]).sum(-1)
+    hit = (visible & keys[:, None, None]).sum(-1)
+    return (hit / seen.clamp(min=1) * weight[:, None]).sum(-1, dtype=torch.float64)
+
+
+def counted_chance(
+    places: Int[Tensor, "batch query"],
+    keys: Bool[Tensor, "batch key"],
+    weight: Float[Tensor, "batch query"],
+    start: Int[Tensor, " batch"] | None,
+    end: Int[Tensor, " batch"] | None,
+    near: tuple[int, int] | None = None,
+) -> Float[Tensor, " batch"]:
+    """`chance_level` under a causal mask in numbers (see `CausalBounds`), without a row of it.
+
+    Args:
+        places: Position of each query among the keys.
+        keys: K.
+        weight: Weight of each query.
+        start: First real key of each sequence.
+        end: One past its last real key.
+        near: Sink and window, for a streaming head.
+    """
+    before = torch.nn.functional.pad(keys.cumsum(1), (1, 0))  # how many of K stand before each position
+    first = torch.zeros_like(places) if start is None else start.to(places)[:, None].expand_as(places)
+    stop = places + 1 if end is None else torch.minimum(places + 1, end.to(places)[:, None])
+    sink_end = low = first
+    if near is not None:
+        sink_end = torch.minimum(first + near[0], stop)
+        low = torch.maximum(places + 1 - near[1], sink_end).minimum(stop)
+    seen = stop - low + sink_end - first
+    hit = sum(before.gather(1, x) * sign for x, sign in ((stop, 1), (low, -1), (sink_end, 1), (first, -1)))
     return (hit / seen.clamp(min=1) * weight).sum(-1, dtype=torch.float64)
 
 

@@ -1,32 +1,22 @@
 """AttentionView: the attention rows of a group of layers, recomputed from q and k, shared by all metrics of a run."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_mllm.attention.context import ViewContext
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.rows import LayerRows
 from hooked_mllm.attention.selection import QuerySelection, Selections
-from hooked_mllm.attention.statistics import attention_rows, chance_level, key_mass, top_mask
+from hooked_mllm.attention.statistics import key_mass, top_mask
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads.counting import share_count
 
 #: scratch memory for attention rows, in bytes
 MAX_BYTES = 1 << 30
-
-
-class _Chunk(NamedTuple):
-    """Rows of some layers, heads and queries, always of the whole batch."""
-
-    layers: slice
-    heads: slice
-    queries: slice
-    rows: Tensor
 
 
 class AttentionView:
@@ -35,11 +25,17 @@ class AttentionView:
     What is asked is computed once, in float32, in pieces of at most `max_bytes`, and kept until the view is dropped:
     every metric that asks for the profile of the question gets the same tensor. Nothing of size N x N is ever built.
     Wherever a method takes `queries` or `keys`, that is the name of a mask ("question", "answer", "last", "target",
-    "visual", "text", ...) or a boolean tensor [batch pos]. Padding is never a query and never a key.
+    "visual", "text", ...) or a boolean tensor [batch pos]. Padding is never a query and never a key. Where some heads
+    stream (see `HybridAttention`), all that is read follows what each head sees.
+
+    On a GPU, profiles and what is made of them come from a Triton kernel that holds no rows, where the mask is causal
+    with padding at the ends (see `MaskRows.bounds`); elsewhere, and for `rows`, torch computes rows in pieces.
 
     Args:
         layers: Indices of the decoder layers, ascending.
-        q: One tensor per layer, [batch head pos d_head], after position encoding.
+        q: One tensor per layer, [batch head pos d_head], after position encoding. Or, by the name of query tokens, one
+            tensor per layer of their rows alone, [batch head query d_head], in the order of `positions`; the view then
+            answers for these names only.
         k: One tensor per layer, [batch kv_head pos d_head], after position encoding.
         mask: Which keys each query of that layer saw. Rows are built once for layers with the same mask.
         scale: The factor of the scores before the softmax, one per layer.
@@ -49,15 +45,20 @@ class AttentionView:
         max_bytes: Bound on the scratch memory for attention rows.
         context: What is known beside attention: token ids, layouts, the residual stream.
         first: Position of the first row of q, where the positions before it are keys only (see `SharedPrefix`).
+        implementation: "triton" for the kernel, "torch" for rows in pieces, "auto" for the kernel on a GPU where it
+            can run.
 
     Raises:
-        InputError: if the lists differ in length or the tensors in shape; when asked, for a query before `first`.
+        InputError: if the lists differ in length or the tensors in shape; when asked, for a query before `first` or
+            one that was not kept.
+        HookValueError: for "triton" where the kernel cannot run.
     """
 
     def __init__(
         self,
         layers: Sequence[int],
-        q: Sequence[Float[Tensor, "batch head pos d_head"]],
+        q: Sequence[Float[Tensor, "batch head pos d_head"]]
+        | Mapping[str, Sequence[Float[Tensor, "batch head _ d_head"]]],
         k: Sequence[Float[Tensor, "batch kv_head key_pos d_head"]],
         mask: Sequence[MaskRows],
         scale: Sequence[float],
@@ -66,18 +67,21 @@ class AttentionView:
         max_bytes: int = MAX_BYTES,
         context: ViewContext | None = None,
         first: int = 0,
+        implementation: str | None = None,
     ) -> None:
-        lengths = {"layers": len(layers), "q": len(q), "k": len(k), "mask": len(mask), "scale": len(scale)}
-        if len(set(lengths.values())) != 1 or not layers:
+        kept = q if isinstance(q, Mapping) else {"q": q}
+        lengths = {"layers": len(layers), "k": len(k), "mask": len(mask), "scale": len(scale)}
+        lengths |= {name: len(tensors) for name, tensors in kept.items()}
+        if len(set(lengths.values())) != 1 or not layers or not kept:
             raise InputError(f"Expected one q, k, mask and scale for each of one or more layers; got {lengths}.")
-        for name, tensors in (("q", q), ("k", k)):
+        for name, tensors in (*kept.items(), ("k", k)):
             for layer, tensor in zip(layers, tensors, strict=True):
-                if tensor.shape != tensors[0].shape or tensor.device != q[0].device:
+                if tensor.shape != tensors[0].shape or tensor.device != k[0].device:
                     raise InputError(
                         f"Layers of one view share shape and device: {name} of layer {layer} is {list(tensor.shape)} "
-                        f"on {tensor.device}, of layer {layers[0]} {list(tensors[0].shape)} on {q[0].device}."
+                        f"on {tensor.device}, of layer {layers[0]} {list(tensors[0].shape)} on {k[0].device}."
                     )
-        if q[0].shape[1] % k[0].shape[1] or q[0].shape[2] + first != k[0].shape[2]:
+        if not isinstance(q, Mapping) and (q[0].shape[1] % k[0].shape[1] or q[0].shape[2] + first != k[0].shape[2]):
             since = f", q from position {first} on" if first else ""
             raise InputError(
                 f"Expected q [batch head pos d_head] and k [batch kv_head pos d_head] over the same positions{since}, "
@@ -86,12 +90,11 @@ class AttentionView:
         self.layers = tuple(int(layer) for layer in layers)
         self.n_layers = n_layers
         self.context = context or ViewContext()
-        self.batch, self.n_heads = q[0].shape[:2]
-        self.n_kv_heads, self.n_keys = k[0].shape[1:3]
+        self._rows = LayerRows(q, k, mask, scale, first, max_bytes, implementation)
+        self.batch, self.n_heads = self._rows.batch, self._rows.n_heads
+        self.n_kv_heads, self.n_keys = self._rows.n_kv_heads, self._rows.n_keys
         self.first = first
-        self.device = q[0].device
-        self._q, self._k, self._mask, self._scale = q, k, mask, scale
-        self._max_bytes = max_bytes
+        self.device = self._rows.device
         if not isinstance(masks, Selections):
             masks = Selections(masks, (self.batch, self.n_keys), self.device)
         elif (masks.shape, masks.device) != ((self.batch, self.n_keys), self.device):
@@ -104,7 +107,7 @@ class AttentionView:
         self._tops: dict[tuple[object, float], Tensor] = {}
         self._chances: dict[tuple[object, object], Tensor] = {}
         self._sums: list[Tensor] = []
-        self._plain_causal = all(rows.plain_causal for rows in mask)
+        self._answer: tuple[Tensor, torch.cuda.Event] | None = None
         self._layer_index: Tensor | None = None
 
     @property
@@ -171,7 +174,7 @@ class AttentionView:
         selection = self._select(queries)
         shape = (len(self.layers), self.batch, self.n_heads, selection.length)
         out = sums = torch.empty(0)
-        for chunk in self._chunks(selection):
+        for chunk in self._rows.chunks(selection):
             piece = chunk.rows if reduce is None else reduce(chunk.rows)
             if reduce is not None and piece.shape != chunk.rows.shape[:-1]:
                 raise InputError(
@@ -212,19 +215,7 @@ class AttentionView:
         selection = self._select(queries)
         if selection.key in self._profiles:
             return self._profiles[selection.key]
-        out: Tensor | None = None
-        for chunk in self._chunks(selection):
-            if selection.even and chunk.rows.shape[3] == selection.length:
-                piece = chunk.rows.mean(-2)
-            else:
-                piece = chunk.rows.mul_(selection.weight[:, None, chunk.queries, None]).sum(-2)
-            if piece.shape[0] == len(self.layers) and piece.shape[2] == self.n_heads and out is None:
-                out = piece  # all in one piece, or the first queries of all heads
-                continue
-            if out is None:
-                out = piece.new_zeros(len(self.layers), self.batch, self.n_heads, self.n_keys)
-            out[chunk.layers, :, chunk.heads] += piece
-        assert out is not None
+        out = self._rows.profile(selection)
         self._profiles[selection.key] = out
         self._sums.append(out.sum(-1))
         return out
@@ -261,40 +252,51 @@ class AttentionView:
     @torch.no_grad()
     def chance(
         self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "layer batch"]:
-        """The mass that a head attending evenly to all it sees would have: target tokens over visible tokens."""
+    ) -> Float[Tensor, "layer batch head"]:
+        """The mass that a head attending evenly to all it sees would have: target tokens over visible tokens.
+
+        It is the same for all heads of a layer unless some of them stream.
+        """
         selection = self._select(queries)
         key = (selection.key, keys if isinstance(keys, str) else id(keys))
         if key not in self._chances:
-            if self._plain_causal:
-                level = self._causal_chance(selection, self._selections.host(keys))
+            if self._rows.plain_causal:
+                level = self._selections.causal_chance(queries, keys)[:, None]
             else:
-                wanted = self.mask(keys)
-                level = torch.zeros((), device=self.device)
-                step = self._query_step()
-                for start in range(0, selection.length, step):
-                    part = slice(start, min(start + step, selection.length))
-                    hidden = self._hidden(selection, part)
-                    level = level + chance_level(~hidden, wanted, selection.weight[:, part])
-            self._chances[key] = level.expand(len(self.layers), self.batch)
+                level = self._rows.chance(selection, self.mask(keys))
+            self._chances[key] = level.expand(len(self.layers), self.batch, self.n_heads)
         return self._chances[key]
 
     def release(self) -> None:
-        """Let go of q, k and everything computed from them; `check` still answers."""
-        self._q, self._k, self._mask = [], [], []
+        """Let go of q, k and everything computed from them; `check` still answers.
+
+        On a GPU its answer is on its way from here on, so that asking later need not wait for what was launched since.
+        """
+        if self._sums and self.device.type == "cuda":
+            total = torch.empty((), dtype=torch.float32, pin_memory=True)
+            with torch.cuda.device(self.device):
+                total.copy_(self._sum_of_all(), non_blocking=True)
+                self._answer = (total, torch.cuda.Event())
+                self._answer[1].record()
+        self._rows.drop()
         self.context = ViewContext()
         self._profiles.clear()
         self._tops.clear()
         self._chances.clear()
 
     def check(self) -> None:
-        """Raise if any profile computed so far is not finite. Waits for the device; call it once per sample.
+        """Raise if any profile or row computed so far is not finite.
+
+        Waits for the device, after `release` only for what was launched before it; call it once per sample.
 
         Raises:
             NumericsError: naming layers and heads with a NaN or an infinity.
         """
-        # a NaN anywhere in a row makes its sum one, and the sum of all sums
-        if not self._sums or math.isfinite(float(torch.stack([sums.sum() for sums in self._sums]).sum())):
+        if not self._sums:
+            return
+        if self._answer is not None:
+            self._answer[1].synchronize()
+        if math.isfinite(float(self._sum_of_all() if self._answer is None else self._answer[0])):
             return
         bad = ~torch.stack(self._sums).isfinite().all(0)
         if bool(bad.any()):
@@ -306,80 +308,12 @@ class AttentionView:
                 "float32), or the inputs are damaged."
             )
 
+    def _sum_of_all(self) -> Tensor:
+        # a NaN anywhere in a row makes its sum one, and the sum of all sums
+        sums = [sums.sum() for sums in self._sums]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
     def _select(self, queries: str | Bool[Tensor, "batch pos"]) -> QuerySelection:
         selection = self._selections.queries(queries)
-        if int(selection.positions.min()) < self.first:
-            label = repr(queries) if isinstance(queries, str) else "given"
-            raise InputError(
-                f"Some of the {label} query tokens stand before position {self.first}, and of that shared prefix only "
-                "the keys were kept. Let the metric name its query tokens in an attribute `queries`, or measure on "
-                "plain batches (for NullQuery, reuse_prefix=False)."
-            )
+        self._rows.check(selection)
         return selection
-
-    def _row_bytes(self, heads: int) -> int:
-        return self.batch * heads * self.n_keys * 4 * 2  # float32; the scores and their softmax live side by side
-
-    def _query_step(self) -> int:
-        """How many queries of one group of heads that share a key head fit into the scratch memory."""
-        return max(1, self._max_bytes // self._row_bytes(self.n_heads // self.n_kv_heads))
-
-    def _chunks(self, selection: QuerySelection) -> Iterator[_Chunk]:
-        """All rows of the selection, in pieces cut over layers first, then heads, then queries."""
-        group = self.n_heads // self.n_kv_heads
-        query_step = min(selection.length, self._query_step())
-        kv_step = min(self.n_kv_heads, max(1, self._max_bytes // (self._row_bytes(group) * query_step)))
-        layer_step = 1
-        if kv_step == self.n_kv_heads:
-            layer_step = max(1, self._max_bytes // (self._row_bytes(self.n_heads) * query_step))
-        n = len(self.layers)
-        for query in range(0, selection.length, query_step):
-            queries = slice(query, min(query + query_step, selection.length))
-            hidden = self._hidden(selection, queries)
-            for layer in range(0, n, layer_step):
-                layers = slice(layer, min(layer + layer_step, n))
-                some = hidden if hidden.shape[0] == 1 else hidden[layers]
-                for kv_head in range(0, self.n_kv_heads, kv_step):
-                    kv_heads = slice(kv_head, min(kv_head + kv_step, self.n_kv_heads))
-                    heads = slice(kv_heads.start * group, kv_heads.stop * group)
-                    q, k = list(self._q[layers]), list(self._k[layers])
-                    if kv_step < self.n_kv_heads:
-                        q, k = [t[:, heads] for t in q], [t[:, kv_heads] for t in k]
-                    chosen = _stack([selection.take(t, queries, self.first) for t in q])
-                    rows = attention_rows(chosen, k, self._scale[layers], some)
-                    yield _Chunk(layers, heads, queries, rows)
-
-    def _hidden(self, selection: QuerySelection, part: slice) -> Bool[Tensor, "mask_layer batch query tail"]:
-        """Which of the last `tail` keys these queries do not see; they all see the keys before.
-
-        One mask for all layers if they share it, else one per layer.
-        """
-        index = selection.index[:, part]
-        if self._plain_causal:  # all see what precedes the first of them
-            first = int(selection.positions[:, part].min()) + 1
-            return (torch.arange(first, self.n_keys, device=self.device) > index[..., None])[None]
-        kinds = [_identity(mask) for mask in self._mask]
-        distinct = dict(zip(kinds, self._mask, strict=True))
-        built = {kind: ~mask.rows(index - self.first).to(self.device) for kind, mask in distinct.items()}
-        if len(built) == 1:
-            return next(iter(built.values()))[None]
-        return torch.stack([built[kind] for kind in kinds])
-
-    def _causal_chance(self, selection: QuerySelection, keys: np.ndarray) -> Float[Tensor, " batch"]:
-        """`chance` where query i sees keys 0 .. i, counted on the host."""
-        hit = np.take_along_axis(keys.cumsum(1), selection.positions, axis=1)
-        return torch.from_numpy(selection.average(hit / (selection.positions + 1))).to(self.device, non_blocking=True)
-
-
-def _identity(mask: MaskRows) -> tuple[object, ...]:
-    """Equal for masks that are made from the very same parts: transformers hands one mask tensor to many layers."""
-    parts = (mask.recipe, mask.dense, mask.padding)
-    return (*map(id, parts), mask.causal, mask.window, mask.segments, mask.q_length, mask.kv_length)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """[batch ...] per layer to [layer batch ...] in one launch; a view if there is one layer."""
-    if len(tensors) == 1:
-        return tensors[0][None]
-    # cat copies up to 4 axes in one kernel; stacking to 5 would take one per layer
-    return torch.cat(tensors).view(len(tensors), *tensors[0].shape)

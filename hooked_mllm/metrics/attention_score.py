@@ -12,7 +12,7 @@ from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import resolve_count
-from hooked_mllm.metrics.base import HeadMetric, Piece
+from hooked_mllm.metrics.base import HeadMetric, Piece, even_attention
 
 REDUCTIONS = ("sum", "argmax", "topk")
 OVER_SAMPLES = ("mean", "frequency")
@@ -33,7 +33,8 @@ class AttentionScore(HeadMetric):
     Retrieval attention mass (question, target, sum, mean), vision heads (question, visual, sum, mean), visual retrieval
     heads (answer, target, sum, mean), gaze heads (last, target, sum, mean) and retrieval-head scores with an argmax are
     settings of it. With "sum", the result also tells the score of chance, `provenance["chance"]`, per layer: the mass
-    of a head that attends evenly to all it sees, since the mass on K grows with the size of K.
+    of a head that attends evenly to all it sees, since the mass on K grows with the size of K. Where some heads stream
+    that is the mean over the layer's heads, and `provenance["chance_by_head"]` has each.
 
     Args:
         queries: Name of the mask of query tokens.
@@ -84,7 +85,7 @@ class AttentionScore(HeadMetric):
         self.share = share
         self.select = select
         if reduce == "sum":
-            self.add_sum("chance", per_head=False)
+            self.add_sum("chance")
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
         """The formula for each sample, before the reduction over samples."""
@@ -110,9 +111,7 @@ class AttentionScore(HeadMetric):
         """
         if self.reduce != "sum":
             return self.scores("total")
-        count = self.count.cpu()
-        chance = (self.chance.cpu() / count.clamp(min=1)).tolist()
-        return self.scores("total", chance=[c if n else None for c, n in zip(chance, count.tolist(), strict=True)])
+        return self.scores("total", **even_attention(self.chance, self.count))
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
         """The scores of this view, and beside a mass its chance level."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -325,6 +325,23 @@ class HeadMetric(AttentionMetric):
         for name, default in self._defaults.items():
             if isinstance(default, Tensor):
                 self._resize(name, {1: (n_layers,), 2: (n_layers, n_heads), 3: (0, n_layers, n_heads)}[default.dim()])
+
+
+def even_attention(
+    chance: Float[Tensor, "layer head"], count: Int[Tensor, " layer"]
+) -> dict[str, list[float | None] | list[list[float] | None]]:
+    """What a result tells of the score of even attention: `chance` per layer, None for a layer without samples.
+
+    Where some heads of a layer stream, `chance` is the mean over its heads, and `chance_by_head` has each.
+    """
+    level = chance.cpu() / count.cpu().clamp(min=1)[:, None]
+    seen = count.tolist()
+    alike = bool((level == level[:, :1]).all())
+    means = (level[:, 0] if alike else level.mean(1)).tolist()
+    facts: dict[str, Any] = {"chance": [c if n else None for c, n in zip(means, seen, strict=True)]}
+    if not alike:
+        facts["chance_by_head"] = [c if n else None for c, n in zip(level.tolist(), seen, strict=True)]
+    return facts
 
 
 def _checked(metric: HeadMetric, score: Any, view: AttentionView) -> Tensor:

@@ -42,7 +42,7 @@ def test_scores_are_at_least_float32_and_take_a_scale_per_layer(dtype, scale, co
 def test_hidden_keys_have_no_weight_even_if_they_are_nan():
     q, k = torch.ones(1, 1, 1, 2, 4), torch.ones(1, 1, 1, 3, 4)
     k[..., 1, :] = torch.nan
-    visible = torch.tensor([[[[True, False, True], [True, False, False]]]])
+    visible = torch.tensor([[[[[True, False, True], [True, False, False]]]]])
     rows = attention_rows(q, list(k), [1.0], ~visible)
     assert rows[0, 0, 0].tolist() == [[0.5, 0.0, 0.5], [1.0, 0.0, 0.0]]
 

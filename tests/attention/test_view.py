@@ -135,7 +135,7 @@ def test_chance_is_target_tokens_over_visible_tokens():
                 seen = layers.attention[layer, b, 0] > 0
                 target, question = (layers.masks[name][b].numpy() for name in ("target", "question"))
                 want = np.mean([(row & target).sum() / row.sum() for row in seen[question]])
-                assert chance[layer, b] == pytest.approx(want, abs=1e-6)
+                assert chance[layer, b] == pytest.approx(want, abs=1e-6)  # of every head
 
 
 def test_metrics_share_one_profile():

@@ -6,7 +6,7 @@ from torch import Tensor
 from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.metrics.base import HeadMetric
+from hooked_mllm.metrics.base import HeadMetric, even_attention
 from hooked_mllm.metrics.literature.null_query import check_pairs
 
 
@@ -18,7 +18,7 @@ class CalibratedScore(HeadMetric):
     def __init__(self, *, queries: str = "question") -> None:
         super().__init__()
         self.queries = queries
-        self.add_sum("chance", per_head=False)
+        self.add_sum("chance")
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
         """The score of each pair, and what even attention would score."""
@@ -34,9 +34,7 @@ class CalibratedScore(HeadMetric):
             InputError: if no pair was taken in.
             NumericsError: if a score was NaN or infinite, naming the heads.
         """
-        count = self.count.cpu()
-        level = (self.chance.cpu() / count.clamp(min=1)).tolist()
-        return self.scores("total", chance=[c if n else None for c, n in zip(level, count.tolist(), strict=True)])
+        return self.scores("total", **even_attention(self.chance, self.count))
 
 
 class MMRetHeads(CalibratedScore):

@@ -1,0 +1,254 @@
+"""The attention rows of a group of layers from q and k: by a kernel where one can, else by torch in pieces."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.selection import QuerySelection
+from hooked_mllm.attention.statistics import attention_rows, chance_level, counted_chance
+from hooked_mllm.attention.streaming import CausalBounds
+from hooked_mllm.errors import HookValueError, InputError
+from hooked_mllm.kernels.attention_profile import attention_profile, kernel_fits
+
+#: what computes profiles where a view is not told: "auto", "triton" or "torch"
+IMPLEMENTATION = "auto"
+
+
+class Chunk(NamedTuple):
+    """Rows of some layers, heads and queries, always of the whole batch."""
+
+    layers: slice
+    heads: slice
+    queries: slice
+    rows: Tensor
+
+
+class LayerRows:
+    """What an `AttentionView` computes from; see there.
+
+    Args:
+        q: One tensor per layer, or rows alone by the name of query tokens.
+        k: One tensor per layer.
+        mask: One per layer.
+        scale: One per layer.
+        first: Position of the first query that the masks know.
+        max_bytes: Bound on the scratch memory for rows.
+        implementation: "auto", "triton" or "torch".
+
+    Raises:
+        HookValueError: for another implementation, or "triton" where the kernel cannot run.
+    """
+
+    def __init__(
+        self,
+        q: Sequence[Tensor] | Mapping[str, Sequence[Tensor]],
+        k: Sequence[Tensor],
+        mask: Sequence[MaskRows],
+        scale: Sequence[float],
+        first: int,
+        max_bytes: int,
+        implementation: str | None,
+    ) -> None:
+        self._q: Sequence[Tensor] | Mapping[str, Sequence[Tensor]] = q
+        self._k, self._mask, self._scale = k, mask, list(scale)
+        self._first, self._max_bytes = first, max_bytes
+        example = next(iter(q.values()))[0] if isinstance(q, Mapping) else q[0]
+        self.batch, self.n_heads = example.shape[:2]
+        self.n_kv_heads, self.n_keys = k[0].shape[1:3]
+        self.device = k[0].device
+        self._kinds = [_identity(rows) for rows in mask]
+        self._known: dict[tuple[object, ...], CausalBounds | None] = {}
+        self.plain_causal = all(rows.plain_causal for rows in mask)
+        implementation = IMPLEMENTATION if implementation is None else implementation
+        if implementation not in ("auto", "triton", "torch"):
+            raise HookValueError(f"implementation is 'auto', 'triton' or 'torch'; got {implementation!r}.")
+        self.by_kernel = implementation == "triton" or (implementation == "auto" and k[0].is_cuda)
+        if self.by_kernel and not (kernel_fits(example.shape[-1], example.dtype) and self._told_by_numbers()):
+            if implementation == "triton":
+                raise HookValueError(
+                    "The Triton kernel takes causal masks with padding at the ends, head dims 16 to 256 in bfloat16, "
+                    f"float16 or float32; got {example.shape[-1]} in {example.dtype}. 'torch' takes any."
+                )
+            self.by_kernel = False
+
+    def check(self, selection: QuerySelection) -> None:
+        """Refuse queries whose rows are not here.
+
+        Raises:
+            InputError: for a query before the first, or a name that was not kept.
+        """
+        selection.check(self._first)
+        if isinstance(self._q, Mapping) and selection.key not in self._q:
+            raise InputError(
+                f"Of the {selection.label} query tokens nothing was kept: every metric of this run says by its "
+                f"attribute `queries` that it reads other rows ({', '.join(self._q)}). Let the metric that reads more "
+                "hold all names there, as a tuple, or have no such attribute."
+            )
+
+    def drop(self) -> None:
+        """Let go of q and k."""
+        self._q, self._k, self._mask, self._kinds = [], [], [], []
+
+    def profile(self, selection: QuerySelection) -> Float[Tensor, "layer batch head key"]:
+        """The mean row over the query tokens."""
+        return self._profile_by_kernel(selection) if self.by_kernel else self._profile_by_rows(selection)
+
+    def _profile_by_kernel(self, selection: QuerySelection) -> Tensor:
+        bounds = [self._bounds(number) for number in range(len(self._k))]
+        edges = []
+        for tensors in ([b and b.start for b in bounds], [b and b.end for b in bounds]):
+            same = all(t is tensors[0] for t in tensors)
+            edges.append(tensors[0] if same else torch.stack([t.to(self.device) for t in tensors if t is not None]))
+        kinds = [mask.streaming for mask in self._mask]
+        streaming = [None if kind is None else (kind.dense, kind.sink, kind.window) for kind in kinds]
+        return attention_profile(
+            self._chosen(selection, slice(0, len(self._k)), slice(0, selection.length)),
+            self._k,
+            self._places(selection, bounds[0]),
+            weight=selection.weight,
+            scale=self._scale,
+            start=edges[0],
+            end=edges[1],
+            streaming=streaming if any(streaming) else None,
+            implementation="triton",
+        )
+
+    def _profile_by_rows(self, selection: QuerySelection) -> Tensor:
+        out: Tensor | None = None
+        for chunk in self.chunks(selection):
+            if selection.even and chunk.rows.shape[3] == selection.length:
+                piece = chunk.rows.mean(-2)
+            else:
+                piece = chunk.rows.mul_(selection.weight[:, None, chunk.queries, None]).sum(-2)
+            if piece.shape[0] == len(self._k) and piece.shape[2] == self.n_heads and out is None:
+                out = piece  # all in one piece, or the first queries of all heads
+                continue
+            if out is None:
+                out = piece.new_zeros(len(self._k), self.batch, self.n_heads, self.n_keys)
+            out[chunk.layers, :, chunk.heads] += piece
+        assert out is not None
+        return out
+
+    def chance(
+        self, selection: QuerySelection, wanted: Bool[Tensor, "batch key"]
+    ) -> Float[Tensor, "layer batch mask_head"]:
+        """The mass on the wanted keys of heads that attend evenly to all they see."""
+        found = {}
+        for number, kind in enumerate(self._kinds):
+            if kind not in found:
+                found[kind] = self._mask_chance(number, selection, wanted)
+        heads = max(level.shape[1] for level in found.values())
+        return torch.stack([found[kind].expand(-1, heads) for kind in self._kinds])
+
+    def _mask_chance(
+        self, number: int, selection: QuerySelection, wanted: Bool[Tensor, "batch key"]
+    ) -> Float[Tensor, "batch mask_head"]:
+        mask, bounds = self._mask[number], self._bounds(number)
+        if bounds is None:
+            level = torch.zeros((), device=self.device)
+            for part in _parts(selection.length, self._query_step()):
+                visible = mask.head_rows(selection.index[:, part] - self._first).to(self.device)
+                level = level + chance_level(visible, wanted, selection.weight[:, part])
+            return level
+        facts = (self._places(selection, bounds), wanted, selection.weight, bounds.start, bounds.end)
+        level = counted_chance(*facts)[:, None]
+        if mask.streaming is None:
+            return level
+        near = counted_chance(*facts, near=(mask.streaming.sink, mask.streaming.window))[:, None]
+        return torch.where(mask.streaming.flags(self.device), level, near)
+
+    def chunks(self, selection: QuerySelection) -> Iterator[Chunk]:
+        """All rows of the selection, in pieces cut over layers first, then heads, then queries."""
+        group = self.n_heads // self.n_kv_heads
+        query_step = min(selection.length, self._query_step())
+        kv_step = min(self.n_kv_heads, max(1, self._max_bytes // (self._row_bytes(group) * query_step)))
+        layer_step = 1
+        if kv_step == self.n_kv_heads:
+            layer_step = max(1, self._max_bytes // (self._row_bytes(self.n_heads) * query_step))
+        for queries in _parts(selection.length, query_step):
+            shared = self._hidden(selection, queries, slice(0, 1)) if self._alike() else None
+            for layers in _parts(len(self._k), layer_step):
+                hidden = self._hidden(selection, queries, layers) if shared is None else shared
+                for kv_heads in _parts(self.n_kv_heads, kv_step):
+                    heads = slice(kv_heads.start * group, kv_heads.stop * group)
+                    q, k, some = self._chosen(selection, layers, queries), list(self._k[layers]), hidden
+                    if kv_step < self.n_kv_heads:
+                        q, k = [t[:, heads] for t in q], [t[:, kv_heads] for t in k]
+                        some = hidden if hidden.shape[2] == 1 else hidden[:, :, heads]
+                    yield Chunk(layers, heads, queries, attention_rows(_stack(q), k, self._scale[layers], some))
+
+    def _row_bytes(self, heads: int) -> int:
+        return self.batch * heads * self.n_keys * 9  # the scores and their softmax live side by side, and a mask
+
+    def _query_step(self) -> int:
+        """How many queries of one group of heads that share a key head fit into the scratch memory."""
+        return max(1, self._max_bytes // self._row_bytes(self.n_heads // self.n_kv_heads))
+
+    def _chosen(self, selection: QuerySelection, layers: slice, part: slice) -> list[Tensor]:
+        """Rows of q, [batch head query d_head] by layer."""
+        if isinstance(self._q, Mapping):
+            return [t[:, :, part] for t in self._q[str(selection.key)][layers]]
+        return [selection.take(t, part, self._first) for t in self._q[layers]]
+
+    def _alike(self) -> bool:
+        return self.plain_causal or len(set(self._kinds)) == 1
+
+    def _hidden(
+        self, selection: QuerySelection, part: slice, layers: slice
+    ) -> Bool[Tensor, "mask_layer batch mask_head query tail"]:
+        """Which of the last `tail` keys these queries do not see; they all see the keys before.
+
+        One mask for all layers if they share it, else one per layer.
+        """
+        index = selection.index[:, part]
+        if self.plain_causal:  # all see what precedes the first of them
+            first = int(selection.positions[:, part].min()) + 1
+            return (torch.arange(first, self.n_keys, device=self.device) > index[..., None])[None, :, None]
+        kinds = self._kinds[layers]
+        distinct = dict(zip(kinds, self._mask[layers], strict=True))
+        built = {kind: ~mask.head_rows(index - self._first).to(self.device) for kind, mask in distinct.items()}
+        if len(built) == 1:
+            return next(iter(built.values()))[None]
+        heads = max(hidden.shape[1] for hidden in built.values())
+        return torch.stack([built[kind].expand(-1, heads, -1, -1) for kind in kinds])
+
+    def _bounds(self, number: int) -> CausalBounds | None:
+        """The mask of a layer in numbers; asked once of masks that are the same."""
+        kind = self._kinds[number]
+        if kind not in self._known:
+            self._known[kind] = self._mask[number].bounds()
+        return self._known[kind]
+
+    def _told_by_numbers(self) -> bool:
+        """Whether all masks are causal with padding at the ends, and alike enough for one launch."""
+        bounds = [self._bounds(number) for number in range(len(self._k))]
+        facts = {None if b is None else (b.offset, b.start is None, b.end is None) for b in bounds}
+        return None not in facts and len(facts) == 1 and min(self._scale) > 0
+
+    def _places(self, selection: QuerySelection, bounds: CausalBounds | None) -> Tensor:
+        """The place of each query among the keys."""
+        shift = 0 if bounds is None else bounds.offset - self._first
+        return selection.index + shift if shift else selection.index
+
+
+def _identity(mask: MaskRows) -> tuple[object, ...]:
+    """Equal for masks that are made from the very same parts: transformers hands one mask tensor to many layers."""
+    parts = (mask.recipe, mask.dense, mask.padding)
+    numbers = (mask.causal, mask.window, mask.segments, mask.q_length, mask.kv_length, mask.streaming)
+    return (*map(id, parts), *numbers)
+
+
+def _parts(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """[batch ...] per layer to [layer batch ...] in one launch; a view if there is one layer."""
+    if len(tensors) == 1:
+        return tensors[0][None]
+    # cat copies up to 4 axes in one kernel; stacking to 5 would take one per layer
+    return torch.cat(tensors).view(len(tensors), *tensors[0].shape)

@@ -1,0 +1,137 @@
+"""`attention_profile`: the public function, its checks, and the choice of how it runs."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_mllm.errors import HeadError, HookValueError, InputError
+from hooked_mllm.kernels.attention_profile.naive import Streaming as Streaming
+from hooked_mllm.kernels.attention_profile.naive import naive_attention_profile
+
+IMPLEMENTATIONS = ("auto", "triton", "naive")
+HEAD_DIMS = (16, 256)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def kernel_fits(d_head: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes heads of this width and dtype."""
+    return HEAD_DIMS[0] <= d_head <= HEAD_DIMS[1] and dtype in DTYPES
+
+
+def attention_profile(
+    q: Sequence[Float[Tensor, "batch head query d_head"]],
+    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
+    places: Int[Tensor, "batch query"],
+    *,
+    weight: Float[Tensor, "batch query"] | None = None,
+    scale: float | Sequence[float] | None = None,
+    start: Int[Tensor, "*layer batch"] | None = None,
+    end: Int[Tensor, "*layer batch"] | None = None,
+    streaming: Sequence[Streaming | None] | None = None,
+    implementation: str = "auto",
+) -> Float[Tensor, "layer batch head key"]:
+    r"""The mean attention row over chosen queries, of several layers at once, without the rows.
+
+    $$a[j] = \sum_{i\in Q} w_i\, \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big),\qquad w_i = 1/|Q|$$
+
+    over the keys that each query sees: `start <= j <= p`, `j < end` for a query at position p; in a streaming head,
+    of these only `j < start + sink` and `j > p - window`. In float32. A row that sees nothing counts as 0; NaN and
+    infinity in q or k that a query sees make the whole profile of that head NaN.
+
+    On a GPU two passes over k in Triton, one launch each for all layers: beside the result they need two numbers a row.
+    The sum of $a$ over a set of keys is the mass on that set.
+
+    Args:
+        q: The chosen queries after position encoding, one tensor per layer, strided in any way; all of one shape.
+        k: All keys after position encoding, one tensor per layer, likewise.
+        places: The position of each query among the keys.
+        weight: w; 0 fills up samples with fewer queries. 1/query by default.
+        scale: s, one for all layers or one for each; 1/sqrt(d_head) by default. Above 0.
+        start: The first real key of each sequence, for all layers or by layer.
+        end: One past its last real key.
+        streaming: For each layer None, or (dense heads, sink, window).
+        implementation: "auto", "triton" or "naive", which is the definition in torch, with all rows in memory.
+
+    Raises:
+        InputError: for shapes, dtypes or devices that do not fit, or numbers out of range.
+        HeadError: for a dense head that q lacks.
+        HookValueError: for an unknown implementation, or "triton" where it cannot run.
+
+    Source: arXiv:2606.05843 eq. 22.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 100, 16)
+        >>> profile = attention_profile([q], [k], torch.tensor([[97, 98, 99]]))
+        >>> profile.shape, round(profile.sum().item(), 4)
+        (torch.Size([1, 1, 4, 100]), 4.0)
+    """
+    n_layers, batch, n_keys = _check(q, k, places, implementation)
+    scales = [scale] * n_layers if scale is None or isinstance(scale, float | int) else list(scale)
+    scales = [q[0].shape[-1] ** -0.5 if s is None else float(s) for s in scales]
+    heads = list(streaming or [None] * n_layers)
+    if len(scales) != n_layers or len(heads) != n_layers:
+        raise InputError(f"Expected one scale and one kind of heads for each of {n_layers} layers.")
+    if not all(s > 0 for s in scales):
+        raise InputError(f"A scale is above 0; got {scales}.")
+    for item in heads:
+        _check_streaming(item, q[0].shape[1])
+    for name, bound in (("start", start), ("end", end)):
+        if bound is not None and tuple(bound.shape) not in ((batch,), (n_layers, batch)):
+            raise InputError(f"`{name}` is [{batch}] or [{n_layers}, {batch}]; got {list(bound.shape)}.")
+    weight = torch.full_like(places, 1 / places.shape[1], dtype=torch.float32) if weight is None else weight
+    if weight.shape != places.shape:
+        raise InputError(f"`weight` is of the shape of `places`, {list(places.shape)}; got {list(weight.shape)}.")
+    if implementation == "naive" or (implementation == "auto" and not (q[0].is_cuda and _fits(q[0]))):
+        low = _filled(start, 0, n_layers, places)
+        return naive_attention_profile(q, k, scales, places, weight, low, _filled(end, n_keys, n_layers, places), heads)
+    if not _fits(q[0]):
+        raise HookValueError(
+            f"The Triton kernel takes head dims {HEAD_DIMS[0]} to {HEAD_DIMS[1]} in bfloat16, float16 or float32; got "
+            f"{q[0].shape[-1]} in {q[0].dtype}. implementation='naive' takes any."
+        )
+    from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # needs a GPU's compiler
+
+    return triton_attention_profile(q, k, scales, places, weight, start, end, heads)
+
+
+def _fits(q: Tensor) -> bool:
+    return kernel_fits(q.shape[-1], q.dtype)
+
+
+def _filled(bound: Tensor | None, number: int, n_layers: int, places: Tensor) -> Tensor:
+    if bound is None:
+        bound = torch.full((len(places),), number, device=places.device)
+    return bound.expand(n_layers, len(places))
+
+
+def _check(q: Sequence[Tensor], k: Sequence[Tensor], places: Tensor, implementation: str) -> tuple[int, int, int]:
+    if not q or len(q) != len(k):
+        raise InputError(f"Expected q and k of the same one or more layers; got {len(q)} and {len(k)}.")
+    a, b = q[0], k[0]
+    if a.dim() != 4 or b.dim() != 4 or a.shape[0] != b.shape[0] or a.shape[3] != b.shape[3] or a.shape[1] % b.shape[1]:
+        raise InputError(
+            "Expected q [batch head query d_head] and k [batch kv_head key d_head], head a multiple of kv_head; got "
+            f"{list(a.shape)} and {list(b.shape)}."
+        )
+    for tensors, like in ((q, a), (k, b)):
+        for tensor in tensors:
+            if tensor.shape != like.shape or tensor.dtype != a.dtype or tensor.device != a.device:
+                raise InputError("All layers have one shape, and all of q and k one dtype and one device.")
+    if tuple(places.shape) != (a.shape[0], a.shape[2]) or 0 in (*a.shape, *b.shape):
+        raise InputError(f"`places` is [batch query] of q, {[a.shape[0], a.shape[2]]}; got {list(places.shape)}.")
+    if implementation not in IMPLEMENTATIONS:
+        raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
+    return len(q), b.shape[0], b.shape[2]
+
+
+def _check_streaming(item: Streaming | None, n_heads: int) -> None:
+    if item is None:
+        return
+    dense, sink, window = item
+    if any(not 0 <= head < n_heads for head in dense):
+        raise HeadError(f"Dense heads {list(dense)} are out of range: q has heads 0 to {n_heads - 1}.")
+    if sink < 0 or window < 1:
+        raise InputError(f"Expected sink >= 0 and window >= 1; got {sink=}, {window=}.")

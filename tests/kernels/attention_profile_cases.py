@@ -1,0 +1,315 @@
+"""Attention profiles: the definition against NumPy, the kernel against the definition, the marks of the largest.
+
+On a machine without a GPU the kernels run under Triton's interpreter.
+"""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime import interpreter
+
+from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.statistics import top_mask
+from hooked_mllm.attention.streaming import StreamingHeads
+from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
+from hooked_mllm.kernels.attention_profile import attention_profile, naive_attention_profile
+from hooked_mllm.kernels.attention_profile.largest import triton_top_mask
+from hooked_mllm.kernels.attention_profile.launch import tile_shape, triton_attention_profile
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+if not GPU:  # Triton 3.6's interpreter takes int() of arrays of one number, which NumPy 2.5 refuses
+    _patch = interpreter._patch_lang_tensor
+
+    def _patch_lang_tensor(tensor, *rest):
+        _patch(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_lang_tensor
+
+#: Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+#: small tiles, so that short sequences have many
+SMALL = {name: {"ROWS": 32, "N": 16, "num_warps": 4, "num_stages": 2} for name in ("sizes", "sums")}
+
+
+class Case:
+    """Random layers as transformers hands them over, views of `[batch pos head d]`, and question tokens."""
+
+    def __init__(self, batch, heads, kv, queries, keys, d, *, layers=2, padded=False, streaming=None, uneven=False,
+                 dtype=torch.float32, sharpness=1.0, seed=0):  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+
+        def rows(n, h):
+            made = sharpness * torch.randn(batch, n, h, d, generator=generator)
+            return made.to(DEVICE, dtype).transpose(1, 2)
+
+        self.q = [rows(queries, heads) for _ in range(layers)]
+        self.k = [rows(keys, kv) for _ in range(layers)]
+        self.scale = [d**-0.5 * (1 + 0.5 * layer) for layer in range(layers)]
+        start, end = torch.zeros(batch, dtype=torch.long), torch.full((batch,), keys)
+        if padded:  # on the left of one sample, on the right of the next
+            start[::2], end[1::2] = keys // 3, keys - keys // 4
+        counts = [max(1, queries - 2 * sample) if uneven else queries for sample in range(batch)]
+        self.places = torch.zeros(batch, queries, dtype=torch.long)
+        self.weight = torch.zeros(batch, queries)
+        for sample, count in enumerate(counts):
+            low, high = int(start[sample]), int(end[sample])
+            some = torch.randperm(high - low, generator=generator)[:count].sort().values + low
+            self.places[sample] = torch.cat([some, some[-1:].expand(queries - len(some))])
+            self.weight[sample, : len(some)] = 1 / len(some)
+        self.start, self.end = start, end
+        self.bounds = {"start": start, "end": end} if padded else {"start": None, "end": None}
+        self.streaming = [streaming if layer % 2 == 0 else None for layer in range(layers)]
+
+    def naive(self):
+        many = (len(self.q), len(self.places))
+        wide = [[x.cpu().double() for x in some] for some in (self.q, self.k)]
+        return naive_attention_profile(
+            *wide, self.scale, self.places, self.weight, self.start.expand(many), self.end.expand(many), self.streaming
+        )
+
+    def kernel(self, config=SMALL, splits=None):
+        shape = (len(self.q), *self.q[0].shape[:2], self.k[0].shape[2])
+        out = torch.full(shape, torch.nan, device=DEVICE)
+        moved = [None if b is None else b.to(DEVICE) for b in self.bounds.values()]
+        made = triton_attention_profile(
+            self.q, self.k, self.scale, self.places.to(DEVICE), self.weight.to(DEVICE), *moved, self.streaming,
+            config, out, splits,
+        )  # fmt: skip
+        assert made is out
+        return out.cpu()
+
+    def numpy(self):
+        """The definition again, a loop over rows in float64."""
+        out = np.zeros((len(self.q), *self.q[0].shape[:2], self.k[0].shape[2]))
+        group = self.q[0].shape[1] // self.k[0].shape[1]
+        for layer, batch, head in np.ndindex(out.shape[:3]):
+            q, k = self.q[layer][batch, head].double(), self.k[layer][batch, head // group].double()
+            dense, sink, window = self.streaming[layer] or (range(99), 0, 1)
+            for i, place in enumerate(self.places[batch].tolist()):
+                start, end = int(self.start[batch]), int(self.end[batch])
+                keys = [
+                    j
+                    for j in range(start, min(end, place + 1))
+                    if head in dense or j < start + sink or j > place - window
+                ]
+                if keys:
+                    scores = (k[keys] @ q[i]).cpu().numpy() * self.scale[layer]
+                    row = np.exp(scores - np.logaddexp.reduce(scores))
+                    out[layer, batch, head, keys] += row * float(self.weight[batch, i])
+        return torch.from_numpy(out)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    keys=st.integers(1, 12),
+    queries=st.integers(1, 4),
+    sink=st.integers(0, 5),
+    window=st.integers(1, 9),
+    dense=st.sets(st.integers(0, 3)),
+    padded=st.booleans(),
+    uneven=st.booleans(),
+)
+def test_the_definition_against_numpy(keys, queries, sink, window, dense, padded, uneven):
+    padded = padded and keys > 3
+    queries = min(queries, keys if not padded else 1)
+    streaming = (tuple(dense), sink, window)
+    case = Case(2, 4, 2, queries, keys, 4, padded=padded, streaming=streaming, uneven=uneven, seed=keys)
+    assert torch.allclose(case.naive(), case.numpy(), atol=1e-12)
+
+
+CASES = {
+    "one key": dict(batch=1, heads=2, kv=2, queries=1, keys=1),
+    "odd": dict(batch=1, heads=4, kv=2, queries=5, keys=63),
+    "one more than blocks": dict(batch=2, heads=4, kv=2, queries=9, keys=65, uneven=True),
+    "one head a group": dict(batch=1, heads=3, kv=3, queries=30, keys=70),
+    "seven heads a group": dict(batch=1, heads=7, kv=1, queries=9, keys=70),
+    "padded": dict(batch=2, heads=4, kv=1, queries=7, keys=67, padded=True, uneven=True),
+    "streaming": dict(batch=1, heads=4, kv=1, queries=6, keys=130, streaming=((), 5, 20)),
+    "some stream": dict(batch=2, heads=8, kv=2, queries=3, keys=90, streaming=((0, 5), 0, 1)),
+    "streaming and padded": dict(batch=2, heads=6, kv=3, queries=4, keys=99, streaming=((1,), 7, 9), padded=True),
+    "sink beyond the sequence": dict(batch=1, heads=4, kv=2, queries=4, keys=50, streaming=((), 99, 2)),
+    "forty heads": dict(batch=1, heads=36, kv=4, queries=2, keys=33, layers=1, streaming=((33, 35), 2, 4)),
+}
+if GPU:
+    CASES["1000"] = dict(batch=2, heads=8, kv=2, queries=64, keys=1000, padded=True, uneven=True)
+    CASES["1023"] = dict(batch=1, heads=8, kv=2, queries=64, keys=1023, streaming=((0, 5), 64, 200))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_against_the_definition(case):
+    made = Case(**CASES[case], d=16)
+    splits = None if list(CASES).index(case) % 2 else 3  # chunks of keys
+    assert torch.allclose(made.kernel(splits=splits).double(), made.naive(), atol=2e-6)
+
+
+@pytest.mark.parametrize("d", [16, 64, 72, 80, 96, 128, 256] if GPU else [24, 72, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims_and_dtypes(d, dtype):
+    length = (64, 1000) if GPU else (3, 33)
+    made = Case(1, 4, 1, *length, d, dtype=dtype, layers=2 if GPU else 1)
+    # the definition reads the very same numbers in float64: what is left is the error of float32 arithmetic
+    assert torch.allclose(made.kernel(None if GPU else SMALL).double(), made.naive(), atol=3e-6)
+
+
+@pytest.mark.skipif(not GPU, reason="the tiles that a GPU is given are slow in the interpreter")
+@pytest.mark.parametrize(
+    ("group", "queries", "dtype"),
+    [(g, n, torch.bfloat16) for g in (1, 2, 4, 7) for n in (1, 17, 64, 300)]
+    + [(4, n, dtype) for n in (1, 64) for dtype in (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_the_grid_on_a_gpu(group, queries, dtype):
+    for keys in (300, 1000, 1023, 4097):
+        for options in ({}, {"padded": True, "uneven": True}, {"streaming": ((0,), 64, 200)}):
+            made = Case(2, 2 * group, 2, min(queries, keys // 2), keys, 128, dtype=dtype, **options)
+            found = made.kernel(None)
+            assert torch.allclose(found.double(), made.naive(), atol=3e-6)
+            assert torch.equal(found, made.kernel(None)), "not the same twice"
+
+
+def test_the_same_twice():
+    made = Case(1, 4, 2, 9, 50, 16, dtype=torch.float16, layers=1)
+    assert torch.equal(made.kernel(splits=2), made.kernel(splits=2))
+
+
+def test_inputs_of_any_stride_and_layers_of_different_ones():
+    made = Case(2, 4, 2, 5, 40, 16, padded=True)
+    want = made.kernel()
+    made.q[0], made.k[1] = made.q[0].contiguous(), made.k[1].contiguous()
+    assert torch.allclose(made.kernel(), want, atol=1e-6)
+    storage = torch.zeros(2 * 40 * 2 * 16 * 2 + 1, device=DEVICE)  # neither aligned nor dense
+    view = storage[1:].as_strided((2, 2, 40, 16), (40 * 64, 32, 64, 2))
+    view.copy_(made.k[0])
+    made.k = [view, view]
+    assert torch.allclose(made.kernel().double(), made.naive(), atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
+def test_extreme_scores():
+    made = Case(1, 4, 2, 6, 50, 16, sharpness=50.0)  # q . k up to 1e4
+    made.scale = [1.0, 1.0]
+    assert torch.allclose(made.kernel().double(), made.naive(), atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
+def test_nan_and_infinity_never_pass_and_never_come_from_padding():
+    made = Case(2, 2, 1, 5, 40, 16, padded=True)
+    want = made.kernel()
+    for layer in range(2):
+        made.k[layer][0, :, : int(made.start[0])] = torch.nan
+        made.k[layer][1, :, int(made.end[1]) :] = torch.inf
+    assert torch.equal(made.kernel(), want)
+    for value in (torch.nan, torch.inf):
+        spoilt = Case(2, 4, 2, 2, 20, 16)
+        spoilt.k[1][1, 0, 0, 3] = value
+        found = spoilt.kernel()
+        assert found[1, 1, :2].isnan().any(-1).all()
+        found[1, 1, :2] = 0
+        assert found.isfinite().all()
+
+
+def test_rows_that_see_nothing_count_as_nothing():
+    made = Case(1, 2, 1, 4, 30, 16, padded=True)
+    made.places[0, :2] = 0  # before the first real key
+    found = made.kernel()
+    assert torch.allclose(found.double(), made.naive(), atol=2e-6)
+    assert torch.allclose(found.sum(-1), torch.full((2, 1, 2), 0.5), atol=1e-5)
+
+
+def test_tiles_hold_the_heads_of_a_group():
+    assert tile_shape(256, 4, 64) == (4, 64) and tile_shape(256, 1, 64) == (1, 64)
+    assert tile_shape(256, 7, 64) == (8, 32) and tile_shape(256, 4, 1) == (4, 4)
+    assert tile_shape(32, 32, 9) == (16, 2)
+
+
+@pytest.mark.parametrize(("n", "held"), [(1, 8192), (63, 8192), (45, 16)], ids=["one", "at once", "in pieces"])
+def test_the_marks_of_the_largest(n, held):
+    generator = torch.Generator().manual_seed(n)
+    ties = torch.randint(-1, 2, (n,), generator=generator) * 0.25
+    values = torch.stack([ties, -0.0 * ties, torch.randn(n, generator=generator)])[None, None]
+    assert torch.equal(triton_top_mask(values.to(DEVICE), max(1, n // 3), held).cpu(), top_mask(values, max(1, n // 3)))
+    each = torch.tensor([[1], [n]])
+    values = values[:, :, ::2].transpose(1, 2).contiguous()
+    assert torch.equal(triton_top_mask(values.to(DEVICE), each, held).cpu(), top_mask(values, each, n))
+
+
+@pytest.mark.skipif(not GPU, reason="long rows are slow in the interpreter")
+@pytest.mark.parametrize("n", [1000, 8192, 8193, 131072])
+def test_the_marks_of_the_largest_of_long_rows(n):
+    values = torch.randn(3, 1, 8, n).mul(2).exp().softmax(-1)
+    values[..., 5:400] = values[..., 5:6]  # ties
+    for k in (1, n // 20, n // 2, n):
+        assert torch.equal(top_mask(values.cuda(), k).cpu(), top_mask(values, k))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_view_reads_the_same_by_the_kernel_as_by_torch(stream, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    n, padding = 45, torch.zeros(2, 45, dtype=torch.bool)
+    padding[1, :9] = True
+    masks = {"padding": padding, "question": torch.zeros_like(padding), "target": torch.zeros_like(padding)}
+    masks["question"][0, 36:43], masks["question"][1, 30:33], masks["target"][:, 12:20] = True, True, True
+    q = [torch.randn(2, n, 4, 16, generator=generator).transpose(1, 2).to(DEVICE) for _ in range(3)]
+    k = [torch.randn(2, n, 2, 16, generator=generator).transpose(1, 2).to(DEVICE) for _ in range(3)]
+    mask = [MaskRows(2, n, n, DEVICE, causal=True, padding=~padding.to(DEVICE))] * 3
+    if stream:
+        mask[1] = mask[1].streamed(StreamingHeads((2,), 4, 3, 6))
+
+    def view(how, rows=q):
+        return AttentionView(range(3), rows, k, mask, [0.3] * 3, masks.__getitem__, 3, implementation=how)
+
+    monkeypatch.setattr("hooked_mllm.kernels.attention_profile.launch.settings_for", lambda *_: SMALL)
+    torch_view, kernel_view = view("torch"), view("triton")
+    selection = torch_view._selections.queries("question")
+    kept = {"question": [selection.take(x, slice(0, 7)) for x in q]}
+    for found in (kernel_view, view("triton", kept)):
+        assert torch.allclose(found.profile("question"), torch_view.profile("question"), atol=1e-6)
+        assert torch.allclose(found.mass("question", "target"), torch_view.mass("question", "target"), atol=1e-6)
+        found.release()
+        found.check()
+    q[2][1, 3, 32] = torch.nan  # a question token of the second sample
+    spoilt = view("triton")
+    spoilt.profile("question")
+    spoilt.release()
+    with pytest.raises(NumericsError, match=r"first at L2H[23] \(sample 1\)"):
+        spoilt.check()
+    with pytest.raises(HookValueError, match="causal masks"):
+        mask[0] = MaskRows(2, n, n, DEVICE, causal=True, window=4)
+        view("triton")
+
+
+def test_the_public_function_and_bad_input():
+    made = Case(1, 4, 2, 3, 20, 16)
+    q, k, places = made.q, made.k, made.places.to(DEVICE)
+    profile = attention_profile(q, k, places, scale=made.scale)
+    assert torch.allclose(profile.cpu().double(), made.naive(), atol=2e-6)
+    with pytest.raises(InputError, match="same one or more layers"):
+        attention_profile(q, k[:1], places)
+    with pytest.raises(InputError, match="multiple of kv_head"):
+        attention_profile([x[:, :3] for x in q], k, places)
+    with pytest.raises(InputError, match="one dtype"):
+        attention_profile(q, [x.half() for x in k], places)
+    with pytest.raises(InputError, match="places"):
+        attention_profile(q, k, places[:, :2])
+    with pytest.raises(InputError, match="one scale"):
+        attention_profile(q, k, places, scale=[1.0])
+    with pytest.raises(InputError, match="above 0"):
+        attention_profile(q, k, places, scale=-1.0)
+    with pytest.raises(InputError, match="`end` is"):
+        attention_profile(q, k, places, end=torch.ones(5, dtype=torch.int32))
+    with pytest.raises(InputError, match="weight"):
+        attention_profile(q, k, places, weight=torch.ones(1, 1))
+    with pytest.raises(HeadError, match="0 to 3"):
+        attention_profile(q, k, places, streaming=[((4,), 1, 1), None])
+    with pytest.raises(InputError, match="window"):
+        attention_profile(q, k, places, streaming=[((), 1, 0), None])
+    with pytest.raises(HookValueError, match="implementation"):
+        attention_profile(q, k, places, implementation="cuda")
+    with pytest.raises(HookValueError, match="head dims"):
+        attention_profile([x[..., :8] for x in q], [x[..., :8] for x in k], places, implementation="triton")
