@@ -1,10 +1,18 @@
 """Hybrid attention written out key by key, in an unwrapped model with eager attention."""
 
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from eager_reference import Reference
-from torch import Tensor
+from torch import Tensor, nn
+
+Dense = Mapping[int, tuple[int, ...]]
+Start = tuple[int, ...]
 
 SINK, WINDOW = 2, 5
 #: dense query heads by layer: none, one, and both of one group with one of the other
@@ -25,27 +33,48 @@ def near(
     return seen
 
 
+def hidden_from_heads(
+    mask: Tensor, query: Tensor, key: Tensor, dense: Dense, layer: int, start: Start, sink: int, window: int
+) -> Tensor:
+    """An additive causal mask `[batch 1 query key]` as that of each head; the last query stands at the last key."""
+    n, m = query.shape[2], key.shape[2]
+    heads = tuple(sorted(dense.get(layer, ())))
+    seen = near(query.shape[1], heads, range(m - n, m), m, start or (0,) * len(query), sink, window)
+    return (mask + torch.zeros(seen.shape)).masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
 class HybridReference(Reference):
     """The reference of eager attention, whose prefill hides what streaming heads do not see before any edit."""
 
-    def __init__(self, family: str, dense=None, sink: int = SINK, window: int = WINDOW) -> None:
+    def __init__(self, family: str, dense: Dense = DENSE, sink: int = SINK, window: int = WINDOW) -> None:
         super().__init__(family)
-        self.dense, self.sink, self.window = DENSE if dense is None else dense, sink, window
+        self.dense, self.sink, self.window = dense, sink, window
         self.text = {self.module("text", layer): layer for layer in range(3)}
-        self.start: tuple[int, ...] = ()
+        self.start: Start = ()
 
     def _attention(self, module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-        q_length, kv_length = query.shape[2], key.shape[2]
-        if module in self.text and q_length > 1:
-            offset = kv_length - q_length
-            start, dense = self.start or (0,) * len(query), self.dense.get(self.text[module], ())
-            places = range(offset, offset + q_length)
-            seen = near(query.shape[1], dense, places, kv_length, start, self.sink, self.window)
-            lowest = torch.finfo(query.dtype).min
-            attention_mask = (attention_mask + torch.zeros(seen.shape)).masked_fill(~seen, lowest)
+        if module in self.text and query.shape[2] > 1:
+            settings = (self.dense, self.text[module], self.start, self.sink, self.window)
+            attention_mask = hidden_from_heads(attention_mask, query, key, *settings)
         return super()._attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
 
     def on(self, inputs) -> "HybridReference":
         """The same, its sinks counted from the first real token of each of these samples."""
         self.start = tuple(inputs["attention_mask"].argmax(1).tolist())
         return self
+
+
+@contextmanager
+def written_out(modules: list[nn.Module], dense: Dense, start: Start, sink: int, window: int) -> Iterator[None]:
+    """Within it, the eager attention of these layers of a model hides in a prompt what each head is not to see."""
+    layers = {module: number for number, module in enumerate(modules)}
+    file: Any = sys.modules[type(modules[0]).__module__]
+    eager = file.eager_attention_forward
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if module in layers and query.shape[2] > 1:
+            attention_mask = hidden_from_heads(attention_mask, query, key, dense, layers[module], start, sink, window)
+        return eager(module, query, key, value, attention_mask, **kwargs)
+
+    with patch.object(file, "eager_attention_forward", attention):
+        yield

@@ -2,12 +2,23 @@
 
 import pytest
 import torch
-from hybrid_witness import DENSE, SINK, WINDOW, HybridReference
+import toy_witness
+from hybrid_witness import DENSE, SINK, WINDOW, HybridReference, written_out
 from tiny import FAMILIES
 from transformers import DynamicCache, StaticCache
 from wrapped import edit, model_inputs, noise, plain, wrapped
 
-from hooked_mllm import ActivationCache, AttentionKnockout, GenerationCache, HeadAblation, HeadSet, HybridAttention
+from hooked_mllm import (
+    ActivationCache,
+    AttentionKnockout,
+    GenerationCache,
+    HeadAblation,
+    HeadSet,
+    HookedMLLM,
+    HybridAttention,
+    SampleBatch,
+    toys,
+)
 
 POINTS = ["rot_q", "rot_k", "v", "attn_scores", "pattern", "z"]
 
@@ -131,6 +142,32 @@ def test_no_mask_of_n_by_n_is_made(family):
     assert seen[1].shape == inputs["attention_mask"].shape and torch.equal(seen[1], inputs["attention_mask"].bool())
 
 
+@pytest.fixture(scope="module")
+def toy():
+    return HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32", check=False)
+
+
+@pytest.mark.parametrize("heads", [["L2H4", "L2H5", "L2H6", "L2H7"], []], ids=["retrieval heads", "none"])
+@torch.no_grad()
+def test_a_trained_toy_finds_the_answer_if_its_retrieval_heads_are_dense(toy, heads):
+    task = toys.VisualRetrieval(pages=3)
+    inputs = toy_witness.inputs([task.example(i) for i in range(4)])
+    reference, dense = toy_witness.model(attention="eager"), HybridAttention(heads).dense.by_layer
+    start = tuple(inputs["attention_mask"].argmax(1).tolist())
+    modules = [block.self_attn for block in reference.model.language_model.layers]
+    with written_out(modules, dense, start, 4, 16):
+        expected = reference(**inputs).logits
+        tokens = reference.generate(**inputs, max_new_tokens=2, do_sample=False)
+    with toy.attention(HybridAttention(heads, sink=4, window=16, implementation="naive")):
+        got = toy(inputs)
+        assert torch.equal(toy.generate(inputs, max_new_tokens=2, do_sample=False), tokens)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-3, rtol=1e-3)
+    answers = toy.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1]][:, None])
+    right = sum(answer == task.example(i).answer for i, answer in enumerate(answers))
+    assert right == 4 if heads else right < 3
+
+
 # -- everything that reads or edits attention --------------------------------------------------------------------------
 
 
@@ -242,3 +279,29 @@ def test_ablation_and_knockout_under_it(family, references):
             knocked_out = model(inputs)
     close(ablated, reference(inputs, {("text", 1, "z"): without}))
     close(knocked_out, reference(inputs, {("text", 0, "attn_scores"): blind}))
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_on_a_gpu_the_kernel_gives_the_toy_the_logits_of_the_definition(side):
+    toy = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="bfloat16", device="cuda", check=False)
+    task = toys.VisualRetrieval(pages=3)
+    pair = SampleBatch.collate(task.samples(toy, 3), padding_side=side)
+    real, results, patterns = ~pair.mask("padding"), {}, {}
+    for how in ("triton", "naive"):
+        with toy.attention(HybridAttention(["L2H4", "L2H6"], sink=4, window=16, implementation=how)):
+            logits, cache = toy.run_with_cache(pair, names_filter="*hook_pattern")
+            results[how], patterns[how] = logits.float().cpu()[real], cache["pattern", 2].cpu()
+            assert torch.equal(toy(pair), logits)
+            toy.check()
+    exact = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32", device="cuda", check=False)
+    with exact.attention(HybridAttention(["L2H4", "L2H6"], sink=4, window=16, implementation="naive")):
+        expected = exact(pair).cpu()[real]
+    kernel, definition = ((results[how] - expected).norm() for how in ("triton", "naive"))
+    assert 0 < kernel < 1.3 * definition < 0.2 * expected.norm()
+    torch.testing.assert_close(patterns["triton"], patterns["naive"], atol=0.1, rtol=0)

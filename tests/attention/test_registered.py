@@ -1,12 +1,10 @@
 """Hybrid attention by name in plain decoders of transformers, against eager attention with a mask for every head."""
 
-import sys
 from contextlib import contextmanager
-from unittest.mock import patch
 
 import pytest
 import torch
-from hybrid_witness import near
+from hybrid_witness import written_out
 from transformers import (
     BertConfig,
     BertModel,
@@ -55,21 +53,9 @@ def decoder(kind, attn="eager", **more):
         return model_class._from_config(config, attn_implementation=attn).eval().requires_grad_(False)
 
 
-@contextmanager
-def written_out(model, start):
-    """Within it, the eager attention of `model` hides from each head of a prompt what it is not to see."""
-    file = sys.modules[type(model.model.layers[0].self_attn).__module__]
-    eager = file.eager_attention_forward
-
-    def attention(module, query, key, value, attention_mask, **kwargs):
-        n, m = query.shape[2], key.shape[2]
-        if n > 1:
-            seen = near(HEADS, DENSE.get(module.layer_idx, ()), range(m - n, m), m, start, SINK, WINDOW)
-            attention_mask = (attention_mask + torch.zeros(seen.shape)).masked_fill(~seen, torch.finfo(query.dtype).min)
-        return eager(module, query, key, value, attention_mask, **kwargs)
-
-    with patch.object(file, "eager_attention_forward", attention):
-        yield
+def hidden(model, start, dense=DENSE):
+    """Within it, `model`, of eager attention, is the witness."""
+    return written_out([block.self_attn for block in model.model.layers], dense, start, SINK, WINDOW)
 
 
 def prompts(batch=2, n=23, side="left"):
@@ -98,7 +84,7 @@ def test_logits_of_a_prompt(kind, batch, side):
     register()
     inputs, start = prompts(batch, side=side)
     eager, hybrid = decoder(kind), decoder(kind, NAME)
-    with written_out(eager, start):
+    with hidden(eager, start):
         expected = eager(**inputs).logits
     got, real = hybrid(**inputs).logits, inputs["attention_mask"].bool()
     close(got[real], expected[real])
@@ -115,7 +101,7 @@ def test_generation(kind):
     eager, hybrid = decoder(kind), decoder(kind)
     hybrid.set_attn_implementation(NAME)
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with written_out(eager, start):
+    with hidden(eager, start):
         expected = eager.generate(**inputs, **options)
     got = hybrid.generate(**inputs, **options)
     assert torch.equal(got.sequences, expected.sequences)
@@ -128,7 +114,7 @@ def test_a_prompt_in_chunks_and_a_static_cache(batch):
     register()
     inputs, start = prompts(batch)
     eager, hybrid = decoder("qwen3"), decoder("qwen3", NAME)
-    with written_out(eager, start):
+    with hidden(eager, start):
         expected = eager(**inputs).logits
     real = inputs["attention_mask"].bool()
     for past in (None, StaticCache(hybrid.config, max_cache_len=30)):
@@ -181,7 +167,7 @@ def test_layers_with_a_sliding_window_keep_it():
     some = {**window, "max_window_layers": 2}  # the last layer alone
     eager, hybrid = decoder("qwen2", **some), decoder("qwen2", NAME, **some)
     inputs, start = prompts()
-    with patch.dict(DENSE, {2: tuple(range(HEADS))}), written_out(eager, start):
+    with hidden(eager, start, {**DENSE, 2: tuple(range(HEADS))}):
         expected = eager(**inputs).logits
     real = inputs["attention_mask"].bool()
     close(hybrid(**inputs).logits[real], expected[real])
@@ -306,3 +292,58 @@ def test_models_with_more_to_their_attention_are_refused():
         GptOssForCausalLM._from_config(sinks, attn_implementation=NAME).eval()(**ids)
     with pytest.raises(UnsupportedModelError, match=r"no dropout of attention here .*model.eval\(\)"):
         decoder("llama", NAME, attention_dropout=0.1).train()(**ids)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+WIDE = {"head_dim": 64, "hidden_size": 64}
+
+
+def on_gpu(dtype, implementation, inputs, compiled=False):
+    register(implementation=implementation)
+    model = decoder("qwen3", NAME, **WIDE).to("cuda", dtype)
+    run = torch.compile(model.model.layers[1], fullgraph=True) if compiled else None
+    if run is not None:
+        x = torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+        where = {"position_embeddings": model.model.rotary_emb(x, torch.arange(300, device="cuda")[None])}
+        return run(x, **where, attention_mask=None), model.model.layers[1](x, **where, attention_mask=None)
+    return model(**{name: value.cuda() for name, value in inputs.items()}).logits.float().cpu()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@needs_gpu
+@torch.inference_mode()
+def test_on_a_gpu_the_kernel_is_as_close_to_float32_as_the_definition(dtype, side):
+    inputs, _ = prompts(3, 777, side)
+    real = inputs["attention_mask"].bool()
+    exact = on_gpu(torch.float32, "naive", inputs)[real]
+    kernel, definition = ((on_gpu(dtype, how, inputs)[real] - exact).norm() for how in ("auto", "naive"))
+    assert 0 < kernel < 1.2 * definition < 0.2 * exact.norm()
+
+
+@needs_gpu
+@torch.inference_mode()
+def test_on_a_gpu_a_compiled_block_is_the_block():
+    compiled, plain = on_gpu(torch.bfloat16, "auto", None, compiled=True)
+    torch.testing.assert_close(compiled.float(), plain.float(), atol=0.1, rtol=0.02)
+
+
+@needs_gpu
+@torch.inference_mode()
+def test_on_a_gpu_a_padded_batch_has_no_mask_of_n_by_n():
+    n = 8192
+    inputs, _ = prompts(2, n)
+    register(implementation="triton")
+    model = decoder("qwen3", NAME, **WIDE, max_position_embeddings=n).to("cuda", torch.bfloat16)
+    inputs = {name: value.cuda() for name, value in inputs.items()}
+    for _ in range(2):  # the first run compiles
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model.model(**inputs, use_cache=False)
+    assert torch.cuda.max_memory_allocated() - before < n * n  # a boolean mask would be twice that
