@@ -26,7 +26,7 @@ def lost_attention(
     *,
     sink: int,
     window: int,
-    queries: int | Bool[Tensor, "batch query"] = 64,
+    queries: int | Bool[Tensor, "mask_batch mask_query"] = 64,
     order: int = 1,
     keys: str = "exact",
     block: int = 64,
