@@ -10,6 +10,8 @@ from tiny import save_tiny
 from transformers import AutoModelForImageTextToText
 
 from hooked_mllm import HeadScores, HookedMLLM, cli
+from hooked_mllm.cli.files import save_figure
+from hooked_mllm.cli.score import METRICS
 from hooked_mllm.datasets import RefCOCOg
 from hooked_mllm.toys import VisualRetrieval
 
@@ -64,7 +66,7 @@ def test_toy_scores_are_those_of_the_library(run, tmp_path):
     assert status == 0
     scores = HeadScores.load(tmp_path / "out" / "scores.json")
     model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32", device="cpu")
-    expected = model.measure(VisualRetrieval(seed=5).samples(model, 3), cli.METRICS["ram"](), progress=False)
+    expected = model.measure(VisualRetrieval(seed=5).samples(model, 3), METRICS["ram"](), progress=False)
     torch.testing.assert_close(scores.values, expected.values)
     assert scores.provenance["seed"] == 5 and "VisualRetrieval(seed=5" in scores.provenance["dataset"]
     assert scores.provenance["sample_ids"] == [e.id for e in VisualRetrieval(seed=5).examples(3)]
@@ -108,7 +110,7 @@ def test_missing_photographs_are_noted_and_the_rest_is_scored(run, tmp_path):
 def test_other_metrics(run, tmp_path, metric):
     assert run("--metric", metric, "--samples", 2, "--pictures", 0)[0] == 0
     scores = HeadScores.load(tmp_path / "out" / "scores.json")
-    assert scores.name == type(cli.METRICS[metric]()).__name__ and 0 < scores.values.max() <= 1
+    assert scores.name == type(METRICS[metric]()).__name__ and 0 < scores.values.max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -178,12 +180,13 @@ def test_a_picture_that_fails_half_way_is_not_left_behind(tmp_path):
 
     (tmp_path / "map.png").write_bytes(b"old")
     with pytest.raises(OSError, match="disk full"):
-        cli._save_figure(Figure(), tmp_path / "map.png")
+        save_figure(Figure(), tmp_path / "map.png")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("map.png", b"old")]
 
 
 def test_version_and_help(capsys):
-    for arguments in (["--version"], ["--help"], ["score", "--help"]):
+    commands = (["score"], ["bench"], ["bench", "prefill"], ["bench", "kernel"])
+    for arguments in (["--version"], ["--help"], *([*command, "--help"] for command in commands)):
         with pytest.raises(SystemExit) as stopped:
             cli.main(arguments)
         assert stopped.value.code == 0 and "hooked-mllm" in capsys.readouterr().out

@@ -113,7 +113,7 @@ def compile_blocks(model: Any, *, backend: Any = "inductor", dynamic: bool | Non
     It is meant for plain forward passes: hooks on modules inside a block slow it down or are compiled in.
 
     Args:
-        model: A transformers decoder (Qwen3, Qwen2, the text model of Qwen3-VL and others built alike), a model that
+        model: A transformers decoder (the text model of Qwen3-VL, Qwen3, Qwen2 and others built alike), a model that
             holds one, or a HookedMLLM.
         backend: Of `torch.compile`.
         dynamic: Of `torch.compile`; True compiles once for all lengths, None once for the first and once for others.

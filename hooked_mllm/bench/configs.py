@@ -64,6 +64,11 @@ class TextSize:
             **more,
         )
 
+    def empty(self, dtype: torch.dtype) -> Any:
+        """The transformers model on the meta device: shapes without weights."""
+        with torch.device("meta"):
+            return _CLASSES[self.kind][1]._from_config(self.config(), dtype=dtype, attn_implementation="sdpa")
+
 
 #: arXiv:2606.05843 has no InternVL3.5; it is tried with the numbers of Qwen3-VL-8B, whose shape it shares
 SIZES: dict[str, TextSize] = {
@@ -104,9 +109,7 @@ def random_text_model(
         if size not in SIZES:
             raise InputError(f"No size {size!r}; expected one of {', '.join(SIZES)}. {nearest(size, SIZES)}".rstrip())
         size = SIZES[size]
-    config = size.config()
-    with torch.device("meta"):
-        model = _CLASSES[size.kind][1]._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = size.empty(dtype)
     places = {"": device} if device_map is None else _spread(model, dtype)
     for name, place in places.items():
         model.get_submodule(name).to_empty(device=place)
@@ -118,12 +121,12 @@ def random_text_model(
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02, generator=generator)
-    model.rotary_emb = type(model.rotary_emb)(config).to(model.embed_tokens.weight.device)  # its buffers are no weights
+    place = places["rotary_emb" if "rotary_emb" in places else ""]
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(place)  # its buffers are no weights
     model = model.eval().requires_grad_(False)
     if device_map is not None:
         from accelerate import dispatch_model
 
-        places["rotary_emb"] = model.embed_tokens.weight.device
         model = dispatch_model(model, device_map=places)
     return model
 

@@ -138,7 +138,8 @@ def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: 
     if full:
         cell.failed, cell.ms, cell.peak_gib, cell.added_gib = "out of memory", [], None, None
     if full or step.__name__ == "warm":
-        gc.collect()
+        if full:
+            gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -16,7 +16,7 @@ from hooked_mllm.bench.record import PrefillRecord
 from hooked_mllm.bench.table import base_of, table
 from hooked_mllm.bench.variants import BACKENDS, default_backends, prefill_variants
 from hooked_mllm.cli.arguments import count, tokens, torch_device
-from hooked_mllm.cli.files import folder, save_figure
+from hooked_mllm.cli.files import folder, loading_bar, save_figure
 from hooked_mllm.errors import InputError
 from hooked_mllm.loading import load_model
 
@@ -45,7 +45,8 @@ def prefill(arguments: argparse.Namespace) -> None:
         raise InputError("Give --device or --device-map, not both.")
     where: dict[str, Any] = {"device": device} if arguments.device_map is None else {"device_map": arguments.device_map}
     if arguments.model is not None:
-        model, _ = load_model(arguments.model, dtype=dtype, **where)
+        with loading_bar(not arguments.quiet):
+            model, _ = load_model(arguments.model, dtype=dtype, **where)
         text, name = text_backbone(model), arguments.model
         numbers = arguments.dense
         if numbers is None:

@@ -1,7 +1,11 @@
-"""Where the command line writes."""
+"""Where the command line writes, and what it shows meanwhile."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads.files import write_atomically
@@ -19,3 +23,16 @@ def folder(path: Path) -> Path:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+
+
+@contextmanager
+def loading_bar(wanted: bool) -> Iterator[None]:
+    """Within it, transformers' own bar only if it is wanted."""
+    hide = not wanted and is_progress_bar_enabled()
+    if hide:
+        disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            enable_progress_bar()

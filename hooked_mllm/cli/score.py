@@ -4,18 +4,16 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hooked_mllm import metrics, plots
 from hooked_mllm.cli.arguments import count, torch_device
-from hooked_mllm.cli.files import folder, save_figure
+from hooked_mllm.cli.files import folder, loading_bar, save_figure
 from hooked_mllm.datasets import RefCOCOg
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores, HeadSet
@@ -46,7 +44,7 @@ def score(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     source = _source(arguments)
     out = folder(arguments.out)
-    with _loading_bar(not arguments.quiet):
+    with loading_bar(not arguments.quiet):
         model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
     scores = model.measure(_Counted(source, model), METRICS[arguments.metric](), progress=not arguments.quiet)
     scores.provenance.update(dataset=source.name, seed=arguments.seed)
@@ -61,19 +59,6 @@ def score(arguments: argparse.Namespace) -> None:
         save_figure(_overlay(model, sample, scores, top), written[-1])
     print(_summary(scores, top, source))
     print("\n".join(str(path) for path in written))
-
-
-@contextmanager
-def _loading_bar(wanted: bool) -> Iterator[None]:
-    """Within it, transformers' own bar only if it is wanted."""
-    hide = not wanted and is_progress_bar_enabled()
-    if hide:
-        disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            enable_progress_bar()
 
 
 class _Counted:
