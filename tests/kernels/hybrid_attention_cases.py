@@ -12,8 +12,10 @@ from triton.runtime import interpreter
 
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
+from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention
 from hooked_mllm.kernels.hybrid_attention.plan import plan
-from hooked_mllm.kernels.hybrid_attention.triton import launch, triton_hybrid_attention
+from hooked_mllm.kernels.hybrid_attention.streaming import launch_streaming
+from hooked_mllm.kernels.hybrid_attention.triton import launch
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -60,6 +62,13 @@ def in_numpy(q, k, v, dense, sink, window, scale, start, end):
     return torch.from_numpy(z), torch.from_numpy(lse)
 
 
+def bounds(length, padded):
+    """First and last keys of two sequences, one padded on the right, the other on the left."""
+    start = torch.tensor([0, length // 3], dtype=torch.int32, device=DEVICE)
+    end = torch.tensor([length - length // 5, length], dtype=torch.int32, device=DEVICE)
+    return (start, end) if padded else (torch.zeros_like(start), torch.full_like(end, length))
+
+
 def flags(dense, heads):
     found = torch.zeros(heads, dtype=torch.bool, device=DEVICE)
     found[list(dense)] = True
@@ -87,6 +96,7 @@ def test_the_definition_against_numpy(q_length, more, sink, window, dense, left,
     assert torch.allclose(lse, want_lse, atol=1e-12)
 
 
+#: queries, keys, sink, window, dense heads, heads, key-value heads
 CASES = {
     "one row": (1, 1, 4, 16, (0,), 4, 1),
     "odd": (63, 63, 4, 16, (0, 3), 4, 2),
@@ -99,6 +109,8 @@ CASES = {
     "a single query": (1, 77, 4, 9, (3,), 6, 2),
     "more queries than keys": (70, 50, 4, 16, (0,), 4, 2),
     "one key-value head": (50, 50, 4, 16, (1, 2), 4, 1),
+    "groups of seven": (45, 45, 4, 16, (2, 9), 14, 2),
+    "groups of eight": (45, 45, 4, 16, (2, 9), 16, 2),
 }
 
 
@@ -107,24 +119,67 @@ CASES = {
 def test_the_kernel_against_the_definition(case, padded):
     rows, length, sink, window, dense, heads, kv = CASES[case]
     q, k, v = tensors(2, heads, kv, rows, length, 16)
-    start = torch.tensor([0, length // 3], dtype=torch.int32, device=DEVICE)
-    end = torch.tensor([length - length // 5, length], dtype=torch.int32, device=DEVICE)
-    if not padded:
-        start, end = torch.zeros_like(start), torch.full_like(end, length)
+    start, end = bounds(length, padded)
     want, want_lse = naive_hybrid_attention(q, k, v, flags(dense, heads), sink, window, 0.3, start, end)
-    bounds = (start, end) if padded else (None, None)
-    z, lse = triton_hybrid_attention(q, k, v, dense, sink, window, 0.3, *bounds, True, SMALL)
+    given = (start, end) if padded else (None, None)
+    z, lse = triton_hybrid_attention(q, k, v, dense, sink, window, 0.3, *given, True, config=SMALL)
     assert torch.allclose(z, want, atol=2e-6)
     assert torch.allclose(lse, want_lse, atol=2e-6)
+
+
+#: queries, keys, sink, window, heads, key-value heads: of a group, all stream
+STREAMING = {
+    "one row": (1, 1, 4, 16, 4, 1),
+    "odd, a sink of one block": (63, 63, 16, 16, 4, 1),
+    "a sink of two blocks": (65, 65, 32, 7, 4, 2),
+    "no sink": (50, 50, 0, 1, 2, 1),
+    "window beyond the sequence": (70, 70, 3, 500, 4, 4),
+    "sink beyond the window": (77, 77, 40, 8, 8, 1),
+    "a chunk against its cache": (33, 100, 16, 20, 8, 2),
+    "more queries than keys": (70, 50, 32, 20, 4, 2),
+}
+
+
+@pytest.mark.parametrize("case", STREAMING)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_streaming_kernel_against_the_definition(case, padded):
+    rows, length, sink, window, heads, kv = STREAMING[case]
+    dtype = torch.float16 if GPU else torch.float32  # descriptors of a GPU need more than a few bytes in a row
+    q, k, v = tensors(2, heads, kv, rows, length, 64 if GPU else 16, dtype)
+    start, end = bounds(length, padded)
+    want, want_lse = naive_hybrid_attention(q, k, v, flags((), heads), sink, window, 0.3, start, end)
+    around = torch.full((2, rows, heads + 2, q.shape[-1]), float("nan"), device=DEVICE, dtype=dtype)
+    out = around[:, :, 1:-1].transpose(1, 2)
+    lse = torch.full(want_lse.shape, float("nan"), device=DEVICE)
+    rows_of = plan((), heads, kv, q.device).rows
+    given = (start, end) if padded else (None, None)
+    launch_streaming(q, k, v, out, lse, rows_of, sink, window, 0.3, *given, SMALL)
+    assert torch.allclose(out.float(), want.float(), atol=3e-3 if GPU else 2e-6)
+    assert torch.allclose(lse, want_lse, atol=2e-4 if GPU else 2e-6)
+    assert around[:, :, 0].isnan().all() and around[:, :, -1].isnan().all()
+
+
+def test_some_groups_of_a_layer_by_the_streaming_kernel():
+    """What long prompts get on a GPU: dense heads elsewhere, whole groups here, the rest by the kernel for all."""
+    q, k, v = tensors(1, 8, 4, 40, 40, 64 if GPU else 16, torch.float16 if GPU else torch.float32)
+    groups = plan((2, 6, 7), 8, 4, q.device)
+    assert (groups.n_dense, groups.n_whole, groups.n_streaming) == (2, 2, 3)
+    out = torch.full((1, 40, 8, q.shape[-1]), float("nan"), device=DEVICE, dtype=q.dtype).transpose(1, 2)
+    whole = groups.rows[groups.n_dense : groups.n_dense + groups.n_whole]
+    launch_streaming(q, k, v, out, None, whole, 16, 9, 0.3, None, None, SMALL)
+    bounds_of = torch.zeros(1, device=DEVICE), torch.full((1,), 40, device=DEVICE)
+    want, _ = naive_hybrid_attention(q, k, v, flags((), 8), 16, 9, 0.3, *bounds_of)
+    assert out[:, [2, 3, 6, 7]].isnan().all()  # groups 1 and 3 have dense heads
+    assert torch.allclose(out[:, [0, 1, 4, 5]].float(), want[:, [0, 1, 4, 5]].float(), atol=3e-3 if GPU else 2e-6)
 
 
 @pytest.mark.parametrize("d", [64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_dims_and_dtypes(d, dtype):
-    length = 300 if GPU else 40
-    q, k, v = tensors(1, 4, 2, length, length, d, dtype)
-    bounds = torch.zeros(1, device=DEVICE), torch.full((1,), length, device=DEVICE)
-    want, _ = naive_hybrid_attention(q.double(), k.double(), v.double(), flags((1,), 4), 5, 20, d**-0.5, *bounds)
+    length = 300 if GPU else 24
+    q, k, v = tensors(1, 2, 1, length, length, d, dtype)
+    both = torch.zeros(1, device=DEVICE), torch.full((1,), length, device=DEVICE)
+    want, _ = naive_hybrid_attention(q.double(), k.double(), v.double(), flags((1,), 2), 5, 20, d**-0.5, *both)
     config = None if GPU else SMALL
     z, _ = triton_hybrid_attention(q, k, v, (1,), 5, 20, d**-0.5, config=config)
     assert z.dtype == dtype
@@ -134,47 +189,81 @@ def test_head_dims_and_dtypes(d, dtype):
 
 def test_every_place_of_the_result_is_written_and_nothing_else():
     q, k, v = tensors(2, 6, 3, 45, 45, 16)
-    rows, n_dense, *most = plan((0, 4), 6, 3, q.device)
     around = torch.full((2, 45, 8, 16), float("nan"), device=DEVICE)
     out = around[:, :, 1:7].transpose(1, 2)
     lse = torch.full((2, 6, 45), float("nan"), device=DEVICE)
-    launch(q, k, v, out, lse, rows, n_dense, (most[0], most[1]), 4, 8, 0.25, None, None, SMALL)
+    launch(q, k, v, out, lse, plan((0, 4), 6, 3, q.device), 4, 8, 0.25, None, None, SMALL)
     assert not out.isnan().any() and not lse.isnan().any()
     assert around[:, :, 0].isnan().all() and around[:, :, 7].isnan().all()
 
 
-def test_extreme_scores_and_rows_that_see_nothing():
+@pytest.mark.parametrize("dense", [(0,), ()])
+def test_extreme_scores_and_rows_that_see_nothing(dense):
     q, k, v = tensors(2, 4, 2, 40, 40, 16)
     q = q * 100 / q.norm(dim=-1, keepdim=True)
     k = k * 100 / k.norm(dim=-1, keepdim=True)  # q . k up to 1e4
     start = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)  # the second sequence is padding
     end = torch.tensor([40, 40], dtype=torch.int32, device=DEVICE)
-    want, want_lse = naive_hybrid_attention(q, k, v, flags((0,), 4), 4, 8, 1.0, start, end)
-    z, lse = triton_hybrid_attention(q, k, v, (0,), 4, 8, 1.0, start, end, True, SMALL)
+    want, want_lse = naive_hybrid_attention(q, k, v, flags(dense, 4), 4, 8, 1.0, start, end)
+    z, lse = triton_hybrid_attention(q, k, v, dense, 4, 8, 1.0, start, end, True, config=SMALL)
     assert torch.allclose(z, want, atol=2e-3 if GPU else 1e-4) and torch.isfinite(z).all()
     assert (z[1] == 0).all() and (lse[1] == -torch.inf).all()
     assert torch.allclose(lse[0], want_lse[0], rtol=1e-5)
 
 
+def test_rows_with_one_visible_key_are_its_value():
+    q, k, v = tensors(1, 4, 2, 36, 36, 16)
+    z, lse = triton_hybrid_attention(q * 1e3, k, v, (), 0, 1, 1.0, None, None, True, config=SMALL)
+    assert torch.equal(z, v.repeat_interleave(2, dim=1))
+    assert torch.allclose(lse, (q * 1e3 * k.repeat_interleave(2, dim=1)).sum(-1), rtol=1e-5, atol=1e-3)
+
+
+def test_inputs_strided_in_any_way_are_read_in_place():
+    q, k, v = tensors(1, 4, 2, 30, 30, 16)
+    wide = torch.randn(1, 30, 8, 32, device=DEVICE)  # queries, keys and values as one projection makes them
+    wide[:, :, :4, ::2], wide[:, :, 4:6, ::2], wide[:, :, 6:, ::2] = (x.transpose(1, 2) for x in (q, k, v))
+    views = [wide[:, :, part, ::2].transpose(1, 2) for part in (slice(4), slice(4, 6), slice(6, 8))]
+    shared = k[:, :1].expand(-1, 2, -1, -1)  # a stride of 0
+    for there, same in ((views, (q, k, v)), ((q, shared, v), (q, shared.contiguous(), v))):
+        z, _ = triton_hybrid_attention(*there, (1,), 4, 8, 0.25, config=SMALL)
+        assert torch.equal(z, triton_hybrid_attention(*same, (1,), 4, 8, 0.25, config=SMALL)[0])
+
+
 def test_the_same_twice():
     q, k, v = tensors(1, 4, 2, 90, 90, 16, torch.float16)
-    first, again = (triton_hybrid_attention(q, k, v, (1,), 4, 16, 0.25, config=SMALL)[0] for _ in range(2))
-    assert torch.equal(first, again)
+    for dense in ((1,), ()):
+        first, again = (triton_hybrid_attention(q, k, v, dense, 4, 16, 0.25, config=SMALL)[0] for _ in range(2))
+        assert torch.equal(first, again)
 
 
 @pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
-def test_the_op_keeps_torchs_rules():
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("how", ["naive", *(["triton", "sdpa"] if GPU else [])])
+def test_the_op_keeps_torchs_rules(with_lse, how):
     q, k, v = tensors(1, 4, 2, 24, 24, 16)
-    arguments = (q, k, v, [0, 3], 4, 8, 0.25, None, None, True, "naive")
-    torch.library.opcheck(
-        torch.ops.hooked_mllm.hybrid_attention, arguments, test_utils=("test_schema", "test_faketensor")
-    )
-    z = hybrid_attention(q, k, v, {3, 0}, sink=4, window=8, scale=0.25)
-    assert z.transpose(1, 2).is_contiguous()
-    compiled = torch.compile(lambda *x: hybrid_attention(*x, [0, 3], sink=4, window=8), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(q, k, v), z)
+    padding = torch.tensor([3], device=DEVICE)
+    for start in (None, padding):
+        arguments = (q, k, v, [0, 3], 4, 8, 0.25, start, None, with_lse, how)
+        torch.library.opcheck(
+            torch.ops.hooked_mllm.hybrid_attention, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+@pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
+@pytest.mark.parametrize("dense", [[0, 3], [], [0, 1, 2, 3]])
+def test_compiled_and_in_inference_mode(dense):
+    q, k, v = tensors(1, 4, 2, 24, 24, 64, torch.float16)
+
+    def run(*x):
+        return hybrid_attention(*x, dense, sink=4, window=8, return_lse=True)
+
+    z, lse = run(q, k, v)
+    assert z.transpose(1, 2).is_contiguous() and lse.dtype == torch.float32
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
     with torch.inference_mode():
-        assert torch.equal(hybrid_attention(q, k, v, [0, 3], sink=4, window=8), z)
+        inference = run(q, k, v)
+    for again in (compiled(q, k, v), inference):
+        assert torch.equal(again[0], z) and torch.equal(again[1], lse)
 
 
 @pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
@@ -203,8 +292,19 @@ def test_bad_input():
         hybrid_attention(q, k.double(), v.double(), [0])
     with pytest.raises(InputError, match="start"):
         hybrid_attention(q, k, v, [0], start=torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(InputError, match="integers"):
+        hybrid_attention(q, k, v, [0], start=torch.zeros(1))
+    with pytest.raises(InputError, match="floating-point"):
+        hybrid_attention(q.long(), k.long(), v.long(), [0])
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="scale"):
+            hybrid_attention(q, k, v, [0], scale=scale)
     with pytest.raises(HookValueError, match="implementation"):
         hybrid_attention(q, k, v, [0], implementation="cuda")
+    with pytest.raises(HookValueError, match="naive' runs anywhere"):
+        hybrid_attention(q.cpu(), k.cpu(), v.cpu(), [0], implementation="triton")
+    with pytest.raises(TypeError, match="is_causal"):  # there is no such thing as hybrid attention without the mask
+        hybrid_attention(q, k, v, [0], is_causal=False)
     with pytest.raises(HookValueError, match="head dim"):
         hybrid_attention(q[..., :8], k[..., :8], v[..., :8], [0], implementation="triton")
 
@@ -215,28 +315,3 @@ def test_one_notice_that_the_definition_runs(recwarn, monkeypatch):
     for _ in range(2):
         hybrid_attention(q, k, v, [0])
     assert sum("torch definition" in str(w.message) for w in recwarn.list) == 1
-
-
-@pytest.mark.skipif(not GPU, reason="SDPA's part is for long prompts on a GPU")
-def test_long_prompts_on_a_gpu(monkeypatch):
-    monkeypatch.setattr("hooked_mllm.kernels.hybrid_attention.op.SDPA_FROM", 1)
-    for dense in [(0, 1, 5), tuple(range(8)), (), (4, 5, 6, 7)]:
-        q, k, v = tensors(1, 8, 2, 1000, 1000, 128, torch.bfloat16)
-        bounds = torch.zeros(1, device=DEVICE), torch.full((1,), 1000, device=DEVICE)
-        want, _ = naive_hybrid_attention(
-            q.double(), k.double(), v.double(), flags(dense, 8), 64, 200, 128**-0.5, *bounds
-        )
-        z = hybrid_attention(q, k, v, dense, window=200)
-        assert ((z.double() - want).norm() / want.norm()).item() < 5e-3
-
-
-@pytest.mark.skipif(not GPU, reason="CUDA graphs need a GPU")
-def test_in_a_cuda_graph():
-    q, k, v = tensors(1, 8, 2, 500, 500, 64, torch.bfloat16)
-    eager = hybrid_attention(q, k, v, [1], window=100)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        z = hybrid_attention(q, k, v, [1], window=100)
-    graph.replay()
-    assert torch.equal(z, eager)

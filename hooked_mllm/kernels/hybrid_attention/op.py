@@ -1,5 +1,6 @@
 """`hybrid_attention`: the public op, its registration with torch, and the choice of how it runs."""
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -7,11 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.kernels.hybrid_attention.naive import naive_hybrid_attention
-from hooked_mllm.kernels.hybrid_attention.plan import plan
 
 #: from this many queries on, dense heads go through SDPA (measured on an H200; below, one launch for all is faster)
 SDPA_FROM = 49152
@@ -42,9 +41,12 @@ def hybrid_attention(
     With more keys than queries, the last query stands at the last key (a chunk of a prompt and its cache). Inputs may
     be strided in any way; the result is contiguous as `[batch query head d_head]`. Rows that see no key are 0.
 
-    "auto" takes the Triton kernel on a GPU (one launch for both kinds of head; from 49,152 queries on, dense heads go
-    through torch's SDPA, which is faster there), and the torch definition elsewhere. Gradients are those of the
-    definition: correct, and with the memory of chunks of N x N scores.
+    "auto" takes the Triton kernels on a GPU: one launch for both kinds of head. From 49,152 queries on, and where all
+    heads are dense, dense heads go through torch's SDPA instead, which is faster there. Elsewhere, and for what the
+    kernels do not take, it is the torch definition, with a notice. Gradients are those of the definition: correct, and
+    with the memory of chunks of N x N scores.
+
+    Attention without the causal mask is not among what this does: use torch's `scaled_dot_product_attention` for it.
 
     Args:
         q: Queries after position encoding.
@@ -53,14 +55,14 @@ def hybrid_attention(
         dense: Query heads that see everything before them.
         sink: First keys that the other heads see.
         window: Last keys that they see, the query's own among them.
-        scale: s; 1/sqrt(d_head) by default.
+        scale: s, not negative; 1/sqrt(d_head) by default.
         start: The first real key of each sequence (left padding before it).
         end: One past the last real key (right padding from it on).
         return_lse: Also return the log-sum-exp of each row's scores, float32 `[batch head query]`.
         implementation: "auto", "triton" or "naive".
 
     Raises:
-        InputError: for shapes that do not fit, or lengths out of range.
+        InputError: for shapes, dtypes or devices that do not fit, or numbers out of range.
         HeadError: for a head that q lacks.
         HookValueError: for an unknown implementation, or "triton" where it cannot run.
 
@@ -71,9 +73,9 @@ def hybrid_attention(
         >>> hybrid_attention(q, k, v, dense=[0, 3], sink=4, window=16, implementation="naive").shape
         torch.Size([1, 4, 100, 16])
     """
-    heads = _check(q, k, v, dense, sink, window, start, end, implementation)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    how = _choose(implementation, q)
+    heads = _check(q, k, v, dense, sink, window, scale, start, end, implementation)
+    how = _choose(implementation, q, len(heads))
     z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, scale, start, end, return_lse, how)
     return (z, lse) if return_lse else z
 
@@ -85,6 +87,7 @@ def _check(
     dense: Iterable[int],
     sink: int,
     window: int,
+    scale: float,
     start: Tensor | None,
     end: Tensor | None,
     implementation: str,
@@ -97,37 +100,54 @@ def _check(
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1] or 0 in (*q.shape, *k.shape):
         raise InputError(f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or width, or heads do not divide.")
     if len({q.dtype, k.dtype, v.dtype}) > 1 or len({q.device, k.device, v.device}) > 1:
-        raise InputError("q, k and v must have one dtype and one device.")
+        raise InputError(
+            f"q, k and v must have one dtype and one device; got {q.dtype}, {k.dtype}, {v.dtype} on {q.device}, "
+            f"{k.device}, {v.device}."
+        )
+    if not q.dtype.is_floating_point:
+        raise InputError(f"q, k and v must hold floating-point numbers; got {q.dtype}.")
     if sink < 0 or window < 1:
         raise InputError(f"Expected sink >= 0 and window >= 1; got {sink=}, {window=}.")
+    if not 0 <= scale < math.inf:
+        raise InputError(f"scale must be a number of at least 0; got {scale}.")
     for name, bound in (("start", start), ("end", end)):
         if bound is not None and bound.shape != (q.shape[0],):
             raise InputError(f"`{name}` is one number a sequence, [{q.shape[0]}]; got {tuple(bound.shape)}.")
+        if bound is not None and (bound.dtype.is_floating_point or bound.dtype == torch.bool):
+            raise InputError(f"`{name}` counts positions: it must hold integers; got {bound.dtype}.")
     if implementation not in IMPLEMENTATIONS:
         raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
     heads = sorted(set(dense))
     if heads and not 0 <= heads[0] <= heads[-1] < q.shape[1]:
-        raise HeadError(f"Dense heads {heads} are out of range: q has heads 0 to {q.shape[1] - 1}.")
+        raise HeadError(
+            f"Dense heads {heads} are out of range: q has heads 0 to {q.shape[1] - 1}. Do they belong to another model?"
+        )
     return heads
 
 
-def _choose(implementation: str, q: Tensor) -> str:
+def _choose(implementation: str, q: Tensor, n_dense: int) -> str:
     least, most = HEAD_DIMS
     fits = least <= q.shape[-1] <= most and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+    if implementation == "naive":
+        return "naive"
     if implementation == "triton":
         if not fits:
             raise HookValueError(
-                f"The Triton kernel takes head dims {least} to {most} in bfloat16, float16 or float32; got "
+                f"The Triton kernels take head dims {least} to {most} in bfloat16, float16 or float32; got "
                 f"{q.shape[-1]} in {q.dtype}. implementation='naive' takes any."
             )
+        if not q.is_cuda:
+            raise HookValueError(
+                f"The Triton kernels run on a GPU; q is on {q.device}. implementation='naive' runs anywhere."
+            )
         return "triton"
-    if implementation == "auto" and q.is_cuda and fits:
-        return "triton" if q.shape[2] < SDPA_FROM else "sdpa"
-    if implementation == "auto":
-        why = f"on {q.device.type}" if not q.is_cuda else f"head dim {q.shape[-1]}, {q.dtype}"
-        if why not in _noticed:
-            _noticed.add(why)
-            warnings.warn(f"hybrid_attention runs its torch definition ({why}): correct, not fast.", stacklevel=3)
+    if q.is_cuda and fits:
+        by_sdpa = q.dtype != torch.float32 and (q.shape[2] >= SDPA_FROM or n_dense == q.shape[1])
+        return "sdpa" if by_sdpa else "triton"
+    why = f"head dim {q.shape[-1]}, {q.dtype}" if q.is_cuda else f"on {q.device.type}"
+    if why not in _noticed:
+        _noticed.add(why)
+        warnings.warn(f"hybrid_attention runs its torch definition ({why}): correct, not fast.", stacklevel=3)
     return "naive"
 
 
@@ -150,19 +170,12 @@ def _op(
         assert start is not None and end is not None
         z, lse = naive_hybrid_attention(q, k, v, _flags(dense, q), sink, window, scale, start, end)
         return _laid_out(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
-    from hooked_mllm.kernels.hybrid_attention import triton as kernel  # needs a GPU's compiler, which CPUs may lack
+    from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention  # Triton may be missing on CPUs
 
-    rows, n_dense, most_dense, most_streaming = plan(tuple(dense), q.shape[1], k.shape[1], q.device)
-    out = _laid_out(torch.empty_like(q))
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
-    most = (most_dense, most_streaming)
-    if how == "sdpa" and n_dense and start is None and not with_lse and q.shape[2] == k.shape[2]:
-        if len(rows) > n_dense:
-            kernel.launch(q, k, v, out, lse, rows[n_dense:], 0, most, sink, window, scale, start, end)
-        _dense_by_sdpa(q, k, v, out, dense, scale)
-    else:
-        kernel.launch(q, k, v, out, lse, rows, n_dense, most, sink, window, scale, start, end)
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+    z, rows = triton_hybrid_attention(
+        q, k, v, tuple(dense), sink, window, scale, start, end, with_lse, sdpa=how == "sdpa"
+    )
+    return z, q.new_empty(0, dtype=torch.float32) if rows is None else rows
 
 
 def _laid_out(x: Tensor) -> Tensor:
@@ -183,22 +196,6 @@ def _bounds(q: Tensor, k: Tensor, start: Any, end: Any, how: str) -> tuple[Tenso
     start = torch.zeros(n, **like) if start is None else start.to(**like)
     end = torch.full((n,), k.shape[2], **like) if end is None else end.to(**like)
     return start, end
-
-
-def _dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: list[int], scale: float) -> None:
-    """Dense heads by torch's SDPA, on views: runs of heads that share a key-value head, or whole groups of such."""
-    size = q.shape[1] // k.shape[1]
-    runs: list[list[int]] = []
-    for head in dense:
-        if runs and runs[-1][-1] == head - 1 and (head // size == runs[-1][0] // size or len(dense) == q.shape[1]):
-            runs[-1].append(head)
-        else:
-            runs.append([head])
-    for run in runs:
-        own, kv = slice(run[0], run[-1] + 1), slice(run[0] // size, run[-1] // size + 1)
-        out[:, own] = scaled_dot_product_attention(
-            q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale, enable_gqa=True
-        )
 
 
 @_op.register_fake

@@ -1,0 +1,62 @@
+"""Which kernel runs which heads: one launch for all, or torch's SDPA for dense heads and a launch for the rest."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from hooked_mllm.kernels.hybrid_attention.plan import plan
+from hooked_mllm.kernels.hybrid_attention.streaming import fits, launch_streaming
+from hooked_mllm.kernels.hybrid_attention.triton import launch
+
+
+def triton_hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: tuple[int, ...],
+    sink: int,
+    window: int,
+    scale: float,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    with_lse: bool = False,
+    sdpa: bool = False,
+    config: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Hybrid attention on a GPU; see `hybrid_attention`.
+
+    `sdpa` sends dense heads through torch's SDPA, where it can do what is asked: no padding, no log-sum-exp, as many
+    keys as queries. Groups of heads that all stream have a kernel of their own, unless dense heads need a launch too.
+    """
+    groups = plan(dense, q.shape[1], k.shape[1], q.device)
+    # [batch query head d_head] in memory: what the output projection reads
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
+    if sdpa and groups.n_dense and start is None and lse is None and q.shape[2] == k.shape[2]:
+        dense_by_sdpa(q, k, v, out, dense, scale)
+        groups = groups._replace(rows=groups.rows[groups.n_dense :], n_dense=0)
+    if groups.n_whole and not groups.n_dense and fits(q, k, v, out):
+        whole = groups.rows[: groups.n_whole]
+        launch_streaming(q, k, v, out, lse, whole, sink, window, scale, start, end, config)
+        groups = groups._replace(rows=groups.rows[groups.n_whole :], n_whole=0)
+    if len(groups.rows):
+        launch(q, k, v, out, lse, groups, sink, window, scale, start, end, config)
+    return out, lse
+
+
+def dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
+    """Dense heads by torch's SDPA, on views: runs of heads that share a key-value head, or all heads at once."""
+    size = q.shape[1] // k.shape[1]
+    runs: list[list[int]] = []
+    for head in dense:
+        if runs and runs[-1][-1] == head - 1 and (head // size == runs[-1][0] // size or len(dense) == q.shape[1]):
+            runs[-1].append(head)
+        else:
+            runs.append([head])
+    for run in runs:
+        own, kv = slice(run[0], run[-1] + 1), slice(run[0] // size, run[-1] // size + 1)
+        out[:, own] = scaled_dot_product_attention(
+            q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale, enable_gqa=True
+        )
