@@ -40,7 +40,8 @@ class Witness:
     def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
         """The attention of one layer."""
         z, _ = implementation(module, self.variant.attention)(module, q, k, v, mask, **kwargs)
-        want = self.defined(module.layer_idx, q, k, v, kwargs["scaling"])
+        layer: Any = module.layer_idx
+        want = self.defined(layer, q, k, v, kwargs["scaling"])
         self.errors.append(relative_error(z, want))
         return want.to(q.dtype), None
 

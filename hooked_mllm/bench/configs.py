@@ -110,7 +110,7 @@ def random_text_model(
             raise InputError(f"No size {size!r}; expected one of {', '.join(SIZES)}. {nearest(size, SIZES)}".rstrip())
         size = SIZES[size]
     model = size.empty(dtype)
-    places = {"": device} if device_map is None else _spread(model, dtype)
+    places: dict[str, Any] = {"": device} if device_map is None else _spread(model, dtype)
     for name, place in places.items():
         model.get_submodule(name).to_empty(device=place)
     for name, parameter in model.named_parameters():
@@ -138,7 +138,7 @@ def _spread(model: Any, dtype: torch.dtype) -> dict[str, Any]:
         from accelerate.utils import get_balanced_memory
     except ImportError as error:
         raise InputError("--device-map needs accelerate: pip install 'hooked-mllm[accelerate]'") from error
-    whole = list(model._no_split_modules or ())
+    whole: list[str] = list(model._no_split_modules or ())
     memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole)
     places = dict(infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=whole))
     if "disk" in places.values() or ("cpu" in places.values() and torch.cuda.is_available()):

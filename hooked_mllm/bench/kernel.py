@@ -134,14 +134,15 @@ def _against_definition(qkv: list[Tensor], chosen: list[int], how: dict[str, Any
     """The op and SDPA against float64."""
     q, k, v = qkv
     n, heads = q.shape[2], q.shape[1]
-    bounds = torch.zeros(1, device=q.device, dtype=torch.long), torch.full((1,), n, device=q.device)
-    wide = [x.double() for x in qkv]
+    start, end = torch.zeros(1, dtype=torch.long, device=q.device), torch.full((1,), n, device=q.device)
+    wide_q, wide_k, wide_v = (x.double() for x in qkv)
     found = []
     for some in ([], chosen, list(range(heads))):
         flags = torch.zeros(heads, dtype=torch.bool, device=q.device)
         flags[some] = True
         scale = q.shape[-1] ** -0.5
-        want, _ = naive_hybrid_attention(*wide, flags, how["sink"], how["window"], scale, *bounds)
+        sizes = how["sink"], how["window"], scale
+        want, _ = naive_hybrid_attention(wide_q, wide_k, wide_v, flags, *sizes, start, end)
         error = relative_error(hybrid_attention(q, k, v, some, **how), want)
         found.append({"against": f"float64, {len(some)} dense", "tokens": n, "error": error})
         if not error < LIMITS[dtype][0]:

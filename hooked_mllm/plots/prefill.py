@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import as_array, new_figure
+
+COMPILED = ", rest compiled"
 
 
 def prefill(
@@ -17,6 +20,8 @@ def prefill(
     """Draw latency against context length, and beside it the speedup over one of the curves.
 
     The form of figure 7 of arXiv:2606.05843.
+
+    A label that ends in ", rest compiled" is drawn dotted, in the colour of the one without.
 
     Args:
         times: label -> context length in tokens -> milliseconds, one number or several of which the mean is drawn and
@@ -39,6 +44,9 @@ def prefill(
         raise InputError(f"speedups are over one of {sorted(times)}; got {base!r}")
     figure = new_figure(10.5, 3.8)
     latency, speedup = figure.subplots(1, 2)
+    plain = dict.fromkeys(label.removesuffix(COMPILED) for label, at in times.items() if at)
+    palette = colormaps["tab10" if len(plain) <= 10 else "tab20"]
+    colours = {label: palette(i % palette.N) for i, label in enumerate(plain)}
     every = sorted({n for at in times.values() for n in at})
     for label, at in times.items():
         lengths = sorted(at)
@@ -48,18 +56,18 @@ def prefill(
         if not lengths:
             continue
         means = {n: float(r.mean()) for n, r in zip(lengths, runs, strict=True)}
-        style = "--" if "removed" in label else "-"
-        (line,) = latency.plot(lengths, list(means.values()), style, marker=".", label=label)
-        latency.fill_between(
-            lengths, [r.min() for r in runs], [r.max() for r in runs], color=line.get_color(), alpha=0.2
-        )
+        plain = label.removesuffix(COMPILED)
+        style = {"color": colours[plain], "linestyle": "-" if plain == label else ":", "marker": "."}
+        latency.plot(lengths, list(means.values()), label=label, **style)
+        latency.fill_between(lengths, [r.min() for r in runs], [r.max() for r in runs], color=style["color"], alpha=0.2)
         shared = [n for n in lengths if n in times[base]]
         ratios = [float(np.mean(times[base][n])) / means[n] for n in shared]
-        speedup.plot(shared, ratios, style, marker=".", color=line.get_color())
+        speedup.plot(shared, ratios, **style)
     latency.set(yscale="log", ylabel="milliseconds", title=title)
     speedup.set(ylabel=f"speedup over {base}", title=f"Speedup over {base}")
     speedup.set_ylim(bottom=0)
-    latency.yaxis.set_major_formatter(ScalarFormatter())
+    for which in (latency.yaxis.set_major_formatter, latency.yaxis.set_minor_formatter):
+        which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
     for axes in (latency, speedup):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("context length (tokens)")

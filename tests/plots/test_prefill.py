@@ -10,21 +10,22 @@ def test_means_and_speedups_are_drawn():
     times = {
         "cuDNN": {16384: [30.0, 34.0], 8192: [10.0]},
         "hybrid": {8192: [5.0], 16384: [8.0, 8.0]},
-        "attention removed": {8192: 4.0},
+        "cuDNN, rest compiled": {8192: 4.0},
         "eager": {},
     }
     latency, speedup = prefill(times).axes
-    cudnn, hybrid, removed = latency.lines
+    cudnn, hybrid, compiled = latency.lines
     np.testing.assert_array_equal(cudnn.get_xydata(), [[8192, 10], [16384, 32]])
     np.testing.assert_array_equal(hybrid.get_xydata(), [[8192, 5], [16384, 8]])
-    np.testing.assert_array_equal(removed.get_xydata(), [[8192, 4]])
-    assert removed.get_linestyle() == "--"
+    np.testing.assert_array_equal(compiled.get_xydata(), [[8192, 4]])
+    assert (cudnn.get_linestyle(), compiled.get_linestyle()) == ("-", ":")
+    assert compiled.get_color() == cudnn.get_color() != hybrid.get_color()
     np.testing.assert_array_equal([line.get_ydata() for line in speedup.lines[:2]], [[1, 1], [2, 4]])
     assert speedup.get_ylabel() == "speedup over cuDNN"
     figure = latency.figure
     figure.canvas.draw()
     assert [t.get_text() for t in latency.get_xticklabels()] == ["8k", "16k"]
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["cuDNN", "hybrid", "attention removed"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["cuDNN", "hybrid", "cuDNN, rest compiled"]
     assert plt.get_fignums() == []
 
 
