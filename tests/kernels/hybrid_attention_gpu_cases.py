@@ -3,6 +3,7 @@
 Memory that nobody wrote is NaN in all of these.
 """
 
+import os
 from itertools import cycle
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.kernels.hybrid_attention import dispatch, hybrid_attention, naive_hybrid_attention, op
 
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # asked for by torch's deterministic mode, which the fixture needs
 BFLOAT16_ERROR, FLOAT16_ERROR, FLOAT32_ERROR = 6e-3, 1e-3, 3e-6
 TOLERANCE = {torch.bfloat16: BFLOAT16_ERROR, torch.float16: FLOAT16_ERROR, torch.float32: FLOAT32_ERROR}
 
@@ -101,11 +103,12 @@ def test_errors_are_no_larger_than_cudnns(d, dtype, length):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_extreme_scores(dense, dtype):
     q, k, v = tensors(1, 8, 2, 700, 700, 128, dtype)
-    q, k = (x * 100 / x.float().norm(dim=-1, keepdim=True).to(dtype) for x in (q, k))  # q . k up to 1e4
+    q, k = (x * 100 / x.float().norm(dim=-1, keepdim=True).to(dtype) for x in (q, k))
+    k[:, :, 5] = q[:, ::4, 5]  # q . k up to 1e4
     want, want_lse = exact(q, k, v, dense, 64, 200, 1.0)
     z, lse = hybrid_attention(q, k, v, dense, window=200, scale=1.0, return_lse=True)
     assert z.isfinite().all() and lse.isfinite().all()
-    assert (q.double() @ k.double().repeat_interleave(4, dim=1).mT).abs().max() > 3e3
+    assert (q.double() @ k.double().repeat_interleave(4, dim=1).mT).abs().max() > 9e3
     assert torch.allclose(lse.double(), want_lse, rtol=1e-5)
     assert error(z, want) < (1e-2 if dtype == torch.float32 else 2e-2)  # a score of 1e4 has 3 digits behind the point
 
@@ -143,12 +146,11 @@ def test_what_no_descriptor_can_stand_for_is_read_too():
 def test_places_past_two_to_the_31st():
     rows = torch.zeros(70000, 32768, device="cuda", dtype=torch.bfloat16)  # a cache with wide rows
     q, k, v = tensors(1, 4, 1, 64, 70000, 128)
-    part = [rows[None, :, i : i + 128].unsqueeze(1) for i in (0, 128)]
-    part[0].copy_(k), part[1].copy_(v)
+    keys, values = (rows[None, :, i : i + 128].unsqueeze(1) for i in (0, 128))
+    keys.copy_(k), values.copy_(v)
     for dense in ((), (0,)):
         want = exact(q, k, v, dense, 64, 1024)[0]
-        for keys, values in (part, [rows[None, :, i : i + 128].unsqueeze(1) for i in (0, 128)]):
-            assert error(hybrid_attention(q, keys, values, dense), want) < BFLOAT16_ERROR
+        assert error(hybrid_attention(q, keys, values, dense), want) < BFLOAT16_ERROR
     odd = rows.view(-1)[1 : 1 + 69999 * 32768].view(69999, 32768)[None, :, :128].unsqueeze(1)  # no descriptor
     odd.copy_(k[:, :, :69999])
     want = exact(q, k[:, :, :69999], v[:, :, :69999], (0,), 64, 1024)[0]

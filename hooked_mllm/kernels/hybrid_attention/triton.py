@@ -209,7 +209,7 @@ def launch(
     tiles = [-(-heads * q_length // settings["BLOCK_M"]) for heads in groups.most]
     grid = (groups.n_dense * tiles[0] + groups.n_streaming * tiles[1], batch)
     padded, rows, block_d = start is not None, groups.rows, max(16, triton.next_power_of_2(d_head))
-    tma = settings.pop("TMA", hopper(q)) and block_d == d_head and describable(k) and describable(v)
+    tma = hopper(q) and d_head in (64, 128, 256) and describable(k) and describable(v)
     box = [1, 1, settings["BLOCK_N"], d_head]
     kernel: Any = _hybrid
     kernel[grid](
