@@ -27,14 +27,15 @@ class AttentionMethods:
 
     def _fitting(self, backend: Any, tower: str) -> AttentionBackend:
         """A backend that was given for a tower, checked."""
-        if not callable(backend) or isinstance(backend, type):
+        if isinstance(backend, type) or not callable(backend):
             raise HookValueError(f"Expected a name or a callable for the {tower} tower; got {backend!r}.")
-        validate = getattr(backend, "validate", None)
+        fitting: Any = backend
+        validate = getattr(fitting, "validate", None)
         if validate is not None:
             text = (self.cfg.n_layers, self.cfg.n_heads)
             shape = text if tower == "text" else (self.cfg.vision_n_layers, self.cfg.vision_n_heads)
             validate(*shape, causal=self._sites(tower)[0].causal)
-        return backend
+        return fitting
 
     def _attention_name(self) -> str:
         base, backend = self.wiring.switches["text"].base, self.wiring.text[0].backend

@@ -158,7 +158,8 @@ def _check(name: str, module: nn.Module, dropout: float, kwargs: dict[str, Any])
 
 def _check_heads(attention: RegisteredAttention, module: nn.Module, query: Tensor) -> None:
     config: Any = getattr(module, "config", None)
-    n_layers, n_heads = (getattr(config, key, None) for key in ("num_hidden_layers", "num_attention_heads"))
+    n_layers: Any = getattr(config, "num_hidden_layers", None)
+    n_heads = getattr(config, "num_attention_heads", None)
     if n_heads is not None and n_heads != query.shape[1]:
         raise HeadError(
             f"{type(module).__name__} has {query.shape[1]} heads in this process and {n_heads} in the whole: heads "

@@ -13,6 +13,7 @@ from hooked_mllm import (
     AttentionKnockout,
     GenerationCache,
     HeadAblation,
+    HeadPatch,
     HeadSet,
     HookedMLLM,
     HybridAttention,
@@ -258,9 +259,18 @@ def test_gradients_are_those_of_the_reference(family, references):
 
 
 @torch.no_grad()
-def test_ablation_and_knockout_under_it(family, references):
+def test_ablation_knockout_and_patching_under_it(family, references):
     inputs, model = model_inputs(family), wrapped(family)
-    reference = references[family].on(inputs)
+    reference, other = references[family].on(inputs), dict(inputs)
+    other["input_ids"] = other["input_ids"].clone()
+    other["input_ids"][0, -3] += 1
+    reference(other, {})
+    source = reference.seen[reference.module("text", 1), "z"]
+
+    def patched(z):
+        z = z.clone()
+        z[:, :, 3] = source[:, :, 3]
+        return z
 
     def without(z):
         z = z.clone()
@@ -277,8 +287,13 @@ def test_ablation_and_knockout_under_it(family, references):
             ablated = model(inputs)
         with model.intervene(AttentionKnockout(["L0H1"], queries=slice(-3, None), keys=[1], phase="both")):
             knocked_out = model(inputs)
+        _, cache = model.run_with_cache(other)
+        with model.intervene(HeadPatch(["L1H3"], cache)):
+            replaced = model(inputs)
     close(ablated, reference(inputs, {("text", 1, "z"): without}))
     close(knocked_out, reference(inputs, {("text", 0, "attn_scores"): blind}))
+    close(replaced, reference(inputs, {("text", 1, "z"): patched}))
+    assert (replaced - reference(inputs, {})).abs().max() > 0.01
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from cache_witness import hooked, sample
 from hybrid_witness import DENSE, SINK, WINDOW
 from tiny import tiny_config, tiny_processor
 from transformers import InternVLForConditionalGeneration
-from wrapped import model_inputs, plain, wrapped
+from wrapped import fresh, model_inputs, plain, wrapped
 
 from hooked_mllm import AttentionKnockout, HeadAblation, HeadSet, HookedMLLM, HybridAttention, metrics, toys
 from hooked_mllm.attention.masks import MaskRows
@@ -113,6 +113,21 @@ def test_a_policy_is_asked_once_a_layer_of_a_prompt(family):
         hooks = [("*hook_pattern", lambda x, hook: x), ("*hook_rot_q", lambda x, hook: None)]
         assert torch.equal(model.run_with_hooks(inputs, fwd_hooks=hooks), logits) and policy.calls == [0, 1, 2] * 2
         assert model.info.attention_settings["dense"] == {"policy": "as told"}
+
+
+@torch.no_grad()
+def test_a_trace_of_nnsight_sees_it():
+    model = HookedMLLM.from_model(fresh("internvl"), check=False)  # nnsight leaves a mark on every module
+    inputs = model_inputs("internvl", 1, 2)
+    with model.attention(hybrid()):
+        logits, cache = model.run_with_cache(inputs, names_filter=["*hook_z", "*hook_pattern"])
+        with model.nnsight.trace(inputs, hooks="blocks.1.attn.hook_pattern"):
+            pattern = model.nnsight["blocks.1.attn.hook_pattern"].save()
+            z = model.nnsight["blocks.1.attn.hook_z"].save()
+            got = model.nnsight["hook_logits"].save()
+    assert torch.equal(z, cache["z", 1]) and torch.equal(got, logits)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(pattern.transpose(1, 2)[real], cache["pattern", 1].transpose(1, 2)[real])
 
 
 # -- choosing it -------------------------------------------------------------------------------------------------------
