@@ -16,7 +16,7 @@ from hooked_mllm.attention.context import ViewContext
 from hooked_mllm.attention.engine import AttentionCall
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.protocol import Metric
-from hooked_mllm.attention.selection import Selections
+from hooked_mllm.attention.selection import QuerySelection, Selections
 from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
@@ -72,18 +72,18 @@ class _Collector:
         #: the residual stream entering a layer, where a metric asks for it
         self.residual: dict[int, Tensor] = {}
         self._selections: dict[torch.device, Selections] = {}  # resolved once a sample, for they may wait for a device
+        self._chosen: list[tuple[str, QuerySelection]] | None = None
 
     def __call__(self, call: AttentionCall) -> None:
         if self.held and self.held[0].k.device != call.k.device:
             self.flush()
+            self._chosen = None
         q, k = call.q.detach(), call.k.detach()
         first = k.shape[2] - q.shape[2]
-        rows: dict[str, Tensor] = {}
-        if self.names is not None:
+        if self._chosen is None:
             selections = self._selected(k)
-            for name in self.names:
-                selection = selections.queries(name)
-                rows[name] = selection.take(q, slice(0, selection.length), first).contiguous()
+            self._chosen = [(name, selections.queries(name)) for name in self.names or ()]
+        rows = {name: some.take(q, slice(0, some.length), first).contiguous() for name, some in self._chosen}
         self.held.append(_Held(call.layer, None if rows else q, rows, k, call.mask, call.scale, first))
         self._bytes += k.nbytes + (sum(t.nbytes for t in rows.values()) if rows else q.nbytes)
         if call.layer in self.residual:
@@ -93,7 +93,9 @@ class _Collector:
 
     def _selected(self, k: Tensor) -> Selections:
         if k.device not in self._selections:
-            self._selections[k.device] = Selections(self.inputs.masks, (k.shape[0], k.shape[2]), k.device)
+            source = self.inputs.source
+            masks = source.host_mask if isinstance(source, Sample | SampleBatch) else self.inputs.masks
+            self._selections[k.device] = Selections(masks, (k.shape[0], k.shape[2]), k.device)
         return self._selections[k.device]
 
     def flush(self) -> None:

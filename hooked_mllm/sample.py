@@ -73,7 +73,11 @@ class Sample:
             InputError: "target" when no target was given, "answer" when no answer was.
             LayoutError: an unknown name, or one that no position has.
         """
-        return self._positions(name)[None].to(self.device)
+        return self.host_mask(name).to(self.device)
+
+    def host_mask(self, name: str) -> Bool[Tensor, "1 pos"]:
+        """The same on the CPU, where masks are made, so that no device is waited for."""
+        return self._positions(name)[None]
 
     def _positions(self, name: str) -> Bool[Tensor, " pos"]:
         if name == "target":
@@ -151,12 +155,16 @@ class SampleBatch:
 
     def mask(self, name: str) -> Bool[Tensor, "batch pos"]:
         """Positions by name as in `Sample.mask`, padded; every sample must have some."""
+        return self.host_mask(name).to(self.device)
+
+    def host_mask(self, name: str) -> Bool[Tensor, "batch pos"]:
+        """The same on the CPU, where masks are made, so that no device is waited for."""
         if name == "padding":
-            return torch.stack([layout.padding for layout in self.layouts]).to(self.device)
+            return torch.stack([layout.padding for layout in self.layouts])
         out = torch.zeros(len(self), len(self.layouts[0]), dtype=torch.bool)
         for row, sample, layout in zip(out, self.samples, self.layouts, strict=True):
             row[~layout.padding] = sample._positions(name)
-        return out.to(self.device)
+        return out
 
     @property
     def device(self) -> torch.device:

@@ -119,6 +119,7 @@ class Selections:
         self._devices: dict[object, Tensor] = {}
         self._queries: dict[object, QuerySelection] = {}
         self._chances: dict[tuple[object, object], Tensor] = {}
+        self._spans: dict[object, tuple[slice, bool]] = {}
         self._kept: list[Tensor] = []  # tensors given as masks stay alive, so that their id stays theirs
         self._real: np.ndarray | None = None
         self._real = ~self.host("padding")
@@ -142,6 +143,15 @@ class Selections:
         if key not in self._devices:
             self._devices[key] = torch.from_numpy(self.host(name)).to(self.device, non_blocking=True)
         return self._devices[key]
+
+    def span(self, name: str | Bool[Tensor, "batch pos"]) -> tuple[slice, bool]:
+        """From the first to the last position of that name in any sample, and whether all between are of it."""
+        key = name if isinstance(name, str) else id(name)
+        if key not in self._spans:
+            found = np.flatnonzero(self.host(name).any(0))
+            span = slice(int(found[0]), int(found[-1]) + 1)
+            self._spans[key] = (span, bool(self.host(name)[:, span].all()))
+        return self._spans[key]
 
     def queries(self, name: str | Bool[Tensor, "batch pos"]) -> QuerySelection:
         """The rows to gather for a mask of query tokens."""

@@ -88,7 +88,8 @@ def top_mask(
 ) -> Bool[Tensor, "*axes item"]:
     """True at the `k` largest values of the last axis; among equal values the lower index comes first.
 
-    On a GPU one launch of a Triton kernel for float32 `[layer batch head item]`, with k a number or `[batch 1]`.
+    On a GPU one launch of a Triton kernel for float32 `[layer batch head item]` of up to 16,384 items, with k a number
+    or `[batch 1]`.
 
     Args:
         values: Finite numbers.
@@ -96,11 +97,12 @@ def top_mask(
         k_max: With a tensor: its largest, known to the caller so that the device need not be waited for.
     """
     if values.is_cuda and values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous():
-        from hooked_mllm.kernels.attention_profile.largest import triton_top_mask  # needs a GPU's compiler
+        from hooked_mllm.kernels.attention_profile.largest import LONGEST, triton_top_mask  # needs a GPU's compiler
 
-        return triton_top_mask(values, k)
+        if values.shape[-1] <= LONGEST:
+            return triton_top_mask(values, k)
     if isinstance(k, int):
-        threshold = values.topk(k, dim=-1).values[..., -1:]
+        threshold = values.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         room: Tensor | int = k
     else:
         largest = values.topk(k_max or values.shape[-1], dim=-1).values

@@ -224,7 +224,19 @@ class AttentionView:
         self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "layer batch head"]:
         """The attention that the query tokens pay to the keys: `sum_{j in K} a[j]`, in [0, 1], as float64."""
-        return key_mass(self.profile(queries), self.mask(keys))
+        profile = self.profile(queries)
+        span, whole = self._selections.span(keys)
+        if whole:
+            return profile[..., span].sum(-1, dtype=torch.float64)
+        return key_mass(profile[..., span], self.mask(keys)[:, span])
+
+    def top_share(
+        self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"], share: float
+    ) -> Float[Tensor, "layer batch head"]:
+        """The share of the keys that are among the `ceil(share * N)` largest entries of the profile, as float64."""
+        top, wanted = self.top(queries, share), self.mask(keys)
+        span, _ = self._selections.span(keys)
+        return (top[..., span] & wanted[:, None, span]).sum(-1) / wanted.sum(-1)[:, None].double()
 
     def top(self, queries: str | Bool[Tensor, "batch pos"], share: float) -> Bool[Tensor, "layer batch head key"]:
         """True at the `ceil(share * N)` largest entries of the profile (arXiv:2606.05843 eq. 23).

@@ -91,10 +91,9 @@ class AttentionScore(HeadMetric):
         """The formula for each sample, before the reduction over samples."""
         if self.reduce == "sum":
             return view.mass(self.queries, self.keys)
-        keys = view.mask(self.keys)
         if self.reduce == "topk":
-            chosen = view.top(self.queries, self.share) & keys[:, None]
-            return chosen.sum(-1) / keys.sum(-1)[:, None].double()
+            return view.top_share(self.queries, self.keys, self.share)
+        keys = view.mask(self.keys)
 
         def inside(rows: Tensor) -> Tensor:
             best = rows.argmax(-1)  # the first of equal entries

@@ -222,24 +222,24 @@ def test_rows_that_see_nothing_count_as_nothing():
 
 
 def test_tiles_hold_the_heads_of_a_group():
-    assert tile_shape(256, 4, 64) == (4, 64) and tile_shape(256, 1, 64) == (1, 64)
-    assert tile_shape(256, 7, 64) == (8, 32) and tile_shape(256, 4, 1) == (4, 4)
-    assert tile_shape(32, 32, 9) == (16, 2)
+    assert tile_shape(256, 4, 64) == (4, 64) and tile_shape(128, 4, 64) == (2, 64)
+    assert tile_shape(256, 7, 33) == (4, 64) and tile_shape(256, 4, 1) == (4, 4)
+    assert tile_shape(256, 1, 900) == (1, 256) and tile_shape(32, 32, 1) == (32, 1)
 
 
-@pytest.mark.parametrize(("n", "held"), [(1, 8192), (63, 8192), (45, 16)], ids=["one", "at once", "in pieces"])
-def test_the_marks_of_the_largest(n, held):
+@pytest.mark.parametrize("n", [1, 63])
+def test_the_marks_of_the_largest(n):
     generator = torch.Generator().manual_seed(n)
     ties = torch.randint(-1, 2, (n,), generator=generator) * 0.25
     values = torch.stack([ties, -0.0 * ties, torch.randn(n, generator=generator)])[None, None]
-    assert torch.equal(triton_top_mask(values.to(DEVICE), max(1, n // 3), held).cpu(), top_mask(values, max(1, n // 3)))
+    assert torch.equal(triton_top_mask(values.to(DEVICE), max(1, n // 3)).cpu(), top_mask(values, max(1, n // 3)))
     each = torch.tensor([[1], [n]])
     values = values[:, :, ::2].transpose(1, 2).contiguous()
-    assert torch.equal(triton_top_mask(values.to(DEVICE), each, held).cpu(), top_mask(values, each, n))
+    assert torch.equal(triton_top_mask(values.to(DEVICE), each).cpu(), top_mask(values, each, n))
 
 
 @pytest.mark.skipif(not GPU, reason="long rows are slow in the interpreter")
-@pytest.mark.parametrize("n", [1000, 8192, 8193, 131072])
+@pytest.mark.parametrize("n", [1000, 8193, 16384, 131072])
 def test_the_marks_of_the_largest_of_long_rows(n):
     values = torch.randn(3, 1, 8, n).mul(2).exp().softmax(-1)
     values[..., 5:400] = values[..., 5:6]  # ties

@@ -33,9 +33,10 @@ def settings_for(d_head: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
 
 
 def tile_shape(rows: int, group: int, length: int) -> tuple[int, int]:
-    """Heads and queries of a tile of at most `rows` rows: as many heads of the group as there are, then queries."""
-    heads = min(triton.next_power_of_2(group), 16)
-    return heads, min(max(triton.next_power_of_2(length), 16 // heads), max(rows // heads, 1))
+    """Heads and queries of a tile of at most `rows` rows: all queries if they fit, then heads of the group."""
+    queries = min(triton.next_power_of_2(length), rows)
+    heads = min(triton.next_power_of_2(group), rows // queries)
+    return heads, max(queries, 16 // heads)
 
 
 def layer_table(
@@ -124,6 +125,7 @@ def triton_attention_profile(
             kernel[(-(-count // 64),)](best, total, count, parts, SPLITS=triton.next_power_of_2(parts), ROWS=64)
         chunk = sums.chunk(columns, sums.head_tiles, device, fixed)
         kernel = kernels.sums
+        sums.constants.setdefault("KEYS_FIRST", True)
         kernel[(-(-n_keys // chunk) * sums.head_tiles, *columns)](
             table, q[0], k[0], places, weight, *bounds, best, total, result, *strides, weight.stride(0), *bound_strides,
             n_kv, n_keys, length, chunk, sums.head_tiles, sums.query_tiles, SEVERAL=sums.query_tiles > 1,
