@@ -38,14 +38,14 @@ class AttentionMethods:
         return fitting
 
     def _attention_name(self) -> str:
-        base, backend = self.wiring.switches["text"].base, self.wiring.text[0].backend
+        base, backend = self.wiring.switches["text"].base, self.wiring.text[0].running
         if backend is None:
             return base
         own = str(backend) if hasattr(backend, "describe") else getattr(backend, "__name__", type(backend).__name__)
         return f"{own.removesuffix(')')}; {base})" if own.endswith(")") else f"{own} over {base}"
 
     def _attention_settings(self) -> dict[str, Any] | None:
-        describe = getattr(self.wiring.text[0].backend, "describe", None)
+        describe = getattr(self.wiring.text[0].running, "describe", None)
         return None if describe is None else describe()
 
     @contextmanager

@@ -92,7 +92,7 @@ def reasons_to_run_whole(model: "HookedMLLM", batch: SharedPrefix, metrics: Sequ
     if any(point.active for point in model.hook_dict.values()):
         reasons.append("hooks or interventions hang on the model")
     sites = (*model.wiring.text, *model.wiring.vision)
-    if any(site.backend is not None or site.taps for site in sites):
+    if any(site.running is not None or site.taps for site in sites):
         reasons.append("an attention backend or a tap is in use")
     if any(_is_foreign(fn) for module in model.hf_model.modules() for fn in _torch_hooks(module)):
         reasons.append("torch hooks hang on the model")

@@ -23,6 +23,7 @@ from hooked_mllm.attention.backends import (
     widened,
 )
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.registered import REGISTERED
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
 
@@ -78,6 +79,12 @@ class AttentionSite:
         self._on = False
         SITES[module] = weakref.ref(self)
 
+    @property
+    def running(self) -> AttentionBackend | None:
+        """The backend in use: its own, or the one that stands under the name that the tower runs."""
+        registered = REGISTERED.get(self.switch.base)
+        return registered.hybrid if self.backend is None and registered is not None else self.backend
+
     def refresh(self) -> None:
         """Take or give back the tower's switch, as points, taps and backend need it."""
         needed = bool(self.taps) or self.backend is not None or any(p.active for p in self.points.values())
@@ -115,6 +122,7 @@ class AttentionSite:
         looked_at = bool(self.taps) or points["attn_scores"].active or points["pattern"].active
         backend, mask = self.backend, None
         if looked_at or backend is not None or slim:
+            backend = self.running
             mask = own = MaskRows.of(
                 attention_mask,
                 batch=query.shape[0],
@@ -127,6 +135,8 @@ class AttentionSite:
                 upper_left="flash" not in self.switch.base,
             )
             if restricts(backend):
+                if backend is not self.backend:
+                    REGISTERED[self.switch.base].check_heads(self.module, query)
                 if kwargs.get("sliding_window") is None:
                     mask = backend.restrict(query, key, own, scale, self.layer)
                 backend = None if mask is own else backend

@@ -55,6 +55,7 @@ class DenseHeads:
         self.policy: RoutingPolicy | None = None
         self.shape: tuple[int, int] | None = None
         self.by_layer: dict[int, tuple[int, ...]] = {}
+        self._checked: set[int] = set()
         if isinstance(dense, RoutingPolicy):
             self.policy = dense
         elif isinstance(dense, HeadSet):
@@ -71,6 +72,7 @@ class DenseHeads:
         Raises:
             HeadError: for heads that it lacks, or a set that was made for another model.
         """
+        self._checked.add(n_heads)
         if self.policy is not None:
             self.policy.validate(n_layers, n_heads)
             return
@@ -83,7 +85,16 @@ class DenseHeads:
         HeadSet([(l, h) for l, heads in self.by_layer.items() for h in heads], n_layers=n_layers, n_heads=n_heads)
 
     def of(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> tuple[int, ...]:
-        """The dense query heads of one call."""
+        """The dense query heads of one call.
+
+        Raises:
+            HeadError: where the call has another number of heads than any model that they were checked against.
+        """
+        if self._checked and q.shape[1] not in self._checked:
+            raise HeadError(
+                f"This call has {q.shape[1]} heads, the model {min(self._checked)}: heads that are spread over "
+                "processes have other numbers. Spread the layers instead (device_map), or use attention='sdpa'."
+            )
         if self.policy is None:
             return self.by_layer.get(layer, ())
         return tuple(int(head) for head in self.policy.choose(q, k, mask, scale, layer))

@@ -42,8 +42,27 @@ class RegisteredAttention:
         layer: Any = module.layer_idx
         if torch.compiler.is_compiling():
             return _op(query, key, value, attention_mask, self.name, layer, scale).transpose(1, 2), None
-        _check_heads(self, module, query)
+        self.check_heads(module, query)
         return self.run(query, key, value, attention_mask, layer, scale), None
+
+    def check_heads(self, module: nn.Module, query: Tensor) -> None:
+        """Check the dense heads against the model that a module is of, once for each shape.
+
+        Raises:
+            HeadError: for heads that it lacks, or a module that holds only some of its heads.
+        """
+        config: Any = getattr(module, "config", None)
+        n_layers: Any = getattr(config, "num_hidden_layers", None)
+        n_heads = getattr(config, "num_attention_heads", None)
+        if n_heads is not None and n_heads != query.shape[1]:
+            raise HeadError(
+                f"{type(module).__name__} has {query.shape[1]} heads in this process and {n_heads} in the whole: heads "
+                "that are spread over processes have other numbers. Spread the layers instead (device_map)."
+            )
+        shape = (n_layers, query.shape[1])
+        if n_layers is not None and shape not in self.checked:
+            self.hybrid.validate(*shape, causal=True)
+            self.checked.add(shape)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, layer: int, scale: float) -> Tensor:
         """The attention of one layer, under a mask `[batch key]` of real keys or none: `[batch query head d_head]`."""
@@ -154,21 +173,6 @@ def _check(name: str, module: nn.Module, dropout: float, kwargs: dict[str, Any])
             )
     if not hasattr(module, "layer_idx"):
         raise UnsupportedModelError(f"{what}: the module has no `layer_idx`, so its heads are not known. Use 'sdpa'.")
-
-
-def _check_heads(attention: RegisteredAttention, module: nn.Module, query: Tensor) -> None:
-    config: Any = getattr(module, "config", None)
-    n_layers: Any = getattr(config, "num_hidden_layers", None)
-    n_heads = getattr(config, "num_attention_heads", None)
-    if n_heads is not None and n_heads != query.shape[1]:
-        raise HeadError(
-            f"{type(module).__name__} has {query.shape[1]} heads in this process and {n_heads} in the whole: heads "
-            "that are spread over processes have other numbers. Spread the layers instead (device_map)."
-        )
-    shape = (n_layers, query.shape[1])
-    if n_layers is not None and shape not in attention.checked:
-        attention.hybrid.validate(*shape, causal=True)
-        attention.checked.add(shape)
 
 
 @torch.library.custom_op("hooked_mllm::registered_attention", mutates_args=())

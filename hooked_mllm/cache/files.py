@@ -20,7 +20,9 @@ from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
 
-FORMAT = "hooked_mllm.ActivationCache/1"
+FORMAT = "hooked_mllm.ActivationCache/2"
+#: formats that are read; the first had neither streaming heads nor offsets
+READABLE = ("hooked_mllm.ActivationCache/1", FORMAT)
 KINDS = ("question", "answer", "system", "template", "visual", "text", "padding", "last", "target")
 
 
@@ -157,8 +159,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CacheFileError(
             f"{path} is a safetensors file, but not one that `cache.save` wrote ({error!r})."
         ) from error
-    if found != FORMAT:
-        raise CacheFileError(f"{path} holds {found!r}; expected {FORMAT!r}.")
+    if found not in READABLE:
+        raise CacheFileError(f"{path} holds {found!r}; expected {' or '.join(map(repr, READABLE))}.")
     return header, tensors
 
 
@@ -215,7 +217,7 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
         causal=spec["causal"],
         window=spec["window"],
         segments=None if spec["segments"] is None else tuple(spec["segments"]),
-        q_offset=spec.get("q_offset"),  # files of version 0.1 have neither this nor what follows
+        q_offset=spec.get("q_offset"),
         streaming=None if streaming is None else StreamingHeads(**{**streaming, "dense": tuple(streaming["dense"])}),
     )
     k = keys(spec["k"]) if spec["growing"] else tensors[spec["k"]]

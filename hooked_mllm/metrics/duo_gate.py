@@ -133,9 +133,9 @@ class DuoGate:
         sources: list[Any] = [samples] if isinstance(samples, Sample | SampleBatch | Mapping) else list(samples)
         if not sources:
             raise InputError("There is no sample to optimise the gates on: `samples` is empty.")
-        if model.wiring.text[0].backend is not None:
+        if model.wiring.text[0].running is not None:
             raise HookValueError(
-                f"DuoGate runs attention of its own in the place of {model.wiring.text[0].backend!r}, and compares it "
+                f"DuoGate runs attention of its own in the place of {model.wiring.text[0].running!r}, and compares it "
                 "with the model's: leave model.attention(...) first."
             )
         gates = torch.ones(model.cfg.n_layers, model.cfg.n_key_value_heads, device=model.device, requires_grad=True)

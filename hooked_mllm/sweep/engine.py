@@ -80,7 +80,7 @@ class Sweep:
     ) -> None:
         if offload not in ("auto", "device", "cpu"):
             raise HookValueError(f"offload is 'auto', 'device' or 'cpu'; got {offload!r}.")
-        if getattr(model.wiring.text[0].backend, "adaptive", False):
+        if getattr(model.wiring.text[0].running, "adaptive", False):
             raise HookValueError(
                 "A routing policy chooses dense heads for all rows of a batch at once, so that variants that share one "
                 "would change each other. Run the prompt once and give HybridAttention what the policy chose."

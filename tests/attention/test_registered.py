@@ -20,8 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
     StaticCache,
 )
+from wrapped import fresh, model_inputs, wrapped
 
-from hooked_mllm import HeadSet, register_hybrid_attention
+from hooked_mllm import HeadSet, HybridAttention, register_hybrid_attention
 from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
 
 NAME, SINK, WINDOW, HEADS, LAYERS = "test_hybrid", 2, 5, 4, 3
@@ -190,6 +191,41 @@ def test_a_4d_mask_is_taken_if_it_is_causal_and_refused_if_not():
     holes[0, 7] = 0
     with pytest.raises(UnsupportedModelError, match="padding at the ends"):
         model(ids, attention_mask=holes)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_generation_into_a_static_cache(padded):
+    register()
+    inputs, start = prompts(2 if padded else 1)
+    eager, hybrid = decoder("qwen3"), decoder("qwen3", NAME)
+    with hidden(eager, start):
+        expected = eager.generate(**inputs, max_new_tokens=5, do_sample=False)
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(hybrid.generate(**inputs, **options), expected)
+
+
+@torch.no_grad()
+def test_a_wrapped_model_under_the_name_shows_what_it_runs(family):
+    """By name, the language model of a multimodal one; wrapped, its patterns and scores are the hybrid ones."""
+    inputs, by_name = model_inputs(family, 1, 2), fresh(family)
+    register()
+    by_name.set_attn_implementation({"text_config": NAME})
+    model, backend = wrapped(family), HybridAttention(DENSE, sink=SINK, window=WINDOW, implementation="naive")
+    with model.attention(backend):
+        logits, cache = model.run_with_cache(inputs)
+        settings, tokens = model.info.attention_settings, model.generate(inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(by_name(**inputs).logits, logits)
+    assert torch.equal(by_name.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+    with model.attention(NAME):
+        assert model.info.attention_settings == settings and NAME in model.info.attention
+        assert torch.equal(model(inputs), logits)
+        got, again = model.run_with_cache(inputs)
+        assert torch.equal(got, logits) and all(torch.equal(again[name], cache[name]) for name in cache)
+        register(["L7H0"])
+        with pytest.raises(HeadError, match="Layer 7 of head L7H0"):
+            model.run_with_cache(inputs)
+    assert model.info.attention == "sdpa"
 
 
 # -- compiled and differentiated ---------------------------------------------------------------------------------------
