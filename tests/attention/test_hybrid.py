@@ -1,9 +1,13 @@
 """Hybrid attention as a backend, against hybrid attention written out in an unwrapped model."""
 
+import json
+
 import pytest
 import torch
 import toy_witness
 from hybrid_witness import DENSE, SINK, WINDOW, HybridReference, written_out
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES
 from transformers import DynamicCache, StaticCache
 from wrapped import edit, model_inputs, noise, plain, wrapped
@@ -229,6 +233,23 @@ def test_a_generation_is_written_and_read_with_its_two_kinds_of_steps(tmp_path):
     for layer in range(3):
         assert torch.equal(read["pattern", layer], cache["pattern", layer])
         assert torch.equal(read.steps[2]["pattern", layer], cache.steps[2]["pattern", layer])
+
+
+@torch.no_grad()
+def test_a_cache_file_of_the_first_format_is_read(tmp_path):
+    inputs, model = model_inputs("internvl", 1, 2), wrapped("internvl")
+    _, cache = model.run_with_cache(inputs, names_filter="*hook_pattern")
+    cache.save(tmp_path / "now.safetensors")
+    tensors = load_file(tmp_path / "now.safetensors")
+    with safe_open(tmp_path / "now.safetensors", framework="pt") as file:
+        header = json.loads(file.metadata()["hooked_mllm"])
+    header["format"] = "hooked_mllm.ActivationCache/1"
+    for entry in header["steps"][0]["entries"].values():
+        for new in ("streaming", "q_offset"):
+            entry.pop(new, None)
+    save_file(tensors, tmp_path / "then.safetensors", metadata={"hooked_mllm": json.dumps(header)})
+    read = ActivationCache.load(tmp_path / "then.safetensors")
+    assert all(torch.equal(read[name], cache[name]) for name in cache)
 
 
 def test_gradients_are_those_of_the_reference(family, references):

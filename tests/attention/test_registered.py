@@ -243,7 +243,7 @@ def layers_as_inputs():
         torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
+@pytest.mark.filterwarnings("default")  # what torch's compiler says of itself
 @pytest.mark.parametrize("padded", [False, True])
 def test_compiled_blocks_share_their_graphs_and_have_the_gradients_of_plain_ones(padded):
     register()
@@ -270,7 +270,7 @@ def test_compiled_blocks_share_their_graphs_and_have_the_gradients_of_plain_ones
     close(gradients[0], gradients[1])
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_a_whole_model_compiled(padded):
@@ -366,7 +366,7 @@ def test_on_a_gpu_the_kernel_is_as_close_to_float32_as_the_definition(dtype, sid
 
 
 @needs_gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("default")
 @torch.inference_mode()
 def test_on_a_gpu_a_compiled_block_is_the_block():
     compiled, plain = on_gpu(torch.bfloat16, "auto", None, compiled=True)
