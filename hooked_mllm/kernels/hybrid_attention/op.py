@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -172,9 +173,10 @@ def _op(
         return _laid_out(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
     from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention  # Triton may be missing on CPUs
 
-    z, rows = triton_hybrid_attention(
-        q, k, v, tuple(dense), sink, window, scale, start, end, with_lse, sdpa=how == "sdpa"
-    )
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current one
+        z, rows = triton_hybrid_attention(
+            q, k, v, tuple(dense), sink, window, scale, start, end, with_lse, sdpa=how == "sdpa"
+        )
     return z, q.new_empty(0, dtype=torch.float32) if rows is None else rows
 
 
