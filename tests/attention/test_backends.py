@@ -30,6 +30,23 @@ def test_a_twin_is_registered_with_its_mask(base):
     assert not is_known("spda")
 
 
+def test_a_slim_twin_is_another_of_the_same_implementation():
+    config = Config()
+    switch = TowerSwitch(config, packed=False)
+    switch.take()
+    assert not switch.slim and config._attn_implementation == PREFIX + "sdpa"
+    switch.slim = True
+    assert config._attn_implementation == twin("sdpa", slim=True) != twin("sdpa") and switch.base == "sdpa"
+    with switch.using("eager"):
+        assert config._attn_implementation == twin("eager", slim=True) and switch.base == "eager"
+    switch.give_back()
+    assert config._attn_implementation == "sdpa"
+    switch.slim = False
+    switch.take()
+    assert config._attn_implementation == twin("sdpa")
+    assert twin("flash_attention_2", slim=True) == twin("flash_attention_2")  # whose masks are slim as they are
+
+
 def test_eager_is_the_function_of_the_modules_own_file():
     llava, qwen = plain("llava_onevision"), plain("qwen3_vl")
     siglip = llava.model.vision_tower.encoder.layers[0].self_attn

@@ -7,6 +7,7 @@ from tiny import ALL_FAMILIES
 from transformers import DynamicCache
 from wrapped import LAYERS, edit, in_place, model_inputs, noise, plain, returned, wrapped
 
+from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.errors import HookValueError
 
 POINTS = ["rot_q", "rot_k", "v", "attn_scores", "pattern", "z"]
@@ -217,6 +218,43 @@ def test_a_users_own_backend_equals_eager(family, tower, side):
     assert layers == [*range(count)] * 2
     assert (with_hook - got)[real].abs().max() > 0.01
     assert torch.equal(model(inputs), plain(family)(**inputs).logits)
+
+
+class Windowed:
+    """A user's backend that says what it sees: a window in the layers named, the model's own attention elsewhere."""
+
+    def __init__(self, layers, window):
+        self.layers, self.window, self.calls = layers, window, []
+
+    def restrict(self, q, k, mask, scale, layer):
+        return mask.streamed(StreamingHeads((), q.shape[1], 0, self.window)) if layer in self.layers else mask
+
+    def __call__(self, q, k, v, mask, scale, layer):
+        self.calls.append(layer)
+        seen = mask.head_rows(torch.arange(mask.q_length).expand(mask.batch, -1))
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        scores = (q @ k.transpose(2, 3) * scale).masked_fill(~seen, torch.finfo(q.dtype).min)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@torch.no_grad()
+def test_a_users_backend_that_restricts_is_called_where_it_does(family):
+    inputs, model = model_inputs(family, 2, 2), wrapped(family)
+    _, own = model.run_with_cache(inputs, names_filter="*hook_pattern")
+    backend = Windowed((1,), 3)
+    with model.attention(backend):
+        got, cache = model.run_with_cache(inputs, names_filter=["*hook_pattern", "*hook_v", "*hook_z"])
+        assert torch.equal(model(inputs), got)
+        assert model.info.attention == "Windowed over sdpa" and model.info.attention_settings is None
+    assert backend.calls == [1, 1]
+    assert torch.equal(cache["pattern", 0], own["pattern", 0])
+    pattern, real = cache["pattern", 1], inputs["attention_mask"].bool()
+    n = pattern.shape[-1]
+    assert (pattern.transpose(1, 2)[real].sum(-1) - 1).abs().max() < 1e-5
+    far = torch.arange(n) <= torch.arange(n)[:, None] - 3
+    assert (pattern.masked_fill(~far, 0).transpose(1, 2)[real] == 0).all()
+    v = cache["v", 1].repeat_interleave(2, dim=2)
+    close(cache["z", 1][real], torch.einsum("bhqk,bkhd->bqhd", pattern, v)[real])
 
 
 @torch.no_grad()
