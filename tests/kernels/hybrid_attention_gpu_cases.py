@@ -160,24 +160,25 @@ def test_places_past_two_to_the_31st():
 def test_dense_heads_by_sdpa_where_it_is_faster(monkeypatch):
     sent = []
 
-    def spy(q, k, v, out, dense, scale):
-        sent.append(dense)
-        by_sdpa(q, k, v, out, dense, scale)
+    def spy(q, *rest, **more):
+        sent.append(q.shape[1])
+        return scaled_dot_product_attention(q, *rest, **more)
 
-    by_sdpa = dispatch.dense_by_sdpa
-    monkeypatch.setattr(dispatch, "dense_by_sdpa", spy)
+    monkeypatch.setattr(dispatch, "scaled_dot_product_attention", spy)
     everything = tuple(range(8))
     q, k, v = tensors(1, 8, 2, 1000, 1000, 128)
-    for least, dense in ((49152, everything), (1, (0, 1, 5)), (1, everything), (1, (4, 5, 6, 7)), (1, ())):
+    for least, dense in ((49152, everything), (1, (0, 1, 5)), (1, everything), (1, (2, 4, 5, 6, 7)), (1, ())):
         monkeypatch.setattr(op, "SDPA_FROM", least)
-        assert error(hybrid_attention(q, k, v, dense, window=200), exact(q, k, v, dense, 64, 200)[0]) < BFLOAT16_ERROR
-    assert sent == [everything, (0, 1, 5), everything, (4, 5, 6, 7)]
+        z = hybrid_attention(q, k, v, dense, window=200)
+        assert error(z, exact(q, k, v, dense, 64, 200)[0]) < BFLOAT16_ERROR
+        assert z.transpose(1, 2).is_contiguous()
+    assert sent == [8, 2, 1, 8, 1, 4]  # heads of each call: neighbours that share keys go together
     monkeypatch.setattr(op, "SDPA_FROM", 49152)
     hybrid_attention(q, k, v, (0, 1))
     hybrid_attention(q, k, v, everything, return_lse=True)
     hybrid_attention(q[:, :, 500:], k, v, everything)
     hybrid_attention(q.float(), k.float(), v.float(), everything)
-    assert len(sent) == 4  # short with few dense heads, with a log-sum-exp, a chunk, or float32: one launch
+    assert len(sent) == 6  # short with few dense heads, with a log-sum-exp, a chunk, or float32: one launch
 
 
 @pytest.mark.parametrize("dense", [(), (1,), tuple(range(8))])

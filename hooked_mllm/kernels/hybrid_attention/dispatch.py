@@ -30,11 +30,15 @@ def triton_hybrid_attention(
     `sdpa` sends dense heads through torch's SDPA, where it can do what is asked: no padding, no log-sum-exp, as many
     keys as queries. Groups of heads that all stream have a kernel of their own, unless dense heads need a launch too.
     """
+    sdpa = sdpa and start is None and not with_lse and q.shape[2] == k.shape[2]
+    if sdpa and len(dense) == q.shape[1]:
+        z = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return z.transpose(1, 2).contiguous().transpose(1, 2), None
     groups = plan(dense, q.shape[1], k.shape[1], q.device)
     # [batch query head d_head] in memory: what the output projection reads
     out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if with_lse else None
-    if sdpa and groups.n_dense and start is None and lse is None and q.shape[2] == k.shape[2]:
+    if sdpa and groups.n_dense:
         dense_by_sdpa(q, k, v, out, dense, scale)
         groups = groups._replace(rows=groups.rows[groups.n_dense :], n_dense=0)
     if groups.n_whole and not groups.n_dense and fits(q, k, v, out):
@@ -47,16 +51,16 @@ def triton_hybrid_attention(
 
 
 def dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
-    """Dense heads by torch's SDPA, on views: runs of heads that share a key-value head, or all heads at once."""
+    """Dense heads by torch's SDPA, on views: one call for neighbours that share a key-value head."""
     size = q.shape[1] // k.shape[1]
     runs: list[list[int]] = []
     for head in dense:
-        if runs and runs[-1][-1] == head - 1 and (head // size == runs[-1][0] // size or len(dense) == q.shape[1]):
+        if runs and runs[-1][-1] == head - 1 and head // size == runs[-1][0] // size:
             runs[-1].append(head)
         else:
             runs.append([head])
     for run in runs:
-        own, kv = slice(run[0], run[-1] + 1), slice(run[0] // size, run[-1] // size + 1)
+        own, kv = slice(run[0], run[-1] + 1), slice(run[0] // size, run[0] // size + 1)
         out[:, own] = scaled_dot_product_attention(
             q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale, enable_gqa=True
         )

@@ -74,10 +74,10 @@ def hybrid_attention(
         >>> hybrid_attention(q, k, v, dense=[0, 3], sink=4, window=16, implementation="naive").shape
         torch.Size([1, 4, 100, 16])
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    heads = _check(q, k, v, dense, sink, window, scale, start, end, implementation)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    heads = _check(q, k, v, dense, sink, window, factor, start, end, implementation)
     how = _choose(implementation, q, len(heads))
-    z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, scale, start, end, return_lse, how)
+    z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, factor, start, end, return_lse, how)
     return (z, lse) if return_lse else z
 
 
