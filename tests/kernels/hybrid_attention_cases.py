@@ -317,8 +317,8 @@ def test_bad_input():
         hybrid_attention(q, k, v, [0], implementation="cuda")
     with pytest.raises(HookValueError, match="naive' runs anywhere"):
         hybrid_attention(q.cpu(), k.cpu(), v.cpu(), [0], implementation="triton")
-    with pytest.raises(TypeError, match="is_causal"):  # there is no such thing as hybrid attention without the mask
-        hybrid_attention(q, k, v, [0], is_causal=False)
+    with pytest.raises(InputError, match="scaled_dot_product_attention"):
+        hybrid_attention(q, k, v, [0], causal=False)
     with pytest.raises(HookValueError, match="head dim"):
         hybrid_attention(q[..., :8], k[..., :8], v[..., :8], [0], implementation="triton")
 

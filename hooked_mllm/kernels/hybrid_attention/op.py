@@ -33,6 +33,7 @@ def hybrid_attention(
     end: Int[Tensor, " batch"] | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
+    causal: bool = True,
 ) -> Any:
     r"""Causal attention in which some heads see everything before them and the others a sink and a window.
 
@@ -47,8 +48,6 @@ def hybrid_attention(
     kernels do not take, it is the torch definition, with a notice. Gradients are those of the definition: correct, and
     with the memory of chunks of N x N scores.
 
-    Attention without the causal mask is not among what this does: use torch's `scaled_dot_product_attention` for it.
-
     Args:
         q: Queries after position encoding.
         k: Keys; query head h reads key-value head h // (H / H_kv).
@@ -61,9 +60,10 @@ def hybrid_attention(
         end: One past the last real key (right padding from it on).
         return_lse: Also return the log-sum-exp of each row's scores, float32 `[batch head query]`.
         implementation: "auto", "triton" or "naive".
+        causal: There is no other kind here; False is an error that says what to use.
 
     Raises:
-        InputError: for shapes, dtypes or devices that do not fit, or numbers out of range.
+        InputError: for shapes, dtypes or devices that do not fit, numbers out of range, or `causal=False`.
         HeadError: for a head that q lacks.
         HookValueError: for an unknown implementation, or "triton" where it cannot run.
 
@@ -74,6 +74,11 @@ def hybrid_attention(
         >>> hybrid_attention(q, k, v, dense=[0, 3], sink=4, window=16, implementation="naive").shape
         torch.Size([1, 4, 100, 16])
     """
+    if not causal:
+        raise InputError(
+            "hybrid_attention is causal: sinks and windows are told from the left. For attention both ways use "
+            "torch.nn.functional.scaled_dot_product_attention."
+        )
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     heads = _check(q, k, v, dense, sink, window, factor, start, end, implementation)
     how = _choose(implementation, q, len(heads))
