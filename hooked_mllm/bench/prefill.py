@@ -32,6 +32,7 @@ def bench_prefill(
     warm_up: int = WARM_UP,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    also_check: Sequence[Variant] = (),
     out: Path | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -51,6 +52,7 @@ def bench_prefill(
         warm_up: Forwards before them, at least 1.
         seed: Of the token ids.
         settings: More facts that a continued record must share.
+        also_check: Variants whose outputs are compared too, without being timed.
         out: Where the record is written after every length, and whenever the run is stopped.
         resume: Continue the record at `out`, leaving out what it holds.
         progress: Show a bar.
@@ -74,7 +76,7 @@ def bench_prefill(
     compiled = CompiledBlocks(model) if any(v.compiled for v in variants) else None
     wanted = [v for v in variants if any(v in left for left in todo.values())]
     widest = max(v.sink + v.window for v in wanted)
-    record.checks += check_variants(model, wanted, compiled, min(2 * widest + 37, max(contexts)), seed)
+    record.checks += check_variants(model, [*also_check, *wanted], compiled, min(2 * widest + 37, max(contexts)), seed)
     total = sum(map(len, todo.values())) * (runs + warm_up)
     with tqdm(total=total, disable=not progress, desc="prefill", unit="forward") as bar:
         for context, left in todo.items():

@@ -40,31 +40,14 @@ def prefill(arguments: argparse.Namespace) -> None:
     picture = out.with_suffix(".png")
     if out.exists() and not arguments.resume:
         raise InputError(f"{out} is there already: --resume continues it; or give another --out.")
-    dtype = _DTYPES[arguments.dtype or ("float32" if kind == "cpu" else "bfloat16")]
-    if arguments.device_map is not None and arguments.device is not None:
-        raise InputError("Give --device or --device-map, not both.")
-    where: dict[str, Any] = {"device": device} if arguments.device_map is None else {"device_map": arguments.device_map}
-    if arguments.model is not None:
-        with loading_bar(not arguments.quiet):
-            model, _ = load_model(arguments.model, dtype=dtype, **where)
-        text, name = text_backbone(model), arguments.model
-        numbers = arguments.dense
-        if numbers is None:
-            most = text.config.num_hidden_layers * text.config.num_attention_heads
-            numbers = [round(share * most) for share in (0.02, 0.05, 0.1)]
-    else:
-        text = random_text_model(arguments.config, dtype=dtype, seed=arguments.seed, **where)
-        name = f"{arguments.config}, random weights"
-        numbers = list(SIZES[arguments.config].dense) if arguments.dense is None else arguments.dense
+    text, name, numbers = _text_model(arguments, device)
     shape = text.config.num_hidden_layers, text.config.num_attention_heads
     heads = choose_heads(numbers, *shape, arguments.heads, arguments.seed)
-    variants = prefill_variants(
-        arguments.backends or default_backends(kind),
-        heads,
-        sink=arguments.sink,
-        window=arguments.window,
-        implementation="naive" if kind == "cpu" else "auto",
-    )
+    how: dict[str, Any] = {"sink": arguments.sink, "window": arguments.window}
+    how["implementation"] = "naive" if kind == "cpu" else "auto"
+    variants = prefill_variants(arguments.backends or default_backends(kind), heads, **how)
+    extremes = choose_heads([0, shape[0] * shape[1]], *shape, None, arguments.seed)
+    hybrid = any(variant.dense is not None for variant in variants)
     record = bench_prefill(
         text,
         variants,
@@ -74,6 +57,7 @@ def prefill(arguments: argparse.Namespace) -> None:
         warm_up=arguments.warm_up,
         seed=arguments.seed,
         settings={"dense_heads": str(arguments.heads or "random")},
+        also_check=prefill_variants(["hybrid"], extremes, **how) if hybrid else (),
         out=out,
         resume=arguments.resume,
         progress=not arguments.quiet,
@@ -82,6 +66,25 @@ def prefill(arguments: argparse.Namespace) -> None:
     print(out)
     if draw(record, picture):
         print(picture)
+
+
+def _text_model(arguments: argparse.Namespace, device: str) -> tuple[Any, str, list[int]]:
+    """The text decoder, what it is called, and the numbers of dense heads."""
+    if arguments.device_map is not None and arguments.device is not None:
+        raise InputError("Give --device or --device-map, not both.")
+    where: dict[str, Any] = {"device": device} if arguments.device_map is None else {"device_map": arguments.device_map}
+    where["dtype"] = _DTYPES[arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")]
+    if arguments.config is not None:
+        text = random_text_model(arguments.config, seed=arguments.seed, **where)
+        numbers = list(SIZES[arguments.config].dense)
+        name = f"{arguments.config}, random weights"
+    else:
+        with loading_bar(not arguments.quiet):
+            model, _ = load_model(arguments.model, **where)
+        text, name = text_backbone(model), arguments.model
+        heads = text.config.num_hidden_layers * text.config.num_attention_heads
+        numbers = [round(share * heads) for share in (0.02, 0.05, 0.1)]
+    return text, name, numbers if arguments.dense is None else arguments.dense
 
 
 def draw(record: PrefillRecord, path: Path) -> bool:
