@@ -247,7 +247,7 @@ def layers_as_inputs():
 @pytest.mark.parametrize("padded", [False, True])
 def test_compiled_blocks_share_their_graphs_and_have_the_gradients_of_plain_ones(padded):
     register()
-    model, n, graphs = decoder("qwen3", NAME, num_hidden_layers=6), 23, []
+    model, n, graphs = decoder("qwen3", NAME, num_hidden_layers=4), 23, []
     x = torch.randn(2, n, 32, generator=torch.Generator().manual_seed(0))
     mask = prompts()[0]["attention_mask"].bool() if padded else None
     where = {"position_embeddings": model.model.rotary_emb(x, torch.arange(n)[None]), "attention_mask": mask}
