@@ -5,8 +5,8 @@
 Some heads are dense; the others see the first 4 tokens and a window. Rankings, layer quotas and thresholds come from
 other samples than the prompts they are tried on. Prompts of four tasks take turns. In the first table the window is so
 short that every target lies outside it; in the second, it holds the target of some prompts and not of others.
-Writes `adaptive_routing.json`, `adaptive_routing.md` and `adaptive_routing.png` into FOLDER (default: the working
-directory).
+Writes `adaptive_routing.json`, `adaptive_routing_findings.md` and `adaptive_routing.png` into FOLDER (default: the
+working directory).
 """
 
 import json
@@ -32,13 +32,13 @@ TASKS: dict[str, Callable[[int], Any]] = {
     "4 pages": lambda seed: VisualRetrieval(seed=seed, pages=4),
     "video": lambda seed: VideoRetrieval(seed=seed),
 }
-DETECTION, EVALUATION = 3001, 3002  # seeds of the tasks: no sample is in both
+DETECTION, EVALUATION = 3001, 3004  # seeds of the tasks: no sample is in both
 SINK, SHORT, LONG = 4, 16, 96
 QUERIES, BLOCK = 12, 8  # about the question and the end of the template; a question is 5 to 8 tokens
 KS = (1, 2, 4, 8)
 RANDOM_SEEDS = 3
 BASE = "static: RAM of all tasks"
-TOP = 4  # in the second table: at most so many heads a prompt
+MEANS = (1, 2)  # in the second table: heads a prompt on the mean; at most twice as many
 
 
 class Prompt(NamedTuple):
@@ -112,6 +112,11 @@ def lost(model: HookedMLLM, samples: Sequence[Sample], window: int, **settings: 
     return found
 
 
+def ram_of(model: HookedMLLM, some: Sequence[Prompt]) -> HeadScores:
+    """RAM over these prompts; a new metric each time, since one goes on counting."""
+    return model.measure([prompt.sample for prompt in some], metrics.RetrievalAttentionMass(), progress=False)
+
+
 def mean(scores: Sequence[HeadScores]) -> HeadScores:
     """The mean over samples."""
     return HeadScores(torch.stack([one.values for one in scores]).mean(0), name="lost attention")
@@ -119,8 +124,7 @@ def mean(scores: Sequence[HeadScores]) -> HeadScores:
 
 def equal_heads(model: HookedMLLM, known: Sequence[Prompt], asked: Sequence[Prompt]) -> dict[str, dict[int, Found]]:
     """Every policy at every number of heads; targets are outside the window."""
-    measure = partial(model.measure, metrics=metrics.RetrievalAttentionMass(), progress=False)
-    of = {task: measure([p.sample for p in known if p.task == task]) for task in TASKS}
+    of = {task: ram_of(model, [p for p in known if p.task == task]) for task in TASKS}
     ram = HeadScores(torch.stack([scores.values for scores in of.values()]).mean(0), name="RAM")
     length = mean(lost(model, [p.sample for p in known], SHORT, order=2))
     fixed = {
@@ -155,7 +159,7 @@ def equal_heads(model: HookedMLLM, known: Sequence[Prompt], asked: Sequence[Prom
             rows[name][k] = tried(model, asked, policy, SHORT)
     rows["each prompt's own RAM (knows the target)"] = own = {k: Found([], [], []) for k in KS}
     for prompt in asked:
-        scores = measure([prompt.sample])
+        scores = ram_of(model, [prompt])
         for k in KS:
             for values, one in zip(own[k], tried_static(model, [prompt], scores.top(k), SHORT), strict=True):
                 values += one
@@ -164,29 +168,28 @@ def equal_heads(model: HookedMLLM, known: Sequence[Prompt], asked: Sequence[Prom
 
 def some_need_none(model: HookedMLLM, known: Sequence[Prompt], asked: Sequence[Prompt]) -> dict[str, dict[int, Found]]:
     """Policies at equal mean numbers of heads; the window holds the target of some prompts."""
-    samples = [prompt.sample for prompt in known]
-    ram = model.measure(samples, metrics.RetrievalAttentionMass(), progress=False)
-    rows = {BASE: {k: tried_static(model, asked, ram.top(k), LONG) for k in (0, 1, 2, TOP)}}
+    ram = ram_of(model, known)
+    rows = {BASE: {k: tried_static(model, asked, ram.top(k), LONG) for k in range(2 * max(MEANS) + 1)}}
     for keys in ("exact", "mean"):
         name = "adaptive: RAM x lost length" + ("" if keys == "exact" else f", mean of {BLOCK} keys")
-        settings: dict[str, Any] = {"order": 2, "prior": ram, "keys": keys}
-        policy = partial(QueryAwareHeads, Total(TOP, like=ram.top(TOP)), queries=QUERIES, block=BLOCK, **settings)
-        above = sorted(chosen_scores(model, known, policy()), reverse=True)
-        # for k heads a known prompt: half-way between the last score that is in and the first that is out
-        rows[name] = {
-            k: tried(model, asked, policy(threshold=sum(above[k * len(known) - 1 : k * len(known) + 1]) / 2), LONG)
-            for k in (1, 2)
-        }
+        rows[name] = {}
+        for k in MEANS:
+            budget = Total(2 * k, like=ram.top(2 * k))
+            policy = partial(QueryAwareHeads, budget, queries=QUERIES, block=BLOCK, order=2, prior=ram, keys=keys)
+            above = sorted(chosen_scores(model, known, policy()), reverse=True)
+            # k heads a known prompt: half-way between the last score that is in and the first that is out
+            threshold = sum(above[k * len(known) - 1 : k * len(known) + 1]) / 2
+            rows[name][k] = tried(model, asked, policy(threshold=threshold), LONG)
     return rows
 
 
-def chosen_scores(model: HookedMLLM, known: Sequence[Prompt], policy: QueryAwareHeads) -> list[float]:
-    """The scores of the heads that a policy without a threshold chooses on these prompts."""
+def chosen_scores(model: HookedMLLM, known: Sequence[Prompt], policy: Any) -> list[float]:
+    """The scores of the heads that a policy without a threshold chooses on these prompts, 0 for room that it leaves."""
     found = []
     for prompt in known:
         tried(model, [prompt], policy, LONG)
         found += [choice.scores[head] for choice in policy.record.values() for head in choice.heads]
-    return found
+    return found + [0.0] * (policy.budget.heads * len(known) - len(found))
 
 
 def estimates(model: HookedMLLM, samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
@@ -213,12 +216,19 @@ def difference(found: Found, base: Found) -> tuple[float, float]:
     return float(gap.mean()), float(1.96 * gap.std(ddof=1) / len(gap) ** 0.5)
 
 
+def at_heads(rows: dict[int, Found], heads: float) -> Found:
+    """What static heads give if prompts draw lots between the two next whole numbers of them: the expectation."""
+    low = min(int(heads), max(rows) - 1)
+    gives = (1 - heads + low) * np.array(rows[low].log_prob) + (heads - low) * np.array(rows[low + 1].log_prob)
+    return Found(gives.tolist(), [], [])
+
+
 def cell(found: Found, base: Found | None = None) -> str:
-    """Log-probability / accuracy, and whether it differs from the base beyond the interval."""
+    """Log-probability / accuracy, and whether it differs from the base beyond the interval and by 0.01 at least."""
     sign = ""
     if base is not None:
         gap, half = difference(found, base)
-        sign = " +" if gap > half else " -" if -gap > half else ""
+        sign = "" if abs(gap) < max(half, 0.01) else " +" if gap > 0 else " -"
     return f"{np.mean(found.log_prob):.2f} / {np.mean(found.right):.2f}{sign}"
 
 
@@ -231,12 +241,23 @@ def report(results: dict[str, Any]) -> str:
         for name, by_k in rows.items():
             cells = [cell(by_k[k], None if name == BASE else rows[BASE][k]) for k in KS]
             lines.append(f"| {toy} | {name} | {' | '.join(cells)} |")
-    lines += ["", "| toy | target outside | policy | heads used | log-probability / accuracy |", "| --- " * 5 + "|"]
+    told = [
+        "toy",
+        "target outside",
+        "policy",
+        "heads used",
+        "log-probability / accuracy",
+        "gain over as many static",
+    ]
+    lines += ["", f"| {' | '.join(told)} |", "| --- " * len(told) + "|"]
     for toy, found in results.items():
         rows = found["some"]
         for name, by_k in rows.items():
             for one in by_k.values():
-                lines.append(f"| {toy} | {found['outside']:.0%} | {name} | {np.mean(one.heads):.2f} | {cell(one)} |")
+                used = float(np.mean(one.heads))
+                gap, half = difference(one, at_heads(rows[BASE], used))
+                more = "" if name == BASE else f"{gap:+.2f} ± {half:.2f}"
+                lines.append(f"| {toy} | {found['outside']:.0%} | {name} | {used:.2f} | {cell(one)} | {more} |")
     lines += ["", "| toy | blocks of | mean error of the lost mass | first two heads of a layer |", "| --- " * 4 + "|"]
     for toy, found in results.items():
         for keys, one in found["estimates"].items():
@@ -277,7 +298,7 @@ def main(folder: Path, n: int) -> dict[str, Any]:
             "estimates": estimates(model, [prompt.sample for prompt in asked[: 2 * len(TASKS)]]),
         }
     text = report(results)
-    (folder / "adaptive_routing.md").write_text(text)
+    (folder / "adaptive_routing_findings.md").write_text(text)
     plain = {
         toy: {
             **found,
@@ -295,4 +316,4 @@ def main(folder: Path, n: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(), int(sys.argv[2]) if len(sys.argv) > 2 else 10)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(), int(sys.argv[2]) if len(sys.argv) > 2 else 12)

@@ -9,6 +9,7 @@ import pytest
 
 from hooked_mllm import HeadSet, HookedMLLM, HybridAttention
 from hooked_mllm.attention.routing import QueryAwareHeads, Total
+from hooked_mllm.metrics import RetrievalAttentionMass
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TOY = "toy-internvl"
@@ -45,8 +46,8 @@ def test_it_writes_what_it_returns(example, made):
     for table in ("equal", "some"):
         rows = {name: {str(k): one._asdict() for k, one in by_k.items()} for name, by_k in found[table].items()}
         assert toy[table] == rows
-    lines = (folder / "adaptive_routing.md").read_text().splitlines()
-    assert sum(line.startswith(f"| {TOY} |") for line in lines) == len(found["equal"]) + 4 + 2 * 2 + 3
+    lines = (folder / "adaptive_routing_findings.md").read_text().splitlines()
+    assert sum(line.startswith(f"| {TOY} |") for line in lines) == len(found["equal"]) + 5 + 2 * 2 + 3
     assert (folder / "adaptive_routing.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -58,7 +59,7 @@ def test_budgets_are_equal_and_kept(example, made):
             assert one.heads == [k] * (2 * N), name
     for name, by_k in found["some"].items():
         for k, one in by_k.items():
-            assert one.heads == [k] * (2 * N) if name == example.BASE else max(one.heads) <= example.TOP
+            assert one.heads == [k] * (2 * N) if name == example.BASE else max(one.heads) <= 2 * k
 
 
 def test_samples_to_rank_by_and_to_try_on_are_disjoint(example, made):
@@ -69,10 +70,12 @@ def test_samples_to_rank_by_and_to_try_on_are_disjoint(example, made):
 
 def test_an_adaptive_row_is_what_its_heads_give(example, made):
     _, found, model, asked = made
-    ram = example.metrics.RetrievalAttentionMass()
     known = example.prompts(model, example.DETECTION, N)
-    by_task = [[p.sample for p in known if p.task == task] for task in ("4 pages", "video")]
-    scores = (model.measure(by_task[0], ram, progress=False) + model.measure(by_task[1], ram, progress=False)) / 2
+    pages, videos = (
+        model.measure([p.sample for p in known if p.task == task], RetrievalAttentionMass(), progress=False)
+        for task in ("4 pages", "video")
+    )
+    scores = (pages + videos) / 2
     policy = QueryAwareHeads(Total(4, like=scores.top(4)), queries=example.QUERIES, order=2, prior=scores)
     row = found["equal"]["adaptive: RAM x lost length"][4]
     for i, prompt in enumerate(asked):
@@ -94,3 +97,9 @@ def test_a_difference_has_the_interval_of_its_mean(example):
     worse = example.Found([-2.0, -4.0, -2.1], [True, False, True], [1, 1, 1])
     assert example.cell(right, worse) == "-1.67 / 0.67 +" and example.cell(worse, right) == "-2.70 / 0.67 -"
     assert example.cell(right, right) == "-1.67 / 0.67"
+
+
+def test_lots_between_static_numbers_of_heads(example):
+    rows = {k: example.Found([float(k), 10.0 * k], [], []) for k in range(3)}
+    for heads in (0.0, 0.25, 1.5, 2.0):
+        assert example.at_heads(rows, heads).log_prob == pytest.approx([heads, 10 * heads])

@@ -83,12 +83,12 @@ class Total:
         InputError: for a number below 0, another word than "first", or an empty set with room for heads.
 
     Example:
-        >>> budget = Total(6)
-        >>> [budget.room(layer, {0: 1, 1: 0}, n_layers=6) for layer in (2, 5)]
-        [2, 5]
+        >>> budget, taken = Total(6), {0: 1, 1: 0}
+        >>> budget.room(2, taken, n_layers=6), budget.room(5, taken, n_layers=6)
+        (2, 5)
         >>> core = HeadSet(["L2H4", "L2H5", "L3H0"], n_layers=6, n_heads=8)
-        >>> [Total(3, like=core).room(layer, {}, n_layers=6) for layer in range(6)]
-        [0, 0, 2, 3, 3, 3]
+        >>> tuple(Total(3, like=core).room(layer, {}, n_layers=6) for layer in range(6))
+        (0, 0, 2, 3, 3, 3)
     """
 
     heads: int
