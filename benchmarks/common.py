@@ -130,7 +130,7 @@ class Timing:
 
 
 def interleaved(
-    variants: dict[str, Callable[[], Any]], repeats: dict[str, int] | int, rounds: int, device: str
+    variants: dict[str, Callable[[], Any]], repeats: dict[str, int] | int, rounds: int, device: str, warm_up: int = 2
 ) -> dict[str, Timing]:
     """Time variants in turn, round after round, so that drift of the machine hits all alike.
 
@@ -139,6 +139,7 @@ def interleaved(
         repeats: Calls between two clock readings.
         rounds: Readings of each variant.
         device: "cuda" or "cpu".
+        warm_up: Calls before the one whose memory is read, which is not timed either.
 
     Returns:
         Milliseconds a call, and the peak of memory during a call less what was allocated before it. A variant that runs
@@ -159,7 +160,8 @@ def interleaved(
 
     for name, fn in variants.items():
         try:
-            clock(fn, 2)
+            if warm_up:
+                clock(fn, warm_up)
             if cuda:
                 torch.cuda.empty_cache()
                 before = torch.cuda.memory_allocated()

@@ -46,7 +46,8 @@ def check(model: HookedMLLM, sample: Sample) -> None:
     """The three metrics of some layers against rows in float64."""
     ram, ktr, mass = model.measure([sample], three(), progress=False)
     question, target, visual = (sample.mask(name)[0] for name in ("question", "target", "visual"))
-    for layer in sorted({0, model.cfg.n_layers // 2, model.cfg.n_layers - 1}):
+    last = model.cfg.n_layers - 1
+    for layer in sorted({0, last // 2, last} if len(sample) < 32768 else {0, 1}):
         _, cache = model.run_with_cache(
             sample, names_filter=f"blocks.{layer}.attn.hook_rot_[qk]", stop_at_layer=layer + 1
         )
@@ -131,17 +132,18 @@ def run(model: HookedMLLM, n: int, arguments: argparse.Namespace, device: str) -
         "measure, three metrics": lambda: model.measure(many, three(), progress=False),
     }
     bases = dict.fromkeys(variants, "plain prefill, no logits")
-    timings = interleaved(variants, 1, arguments.rounds if n < 32768 else min(arguments.rounds, 3), device)
+    long = n >= 32768
+    timings = interleaved(variants, 1, min(arguments.rounds, 3) if long else arguments.rounds, device, 0 if long else 2)
     if n == 8192 and not arguments.skip_eager:
 
         def eager() -> None:
             with model.attention("eager"):
-                plain()
+                hf.model(**sample.inputs, use_cache=False)
 
-        timings |= interleaved(
-            {"plain prefill, eager attention": eager}, 1, len(timings["measure, three metrics"].ms), device
-        )
-        bases["plain prefill, eager attention"] = "plain prefill, no logits"
+        one = {"plain prefill, one sample": lambda: hf.model(**sample.inputs, use_cache=False) and None}
+        one["the same, eager attention"] = eager
+        timings |= interleaved(one, 1, 3, device)
+        bases |= dict.fromkeys(one, "plain prefill, one sample")
     print(report(f"\n{n} tokens, {len(many)} samples a call", timings, bases))
     base = timings["plain prefill, no logits"].peak_gib + weights
     for variant, timing in timings.items():

@@ -68,7 +68,7 @@ class _Collector:
         self.names = named_queries(metrics)
         self.held: list[_Held] = []
         self.views: list[AttentionView] = []
-        self._bytes = 0
+        self._bytes = self._each = 0
         #: the residual stream entering a layer, where a metric asks for it
         self.residual: dict[int, Tensor] = {}
         self._selections: dict[torch.device, Selections] = {}  # resolved once a sample, for they may wait for a device
@@ -78,16 +78,20 @@ class _Collector:
         if self.held and self.held[0].k.device != call.k.device:
             self.flush()
             self._chosen = None
-        q, k = call.q.detach(), call.k.detach()
+        q, k = call.q, call.k
+        if q.requires_grad or k.requires_grad:  # hooks may turn gradients on
+            q, k = q.detach(), k.detach()
         first = k.shape[2] - q.shape[2]
         if self._chosen is None:
             selections = self._selected(k)
             self._chosen = [(name, selections.queries(name)) for name in self.names or ()]
         rows = {name: some.take(q, slice(0, some.length), first).contiguous() for name, some in self._chosen}
         self.held.append(_Held(call.layer, None if rows else q, rows, k, call.mask, call.scale, first))
-        self._bytes += k.nbytes + (sum(t.nbytes for t in rows.values()) if rows else q.nbytes)
-        if call.layer in self.residual:
-            self._bytes += self.residual[call.layer].nbytes
+        if len(self.held) == 1:  # the layers of one device are alike
+            residual = self.residual.get(call.layer)
+            parts = [k, *(rows.values() if rows else (q,)), *([] if residual is None else [residual])]
+            self._each = sum(t.nbytes for t in parts)
+        self._bytes += self._each
         if self._bytes >= self.group_bytes or call.layer == self.n_layers - 1:
             self.flush()
 

@@ -82,7 +82,10 @@ class AttentionSite:
     @property
     def running(self) -> AttentionBackend | None:
         """The backend in use: its own, or the one that stands under the name that the tower runs."""
-        registered = REGISTERED.get(self.switch.base)
+        return self._running(self.switch.base)
+
+    def _running(self, base: str) -> AttentionBackend | None:
+        registered = REGISTERED.get(base)
         return registered.hybrid if self.backend is None and registered is not None else self.backend
 
     def refresh(self) -> None:
@@ -117,12 +120,12 @@ class AttentionSite:
         if points["rot_k"].active:
             # These are the very tensors of the KV cache: what a hook edits in place must be a copy.
             key = _headed(points["rot_k"], key.clone() if points["rot_k"].may_edit else key)
-        segments = _segments(kwargs)
-        slim = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and self.switch.base in WIDE
+        segments, base = _segments(kwargs), self.switch.base
+        slim = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and base in WIDE
         looked_at = bool(self.taps) or points["attn_scores"].active or points["pattern"].active
         backend, mask = self.backend, None
         if looked_at or backend is not None or slim:
-            backend = self.running
+            backend = self._running(base)
             mask = own = MaskRows.of(
                 attention_mask,
                 batch=query.shape[0],
@@ -132,11 +135,11 @@ class AttentionSite:
                 causal=self.causal,
                 window=kwargs.get("sliding_window") if attention_mask is None else None,
                 segments=segments,
-                upper_left="flash" not in self.switch.base,
+                upper_left="flash" not in base,
             )
             if restricts(backend):
                 if backend is not self.backend:
-                    REGISTERED[self.switch.base].check_heads(self.module, query)
+                    REGISTERED[base].check_heads(self.module, query)
                 if kwargs.get("sliding_window") is None:
                     mask = backend.restrict(query, key, own, scale, self.layer)
                 backend = None if mask is own else backend
@@ -146,7 +149,7 @@ class AttentionSite:
                         f"{type(backend).__name__} has not: call model.hf_model.eval()."
                     )
             if slim and backend is None:
-                attention_mask = widened(own, self.switch.base, query.dtype)
+                attention_mask = widened(own, base, query.dtype)
             call = AttentionCall(self.layer, query, key, value, mask, scale, self.tower)
             for tap in tuple(self.taps):
                 tap(call)
@@ -154,7 +157,7 @@ class AttentionSite:
         def attend() -> tuple[Tensor, Tensor | None]:
             if backend is not None and mask is not None:
                 return backend(query, key, value, mask, scale, self.layer), None
-            return self._own(query, key, value, attention_mask, segments, kwargs)
+            return self._own(query, key, value, attention_mask, segments, base, kwargs)
 
         explicit = None
         if mask is not None and (points["attn_scores"].active or points["pattern"].active):
@@ -177,10 +180,11 @@ class AttentionSite:
         value: Tensor,
         attention_mask: Tensor | None,
         segments: tuple[int, ...] | None,
+        base: str,
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor | None]:
-        run = implementation(self.module, self.switch.base)
-        if segments is None or "flash" in self.switch.base:
+        run = implementation(self.module, base)
+        if segments is None or "flash" in base:
             return run(self.module, query, key, value, attention_mask, **kwargs)
         # Each image attends to itself: the same calls, on the same chunks, as transformers makes without packing.
         plain = {k: v for k, v in kwargs.items() if k not in _PACKED_ARGUMENTS}

@@ -12,7 +12,7 @@ from hooked_mllm.attention.selection import QuerySelection
 from hooked_mllm.attention.statistics import attention_rows, chance_level, counted_chance
 from hooked_mllm.attention.streaming import CausalBounds
 from hooked_mllm.errors import HookValueError, InputError
-from hooked_mllm.kernels.attention_profile import attention_profile, kernel_fits
+from hooked_mllm.kernels.attention_profile import kernel_fits
 
 #: what computes profiles where a view is not told: "auto", "triton" or "torch"
 IMPLEMENTATION = "auto"
@@ -60,9 +60,9 @@ class LayerRows:
         self.batch, self.n_heads = example.shape[:2]
         self.n_kv_heads, self.n_keys = k[0].shape[1:3]
         self.device = k[0].device
-        self._kinds = [_identity(rows) for rows in mask]
-        self._known: dict[tuple[object, ...], CausalBounds | None] = {}
         self.plain_causal = all(rows.plain_causal for rows in mask)
+        self._kinds = [()] * len(mask) if self.plain_causal else [_identity(rows) for rows in mask]
+        self._known: dict[tuple[object, ...], CausalBounds | None] = {}
         implementation = IMPLEMENTATION if implementation is None else implementation
         if implementation not in ("auto", "triton", "torch"):
             raise HookValueError(f"implementation is 'auto', 'triton' or 'torch'; got {implementation!r}.")
@@ -105,17 +105,11 @@ class LayerRows:
             edges.append(tensors[0] if same else torch.stack([t.to(self.device) for t in tensors if t is not None]))
         kinds = [mask.streaming for mask in self._mask]
         streaming = [None if kind is None else (kind.dense, kind.sink, kind.window) for kind in kinds]
-        return attention_profile(
-            self._chosen(selection, slice(0, len(self._k)), slice(0, selection.length)),
-            self._k,
-            self._places(selection, bounds[0]),
-            weight=selection.weight,
-            scale=self._scale,
-            start=edges[0],
-            end=edges[1],
-            streaming=streaming if any(streaming) else None,
-            implementation="triton",
-        )
+        from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # needs a GPU's compiler
+
+        q = self._chosen(selection, slice(0, len(self._k)), slice(0, selection.length))
+        places = self._places(selection, bounds[0])
+        return triton_attention_profile(q, self._k, self._scale, places, selection.weight, *edges, streaming)
 
     def _profile_by_rows(self, selection: QuerySelection) -> Tensor:
         out: Tensor | None = None

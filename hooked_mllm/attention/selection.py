@@ -78,7 +78,7 @@ class QuerySelection:
         self.check(first)
         if self.span is not None:
             start = self.span[0] - first
-            return q[:, :, start + part.start : start + part.stop]
+            return q.narrow(2, start + part.start, part.stop - part.start)
         index = self.index[:, None, part, None].expand(-1, q.shape[1], -1, q.shape[3])
         return q.gather(2, index - first)
 

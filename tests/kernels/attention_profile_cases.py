@@ -33,7 +33,7 @@ if not GPU:  # Triton 3.6's interpreter takes int() of arrays of one number, whi
 #: Triton's interpreter multiplies the bits of bfloat16 matrices as if they were integers
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 #: small tiles, so that short sequences have many
-SMALL = {name: {"ROWS": 32, "N": 16, "num_warps": 4, "num_stages": 2} for name in ("sizes", "sums")}
+SMALL = {"ROWS": 32, "N": 16, "num_warps": 4, "num_stages": 2}
 
 
 class Case:
@@ -67,10 +67,10 @@ class Case:
 
     def naive(self):
         many = (len(self.q), len(self.places))
-        wide = [[x.cpu().double() for x in some] for some in (self.q, self.k)]
-        return naive_attention_profile(
-            *wide, self.scale, self.places, self.weight, self.start.expand(many), self.end.expand(many), self.streaming
-        )
+        wide = [[x.double() for x in some] for some in (self.q, self.k)]
+        rest = (self.places, self.weight, self.start.expand(many), self.end.expand(many))
+        rest = [x.to(DEVICE) for x in rest]
+        return naive_attention_profile(*wide, self.scale, *rest, self.streaming).cpu()
 
     def kernel(self, config=SMALL, splits=None):
         shape = (len(self.q), *self.q[0].shape[:2], self.k[0].shape[2])
@@ -127,6 +127,8 @@ CASES = {
     "odd": dict(batch=1, heads=4, kv=2, queries=5, keys=63),
     "one more than blocks": dict(batch=2, heads=4, kv=2, queries=9, keys=65, uneven=True),
     "one head a group": dict(batch=1, heads=3, kv=3, queries=30, keys=70),
+    "several tiles of queries": dict(batch=2, heads=4, kv=2, queries=40, keys=70, layers=1, uneven=True),
+    "the same where heads stream": dict(batch=1, heads=2, kv=1, queries=70, keys=90, layers=1, streaming=((1,), 3, 12)),
     "seven heads a group": dict(batch=1, heads=7, kv=1, queries=9, keys=70),
     "padded": dict(batch=2, heads=4, kv=1, queries=7, keys=67, padded=True, uneven=True),
     "streaming": dict(batch=1, heads=4, kv=1, queries=6, keys=130, streaming=((), 5, 20)),
@@ -159,8 +161,10 @@ def test_head_dims_and_dtypes(d, dtype):
 @pytest.mark.skipif(not GPU, reason="the tiles that a GPU is given are slow in the interpreter")
 @pytest.mark.parametrize(
     ("group", "queries", "dtype"),
-    [(g, n, torch.bfloat16) for g in (1, 2, 4, 7) for n in (1, 17, 64, 300)]
-    + [(4, n, dtype) for n in (1, 64) for dtype in (torch.float16, torch.float32)],
+    [
+        *[(g, n, torch.bfloat16) for g, n in ((1, 17), (2, 64), (4, 1), (4, 300), (7, 64))],
+        *[(4, 64, dtype) for dtype in DTYPES],
+    ],
     ids=str,
 )
 def test_the_grid_on_a_gpu(group, queries, dtype):

@@ -19,5 +19,5 @@ def test_attention_profile():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
     skipped = re.search(r"(\d+) skipped", done.stdout)
-    assert passed > 50
-    assert (0 if skipped is None else int(skipped.group(1))) == (0 if gpu else 40), "what only a GPU can run is skipped"
+    assert passed > 28
+    assert (0 if skipped is None else int(skipped.group(1))) == (0 if gpu else 11), "what only a GPU can run is skipped"

@@ -20,16 +20,11 @@ LOG2_E = 1.4426950408889634
 PROGRAMS, MOST_PARTS = 4, 128
 
 
-def settings_for(d_head: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Rows and keys of a tile, warps and stages of either pass."""
+def settings_for(d_head: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Rows and keys of a tile, warps and stages, measured on an H200."""
     if dtype == torch.float32:
-        both = {"ROWS": 32, "N": 32, "num_warps": 4, "num_stages": 1}
-        return {"sizes": both, "sums": both}
-    rows = 256 if d_head <= 128 else 128
-    return {
-        "sizes": {"ROWS": rows, "N": 64, "num_warps": 8, "num_stages": 3},
-        "sums": {"ROWS": rows, "N": 64, "num_warps": 8, "num_stages": 3},
-    }
+        return {"ROWS": 32, "N": 32, "num_warps": 4, "num_stages": 1}
+    return {"ROWS": 128, "N": 64, "num_warps": 4, "num_stages": 3 if d_head <= 128 else 2}
 
 
 def tile_shape(rows: int, group: int, length: int) -> tuple[int, int]:
@@ -66,7 +61,7 @@ def triton_attention_profile(
     start: Tensor | None,
     end: Tensor | None,
     streaming: Sequence[Streaming | None],
-    config: dict[str, dict[str, Any]] | None = None,
+    config: dict[str, Any] | None = None,
     out: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:
@@ -107,35 +102,34 @@ def triton_attention_profile(
     strides = (*q[0].stride(), *k[0].stride(), places.stride(0))
     bound_strides = [x.stride(0) if padded else 0 for x in bounds]
     config = config or settings_for(d_head, dtype)
+    cut = _Cut(config, group, length, n_keys)
     fixed = None if splits is None else -(-n_keys // splits)
     columns = (n_kv * batch, n_layers)
     result = torch.empty(n_layers, batch, n_heads, n_keys, dtype=torch.float32, device=device) if out is None else out
-    sizes, sums = (_Launch(config[name], group, length, n_keys) for name in ("sizes", "sums"))
     with _on(device):
-        chunk = sizes.chunk(columns, sizes.head_tiles * sizes.query_tiles, device, fixed)
+        chunk = cut.chunk(columns, cut.head_tiles * cut.query_tiles, device, fixed)
         parts = -(-n_keys // chunk)
         best, total = torch.empty(2, parts, n_layers * batch * n_heads * length, dtype=torch.float32, device=device)
         kernel: Any = kernels.sizes
-        kernel[(parts * sizes.head_tiles * sizes.query_tiles, *columns)](
+        kernel[(parts * cut.head_tiles * cut.query_tiles, *columns)](
             table, q[0], k[0], places, *bounds, best, total, *strides, *bound_strides, n_kv, n_keys, n_layers, length,
-            chunk, sizes.head_tiles, sizes.query_tiles, **sizes.constants, **shared,
+            chunk, cut.head_tiles, cut.query_tiles, **cut.constants, **shared,
         )  # fmt: skip
         if parts > 1:
             kernel, count = kernels.merge, best.shape[1]
             kernel[(-(-count // 64),)](best, total, count, parts, SPLITS=triton.next_power_of_2(parts), ROWS=64)
-        chunk = sums.chunk(columns, sums.head_tiles, device, fixed)
+        chunk = cut.chunk(columns, cut.head_tiles, device, fixed)
         kernel = kernels.sums
-        sums.constants.setdefault("KEYS_FIRST", True)
-        kernel[(-(-n_keys // chunk) * sums.head_tiles, *columns)](
+        kernel[(-(-n_keys // chunk) * cut.head_tiles, *columns)](
             table, q[0], k[0], places, weight, *bounds, best, total, result, *strides, weight.stride(0), *bound_strides,
-            n_kv, n_keys, length, chunk, sums.head_tiles, sums.query_tiles, SEVERAL=sums.query_tiles > 1,
-            **sums.constants, **shared,
+            n_kv, n_keys, length, chunk, cut.head_tiles, cut.query_tiles, SEVERAL=cut.query_tiles > 1,
+            **cut.constants, **shared,
         )  # fmt: skip
     return result
 
 
-class _Launch:
-    """How a pass cuts its work."""
+class _Cut:
+    """How the work is cut into programs."""
 
     def __init__(self, settings: dict[str, Any], group: int, length: int, n_keys: int) -> None:
         settings = dict(settings)

@@ -189,26 +189,17 @@ def merge(best_ptr, total_ptr, rows, splits, SPLITS: tl.constexpr, ROWS: tl.cons
 def _sum_step(out_at, add, n, q, k_base, stride_kn, stride_kd, place, dense, first, last, sink, window, scale, size,
               stop, n_keys, members, HB: tl.constexpr, QB: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
               BLOCK_D: tl.constexpr, KINDS: tl.constexpr, MASKED: tl.constexpr, ADD: tl.constexpr,
-              KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              PRECISION: tl.constexpr):  # fmt: skip
     """Write, or add, the weighted sum of the rows at N keys."""
     k = _keys(k_base, n, stride_kn, stride_kd, last, N, D, BLOCK_D, MASKED)
     key, head = n + tl.arange(0, N), tl.arange(0, HB)
-    if KEYS_FIRST:
-        s = tl.dot(tl.trans(k), tl.trans(q), input_precision=PRECISION)  # [key row]: sums stay within few threads
-        p = tl.exp2(s * scale - size[None, :])
-        if MASKED:
-            p = tl.where(_seen(key[:, None], place[None, :], dense[None, :], first, last, sink, window, KINDS), p, 0.0)
-        sums = tl.sum(tl.reshape(p, [N, HB, QB]), 2)
-        at = out_at + head.to(tl.int64)[None, :] * n_keys + key[:, None]
-        there = (key < stop)[:, None] & (head < members)[None, :]
-    else:
-        s = tl.dot(q, k, input_precision=PRECISION)
-        p = tl.exp2(s * scale - size[:, None])
-        if MASKED:
-            p = tl.where(_seen(key[None, :], place[:, None], dense[:, None], first, last, sink, window, KINDS), p, 0.0)
-        sums = tl.sum(tl.reshape(p, [HB, QB, N]), 1)
-        at = out_at + head.to(tl.int64)[:, None] * n_keys + key[None, :]
-        there = (key < stop)[None, :] & (head < members)[:, None]
+    s = tl.dot(tl.trans(k), tl.trans(q), input_precision=PRECISION)  # [key row]: sums stay within few threads
+    p = tl.exp2(s * scale - size[None, :])
+    if MASKED:
+        p = tl.where(_seen(key[:, None], place[None, :], dense[None, :], first, last, sink, window, KINDS), p, 0.0)
+    sums = tl.sum(tl.reshape(p, [N, HB, QB]), 2)
+    at = out_at + head.to(tl.int64)[None, :] * n_keys + key[:, None]
+    there = (key < stop)[:, None] & (head < members)[None, :]
     if ADD:
         if add:
             sums += tl.load(at, mask=there, other=0.0)
@@ -223,7 +214,7 @@ def sums(
     stride_sl, stride_el, n_kv, n_keys, length, chunk, head_tiles, query_tiles, WORDS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HB: tl.constexpr, QB: tl.constexpr, N: tl.constexpr,
     PADDED: tl.constexpr, KINDS: tl.constexpr, ALIGNED: tl.constexpr, FACTS: tl.constexpr, SEVERAL: tl.constexpr,
-    KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The profile of some heads of one layer at one chunk of keys, tile of queries by tile of queries."""
     pid, layer = tl.program_id(0), tl.program_id(2)
@@ -265,9 +256,9 @@ def sums(
         for n in tl.range(full, full_end, N):
             _sum_step(out_at, tile > 0, n, q, k_base, stride_kn, stride_kd, place, dense, first, last, sink, window,
                       scale, size, high, n_keys, members, HB, QB, N, D, BLOCK_D, KINDS, False, SEVERAL,
-                      KEYS_FIRST, PRECISION)  # fmt: skip
+                      PRECISION)  # fmt: skip
         for i in tl.range(0, edges):
             n = tl.where(i < leads, begin + i * N, tail + (i - leads) * N)
             _sum_step(out_at, tile > 0, n, q, k_base, stride_kn, stride_kd, place, dense, first, last, sink, window,
                       scale, size, high, n_keys, members, HB, QB, N, D, BLOCK_D, KINDS, True, SEVERAL,
-                      KEYS_FIRST, PRECISION)  # fmt: skip
+                      PRECISION)  # fmt: skip
