@@ -4,12 +4,12 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import triton
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads.files import read_json, write_json
@@ -137,8 +137,16 @@ def provenance(devices: Sequence[torch.device]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "triton": triton.__version__,
+        "triton": _version("triton"),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if gpus else None,
         "devices": gpus or [f"{platform.machine()}, {torch.get_num_threads()} threads"],
     }
+
+
+def _version(package: str) -> str | None:
+    """Of a package that not every platform has."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
