@@ -12,7 +12,7 @@ from tiny import tiny_image, tiny_model
 import hooked_mllm.attention.rows as rows_module
 from hooked_mllm import Box, HookedMLLM
 from hooked_mllm.errors import CacheFileError, InputError, LayoutError, NumericsError
-from hooked_mllm.measure import measure
+from hooked_mllm.measure import measure, named_queries
 from hooked_mllm.metrics import HeadMetric, KeyTokenRatio, RetrievalAttentionMass, VisionMass
 
 
@@ -123,6 +123,23 @@ def test_metrics_share_the_attention_rows(family, monkeypatch):
     assert len(calls) == 2 * one and one == 1
     n = int(sample(family).mask("question").sum())
     assert calls[0] == (3, 1, 4, n, 8)
+
+
+def test_only_the_rows_of_queries_that_all_metrics_name_are_kept(family):
+    ram, last = RetrievalAttentionMass(), VisionMass(queries="last")
+    assert named_queries([ram, last, ram]) == ("question", "last")
+    assert named_queries([ram, FirstToken()]) is None
+    found = run(family, [sample(family), batch(family, "left")], [ram, last])
+    samples = [sample(family), *batch(family, "left")]
+    close(found[0].values, by_hand(family, samples))
+    close(found[1].values, by_hand(family, samples, "last", "visual"))
+    reads_more = FirstToken()
+    reads_more.queries = "last"
+    with pytest.raises(InputError, match="'question' query tokens nothing was kept"):
+        run(family, sample(family), reads_more)
+    reads_more.queries = ("last", "question")
+    close(run(family, sample(family), reads_more).values, run(family, sample(family), FirstToken()).values)
+    assert no_taps(family)
 
 
 def test_no_logits_are_computed_and_the_attention_stays_its_own(family):

@@ -99,17 +99,20 @@ class LayerRows:
 
     def _profile_by_kernel(self, selection: QuerySelection) -> Tensor:
         bounds = [self._bounds(number) for number in range(len(self._k))]
-        edges = []
-        for tensors in ([b and b.start for b in bounds], [b and b.end for b in bounds]):
-            same = all(t is tensors[0] for t in tensors)
-            edges.append(tensors[0] if same else torch.stack([t.to(self.device) for t in tensors if t is not None]))
+        start, end = (self._joined([b and getattr(b, name) for b in bounds]) for name in ("start", "end"))
         kinds = [mask.streaming for mask in self._mask]
         streaming = [None if kind is None else (kind.dense, kind.sink, kind.window) for kind in kinds]
         from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # needs a GPU's compiler
 
         q = self._chosen(selection, slice(0, len(self._k)), slice(0, selection.length))
         places = self._places(selection, bounds[0])
-        return triton_attention_profile(q, self._k, self._scale, places, selection.weight, *edges, streaming)
+        return triton_attention_profile(q, self._k, self._scale, places, selection.weight, start, end, streaming)
+
+    def _joined(self, edges: list[Tensor | None]) -> Tensor | None:
+        """One edge for all layers if they share it, else `[layer batch]`."""
+        if all(edge is edges[0] for edge in edges):
+            return edges[0]
+        return torch.stack([edge.to(self.device) for edge in edges if edge is not None])
 
     def _profile_by_rows(self, selection: QuerySelection) -> Tensor:
         out: Tensor | None = None

@@ -327,9 +327,7 @@ class HeadMetric(AttentionMetric):
                 self._resize(name, {1: (n_layers,), 2: (n_layers, n_heads), 3: (0, n_layers, n_heads)}[default.dim()])
 
 
-def even_attention(
-    chance: Float[Tensor, "layer head"], count: Int[Tensor, " layer"]
-) -> dict[str, list[float | None] | list[list[float] | None]]:
+def even_attention(chance: Float[Tensor, "layer head"], count: Int[Tensor, " layer"]) -> dict[str, Any]:
     """What a result tells of the score of even attention: `chance` per layer, None for a layer without samples.
 
     Where some heads of a layer stream, `chance` is the mean over its heads, and `chance_by_head` has each.

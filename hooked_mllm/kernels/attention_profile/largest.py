@@ -52,16 +52,14 @@ def mark_largest(values, k_ptr, out, k, n, heads, batch, BLOCK: tl.constexpr, EA
 
 def triton_top_mask(values: Tensor, k: Tensor | int) -> Tensor:
     """`top_mask` of contiguous float32 `[layer batch head item]` in one launch; k a number or `[batch 1]`."""
-    n, each = values.shape[-1], isinstance(k, Tensor)
+    n, each = values.shape[-1], k.to(values.device, torch.int32).contiguous() if isinstance(k, Tensor) else None
     out = torch.empty(values.shape, dtype=torch.bool, device=values.device)
-    if each:
-        k = k.to(values.device, torch.int32).contiguous()
     block = max(triton.next_power_of_2(n), 16)
-    sizes = (values.shape[2], values.shape[1]) if each else (1, 1)
+    sizes = (1, 1) if each is None else (values.shape[2], values.shape[1])
     kernel: Any = mark_largest
     with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
         kernel[(values.numel() // n,)](
-            values, k if each else values, out.view(torch.int8), 1 if each else k, n, *sizes,
-            BLOCK=block, EACH=each, num_warps=max(1, min(16, block // 512)),
+            values, values if each is None else each, out.view(torch.int8), k if each is None else 1, n, *sizes,
+            BLOCK=block, EACH=each is not None, num_warps=max(1, min(16, block // 512)),
         )  # fmt: skip
     return out
