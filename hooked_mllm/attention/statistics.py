@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_mllm.kernels.attention_profile import has_triton
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -96,7 +98,8 @@ def top_mask(
         k: How many to take, at least 1; a tensor broadcasts against the other axes.
         k_max: With a tensor: its largest, known to the caller so that the device need not be waited for.
     """
-    if values.is_cuda and values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous():
+    fits = values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous()
+    if values.is_cuda and fits and has_triton():
         from hooked_mllm.kernels.attention_profile.largest import LONGEST, triton_top_mask  # needs a GPU's compiler
 
         if values.shape[-1] <= LONGEST:

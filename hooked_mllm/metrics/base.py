@@ -332,6 +332,8 @@ def even_attention(chance: Float[Tensor, "layer head"], count: Int[Tensor, " lay
 
     Where some heads of a layer stream, `chance` is the mean over its heads, and `chance_by_head` has each.
     """
+    if not chance.numel():  # no sample yet
+        return {}
     level = chance.cpu() / count.cpu().clamp(min=1)[:, None]
     seen = count.tolist()
     alike = bool((level == level[:, :1]).all())

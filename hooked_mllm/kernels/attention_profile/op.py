@@ -1,6 +1,8 @@
 """`attention_profile`: the public function, its checks, and the choice of how it runs."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
@@ -15,9 +17,15 @@ HEAD_DIMS = (16, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+@lru_cache
+def has_triton() -> bool:
+    """Whether Triton is installed; some builds of torch come without."""
+    return find_spec("triton") is not None
+
+
 def kernel_fits(d_head: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes heads of this width and dtype."""
-    return HEAD_DIMS[0] <= d_head <= HEAD_DIMS[1] and dtype in DTYPES
+    """Whether Triton is there and the kernel takes heads of this width and dtype."""
+    return has_triton() and HEAD_DIMS[0] <= d_head <= HEAD_DIMS[1] and dtype in DTYPES
 
 
 def attention_profile(
@@ -90,7 +98,8 @@ def attention_profile(
     if not _fits(q[0]):
         raise HookValueError(
             f"The Triton kernel takes head dims {HEAD_DIMS[0]} to {HEAD_DIMS[1]} in bfloat16, float16 or float32; got "
-            f"{q[0].shape[-1]} in {q[0].dtype}. implementation='naive' takes any."
+            f"{q[0].shape[-1]} in {q[0].dtype}{'' if has_triton() else ', and Triton is not installed'}. "
+            "implementation='naive' takes any."
         )
     from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # needs a GPU's compiler
 
