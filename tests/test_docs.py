@@ -20,6 +20,8 @@ def blocks(page):
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
+# on a CPU a page need not say implementation="naive" to be right
+@pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
