@@ -208,9 +208,8 @@ class AttentionSite:
         pattern, edited_pattern = self.points["pattern"].run(pattern)
         if not (edited_scores or edited_pattern):
             return None
-        return torch.matmul(pattern, _repeat(value, groups)).transpose(1, 2).contiguous(), ~visible.any(-1).transpose(
-            1, 2
-        )
+        z = torch.matmul(pattern, _repeat(value, groups)).transpose(1, 2).contiguous()
+        return z, ~visible.any(-1).transpose(1, 2)
 
 
 _PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
