@@ -1,0 +1,156 @@
+"""How to run the few dense heads of a long prompt: in one launch with the others, or through SDPA, and how there.
+
+Run on a GPU:  python benchmarks/dense_heads.py
+On a CPU:      python benchmarks/dense_heads.py --check
+
+All ways are compared with one another before anything is timed; `--check` does that alone, for random sets of heads.
+The policy of `hooked_mllm.kernels.hybrid_attention` follows from the table.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import as_json, interleaved, report
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from hooked_mllm.kernels.hybrid_attention.dispatch import dense_by_sdpa
+
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, ...], float], None]
+#: dense heads of a layer of 32 query and 8 key-value heads, by what is particular about them
+SETS = {
+    "one": (5,),
+    "two": (5, 20),
+    "four, of four groups": (5, 12, 20, 30),
+    "four, drawn by `bench kernel`": (2, 16, 24, 26),
+    "four of one group": (0, 1, 2, 3),
+    "all": tuple(range(32)),
+}
+
+
+def evenly(heads: list[int]) -> slice:
+    """One or two heads as a slice, so that no copy is needed."""
+    return slice(heads[0], heads[-1] + 1, max(heads[-1] - heads[0], 1))
+
+
+def in_pairs(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
+    """Two heads of different groups in each call, as strided views."""
+    size = q.shape[1] // k.shape[1]
+    waiting = list(dense)
+    while waiting:
+        first = waiting.pop(0)
+        partner = next((h for h in waiting if h // size != first // size), None)
+        heads = [first] if partner is None else [first, partner]
+        if partner is not None:
+            waiting.remove(partner)
+        own, kv = evenly(heads), evenly([h // size for h in heads])
+        out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
+    """All dense heads in one call, on copies of their q, k and v."""
+    size = q.shape[1] // k.shape[1]
+    own, kv = list(dense), [h // size for h in dense]
+    out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
+
+
+def beside(way: Way) -> Way:
+    """The same on a side stream, so that the streaming heads' launch, which follows, fills its gaps."""
+    side = torch.cuda.Stream()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            way(q, k, v, out, dense, scale)
+
+    run.side = side  # type: ignore[attr-defined]
+    return run
+
+
+WAYS: dict[str, Way] = {"each head": dense_by_sdpa, "pairs": in_pairs, "gathered": gathered}
+
+
+def check() -> None:
+    """Every way against SDPA of all heads, for random sets of heads."""
+    for seed in range(200):
+        r = random.Random(seed)
+        heads, kv = r.choice([(32, 8), (8, 8), (14, 2), (8, 1)])
+        dense = tuple(sorted(r.sample(range(heads), r.randint(1, heads))))
+        q, k, v = (torch.randn(1, 20, h, 8).transpose(1, 2) for h in (heads, kv, kv))
+        want = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+        for name, way in WAYS.items():
+            out = torch.full((1, 20, heads, 8), float("nan")).transpose(1, 2)
+            way(q, k, v, out, dense, 0.3)
+            others = [h for h in range(heads) if h not in dense]
+            error = (out[:, list(dense)] - want[:, list(dense)]).abs().max().item()
+            if not error < 1e-5 or not bool(out[:, others].isnan().all()):
+                sys.exit(f"{name}: wrong for heads {dense} of {heads} over {kv}, by {error:.2g}")
+    print("all ways agree")
+
+
+def variants(q: Tensor, k: Tensor, v: Tensor, dense: tuple[int, ...]) -> dict[str, Callable[[], Tensor]]:
+    """The whole of hybrid attention, its dense heads each way."""
+    from hooked_mllm.kernels.hybrid_attention import dispatch
+
+    def run(sdpa: bool, way: Way) -> Tensor:
+        with patch.object(dispatch, "dense_by_sdpa", way):
+            z, _ = dispatch.triton_hybrid_attention(q, k, v, dense, 64, 1024, q.shape[3] ** -0.5, sdpa=sdpa)
+        if hasattr(way, "side"):
+            torch.cuda.current_stream().wait_stream(way.side)
+        return z
+
+    found: dict[str, Callable[[], Tensor]] = {"one launch": lambda: run(False, dense_by_sdpa)}
+    ways = dict(list(WAYS.items())[:1]) if len(dense) in (1, q.shape[1]) else WAYS
+    for name, way in ways.items():
+        found[f"SDPA, {name}"] = partial(run, True, way)
+        if len(dense) < q.shape[1]:
+            found[f"SDPA, {name}, side stream"] = partial(run, True, beside(way))
+    return found
+
+
+def main() -> None:
+    """Check, then time, at each length."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--check", action="store_true", help="compare the ways on a CPU, and time nothing")
+    parser.add_argument("--out", type=Path, help="folder for the raw numbers")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_grad_enabled(False)
+    check()
+    if arguments.check:
+        return
+    for n in arguments.tokens:
+        q, k, v = (torch.randn(1, n, h, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for h in (32, 8, 8))
+
+        def cudnn(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Any:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        timed: dict[str, Callable[[], Any]] = {"cuDNN, all dense": cudnn}
+        for label, dense in SETS.items():
+            own = variants(q, k, v, dense)
+            want = own["one launch"]().float()
+            for name, run in own.items():
+                error = float((run().float() - want).norm() / want.norm())
+                if not error < 4e-3:
+                    sys.exit(f"{label} by {name} differs from one launch by {error:.4f}, so nothing is timed")
+            del want
+            timed |= {f"{label}: {name}": run for name, run in own.items()}
+        timings = interleaved(timed, max(1, 65536 // n), arguments.rounds, "cuda")
+        print(report(f"\n{n} tokens", timings, dict.fromkeys(timed, "cuDNN, all dense")))
+        if arguments.out:
+            (arguments.out / f"dense_heads_{n}.json").write_text(as_json(timings))
+
+
+if __name__ == "__main__":
+    main()
