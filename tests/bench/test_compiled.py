@@ -88,7 +88,7 @@ def test_a_whole_model_and_a_wrapped_one():
     with compile_blocks(model, backend=counting) as blocks:
         assert blocks.text is model.model.language_model
         torch.testing.assert_close(model(input_ids=ids).logits, want)
-    assert compile_blocks(HookedMLLM.from_model(model)).text is model.model.language_model
+    assert compile_blocks(HookedMLLM.from_model(model), backend=counting).text is model.model.language_model
 
 
 def test_everything_is_put_back_even_after_an_error():
@@ -135,6 +135,7 @@ def test_what_cannot_be_compiled():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")  # what torch's compiler says of itself
 def test_inductor_on_the_gpu(family):
     register_hybrid_attention("compiled_hybrid", HEADS, sink=2, window=8)
     text = text_backbone(tiny_model(family)).to("cuda")

@@ -19,7 +19,7 @@ def _ordered(at, there):
     value = tl.load(at, mask=there, other=0.0) + 0.0  # -0 and 0 are equal
     bits = value.to(tl.uint32, bitcast=True)
     negative = (bits >> 31) == 1
-    bits = tl.where(negative, ~bits, bits | 0x80000000)
+    bits = tl.where(negative, bits ^ 0xFFFFFFFF, bits | 0x80000000)  # `~` is -1 to Triton 3.6's interpreter
     return tl.where(there, bits, 0)
 
 
