@@ -21,7 +21,7 @@ def prefill(
 
     The form of figure 7 of arXiv:2606.05843.
 
-    A label that ends in ", rest compiled" is drawn dotted, in the colour of the one without.
+    A label that ends in ", rest compiled" is drawn dotted with squares, in the colour of the one without.
 
     Args:
         times: label -> context length in tokens -> milliseconds, one number or several of which the mean is drawn and
@@ -57,7 +57,8 @@ def prefill(
             continue
         means = {n: float(r.mean()) for n, r in zip(lengths, runs, strict=True)}
         plain = label.removesuffix(COMPILED)
-        style = {"color": colours[plain], "linestyle": "-" if plain == label else ":", "marker": "."}
+        line, marker = ("-", "o") if plain == label else (":", "s")
+        style = {"color": colours[plain], "linestyle": line, "marker": marker, "markersize": 4}
         latency.plot(lengths, list(means.values()), label=label, **style)
         latency.fill_between(lengths, [r.min() for r in runs], [r.max() for r in runs], color=style["color"], alpha=0.2)
         shared = [n for n in lengths if n in times[base]]
@@ -67,7 +68,7 @@ def prefill(
     speedup.set(ylabel=f"speedup over {base}", title=f"Speedup over {base}")
     speedup.set_ylim(bottom=0)
     for which in (latency.yaxis.set_major_formatter, latency.yaxis.set_minor_formatter):
-        which(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+        which(_Plain(labelOnlyBase=False, minor_thresholds=(2, 1)))
     for axes in (latency, speedup):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("context length (tokens)")
@@ -77,6 +78,13 @@ def prefill(
         axes.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return figure
+
+
+class _Plain(LogFormatter):
+    """The ticks that matplotlib would label, as plain numbers."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:,g}" if super().__call__(x, pos) else ""
 
 
 def _tokens(n: int) -> str:
