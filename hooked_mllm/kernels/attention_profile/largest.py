@@ -60,6 +60,6 @@ def triton_top_mask(values: Tensor, k: Tensor | int) -> Tensor:
     with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
         kernel[(values.numel() // n,)](
             values, values if each is None else each, out.view(torch.int8), k if each is None else 1, n, *sizes,
-            BLOCK=block, EACH=each is not None, num_warps=max(1, min(16, block // 512)),
+            BLOCK=block, EACH=each is not None, num_warps=max(1, min(16, block // 512)), enable_fp_fusion=True,
         )  # fmt: skip
     return out

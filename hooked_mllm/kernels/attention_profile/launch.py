@@ -15,6 +15,8 @@ from hooked_mllm.kernels.attention_profile.naive import Streaming
 
 #: columns of a layer's row in the table, before the words of 32 flags
 FACTS = 5
+#: Triton 3.9 warns where it is not told whether to fuse multiplications and additions
+FUSED: dict[str, Any] = {"enable_fp_fusion": True}
 LOG2_E = 1.4426950408889634
 #: programs of a pass for each multiprocessor, and the most chunks that keys are cut into
 PROGRAMS, MOST_PARTS = 4, 128
@@ -98,6 +100,7 @@ def triton_attention_profile(
         "ALIGNED": not bool((rows[:, :2] % 16).any()),
         "FACTS": FACTS,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        **FUSED,
     }
     strides = (*q[0].stride(), *k[0].stride(), places.stride(0))
     bound_strides = [x.stride(0) if padded else 0 for x in bounds]
@@ -117,7 +120,9 @@ def triton_attention_profile(
         )  # fmt: skip
         if parts > 1:
             kernel, count = kernels.merge, best.shape[1]
-            kernel[(-(-count // 64),)](best, total, count, parts, SPLITS=triton.next_power_of_2(parts), ROWS=64)
+            kernel[(-(-count // 64),)](
+                best, total, count, parts, SPLITS=triton.next_power_of_2(parts), ROWS=64, **FUSED
+            )
         chunk = cut.chunk(columns, cut.head_tiles, device, fixed)
         kernel = kernels.sums
         kernel[(-(-n_keys // chunk) * cut.head_tiles, *columns)](
