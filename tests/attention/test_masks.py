@@ -77,9 +77,9 @@ def test_moving_compacting_and_picking_samples_keep_the_rows(kind):
     assert torch.equal(rows.samples(torch.tensor([1])).full(), expected[1:])
 
 
-def transformers_mask(base, window, padding, q_length, kv_length, offset):
-    rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    return ALL_MASK_ATTENTION_FUNCTIONS[twin(base)](
+def asked(build, rule, padding, q_length, kv_length, offset, skip):
+    """What a mask function of transformers makes of a call as its models make it."""
+    return build(
         batch_size=2,
         q_length=q_length,
         kv_length=kv_length,
@@ -87,10 +87,15 @@ def transformers_mask(base, window, padding, q_length, kv_length, offset):
         kv_offset=0,
         mask_function=rule,
         attention_mask=None if padding is None else padding.bool(),
-        allow_is_causal_skip=False,
+        allow_is_causal_skip=skip,
         dtype=torch.float32,
         device=CPU,
     )
+
+
+def transformers_mask(base, window, padding, q_length, kv_length, offset):
+    rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    return asked(ALL_MASK_ATTENTION_FUNCTIONS[twin(base)], rule, padding, q_length, kv_length, offset, False)
 
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
@@ -285,18 +290,7 @@ def test_streaming_heads_out_of_range():
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 def test_a_slim_mask_is_none_or_the_padding_and_of_one_query_what_it_was(base):
     def slim(q_length, kv_length, offset, padding, rule=causal_mask_function):
-        return slim_mask(base)(
-            batch_size=2,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=offset,
-            kv_offset=0,
-            mask_function=rule,
-            attention_mask=None if padding is None else padding.bool(),
-            allow_is_causal_skip=True,
-            dtype=torch.float32,
-            device=CPU,
-        )
+        return asked(slim_mask(base), rule, padding, q_length, kv_length, offset, True)
 
     real = torch.ones(2, 6, dtype=torch.bool)
     for mask in (None, real):
