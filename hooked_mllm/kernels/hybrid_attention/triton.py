@@ -94,7 +94,6 @@ def key_ranges(lowest, highest, first, last, sink, window, BLOCK_N: tl.constexpr
         "n_dense",
         "n_streaming",
         "dense_tiles",
-        "streaming_tiles",
     ],
     do_not_specialize_on_alignment=["plan_ptr"],
 )
@@ -105,7 +104,7 @@ def _hybrid(
     stride_kb, stride_kh, stride_kn, stride_kd,
     stride_vb, stride_vh, stride_vn, stride_vd,
     stride_ob, stride_oh, stride_om, stride_od,
-    n_heads, q_length, kv_length, n_dense, n_streaming, dense_tiles, streaming_tiles, sink, window, scale,
+    n_heads, q_length, kv_length, n_dense, n_streaming, dense_tiles, sink, window, scale,
     D: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PADDED: tl.constexpr, WITH_LSE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +215,7 @@ def launch(
         q, described(k, box) if tma else k, described(v, box) if tma else v, out, out if lse is None else lse, rows,
         start if padded else rows, end if padded else rows,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-        n_heads, q_length, kv_length, groups.n_dense, groups.n_streaming, *tiles, sink, window, scale,
+        n_heads, q_length, kv_length, groups.n_dense, groups.n_streaming, tiles[0], sink, window, scale,
         D=d_head, GROUP=n_heads // n_kv, BLOCK_D=block_d, PADDED=padded, WITH_LSE=lse is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", TMA=tma,
         SETTLE=hopper(q) and bool(settings.get("maxnreg")), enable_fp_fusion=True, **settings,
