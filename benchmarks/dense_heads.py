@@ -62,17 +62,31 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...
     out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
 
 
-def beside(way: Way) -> Way:
-    """The same on a side stream, so that the streaming heads' launch, which follows, fills its gaps."""
-    side = torch.cuda.Stream()
+class Beside:
+    """The same on side streams, so that the streaming heads' launch, which follows, fills its gaps.
 
-    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            way(q, k, v, out, dense, scale)
+    Args:
+        way: How the dense heads run.
+        each: Every head on a stream of its own, so that they fill one another's gaps too.
+    """
 
-    run.side = side  # type: ignore[attr-defined]
-    return run
+    def __init__(self, way: Way, each: bool = False) -> None:
+        self.way, self.each = way, each
+        self.streams = [torch.cuda.Stream() for _ in range(4 if each else 1)]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
+        """Start the dense heads."""
+        work = [(h,) for h in dense] if self.each else [dense]
+        for n, heads in enumerate(work):
+            side = self.streams[n % len(self.streams)]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self.way(q, k, v, out, heads, scale)
+
+    def join(self) -> None:
+        """Let the current stream wait for them."""
+        for side in self.streams:
+            torch.cuda.current_stream().wait_stream(side)
 
 
 WAYS: dict[str, Way] = {"each head": dense_by_sdpa, "pairs": in_pairs, "gathered": gathered}
@@ -103,8 +117,8 @@ def variants(q: Tensor, k: Tensor, v: Tensor, dense: tuple[int, ...]) -> dict[st
     def run(sdpa: bool, way: Way) -> Tensor:
         with patch.object(dispatch, "dense_by_sdpa", way):
             z, _ = dispatch.triton_hybrid_attention(q, k, v, dense, 64, 1024, q.shape[3] ** -0.5, sdpa=sdpa)
-        if hasattr(way, "side"):
-            torch.cuda.current_stream().wait_stream(way.side)
+        if isinstance(way, Beside):
+            way.join()
         return z
 
     found: dict[str, Callable[[], Tensor]] = {"one launch": lambda: run(False, dense_by_sdpa)}
@@ -112,7 +126,9 @@ def variants(q: Tensor, k: Tensor, v: Tensor, dense: tuple[int, ...]) -> dict[st
     for name, way in ways.items():
         found[f"SDPA, {name}"] = partial(run, True, way)
         if len(dense) < q.shape[1]:
-            found[f"SDPA, {name}, side stream"] = partial(run, True, beside(way))
+            found[f"SDPA, {name}, side stream"] = partial(run, True, Beside(way))
+    if 1 < len(dense) < q.shape[1]:
+        found["SDPA, each head, own streams"] = partial(run, True, Beside(dense_by_sdpa, each=True))
     return found
 
 

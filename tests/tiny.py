@@ -177,7 +177,7 @@ def tiny_model(
 ):
     """A random model of the family's own class, in eval mode: 4 heads, 2 key-value heads, head width 8."""
     config = tiny_config(family, layers=layers, vision_layers=vision_layers, deepstack=deepstack)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _CLASS[family]._from_config(config, attn_implementation=attn)
         _randomise_constants(model)

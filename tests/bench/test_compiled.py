@@ -107,6 +107,7 @@ def test_everything_is_put_back_even_after_an_error():
     assert counting.graphs == before
 
 
+@pytest.mark.filterwarnings("default")  # of torch's own, while it compiles
 def test_a_model_that_accelerate_spread():
     plain, text = (random_text_model("tiny", dtype=torch.float32) for _ in range(2))
     text = dispatch_model(text, {"": "cpu"}, force_hooks=True)

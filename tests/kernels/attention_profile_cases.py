@@ -163,6 +163,20 @@ def test_the_grid_on_a_gpu(group, queries, dtype):
             assert torch.equal(found, made.kernel(None)), "not the same twice"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU, better two")
+def test_on_every_gpu_whichever_is_the_current_one():
+    made = Case(2, 8, 2, 30, 500, 128, dtype=torch.bfloat16, padded=True)
+    want = made.kernel(None)
+    marks = triton_top_mask(want.to(DEVICE), 25)
+    for gpu in range(torch.cuda.device_count()):
+        q, k = ([x.to(f"cuda:{gpu}") for x in some] for some in (made.q, made.k))
+        rest = [x.to(f"cuda:{gpu}") for x in (made.places, made.weight, made.start, made.end)]
+        found = triton_attention_profile(q, k, made.scale, *rest, made.streaming)
+        assert found.device.index == gpu and torch.equal(found.cpu(), want)
+        assert torch.equal(triton_top_mask(found, 25).cpu(), marks.cpu())
+
+
 def test_the_same_twice():
     made = Case(1, 4, 2, 9, 50, 16, dtype=torch.float16, layers=1)
     assert torch.equal(made.kernel(splits=2), made.kernel(splits=2))

@@ -215,7 +215,8 @@ def test_extreme_scores_and_rows_that_see_nothing(dense):
 def test_rows_with_one_visible_key_are_its_value():
     q, k, v = tensors(1, 4, 2, 36, 36, 16)
     z, lse = triton_hybrid_attention(q * 1e3, k, v, (), 0, 1, 1.0, None, None, True, config=SMALL)
-    assert torch.equal(z, v.repeat_interleave(2, dim=1))
+    # compiled, a product and a difference are fused: the weight of the one key is 1 but for rounding, and divided out
+    assert torch.allclose(z, v.repeat_interleave(2, dim=1), rtol=3e-7 if GPU else 0, atol=0)
     assert torch.allclose(lse, (q * 1e3 * k.repeat_interleave(2, dim=1)).sum(-1), rtol=1e-5, atol=1e-3)
 
 

@@ -92,6 +92,7 @@ def test_errors_are_no_larger_than_cudnns(d, dtype, length):
     """
     q, k, v = tensors(1, 8, 2, length, length, d, dtype)
     want, _ = exact(q, k, v, range(8), 0, 1)
+    torch.use_deterministic_algorithms(False)  # torch keeps cuDNN's attention out of that mode
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         theirs = error(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), want)
     for dense in (range(8), (), (0, 5, 6)):
@@ -181,6 +182,21 @@ def test_dense_heads_by_sdpa_where_it_is_faster(monkeypatch):
     assert len(sent) == 6  # short with few dense heads, with a log-sum-exp, a chunk, or float32: one launch
 
 
+@pytest.mark.parametrize("gpu", range(torch.cuda.device_count()))
+def test_on_every_gpu_whichever_is_the_current_one(gpu, monkeypatch):
+    q, k, v = tensors(1, 8, 2, 500, 500, 128)
+    assert torch.cuda.current_device() == 0
+    there = [x.to(f"cuda:{gpu}") for x in (q, k, v)]
+    padding = [torch.tensor([n], dtype=torch.int32, device=f"cuda:{gpu}") for n in (3, 490)]
+    for least, dense in ((49152, ()), (49152, (1, 2)), (1, (1, 2, 5)), (1, tuple(range(8)))):
+        monkeypatch.setattr(op, "SDPA_FROM", least)
+        z = hybrid_attention(*there, dense, window=100)
+        assert z.device.index == gpu and torch.equal(z.to("cuda:0"), hybrid_attention(q, k, v, dense, window=100))
+        padded = hybrid_attention(*there, dense, window=100, start=padding[0], end=padding[1])
+        want = hybrid_attention(q, k, v, dense, window=100, start=padding[0].to(q.device), end=padding[1].to(q.device))
+        assert torch.equal(padded.to("cuda:0"), want)
+
+
 @pytest.mark.parametrize("dense", [(), (1,), tuple(range(8))])
 def test_in_a_cuda_graph(dense):
     q, k, v = tensors(1, 8, 2, 500, 500, 64)
@@ -195,6 +211,7 @@ def test_in_a_cuda_graph(dense):
     assert torch.equal(z, hybrid_attention(q, k, v, dense, window=100)) and not torch.equal(z, eager)
 
 
+@pytest.mark.filterwarnings("default")  # of torch's own, while it compiles
 def test_compiled_by_inductor():
     q, k, v = tensors(1, 8, 2, 500, 500, 64)
 
