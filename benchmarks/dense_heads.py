@@ -10,8 +10,9 @@ The policy of `hooked_mllm.kernels.hybrid_attention` follows from the table.
 import argparse
 import random
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from hooked_mllm.kernels.hybrid_attention.dispatch import dense_by_sdpa
+from hooked_mllm.kernels.hybrid_attention import dispatch
+from hooked_mllm.kernels.hybrid_attention.dispatch import SIDE_STREAMS, dense_by_sdpa
 
-Way = Callable[[Tensor, Tensor, Tensor, Tensor, tuple[int, ...], float], None]
+Way = Callable[..., AbstractContextManager[None]]
 #: dense heads of a layer of 32 query and 8 key-value heads, by what is particular about them
 SETS = {
     "one": (5,),
@@ -39,6 +41,14 @@ SETS = {
 def evenly(heads: list[int]) -> slice:
     """One or two heads as a slice, so that no copy is needed."""
     return slice(heads[0], heads[-1] + 1, max(heads[-1] - heads[0], 1))
+
+
+def in_turn(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
+    """Every head in a call of its own, one behind the other."""
+    size = q.shape[1] // k.shape[1]
+    for head in dense:
+        own, kv = slice(head, head + 1), slice(head // size, head // size + 1)
+        out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
 
 
 def in_pairs(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
@@ -62,34 +72,37 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...
     out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
 
 
-class Beside:
-    """The same on side streams, so that the streaming heads' launch, which follows, fills its gaps.
+def before(way: Callable[..., None]) -> Way:
+    """On the current stream, before the streaming heads."""
 
-    Args:
-        way: How the dense heads run.
-        each: Every head on a stream of its own, so that they fill one another's gaps too.
-    """
+    @contextmanager
+    def run(*arguments: Any) -> Iterator[None]:
+        way(*arguments)
+        yield
 
-    def __init__(self, way: Way, each: bool = False) -> None:
-        self.way, self.each = way, each
-        self.streams = [torch.cuda.Stream() for _ in range(4 if each else 1)]
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
-        """Start the dense heads."""
-        work = [(h,) for h in dense] if self.each else [dense]
-        for n, heads in enumerate(work):
-            side = self.streams[n % len(self.streams)]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self.way(q, k, v, out, heads, scale)
-
-    def join(self) -> None:
-        """Let the current stream wait for them."""
-        for side in self.streams:
-            torch.cuda.current_stream().wait_stream(side)
+    return run
 
 
-WAYS: dict[str, Way] = {"each head": dense_by_sdpa, "pairs": in_pairs, "gathered": gathered}
+@contextmanager
+def no_priority(*arguments: Any) -> Iterator[None]:
+    """Streams of their own that are no more urgent than the current one."""
+    with patch.object(dispatch, "_streams", plain_streams), dense_by_sdpa(*arguments):
+        yield
+
+
+@cache
+def plain_streams(device: torch.device) -> list[torch.cuda.Stream]:
+    """Streams without priority."""
+    return [torch.cuda.Stream(device) for _ in range(SIDE_STREAMS)]
+
+
+WAYS: dict[str, Way] = {
+    "streams of their own": dense_by_sdpa,
+    "such streams, not urgent": no_priority,
+    "in turn": before(in_turn),
+    "in turn, pairs": before(in_pairs),
+    "gathered": before(gathered),
+}
 
 
 def check() -> None:
@@ -101,35 +114,26 @@ def check() -> None:
         q, k, v = (torch.randn(1, 20, h, 8).transpose(1, 2) for h in (heads, kv, kv))
         want = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
         for name, way in WAYS.items():
-            out = torch.full((1, 20, heads, 8), float("nan")).transpose(1, 2)
-            way(q, k, v, out, dense, 0.3)
             others = [h for h in range(heads) if h not in dense]
+            out = torch.full((1, 20, heads, 8), float("nan")).transpose(1, 2)
+            with way(q, k, v, out, dense, 0.3):
+                out[:, others] = 0
             error = (out[:, list(dense)] - want[:, list(dense)]).abs().max().item()
-            if not error < 1e-5 or not bool(out[:, others].isnan().all()):
+            if not error < 1e-5 or not bool((out[:, others] == 0).all()):
                 sys.exit(f"{name}: wrong for heads {dense} of {heads} over {kv}, by {error:.2g}")
     print("all ways agree")
 
 
 def variants(q: Tensor, k: Tensor, v: Tensor, dense: tuple[int, ...]) -> dict[str, Callable[[], Tensor]]:
     """The whole of hybrid attention, its dense heads each way."""
-    from hooked_mllm.kernels.hybrid_attention import dispatch
 
     def run(sdpa: bool, way: Way) -> Tensor:
         with patch.object(dispatch, "dense_by_sdpa", way):
-            z, _ = dispatch.triton_hybrid_attention(q, k, v, dense, 64, 1024, q.shape[3] ** -0.5, sdpa=sdpa)
-        if isinstance(way, Beside):
-            way.join()
-        return z
+            return dispatch.triton_hybrid_attention(q, k, v, dense, 64, 1024, q.shape[3] ** -0.5, sdpa=sdpa)[0]
 
-    found: dict[str, Callable[[], Tensor]] = {"one launch": lambda: run(False, dense_by_sdpa)}
-    ways = dict(list(WAYS.items())[:1]) if len(dense) in (1, q.shape[1]) else WAYS
-    for name, way in ways.items():
-        found[f"SDPA, {name}"] = partial(run, True, way)
-        if len(dense) < q.shape[1]:
-            found[f"SDPA, {name}, side stream"] = partial(run, True, Beside(way))
-    if 1 < len(dense) < q.shape[1]:
-        found["SDPA, each head, own streams"] = partial(run, True, Beside(dense_by_sdpa, each=True))
-    return found
+    found: dict[str, Callable[[], Tensor]] = {"one launch": partial(run, False, dense_by_sdpa)}
+    ways = dict(list(WAYS.items())[:1]) if len(dense) == q.shape[1] else WAYS
+    return found | {f"SDPA, {name}": partial(run, True, way) for name, way in ways.items()}
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from hooked_mllm.bench import compile_blocks, random_text_model
 from hooked_mllm.bench.compiled import OUTSIDE, text_backbone
 from hooked_mllm.errors import InputError, UnsupportedModelError
 
+#: torch's compiler, when it is first imported, warns of itself
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 HEADS = ["L0H1", "L1H0", "L1H3"]  # another number in every layer
 
 
@@ -107,7 +109,6 @@ def test_everything_is_put_back_even_after_an_error():
     assert counting.graphs == before
 
 
-@pytest.mark.filterwarnings("default")  # of torch's own, while it compiles
 def test_a_model_that_accelerate_spread():
     plain, text = (random_text_model("tiny", dtype=torch.float32) for _ in range(2))
     text = dispatch_model(text, {"": "cpu"}, force_hooks=True)

@@ -168,18 +168,46 @@ def test_dense_heads_by_sdpa_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(dispatch, "scaled_dot_product_attention", spy)
     everything = tuple(range(8))
     q, k, v = tensors(1, 8, 2, 1000, 1000, 128)
-    for least, dense in ((49152, everything), (1, (0, 1, 5)), (1, everything), (1, (2, 4, 5, 6, 7)), (1, ())):
+    for least, dense in ((16384, everything), (1, (0, 1, 5)), (1, everything), (1, (2, 4, 5, 6, 7)), (1, ())):
         monkeypatch.setattr(op, "SDPA_FROM", least)
         z = hybrid_attention(q, k, v, dense, window=200)
         assert error(z, exact(q, k, v, dense, 64, 200)[0]) < BFLOAT16_ERROR
         assert z.transpose(1, 2).is_contiguous()
     assert sent == [8, 2, 1, 8, 1, 4]  # heads of each call: neighbours that share keys go together
-    monkeypatch.setattr(op, "SDPA_FROM", 49152)
+    monkeypatch.setattr(op, "SDPA_FROM", 16384)
     hybrid_attention(q, k, v, (0, 1))
     hybrid_attention(q, k, v, everything, return_lse=True)
     hybrid_attention(q[:, :, 500:], k, v, everything)
     hybrid_attention(q.float(), k.float(), v.float(), everything)
     assert len(sent) == 6  # short with few dense heads, with a log-sum-exp, a chunk, or float32: one launch
+
+
+def test_what_comes_before_and_after_waits_for_the_dense_heads(monkeypatch):
+    """They run on streams of their own; the inputs are written just before and overwritten just after."""
+    monkeypatch.setattr(op, "SDPA_FROM", 1)
+    made = tensors(1, 16, 4, 4096, 4096, 128)
+    want = exact(*made, (0, 5, 6, 10, 15), 64, 1024)[0]
+    inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in made]
+    mine = torch.cuda.Stream()
+    for stream in (torch.cuda.current_stream(), mine):
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                for x, y in zip(inputs, made, strict=True):
+                    x.copy_(y)
+                z = hybrid_attention(*inputs, (0, 5, 6, 10, 15))
+                for x in inputs:
+                    x.fill_(float("nan"))
+                assert error(z, want) < BFLOAT16_ERROR
+
+
+def test_an_error_beside_the_dense_heads_leaves_nothing_running(monkeypatch):
+    q, k, v = tensors(1, 8, 2, 4096, 4096, 128)
+    monkeypatch.setattr(dispatch, "launch", lambda *_: 1 / 0)
+    monkeypatch.setattr(dispatch, "launch_streaming", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dispatch.triton_hybrid_attention(q, k, v, (0, 5), 64, 1024, 0.1, sdpa=True)
+    torch.cuda.current_stream().synchronize()
+    assert all(stream.query() for stream in dispatch._streams(q.device))
 
 
 @pytest.mark.parametrize("gpu", range(torch.cuda.device_count()))
@@ -188,7 +216,7 @@ def test_on_every_gpu_whichever_is_the_current_one(gpu, monkeypatch):
     assert torch.cuda.current_device() == 0
     there = [x.to(f"cuda:{gpu}") for x in (q, k, v)]
     padding = [torch.tensor([n], dtype=torch.int32, device=f"cuda:{gpu}") for n in (3, 490)]
-    for least, dense in ((49152, ()), (49152, (1, 2)), (1, (1, 2, 5)), (1, tuple(range(8)))):
+    for least, dense in ((16384, ()), (16384, (1, 2)), (1, (1, 2, 5)), (1, tuple(range(8)))):
         monkeypatch.setattr(op, "SDPA_FROM", least)
         z = hybrid_attention(*there, dense, window=100)
         assert z.device.index == gpu and torch.equal(z.to("cuda:0"), hybrid_attention(q, k, v, dense, window=100))
@@ -197,8 +225,10 @@ def test_on_every_gpu_whichever_is_the_current_one(gpu, monkeypatch):
         assert torch.equal(padded.to("cuda:0"), want)
 
 
-@pytest.mark.parametrize("dense", [(), (1,), tuple(range(8))])
-def test_in_a_cuda_graph(dense):
+@pytest.mark.parametrize("least", [1, 16384])
+@pytest.mark.parametrize("dense", [(), (1,), (0, 2, 5), tuple(range(8))])
+def test_in_a_cuda_graph(dense, least, monkeypatch):
+    monkeypatch.setattr(op, "SDPA_FROM", least)
     q, k, v = tensors(1, 8, 2, 500, 500, 64)
     eager = hybrid_attention(q, k, v, dense, window=100)
     torch.cuda.synchronize()
