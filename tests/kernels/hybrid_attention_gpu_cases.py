@@ -168,13 +168,13 @@ def test_dense_heads_by_sdpa_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(dispatch, "scaled_dot_product_attention", spy)
     everything = tuple(range(8))
     q, k, v = tensors(1, 8, 2, 1000, 1000, 128)
-    for least, dense in ((16384, everything), (1, (0, 1, 5)), (1, everything), (1, (2, 4, 5, 6, 7)), (1, ())):
+    for least, dense in ((24576, everything), (1, (0, 1, 5)), (1, everything), (1, (2, 4, 5, 6, 7)), (1, ())):
         monkeypatch.setattr(op, "SDPA_FROM", least)
         z = hybrid_attention(q, k, v, dense, window=200)
         assert error(z, exact(q, k, v, dense, 64, 200)[0]) < BFLOAT16_ERROR
         assert z.transpose(1, 2).is_contiguous()
     assert sent == [8, 2, 1, 8, 1, 4]  # heads of each call: neighbours that share keys go together
-    monkeypatch.setattr(op, "SDPA_FROM", 16384)
+    monkeypatch.setattr(op, "SDPA_FROM", 24576)
     hybrid_attention(q, k, v, (0, 1))
     hybrid_attention(q, k, v, everything, return_lse=True)
     hybrid_attention(q[:, :, 500:], k, v, everything)
@@ -216,7 +216,7 @@ def test_on_every_gpu_whichever_is_the_current_one(gpu, monkeypatch):
     assert torch.cuda.current_device() == 0
     there = [x.to(f"cuda:{gpu}") for x in (q, k, v)]
     padding = [torch.tensor([n], dtype=torch.int32, device=f"cuda:{gpu}") for n in (3, 490)]
-    for least, dense in ((16384, ()), (16384, (1, 2)), (1, (1, 2, 5)), (1, tuple(range(8)))):
+    for least, dense in ((24576, ()), (24576, (1, 2)), (1, (1, 2, 5)), (1, tuple(range(8)))):
         monkeypatch.setattr(op, "SDPA_FROM", least)
         z = hybrid_attention(*there, dense, window=100)
         assert z.device.index == gpu and torch.equal(z.to("cuda:0"), hybrid_attention(q, k, v, dense, window=100))
@@ -225,7 +225,7 @@ def test_on_every_gpu_whichever_is_the_current_one(gpu, monkeypatch):
         assert torch.equal(padded.to("cuda:0"), want)
 
 
-@pytest.mark.parametrize("least", [1, 16384])
+@pytest.mark.parametrize("least", [1, 24576])
 @pytest.mark.parametrize("dense", [(), (1,), (0, 2, 5), tuple(range(8))])
 def test_in_a_cuda_graph(dense, least, monkeypatch):
     monkeypatch.setattr(op, "SDPA_FROM", least)

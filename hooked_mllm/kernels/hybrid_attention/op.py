@@ -14,7 +14,7 @@ from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.kernels.hybrid_attention.naive import naive_hybrid_attention
 
 #: from this many queries on, dense heads go through SDPA (measured on an H200; below, one launch for all is faster)
-SDPA_FROM = 16384
+SDPA_FROM = 24576
 IMPLEMENTATIONS = ("auto", "triton", "naive")
 HEAD_DIMS = (16, 256)
 _noticed: set[str] = set()
@@ -43,7 +43,7 @@ def hybrid_attention(
     With more keys than queries, the last query stands at the last key (a chunk of a prompt and its cache). Inputs may
     be strided in any way; the result is contiguous as `[batch query head d_head]`. Rows that see no key are 0.
 
-    "auto" takes the Triton kernels on a GPU: one launch for both kinds of head. From 16,384 queries on, and where all
+    "auto" takes the Triton kernels on a GPU: one launch for both kinds of head. From 24,576 queries on, and where all
     heads are dense, dense heads go through torch's SDPA instead, which is faster there. Elsewhere, and for what the
     kernels do not take, it is the torch definition, with a notice. Gradients are those of the definition: correct, and
     with the memory of chunks of N x N scores.
