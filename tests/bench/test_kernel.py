@@ -47,6 +47,7 @@ def test_heads_that_cannot_be():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")  # of torch's own, while it compiles
 def test_on_the_gpu_with_flex_attention():
     found = bench_kernel([2048], rounds=2)
     assert {"cuDNN, all dense", "FlashAttention-2, all dense", "FlexAttention, 4 dense"} <= set(
