@@ -18,7 +18,7 @@ def table(record: PrefillRecord) -> str:
     settings = record.settings
     lines = [
         f"{settings['model']}: {settings['n_layers']} layers x {settings['n_heads']} heads, {settings['dtype']}, "
-        f"{' + '.join(settings['devices'])}; {settings['runs']} timed forward{'s' * (settings['runs'] > 1)}, {settings['clock']}"
+        f"{' + '.join(settings['devices'])}; timed forwards: {settings['runs']}, {settings['clock']}"
     ]
     for context in record.contexts:
         cells = [cell for cell in record.cells if cell.context == context]
