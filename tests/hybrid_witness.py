@@ -78,3 +78,15 @@ def written_out(modules: list[nn.Module], dense: Dense, start: Start, sink: int,
 
     with patch.object(file, "eager_attention_forward", attention):
         yield
+
+
+def keep_half_of_the_heads(layers):
+    """What tensor parallelism leaves in the second of two processes: some heads, numbered from 0."""
+    for layer in layers:
+        attention = layer.self_attn
+        for name in ("q_proj", "k_proj", "v_proj"):
+            whole = getattr(attention, name)
+            part = torch.nn.Linear(whole.in_features, whole.out_features // 2, bias=whole.bias is not None)
+            part.weight = torch.nn.Parameter(whole.weight.chunk(2)[1])
+            setattr(attention, name, part)
+        attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight.chunk(2, dim=1)[1])

@@ -23,7 +23,7 @@ from hooked_mllm.attention.backends import (
     widened,
 )
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.registered import REGISTERED
+from hooked_mllm.attention.registered import REGISTERED, shape_of
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
 
@@ -139,7 +139,7 @@ class AttentionSite:
             )
             if restricts(backend):
                 if backend is not self.backend:
-                    REGISTERED[base].check_heads(self.module, query)
+                    REGISTERED[base].check_heads(query, *shape_of(self.module))
                 if kwargs.get("sliding_window") is None:
                     mask = backend.restrict(query, key, own, scale, self.layer)
                 backend = None if mask is own else backend

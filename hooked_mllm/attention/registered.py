@@ -40,27 +40,26 @@ class RegisteredAttention:
             return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         layer: Any = module.layer_idx
+        shape = shape_of(module)
         if torch.compiler.is_compiling():
-            return _op(query, key, value, attention_mask, self.name, layer, scale).transpose(1, 2), None
-        self.check_heads(module, query)
+            z = _op(query, key, value, attention_mask, self.name, layer, scale, [*shape])
+            return z.transpose(1, 2), None
+        self.check_heads(query, *shape)
         return self.run(query, key, value, attention_mask, layer, scale), None
 
-    def check_heads(self, module: nn.Module, query: Tensor) -> None:
-        """Check the dense heads against the model that a module is of, once for each shape.
+    def check_heads(self, query: Tensor, n_layers: int, n_heads: int) -> None:
+        """Check the dense heads against a model of this shape, 0 where it is unknown, once for each shape.
 
         Raises:
-            HeadError: for heads that it lacks, or a module that holds only some of its heads.
+            HeadError: for heads that it lacks, or a call with only some of its heads.
         """
-        config: Any = getattr(module, "config", None)
-        n_layers: Any = getattr(config, "num_hidden_layers", None)
-        n_heads = getattr(config, "num_attention_heads", None)
-        if n_heads is not None and n_heads != query.shape[1]:
+        if n_heads and n_heads != query.shape[1]:
             raise HeadError(
-                f"{type(module).__name__} has {query.shape[1]} heads in this process and {n_heads} in the whole: heads "
-                "that are spread over processes have other numbers. Spread the layers instead (device_map)."
+                f"Attention has {query.shape[1]} heads in this process and {n_heads} in the whole model: heads that "
+                "are spread over processes have other numbers. Spread the layers instead (device_map)."
             )
         shape = (n_layers, query.shape[1])
-        if n_layers is not None and shape not in self.checked:
+        if n_layers and shape not in self.checked:
             self.hybrid.validate(*shape, causal=True)
             self.checked.add(shape)
 
@@ -93,6 +92,12 @@ class RegisteredAttention:
             dv += weights.transpose(2, 3) @ dout
         dk, dv = (x.unflatten(1, (-1, groups)).sum(2).to(k.dtype) for x in (dk, dv))
         return dq, dk, dv
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """The numbers of layers and heads of the model that an attention module is of, 0 where its config has none."""
+    config: Any = getattr(module, "config", None)
+    return getattr(config, "num_hidden_layers", None) or 0, getattr(config, "num_attention_heads", None) or 0
 
 
 def _mask(q: Tensor, k: Tensor, padding: Tensor | None) -> MaskRows:
@@ -176,19 +181,25 @@ def _check(name: str, module: nn.Module, dropout: float, kwargs: dict[str, Any])
 
 
 @torch.library.custom_op("hooked_mllm::registered_attention", mutates_args=())
-def _op(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, name: str, layer: int, scale: float) -> Tensor:
-    """What was registered, as one op: a compiled graph holds its name, and not the heads."""
+def _op(
+    q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, name: str, layer: int, scale: float, shape: list[int]
+) -> Tensor:
+    """What was registered, as one op: a compiled graph holds its name, and not the heads.
+
+    `shape` is the model's numbers of layers and heads, or 0.
+    """
+    REGISTERED[name].check_heads(q, *shape)
     z = REGISTERED[name].run(q, k, v, padding, layer, scale)
     return z.contiguous().transpose(1, 2)
 
 
 @_op.register_fake
-def _(q, k, v, padding, name, layer, scale):
+def _(q, k, v, padding, name, layer, scale, shape):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, padding, *ctx.settings = inputs
+    q, k, v, padding, *ctx.settings, _ = inputs
     ctx.save_for_backward(q, k, v, padding)
 
 
@@ -206,7 +217,7 @@ def _(q, k, v, padding, dz, name, layer, scale):
 
 def _backward(ctx: Any, dz: Tensor) -> tuple[Any, ...]:
     q, k, v, padding = ctx.saved_tensors
-    return (*_gradients(q, k, v, padding, dz, *ctx.settings), *[None] * 4)
+    return (*_gradients(q, k, v, padding, dz, *ctx.settings), *[None] * 5)
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cache_witness import batch as padded
 from cache_witness import hooked, sample
-from hybrid_witness import DENSE, SINK, WINDOW
+from hybrid_witness import DENSE, SINK, WINDOW, keep_half_of_the_heads
 from tiny import tiny_config, tiny_processor
 from transformers import InternVLForConditionalGeneration
 from wrapped import fresh, model_inputs, plain, wrapped
@@ -188,6 +188,14 @@ def test_heads_of_another_model_and_other_towers_are_refused_at_the_door(family)
     with pytest.raises(UnsupportedModelError, match="leave the tower on attention='sdpa'"):
         with model.attention(hybrid(), tower="vision"):
             pytest.fail("entered")
+
+
+@torch.no_grad()
+def test_a_part_of_the_heads_is_refused(family):
+    model = HookedMLLM.from_model(fresh(family), tiny_processor(family), check=False)
+    keep_half_of_the_heads(model.hf_model.get_decoder().layers)
+    with model.attention(hybrid()), pytest.raises(HeadError, match=r"has 2 heads, the model 4.*device_map"):
+        model(model_inputs(family))
 
 
 def test_what_is_no_hybrid_attention():

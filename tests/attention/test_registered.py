@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hybrid_witness import written_out
+from hybrid_witness import keep_half_of_the_heads, written_out
 from transformers import (
     BertConfig,
     BertModel,
@@ -300,6 +300,29 @@ def test_heads_of_another_model_are_refused_when_it_first_runs():
         register(heads)
         with pytest.raises(HeadError, match=message):
             model(**inputs)
+
+
+@pytest.mark.filterwarnings("default")  # what torch's compiler says of itself
+@torch.no_grad()
+def test_heads_of_another_model_are_refused_in_compiled_code_too():
+    inputs, _ = prompts(1)
+    model = decoder("qwen3", NAME)
+    run = torch.compile(lambda: model(**inputs, use_cache=False).logits, backend="eager", fullgraph=True)
+    register()
+    run()
+    register(["L3H0"])
+    with pytest.raises(HeadError, match="Layer 3 of head L3H0 is not there"):
+        run()
+
+
+@torch.no_grad()
+def test_a_part_of_the_heads_is_refused():
+    inputs, _ = prompts()
+    model = decoder("llama", NAME)
+    register(["L0H1"])
+    keep_half_of_the_heads(model.model.layers)
+    with pytest.raises(HeadError, match=r"2 heads in this process and 4 in the whole model.*device_map"):
+        model(**inputs)
 
 
 def test_what_cannot_be_registered():
