@@ -61,7 +61,7 @@ class AttentionMethods:
             HookValueError: for an unknown name or tower.
             HeadError, UnsupportedModelError: for a backend that does not fit the model or the tower.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

@@ -46,7 +46,7 @@ class HeadError(HookedMLLMError, IndexError):
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """The closest of `choices` to `name`, as text for an error message.
 
-    Example:
+    Examples:
         >>> nearest("hook_patern", ["hook_pattern", "hook_z"])
         "Did you mean 'hook_pattern' or 'hook_z'?"
     """

@@ -50,7 +50,7 @@ class HookMethods:
         Raises:
             HookNameError: for a name that this model lacks; it lists the nearest ones.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> model.add_hook("blocks.*.attn.hook_z", lambda z, hook: z * 0)
@@ -107,7 +107,7 @@ class HookMethods:
             reset_hooks_end: Take them away at the end.
             clear_contexts: Empty the points' contexts at the end.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -133,7 +133,7 @@ class HookMethods:
             HeadError: for heads that it lacks.
             HookNameError: for layers or sites that it lacks.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -167,7 +167,7 @@ class HookMethods:
             clear_contexts: Empty the points' contexts at the end.
             **forward: Passed to `forward`.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

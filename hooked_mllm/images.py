@@ -25,7 +25,7 @@ def load_image(image: Any) -> Image.Image:
     Raises:
         InputError: no such file, not a picture, another shape or range, NaN or infinity among the pixels.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> load_image(np.zeros((4, 6, 3), dtype=np.uint8)).size
         (6, 4)

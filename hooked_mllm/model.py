@@ -40,7 +40,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         name: The checkpoint's name or path.
         revision: Its revision, if one was asked for.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import Box, HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2)
@@ -246,7 +246,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             InputError: for inputs that are missing, damaged or contradictory, or without a processor.
             LayoutError: when the question is not found, or the target maps to no token.
 
-        Example:
+        Examples:
             >>> from PIL import Image
             >>> from hooked_mllm import Box, HookedMLLM
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
@@ -292,7 +292,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             InputError: when a metric needs what a sample lacks, such as a target, or there is no sample.
             NumericsError: when attention is not finite, as after an overflow in float16.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, metrics, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2)
@@ -314,7 +314,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         Raises:
             InputError: when nnsight is not installed.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

@@ -32,7 +32,7 @@ class NNsightModel(NNsight):
 
     Where both act on one module, hooks of this package see what it takes before nnsight, and what it returns after.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -87,7 +87,7 @@ class NNsightModel(NNsight):
         Returns:
             nnsight's tracer; its `result` is the token ids.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

@@ -85,7 +85,7 @@ class Preparer:
             LayoutError: the question is not found in the prompt, the target lies outside its image or sees no token, or
                 the model's placeholders do not match its pictures.
 
-        Example:
+        Examples:
             >>> from hooked_mllm.families import family_of
             >>> from hooked_mllm.loading import load_model
             >>> model, processor = load_model("toy-qwen3-vl")

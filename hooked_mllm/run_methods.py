@@ -187,7 +187,7 @@ class RunMethods:
             HookNameError: for a name that this model lacks.
             HookValueError: for options that exclude each other.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

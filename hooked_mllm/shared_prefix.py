@@ -28,7 +28,7 @@ class SharedPrefix(SampleBatch):
     Attributes:
         prefix: how many positions are shared; 0 if none can be, and the batch is then run whole.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

@@ -30,7 +30,7 @@ class Video:
         fps: frame rate of the video they were taken from.
         source: where they come from, for messages.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> Video.from_frames(np.zeros((4, 8, 6, 3), dtype=np.uint8), fps=2)
         Video(4 frames of 6x8 px, 0 to 1.5 s, frames in memory)
@@ -121,7 +121,7 @@ def read_video(
 
     Raises:
         InputError: no such file, no video in it, frames that do not decode, nothing but black, `fps` beside
-        `num_frames`.
+            `num_frames`.
     """
     if fps is not None and num_frames is not None:
         raise InputError(f"Give fps= or num_frames=, not both; got fps={fps}, num_frames={num_frames}.")
@@ -157,7 +157,7 @@ def sampled(
 ) -> np.ndarray:
     """Numbers of the frames to take, of frames shown at `times` (increasing, from 0).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> sampled(np.arange(10) / 10, fps=5).tolist()
         [0, 2, 4, 6, 8]

@@ -55,7 +55,7 @@ class VisionMethods:
             LayoutError: when there is no such picture, view or tile, when nothing sees the region, or for images and
                 videos together where the model calls its tower once for either.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -90,7 +90,7 @@ class VisionMethods:
             InputError: for something else.
             LayoutError: for a sample without pictures, or with images and videos where the tower is called for either.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

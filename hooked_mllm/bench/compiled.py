@@ -124,7 +124,7 @@ def compile_blocks(model: Any, *, backend: Any = "inductor", dynamic: bool | Non
     Raises:
         UnsupportedModelError: for a model without a text decoder, or with offloaded weights.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from transformers import Qwen3Config, Qwen3Model
         >>> sizes = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=8)

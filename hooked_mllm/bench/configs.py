@@ -100,7 +100,7 @@ def random_text_model(
     Raises:
         InputError: for an unknown name.
 
-    Example:
+    Examples:
         >>> model = random_text_model("tiny", dtype=torch.float32)
         >>> model.config.num_hidden_layers, model.config.num_attention_heads
         (3, 4)

@@ -105,7 +105,7 @@ def prefill_variants(
     Raises:
         InputError: for an unknown name, or hybrid attention without numbers of dense heads.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadSet
         >>> two = HeadSet(["L0H1", "L2H3"], n_layers=3, n_heads=4)
         >>> [v.title for v in prefill_variants(["sdpa", "hybrid"], {2: two})]

@@ -38,7 +38,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         model: The model that ran, for the residual-stream tools.
         has_batch_dim: Whether the first axis is the batch.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

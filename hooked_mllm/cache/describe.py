@@ -11,7 +11,7 @@ from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of
 def human_bytes(count: int) -> str:
     """A number of bytes with a binary unit.
 
-    Example:
+    Examples:
         >>> human_bytes(3 * 2**20)
         '3.0 MiB'
     """

@@ -21,7 +21,7 @@ class GenerationCache:
     Args:
         steps: The caches, prefill first.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

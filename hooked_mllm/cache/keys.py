@@ -33,7 +33,7 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
     Raises:
         HookNameError: for a key of another form, or a layer that the tower lacks.
 
-    Example:
+    Examples:
         >>> full_name(("z", -1), {"text": 4, "vision": 2})
         'blocks.3.attn.hook_z'
         >>> full_name(("vision", "scale", 0, "ln1"), {"text": 4, "vision": 2})

@@ -19,7 +19,7 @@ def count(text: str, least: int = 1) -> int:
 def tokens(text: str) -> int:
     """A number of tokens: "8192", or "8k" for 8 x 1024.
 
-    Example:
+    Examples:
         >>> tokens("128k")
         131072
     """

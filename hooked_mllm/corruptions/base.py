@@ -23,7 +23,7 @@ class Corruption(ABC):
     Attributes:
         same_length: Whether the counterpart must have the sample's tokens; it is then checked that it has.
 
-    Example:
+    Examples:
         >>> from PIL import ImageOps
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
         >>> class Mirror(corruptions.Corruption):

@@ -24,7 +24,7 @@ class ImageNoise(Corruption):
     Raises:
         InputError: for a std that is not positive, or a seed that is no integer from 0.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

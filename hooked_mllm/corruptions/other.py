@@ -32,7 +32,7 @@ class OtherImage(Corruption):
         InputError: for no candidate, or (when called) none that fits the sample.
         LayoutError: when called with resize=False, for pictures that give other tokens.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> samples = toys.VisualRetrieval(pages=1).samples(model, 4)
@@ -88,7 +88,7 @@ class OtherQuestion(Corruption):
     Raises:
         InputError: for something else; when called, for an empty question.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = model.prepare("what color is the star ?", images=toys.VisualRetrieval().example(0).images)

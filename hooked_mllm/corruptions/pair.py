@@ -21,7 +21,7 @@ def check_pair(clean: Any, corrupted: Any) -> None:
         LayoutError: naming both layouts.
         InputError: for something else than samples or batches of one size.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> one, two = (toys.VisualRetrieval(pages=n).samples(model, 1)[0] for n in (1, 2))

@@ -28,7 +28,7 @@ class BlurRegion(Corruption):
     Raises:
         InputError: for a sigma that is not positive; when called, for a sample without a target.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -77,7 +77,7 @@ class MeanRegion(Corruption):
     Raises:
         InputError: for an unknown `of`; when called, for a sample without a target.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

@@ -38,7 +38,7 @@ class SwapRegion(Corruption):
             a picture without room for a second box.
         InputError: when called: for a sample without a target.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import Box, HookedMLLM, corruptions, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

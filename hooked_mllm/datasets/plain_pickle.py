@@ -40,7 +40,7 @@ def load_plain_pickle(path: str | Path) -> Any:
     Raises:
         InputError: the file is missing, is not a pickle, is cut short, or holds any other kind of object.
 
-    Example:
+    Examples:
         >>> import pickle, tempfile, pathlib
         >>> file = pathlib.Path(tempfile.mkdtemp()) / "refs.p"
         >>> _ = file.write_bytes(pickle.dumps([{"ann_id": 7, "tokens": ["red", "mug"]}], protocol=0))

@@ -99,7 +99,7 @@ class RefCOCOg(Sequence[ReferringExpression]):
         InputError: a file is missing or not what it should be, the split is unknown, a reference has no annotation,
             or not one photograph is there.
 
-    Example:
+    Examples:
         ```python
         data = RefCOCOg("refcocog", split_by="umd", split="val", max_samples=100, seed=0)
         samples = [model.prepare(r.question, images=r.images, target=r.target, id=r.id) for r in data]

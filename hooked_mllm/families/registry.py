@@ -14,7 +14,7 @@ FAMILIES: dict[str, Family] = {}
 def register(family: Family) -> Family:
     """Make a family known under each of its `model_types`.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.families import Qwen3VL, register
         >>> register(Qwen3VL()).name
         'qwen3_vl'

@@ -18,7 +18,7 @@ def share_count(share: float, n: int) -> int:
     Raises:
         ValueError: for a share outside 0..1.
 
-    Example:
+    Examples:
         >>> share_count(0.05, 140)
         7
     """
@@ -38,7 +38,7 @@ def resolve_count(k: int | float, n: int, what: str = "heads") -> int:
     Raises:
         HeadError: for a negative number, more than `n`, or a share outside 0..1.
 
-    Example:
+    Examples:
         >>> resolve_count(0.05, 1152), resolve_count(20, 1152)
         (58, 20)
     """

@@ -30,7 +30,7 @@ class Grouping:
         Raises:
             HeadError: if the key-value heads cannot be shared evenly among so many.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HeadScores
             >>> HeadScores([[0.2, 0.9]]).to_query(4).values.tolist()
             [[0.2, 0.2, 0.9, 0.9]]
@@ -49,7 +49,7 @@ class Grouping:
         Raises:
             HeadError: if the query heads cannot be shared evenly among so many, or for another reduction.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HeadScores
             >>> HeadScores([[0.25, 0.5, 1.0, 0.0]]).to_kv(2, reduce="max").values.tolist()
             [[0.5, 1.0]]

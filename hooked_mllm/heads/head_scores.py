@@ -39,7 +39,7 @@ class HeadScores(Arithmetic, Grouping):
         HeadError: for values or counts of another shape, or a missing layer that is out of range.
         NumericsError: for a value that is not finite in a layer that is not declared missing.
 
-    Example:
+    Examples:
         >>> scores = HeadScores([[0.1, 0.4], [0.3, 0.2]], name="demo")
         >>> scores.top(2)
         HeadSet(2 of 2 x 2: L0H1, L1H0)

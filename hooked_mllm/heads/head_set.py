@@ -20,7 +20,7 @@ def parse_head(text: str) -> tuple[int, int]:
     Raises:
         HeadError: if the text is not of that form.
 
-    Example:
+    Examples:
         >>> parse_head("L20H15")
         (20, 15)
     """
@@ -69,7 +69,7 @@ class HeadSet:
     Raises:
         HeadError: for a head that such a model does not have.
 
-    Example:
+    Examples:
         >>> core = HeadSet(["L20H15", (3, 2)], n_layers=36, n_heads=32)
         >>> print(core - HeadSet.parse("L3H2", n_layers=36, n_heads=32))
         L20H15

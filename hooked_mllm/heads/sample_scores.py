@@ -29,7 +29,7 @@ class SampleScores:
         HeadError: for values of another shape or without a sample.
         NumericsError: for a value that is not finite in a layer that other samples or heads have.
 
-    Example:
+    Examples:
         >>> scores = SampleScores([[[0.1, 0.4]], [[0.3, 0.2]]], name="demo")
         >>> scores.mean().values.tolist()
         [[0.2, 0.30000000000000004]]

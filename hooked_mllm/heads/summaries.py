@@ -32,7 +32,7 @@ def rho_half(scores: "HeadScores") -> float:
 
     Source: arXiv:2605.27243 (for calibrated scores; it makes sense for any).
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadScores
         >>> rho_half(HeadScores([[8.0, 1.0], [1.0, -3.0]]))
         0.25
@@ -79,7 +79,7 @@ def bootstrap(scores: "SampleScores", n: int = 1000, level: float = 0.95, seed: 
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.heads import SampleScores
         >>> interval = bootstrap(SampleScores([[[0.1, 0.4]], [[0.3, 0.4]]]), n=50)
         >>> interval["L0H1"]
@@ -135,7 +135,7 @@ def pairwise_overlap(rankings: "Sequence[HeadScores]", k: int | float) -> Overla
         InputError: for fewer than two scores.
         HeadError: if their shapes differ, or for k of no heads or too many.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadScores
         >>> pairwise_overlap([HeadScores([[3, 2, 1]]), HeadScores([[3, 1, 2]])], k=2).mean
         0.5

@@ -58,7 +58,7 @@ class HeadAblation(Intervention):
         HeadError: for an empty set of heads, or (when used) a head that the model lacks.
         HookValueError: for arguments that are missing or contradict each other.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -149,7 +149,7 @@ class HeadAblation(Intervention):
             HeadError: for an empty set of heads, or a head that the model lacks.
             InputError: for no sample, or samples without images where the vision tower is asked for.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> samples = toys.VisualRetrieval(pages=1).samples(model, 3)

@@ -43,7 +43,7 @@ class AttentionKnockout(Intervention):
         HookNameError: for a layer that it lacks.
         HookValueError: for both or neither of heads and layers; in a run, for a query that would see nothing.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import AttentionKnockout, HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -152,7 +152,7 @@ def knockout_windows(model: Any, k: int, tower: Tower = "text") -> list[range]:
     Raises:
         HookValueError: for a k that the model has no room for.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import AttentionKnockout, HookedMLLM, interventions
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sweep = [AttentionKnockout(layers=window, queries="last", keys="visual", phase="prefill")

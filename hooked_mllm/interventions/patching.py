@@ -51,7 +51,7 @@ class ActivationPatch(Intervention):
         HookValueError: for heads of a site without any; in a run, for a source of another shape.
         LayoutError: in a run, for a source with other positions.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import ActivationPatch, HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> clean, other = toys.VisualRetrieval(pages=1).samples(model, 2)
@@ -205,7 +205,7 @@ class HeadPatch(Intervention):
         HookNameError: for a source without z of one of the layers.
         HookValueError, LayoutError: in a run, for a source of another shape or with other positions.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadPatch, HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> clean, other = toys.VisualRetrieval(pages=1).samples(model, 2)

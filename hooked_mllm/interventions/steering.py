@@ -40,7 +40,7 @@ class Steer(Intervention):
         HookValueError: for a direction that is not finite or not a vector of the tower's width, or an unknown site.
         HookNameError: for a layer that the model lacks.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from hooked_mllm import HookedMLLM, Steer, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")

@@ -14,7 +14,7 @@ TEXT_KINDS = ("system", "template", "question", "answer", "padding")
 def runs(mask: Bool[Tensor, " pos"]) -> list[tuple[int, int]]:
     """The contiguous true ranges (start, end), end exclusive.
 
-    Example:
+    Examples:
         >>> runs(torch.tensor([True, True, False, True]))
         [(0, 2), (3, 4)]
     """

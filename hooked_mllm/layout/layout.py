@@ -38,7 +38,7 @@ class TokenLayout:
         items: the images and videos, in prompt order.
         last_index: the last position before any answer.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.layout import Box
         >>> boxes = np.array([[0.0, 0.0, 4.0, 4.0], [4.0, 0.0, 8.0, 4.0]])
         >>> item = VisualItem("image", 0, 8, 4, boxes, np.full((2, 2), -1), np.full(2, View.WHOLE, np.int8))

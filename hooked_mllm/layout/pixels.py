@@ -38,7 +38,7 @@ def pixel_masks(
     Raises:
         LayoutError: no such image or video, a region outside of it, a mask of another size.
 
-    Example:
+    Examples:
         >>> nan, none = np.full((1, 4), np.nan), np.full((1, 2), -1)
         >>> item = VisualItem("image", 0, 4, 3, nan, none, np.zeros(1, np.int8))
         >>> pixel_masks([item], [Box(0.5, 1, 2, 2)])[0].astype(int).tolist()

@@ -40,7 +40,7 @@ class Box:
 
     What lies outside the image is cut off; a box wholly outside is an error.
 
-    Example:
+    Examples:
         >>> Box(412, 230, 520, 371)
         Box(x0=412, y0=230, x1=520, y1=371, image=0)
     """
@@ -59,7 +59,7 @@ class Box:
 class Mask:
     """The true pixels of a boolean array of the size of the original image, `[height width]`.
 
-    Example:
+    Examples:
         >>> Mask(np.eye(3, dtype=bool))
         Mask(3 of 9 pixels, image=0)
     """
@@ -92,7 +92,7 @@ class Frames:
 
     `None` leaves that end open. The times are those of the frames given to the model.
 
-    Example:
+    Examples:
         >>> Frames(start_s=2.0, end_s=4.5)
         Frames(start_s=2.0, end_s=4.5, video=0, box=None)
     """
@@ -116,7 +116,7 @@ class Tube:
     A frame between two given times takes the box on the straight line between theirs; before the first time, after
     the last and next to a `None` there is no box.
 
-    Example:
+    Examples:
         >>> Tube({0.0: (0, 0, 10, 10), 2.0: (20, 0, 30, 10)}).at(1.0)
         (10.0, 0.0, 20.0, 10.0)
     """
@@ -154,7 +154,7 @@ class Tube:
 class Pages:
     """Whole images, by their numbers from 0 in prompt order.
 
-    Example:
+    Examples:
         >>> Pages({3, 7})
         Pages(images=(3, 7))
     """

@@ -49,7 +49,7 @@ class AttentionScore(HeadMetric):
 
     Source: arXiv:2608.27417 (the common formula); arXiv:2606.05843 eq. 1, 22, 23.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import AttentionScore
         >>> AttentionScore(queries="last", keys="target", reduce="argmax").config()["reduce"]
         'argmax'

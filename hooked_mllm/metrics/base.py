@@ -191,7 +191,7 @@ class HeadMetric(AttentionMetric):
 
     Write one method, `score`. What a view offers is in `AttentionView`: `profile`, `mass`, `rows`, `top`, the masks.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import HeadMetric
         >>> class SinkMass(HeadMetric):
         ...     '''Attention that the question pays to the very first token.'''
@@ -241,7 +241,7 @@ class HeadMetric(AttentionMetric):
     def keep_samples(self) -> "HeadMetric":
         """Keep the score of every sample beside their sum, for `sample_scores`; call it before the first sample.
 
-        Example:
+        Examples:
             >>> from hooked_mllm import metrics
             >>> metrics.VisionMass().keep_samples()
             VisionMass(queries='question')

@@ -63,7 +63,7 @@ class DuoGate:
 
     Source: arXiv:2410.10819 (DuoAttention), section 3.2; defaults are the paper's.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")

@@ -29,7 +29,7 @@ class CoverageCurve:
         share: Share of the sequence that counts as most attended.
         provenance: Metric, settings, ranking and model.
 
-    Example:
+    Examples:
         >>> CoverageCurve(ks=[1, 2], coverage=[0.25, 0.5], n_samples=4, share=0.05).at(2)
         0.5
     """
@@ -102,7 +102,7 @@ class KeyTokenCoverage(AttentionMetric):
 
     Source: arXiv:2606.05843 eq. 24 and 25, figure 6c.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadSet
         >>> from hooked_mllm.metrics import KeyTokenCoverage
         >>> KeyTokenCoverage(HeadSet.parse("L1H0, L0H3", n_layers=2, n_heads=4)).ks

@@ -35,7 +35,7 @@ class KeyTokenRatio(AttentionScore):
 
     Source: arXiv:2606.05843 eq. 22 and 23.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import KeyTokenRatio
         >>> KeyTokenRatio(share=0.1)
         KeyTokenRatio(share=0.1, hit=0.5, queries='question')

@@ -27,7 +27,7 @@ class RetrievalAttentionMass(AttentionScore):
 
     Source: arXiv:2606.05843 eq. 1.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import RetrievalAttentionMass
         >>> RetrievalAttentionMass(queries="last")
         RetrievalAttentionMass(queries='last')

@@ -130,7 +130,7 @@ def stability(scores_by_task: Mapping[str, HeadScores], percentile: float | int 
 
     Source: arXiv:2606.05843 eq. 20 and 21, figure 5.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadScores
         >>> charts = HeadScores([[0.9, 0.1], [0.2, 0.3]])
         >>> found = stability({"charts": charts, "pages": charts * 2 + 1}, percentile=75)

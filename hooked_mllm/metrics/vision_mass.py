@@ -25,7 +25,7 @@ class VisionMass(AttentionScore):
 
     Source: arXiv:2606.05843 section 4.2.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import VisionMass
         >>> VisionMass()
         VisionMass(queries='question')

@@ -27,7 +27,7 @@ class AnswerLogProb(Objective):
         InputError: when bound: for a sample without an answer, one that the tokenizer does not know, or an `answer` of
             several tokens.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]
@@ -77,7 +77,7 @@ class GreedyAccuracy(Objective):
     (without a repetition penalty), and under interventions that act on the answer as on generated tokens (phase
     "both"). The answer stands in the prefill here, where one of phase "prefill" reaches it and "decode" does not.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]

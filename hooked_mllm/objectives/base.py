@@ -26,7 +26,7 @@ class Objective(ABC):
         needs_clean: Whether it compares with the logits of another run; see `BoundObjective.with_clean`.
         differentiable: Whether gradients flow through it to the logits.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
         >>> class LargestLogit(objectives.Objective):
         ...     def bind(self, model, inputs, corrupted=None):

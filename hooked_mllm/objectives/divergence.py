@@ -21,7 +21,7 @@ class KLDivergence(Objective):
     Args:
         positions: Which positions are read: "last", or any way of naming positions, such as "generating".
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadAblation, HookedMLLM, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> inputs = model.resolve(toys.VisualRetrieval(pages=1).samples(model, 1)[0])

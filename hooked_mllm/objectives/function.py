@@ -24,7 +24,7 @@ class FunctionObjective(Objective):
         InputError: for something that is no function; in a run, when it returns another shape.
         LayoutError: when bound: for positions of which samples have unequal numbers.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
@@ -74,7 +74,7 @@ def as_objective(value: Any) -> Objective:
     Raises:
         InputError: for anything else.
 
-    Example:
+    Examples:
         >>> as_objective(lambda logits: logits[:, 0, 7])
         FunctionObjective(function='<lambda>', positions='last')
     """

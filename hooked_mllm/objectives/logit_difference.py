@@ -31,7 +31,7 @@ class LogitDifference(Objective):
         InputError: when bound: for a token outside the vocabulary, a text of several tokens, a sample without an
             answer, or wrong tokens of which none is left.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> task = toys.VisualRetrieval(pages=1)

@@ -46,7 +46,7 @@ def gather_logits(
     Raises:
         InputError: for positions of another batch, or outside the sequence.
 
-    Example:
+    Examples:
         >>> logits = torch.arange(6.0).view(1, 3, 2)
         >>> gather_logits(logits, torch.tensor([[2, -1]])).tolist()
         [[[4.0, 5.0], [0.0, 0.0]]]
@@ -75,7 +75,7 @@ def logits_at(
     Raises:
         InputError: for positions of another batch, or outside the sequence.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

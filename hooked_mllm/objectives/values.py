@@ -33,7 +33,7 @@ def objective_values(
         InputError: for an objective that does not fit the inputs, or needs the logits of a clean run.
         NumericsError: for values that are not a number.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

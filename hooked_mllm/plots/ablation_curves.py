@@ -40,7 +40,7 @@ def ablation_curves(
     Raises:
         InputError: no curves, curves of different objectives, or more than four.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from hooked_mllm.metrics import AblationCurveResult
         >>> values = {"top": np.array([[[1.0, 1.0], [0.0, 1.0]]])}

@@ -28,7 +28,7 @@ def coverage_curve(
     Raises:
         InputError: no curves, a curve that is not one-dimensional, of another length than `ks`, or outside [0, 1].
 
-    Example:
+    Examples:
         >>> figure = coverage_curve({"RAM": [0.4, 0.7, 0.9], "random": [0.1, 0.2, 0.3]})
         >>> len(figure.axes[0].lines)
         2

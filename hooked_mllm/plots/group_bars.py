@@ -30,7 +30,7 @@ def group_bars(
         InputError: no models, models with different groups, or a group without heads.
         NumericsError: an infinity.
 
-    Example:
+    Examples:
         >>> figure = group_bars({"toy": {"top 2": [0.9, 0.7], "bottom 2": [0.0, 0.1]}})
         >>> [round(float(bar.get_height()), 2) for bar in figure.axes[0].patches]
         [0.8, 0.05]

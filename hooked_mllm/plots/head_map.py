@@ -43,7 +43,7 @@ def head_map(
     Raises:
         HeadError: `top` is a share outside [0, 1], or heads of a model of another shape.
 
-    Example:
+    Examples:
         >>> figure = head_map(HeadScores([[0.1, 0.4], [0.3, 0.2]], name="RAM"), top=1)
         >>> figure.axes[0].get_title()
         'RAM'
@@ -74,7 +74,7 @@ def head_maps(
         InputError: no scores, or another number of titles.
         HeadError: scores of models of different shape, or as for `head_map`.
 
-    Example:
+    Examples:
         >>> ram = HeadScores([[0.1, 0.4], [0.3, 0.2]], name="RAM")
         >>> figure = head_maps([ram, -ram], top=1, titles=["RAM", "turned around"])
         >>> [axes.get_title() for axes in figure.axes[:2]]

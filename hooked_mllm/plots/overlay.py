@@ -55,7 +55,7 @@ def overlay(
         LayoutError: another number of values than positions; no such image, video, frame or view.
         NumericsError: infinite values.
 
-    Example:
+    Examples:
         ```python
         row = cache.pattern(13, queries="last")[0, 5, 0]      # head 5 of layer 13: [key]
         overlay(sample, row).savefig("L13H5.png")

@@ -37,7 +37,7 @@ def pair(
     Raises:
         InputError: something else than samples, or samples without this picture.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

@@ -32,7 +32,7 @@ def prefill(
     Raises:
         InputError: nothing to draw, times that are not positive, or a `base` that is not there.
 
-    Example:
+    Examples:
         >>> figure = prefill({"cuDNN": {8192: [10.0, 11.0], 16384: [30.0]}, "hybrid": {8192: 8.0, 16384: 15.0}})
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['milliseconds', 'speedup over cuDNN']

@@ -25,7 +25,7 @@ def scatter(
         HeadError: scores of models of different shape, fewer than two heads in common, or a share outside [0, 1].
         NumericsError: all the scores of one are equal.
 
-    Example:
+    Examples:
         >>> real = HeadScores([[0.1, 0.4], [0.3, 0.2]], name="PatchingEffect(z)")
         >>> scatter(real * 2, real).axes[0].get_title()
         'Spearman 1.000, 4 heads'

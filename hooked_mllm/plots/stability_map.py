@@ -23,7 +23,7 @@ def stability_map(stability: "Stability", *, title: str | None = None) -> Figure
         stability: what `hooked_mllm.metrics.stability` returns.
         title: above both; none by default.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadScores
         >>> from hooked_mllm.metrics import stability
         >>> scores = HeadScores([[0.9, 0.1], [0.2, 0.3]])

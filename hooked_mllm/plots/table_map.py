@@ -20,7 +20,7 @@ def table_map(table: Any, *, title: str | None = None, cmap: str | Colormap | No
         title: Above the map; the table's name by default.
         cmap: matplotlib colour map; one with white at zero where there are negative effects.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import CausalTable
         >>> figure = table_map(CausalTable([[0.1, -0.9]], places=["visual", "question"], name="patching"))
         >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]

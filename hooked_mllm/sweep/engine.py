@@ -56,7 +56,7 @@ class Sweep:
         HookValueError: under an attention whose heads depend on the batch (a routing policy).
         NumericsError: when the clean run's objective is not finite.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadAblation, HookedMLLM, objectives, toys
         >>> from hooked_mllm.sweep import Sweep
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")

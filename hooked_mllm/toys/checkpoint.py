@@ -10,7 +10,7 @@ _HOME = Path(__file__).parent
 def bundled() -> tuple[str, ...]:
     """Names of the bundled checkpoints.
 
-    Example:
+    Examples:
         >>> "toy-qwen3-vl" in bundled()
         True
     """
@@ -23,7 +23,7 @@ def path(name: str) -> Path:
     Raises:
         InputError: no checkpoint of that name comes with the package.
 
-    Example:
+    Examples:
         >>> path("toy-qwen3-vl").name
         'toy-qwen3-vl'
     """
@@ -39,7 +39,7 @@ def resolve(name_or_path: str) -> str:
 
     A folder of that name in the working directory does not hide the bundled one.
 
-    Example:
+    Examples:
         >>> resolve("Qwen/Qwen3-VL-4B-Instruct")
         'Qwen/Qwen3-VL-4B-Instruct'
     """

@@ -101,7 +101,7 @@ def draw(
 
     Cells are counted page by page, row by row. Size, shift, shade and noise come from `rng`.
 
-    Example:
+    Examples:
         >>> rng = np.random.default_rng(0)
         >>> draw(rng, 1, np.array([6]), np.array([0]), np.array([35])).shape  # a red star, bottom right
         (1, 96, 96, 3)
@@ -125,7 +125,7 @@ def draw_moments(
 
     Cells are counted moment by moment, row by row.
 
-    Example:
+    Examples:
         >>> rng = np.random.default_rng(0)
         >>> draw_moments(rng, 4, np.array([6]), np.array([0]), np.array([9])).shape  # a red star, second moment
         (8, 96, 96, 3)

@@ -111,7 +111,7 @@ class VisualRetrieval(Retrieval[Example]):
     Raises:
         InputError: pages < 1, filler < 0, an unknown split, or `objects` out of range.
 
-    Example:
+    Examples:
         >>> example = VisualRetrieval(seed=0, pages=2, filler=3).example(0)
         >>> len(example.images), len(example.system.split()), example.answer in COLORS
         (2, 3, True)

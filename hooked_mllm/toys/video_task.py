@@ -50,7 +50,7 @@ class VideoRetrieval(Retrieval[VideoExample]):
     Raises:
         InputError: moments < 1, filler < 0, an unknown split, or `shapes` out of range.
 
-    Example:
+    Examples:
         >>> example = VideoRetrieval(seed=0, moments=4).example(0)
         >>> example.video
         Video(8 frames of 96x96 px, 0 to 3.5 s, frames in memory)

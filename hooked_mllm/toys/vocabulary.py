@@ -74,7 +74,7 @@ def vocabulary(family: str = "qwen3_vl") -> list[str]:
 def build_tokenizer(family: str = "qwen3_vl") -> PreTrainedTokenizerFast:
     """The toy's tokenizer: lower-cased words and single digits; a word outside the vocabulary becomes `<|unk|>`.
 
-    Example:
+    Examples:
         >>> build_tokenizer().tokenize("What color is the star?")
         ['what', 'color', 'is', 'the', 'star', '?']
     """

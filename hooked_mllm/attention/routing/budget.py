@@ -35,7 +35,7 @@ class PerLayer:
     Raises:
         InputError: for a number below 0.
 
-    Example:
+    Examples:
         >>> PerLayer(2).room(layer=3, taken={0: 2}, n_layers=6)
         2
     """
@@ -82,7 +82,7 @@ class Total:
     Raises:
         InputError: for a number below 0, another word than "first", or an empty set with room for heads.
 
-    Example:
+    Examples:
         >>> budget, taken = Total(6), {0: 1, 1: 0}
         >>> budget.room(2, taken, n_layers=6), budget.room(5, taken, n_layers=6)
         (2, 5)

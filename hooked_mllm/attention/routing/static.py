@@ -21,7 +21,7 @@ class StaticHeads:
 
     Source: arXiv:2606.05843, algorithm 3.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadSet
         >>> StaticHeads(HeadSet(["L2H4", "L2H5"], n_layers=6, n_heads=8)).describe()
         {'policy': 'StaticHeads', 'heads': ['L2H4', 'L2H5']}

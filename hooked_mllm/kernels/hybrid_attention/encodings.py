@@ -50,7 +50,7 @@ def heads_from_gates(
 
     Source: arXiv:2410.10819.
 
-    Example:
+    Examples:
         >>> print(heads_from_gates([[0.9, 0.1], [0.0, 0.6]], n_heads=4))
         L0H0, L0H1, L1H2, L1H3
         >>> print(heads_from_gates([[0.9, 0.1], [0.0, 0.6]], n_heads=2, sparsity=0.75))
@@ -117,7 +117,7 @@ def pattern_from_mask_types(
 
     Source: arXiv:2410.10819 and the interface of its kernel library, Block Sparse Attention.
 
-    Example:
+    Examples:
         >>> pattern_from_mask_types([-1, 0, -1, 0], [64, 256] * 4)
         HeadPattern(dense=(1, 3), sink=64, window=256)
         >>> pattern_from_mask_types([-1, 0], [1, 3] * 2, block=128)

@@ -45,7 +45,7 @@ class GradientAgreement(EvidenceAgreement):
     Source: saliency, arXiv:1312.6034 (norm), and gradient x input, arXiv:1605.01713, as the region of
     arXiv:2606.05843 eq. 1.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
@@ -86,7 +86,7 @@ class GradientAgreement(EvidenceAgreement):
 def log_odds(logits: Float[Tensor, "token vocab"], answer: Tensor) -> Float[Tensor, " token"]:
     """`log p / (1 - p)` of each answer token, from logits, where p itself would round to 1.
 
-    Example:
+    Examples:
         >>> log_odds(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
         tensor([2.])
     """

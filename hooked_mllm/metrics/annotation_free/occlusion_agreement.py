@@ -44,7 +44,7 @@ class OcclusionAgreement(EvidenceAgreement):
 
     Source: occlusion, arXiv:1311.2901, as the region of arXiv:2606.05843 eq. 1.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")

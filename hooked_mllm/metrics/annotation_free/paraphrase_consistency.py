@@ -41,7 +41,7 @@ class ParaphraseConsistency(QuestionScore):
         InputError: for numbers out of range; on `update`, if a batch is not made of such questions about the same
             pictures.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")

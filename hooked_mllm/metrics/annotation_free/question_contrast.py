@@ -45,7 +45,7 @@ class QuestionContrast(QuestionScore):
     Source: the calibration by another query of arXiv:2506.09944, with real questions in place of "N/A" and the region
     that gains in place of the annotated one.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")

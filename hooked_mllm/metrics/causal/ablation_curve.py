@@ -77,7 +77,7 @@ class AblationCurve:
 
     Source: arXiv:2606.05843 figure 6a, algorithm 2 (where masking a head sets its output to zero in both phases).
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> task = toys.VisualRetrieval(pages=1)

@@ -46,7 +46,7 @@ class AblationEffect(SweptMetric):
 
     Source: arXiv:2606.05843, algorithm 2, for one head; the effect as in Wang et al. 2022 (arXiv:2211.00593).
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-internvl")
         >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2, answer=True)

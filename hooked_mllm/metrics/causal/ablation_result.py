@@ -27,7 +27,7 @@ class AblationCurveResult:
         larger_is_better: Whether ablation that hurts lowers it.
         provenance: Model, ranking, settings, objective, sample ids, versions.
 
-    Example:
+    Examples:
         >>> values = {"top": np.array([[[1.0, 1.0], [0.0, 1.0]]])}
         >>> curve = AblationCurveResult(ks=(0, 4), per_sample=values, heads={"top": [["", "L0H0, L0H1, L1H0, L1H2"]]})
         >>> curve.at("top", 4), curve.clean

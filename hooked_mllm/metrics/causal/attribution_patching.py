@@ -58,7 +58,7 @@ class AttributionPatching(PatchingEffect):
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023 (arXiv:2310.10348); integrated: Hanna et al. 2024
     (arXiv:2403.17806).
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HeadSet, HookedMLLM, corruptions, metrics, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
         >>> task = toys.VisualRetrieval(pages=1)

@@ -41,7 +41,7 @@ def random_control(
     Raises:
         HeadError: for heads of a model of another shape.
 
-    Example:
+    Examples:
         >>> scores = HeadScores([[0.9, 0.8, 0.1, 0.2], [0.3, 0.4, 0.5, 0.6]])
         >>> control = random_control(scores, scores.top(2), seed=0)
         >>> control.heads.by_layer, control.moved

@@ -104,7 +104,7 @@ class DirectLogitAttribution:
     Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"; Wang et al. 2023
     (arXiv:2211.00593).
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model, task = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32"), VisualRetrieval(pages=1)

@@ -56,7 +56,7 @@ class PatchingEffect(SweptMetric):
     Source: Vig et al. 2020 (arXiv:2004.12265); Meng et al. 2022 (arXiv:2202.05262); Heimersheim and Nanda 2024
     (arXiv:2404.15255) on the two directions.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, metrics, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-internvl")
         >>> clean = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]

@@ -50,7 +50,7 @@ class PathPatching(SweptMetric):
 
     Source: Wang et al. 2022, arXiv:2211.00593 (section 3.1); Goldowsky-Dill et al. 2023, arXiv:2304.05969.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, metrics, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-internvl")
         >>> clean = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]

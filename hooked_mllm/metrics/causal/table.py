@@ -28,7 +28,7 @@ class CausalTable:
         HeadError: for values of another shape.
         NumericsError: for a value that is not finite.
 
-    Example:
+    Examples:
         >>> table = CausalTable([[0.1, 0.9], [0.0, 0.2]], places=["visual", "question"], name="demo")
         >>> table[0, "question"]
         0.9

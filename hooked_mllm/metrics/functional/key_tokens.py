@@ -26,7 +26,7 @@ def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool
 
     Source: arXiv:2606.05843 eq. 22.
 
-    Example:
+    Examples:
         >>> import torch
         >>> key_tokens(torch.tensor([0.2, 0.4, 0.4]), share=0.3).tolist()
         [False, True, False]
@@ -57,7 +57,7 @@ def key_token_ratio(
 
     Source: arXiv:2606.05843 eq. 23.
 
-    Example:
+    Examples:
         >>> import torch
         >>> key_token_ratio(torch.tensor([0.1, 0.6, 0.3]), torch.tensor([False, True, True]), share=0.3).item()
         0.5
@@ -85,7 +85,7 @@ def key_token_coverage(
 
     Source: arXiv:2606.05843 eq. 24 and 25.
 
-    Example:
+    Examples:
         >>> import torch
         >>> profile = torch.tensor([[0.1, 0.6, 0.3], [0.1, 0.2, 0.7]])
         >>> key_token_coverage(profile, torch.tensor([False, True, True]), share=0.3).tolist()

@@ -25,7 +25,7 @@ def attention_profile(
 
     Source: arXiv:2606.05843 eq. 22.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pattern = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
         >>> attention_profile(pattern, torch.tensor([True, True])).tolist()
@@ -57,7 +57,7 @@ def attention_mass(
 
     Source: arXiv:2606.05843 eq. 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> pattern = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
         >>> attention_mass(pattern, torch.tensor([False, True]), torch.tensor([True, False])).item()

@@ -60,7 +60,7 @@ class MMRetHeads(CalibratedScore):
 
     Source: arXiv:2605.27243.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import MMRetHeads
         >>> MMRetHeads()
         MMRetHeads(queries='question')
@@ -105,7 +105,7 @@ class QRHead(CalibratedScore):
 
     Source: arXiv:2506.09944.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import QRHead
         >>> QRHead()
         QRHead(queries='question', outlier=2.0)

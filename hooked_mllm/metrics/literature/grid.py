@@ -46,7 +46,7 @@ def spatial_entropy(attention: Float[np.ndarray, "row column"]) -> float:
 
     Source: arXiv:2503.06287, after arXiv:2206.04636.
 
-    Example:
+    Examples:
         >>> spot = np.zeros((4, 4))
         >>> spot[1, 1:3] = 0.5
         >>> spatial_entropy(spot)

@@ -16,7 +16,7 @@ def elbow(values: np.ndarray) -> float:
 
     Source: arXiv:2503.06287 (point of maximum curvature; the chord is its usual discrete form).
 
-    Example:
+    Examples:
         >>> elbow(np.array([0.0, 0.01, 0.02, 0.03, 0.5, 1.0]))
         0.03
     """
@@ -64,7 +64,7 @@ class LocalizationHeads(HeadMetric):
 
     Source: arXiv:2503.06287.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import LocalizationHeads
         >>> LocalizationHeads(lowest=5).config()["lowest"]
         5

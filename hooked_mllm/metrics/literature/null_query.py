@@ -32,7 +32,7 @@ class NullQuery:
 
     Source: arXiv:2506.09944 (QRHead, calibration with "N/A"); arXiv:2605.27243.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")

@@ -28,7 +28,7 @@ class VisualRetrievalHeads(AttentionScore):
 
     Source: arXiv:2608.27417.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import VisualRetrievalHeads
         >>> VisualRetrievalHeads()
         VisualRetrievalHeads(queries='answer')
@@ -62,7 +62,7 @@ class GazeHeads(AttentionScore):
 
     Source: arXiv:2606.14703.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import GazeHeads
         >>> GazeHeads().config()
         {'queries': 'last'}
@@ -95,7 +95,7 @@ class OCRHeads(AttentionScore):
 
     Source: arXiv:2505.15865; as a case of the common formula, arXiv:2608.27417.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import OCRHeads
         >>> OCRHeads()
         OCRHeads(queries='generating')

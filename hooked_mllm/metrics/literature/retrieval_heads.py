@@ -54,7 +54,7 @@ class RetrievalHeads(HeadMetric):
 
     Source: arXiv:2404.15574.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import RetrievalHeads
         >>> RetrievalHeads()
         RetrievalHeads(keys='question', released_code=False)
@@ -108,7 +108,7 @@ class SparseMMHeads(HeadMetric):
 
     Source: arXiv:2506.05344.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import SparseMMHeads
         >>> SparseMMHeads()
         SparseMMHeads()

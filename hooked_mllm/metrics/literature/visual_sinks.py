@@ -21,7 +21,7 @@ def sink_strength(
 
     Source: arXiv:2503.03321.
 
-    Example:
+    Examples:
         >>> sink_strength(torch.tensor([[[3.0, 4.0, 0.0, 0.0]]]), dims=[1]).round(decimals=3).tolist()
         [[1.6]]
     """
@@ -37,7 +37,7 @@ def massive_dims(residual: Float[Tensor, "batch pos d_model"], k: int = 2) -> tu
     activations sit where the first token, the strongest sink, has them. Take the residual of a middle layer of one
     unpadded sample, `cache["resid_pre", layer]`, and look at several.
 
-    Example:
+    Examples:
         >>> massive_dims(torch.tensor([[[0.1, -9.0, 0.2, 5.0], [1.0, 0.0, 0.0, 0.0]]]))
         (1, 3)
     """
@@ -73,7 +73,7 @@ class VisualSinkShare(HeadMetric):
 
     Source: arXiv:2503.03321.
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import VisualSinkShare
         >>> VisualSinkShare(dims=(458, 2570))
         VisualSinkShare(dims=(458, 2570), tau=20.0, queries='last')
@@ -114,7 +114,7 @@ class VisualNonSinkRatio(VisualSinkShare):
 
     Source: arXiv:2503.03321 (visual non-sink ratio).
 
-    Example:
+    Examples:
         >>> from hooked_mllm.metrics import VisualNonSinkRatio
         >>> VisualNonSinkRatio(dims=[3]).config()["tau"]
         20.0
