@@ -1,14 +1,11 @@
 """`model.measure`: one forward pass a sample, no logits; attention rows shared by the metrics, layers in groups."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,6 +19,7 @@ from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs import ModelInput, ResolvedInput
+from hooked_mllm.measure_checkpoint import MeasureCheckpoint, identity_of
 from hooked_mllm.sample import Sample, SampleBatch
 from hooked_mllm.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared
 
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 #: q and k of this many bytes are held back before their rows are computed together
 GROUP_BYTES = 1 << 27
-FORMAT = "hooked_mllm.measure/2"
 
 
 class _Held(NamedTuple):
@@ -134,68 +131,8 @@ class _Collector:
         self.residual[hook.layer()] = value.detach()
 
 
-class _Checkpoint:
-    """A measurement's state on disk: what the metrics hold, and which samples are in it."""
-
-    def __init__(self, path: str | Path | None, metrics: Sequence[Metric]) -> None:
-        self.path = None if path is None else Path(path)
-        self.metrics = metrics
-        self.done: list[str] = []
-        self._states: list[dict[str, Tensor]] = []
-
-    def finished(self, name: str) -> None:
-        """A sample is in all metrics: keep their states, for the next may be interrupted between two of them."""
-        self.done.append(name)
-        if self.path is not None:
-            self._states = [_state_of(metric) for metric in self.metrics]
-
-    def load(self, device: torch.device | str | None) -> None:
-        if self.path is None or not self.path.is_file():
-            return
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                header = json.loads((file.metadata() or {})["hooked_mllm"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if header["format"] != FORMAT:
-                raise CacheFileError(f"{self.path} holds {header['format']!r}, expected {FORMAT!r}.")
-            settings = header["metrics"]
-        except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-            raise CacheFileError(f"{self.path} is not a checkpoint of `measure` ({error!r}).") from error
-        if settings != [repr(m) for m in self.metrics]:
-            raise CacheFileError(
-                f"{self.path} was made with {', '.join(settings)}; this run measures "
-                f"{', '.join(map(repr, self.metrics))}. Use another file, or the same metrics."
-            )
-        for number, metric in enumerate(self.metrics):
-            prefix = f"{number}/"
-            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            metric.load_state_dict(state)  # type: ignore[attr-defined]
-        self.done = header["done"]
-        self._states = [_state_of(metric) for metric in self.metrics]
-
-    def save(self) -> None:
-        if self.path is None or not self._states:
-            return
-        tensors = {
-            f"{number}/{name}": value.cpu().contiguous()
-            for number, state in enumerate(self._states)
-            for name, value in state.items()
-        }
-        header = {"format": FORMAT, "metrics": [repr(m) for m in self.metrics], "done": self.done}
-        temporary = self.path.with_name(self.path.name + ".partial")
-        try:
-            save_file(tensors, str(temporary), metadata={"hooked_mllm": json.dumps(header)})
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def _is_metric(value: Any) -> bool:
     return isinstance(value, Metric) and not isinstance(value, type)  # a class has a metric's methods, too
-
-
-def _state_of(metric: Metric) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in metric.state_dict().items()}  # type: ignore[attr-defined]
 
 
 #: numbers of a pixel tensor that its fingerprint reads
@@ -247,8 +184,8 @@ def measure(
         )
     for metric in chosen:
         metric.setup(model.info)
-    state = _Checkpoint(checkpoint, chosen)
-    state.load(model.device)
+    state = MeasureCheckpoint(checkpoint, chosen, {} if checkpoint is None else identity_of(model))
+    state.load()
     skip, ids, templates, seen = list(state.done), [], set(), 0
     prefix = {"reused": 0, "whole": 0}
     counted = hasattr(samples, "__len__") and not isinstance(samples, Sample | SampleBatch | Mapping)

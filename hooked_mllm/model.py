@@ -281,7 +281,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             samples: Samples, batches or mappings; one, a list, or an iterator that makes them as they are needed.
             metrics: A metric or several.
             checkpoint: A file in which the state is kept every `save_every` samples and when interrupted; a later call
-                with the same samples, metrics and file goes on where that one stopped.
+                with the same samples, metrics and file goes on where that one stopped. It must be the same model, with
+                the same attention, interventions, hooks and library versions.
             save_every: Samples between two savings.
             progress: Show a progress bar.
 

@@ -290,10 +290,10 @@ def test_stopped_at_any_point_and_resumed_it_is_as_if_it_ran_through(at, tmp_pat
         assert torch.equal(a.counts, b.counts)
         assert a.provenance["sample_ids"] == b.provenance["sample_ids"]
     # finished: nothing is measured again
-    with hooked(family).hooks([("hook_embed", lambda x, hook: pytest.fail("it ran again"))]):
-        again = measure(
-            hooked(family), four(family), [InPlace(), VisionMass(), FirstToken()], checkpoint=path, **options
-        )
+    registry = hooked(family).registry
+    watching = registry.attach("hook_embed", lambda x, hook: pytest.fail("it ran again"), reads_only=True)
+    again = measure(hooked(family), four(family), [InPlace(), VisionMass(), FirstToken()], checkpoint=path, **options)
+    registry.detach(watching)
     assert torch.equal(again[0].values, resumed[0].values)
 
 
@@ -340,12 +340,12 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         with pytest.raises(CacheFileError, match="not a checkpoint"):
             run(family, samples, VisionMass(), checkpoint=path)
     hooked(family).run_with_cache(samples[0], "hook_embed")[1].save(path)
-    with pytest.raises(CacheFileError, match="expected 'hooked_mllm.measure/2'"):
+    with pytest.raises(CacheFileError, match="expected 'hooked_mllm.measure/3'"):
         run(family, samples, VisionMass(), checkpoint=path)
 
 
 def test_a_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    import hooked_mllm.measure as module
+    import hooked_mllm.measure_checkpoint as module
 
     path = tmp_path / "state"
     run("qwen3_vl", four("qwen3_vl")[:1], VisionMass(), checkpoint=path)

@@ -30,6 +30,8 @@ class Handle:
     level: int | None = None
     #: promises not to change the activation: no copy is made for it and no slower path is taken
     reads_only: bool = False
+    #: the intervention that hung it
+    owner: Any = None
 
 
 class Clock:
@@ -56,7 +58,7 @@ class HookPoint:
         tower: "text", "vision" or "projector".
         ctx: A dictionary for the hooks' own use, kept between runs until it is cleared.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> model.hook_dict["blocks.3.attn.hook_z"].layer()

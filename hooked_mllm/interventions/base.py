@@ -27,7 +27,7 @@ class Intervention(ABC):
     A subclass says in `edits` which hook points it edits and how, and in `describe` what it does. One object may be
     used many times, and on several models.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, Intervention, toys
         >>> class Negate(Intervention):
         ...     def edits(self, model):
@@ -79,7 +79,9 @@ class Intervention(ABC):
         try:
             for name, edit in self.edits(model):
                 point = model.registry[name]
-                added.append((point, point.add_hook(_counted(edit, applied))))
+                handle = point.add_hook(_counted(edit, applied))
+                handle.owner = self
+                added.append((point, handle))
         except BaseException:
             model.registry.detach(added)
             raise
