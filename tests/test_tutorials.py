@@ -1,9 +1,12 @@
 """The tutorials' code runs and shows what their text says; outputs are made by the manual's build, not committed."""
 
+import importlib.util
 import json
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urljoin
 
 import pytest
 
@@ -40,9 +43,58 @@ def test_notebooks_are_committed_bare_and_say_that_the_toy_was_planted(book):
     assert code and not any(c["outputs"] or c["execution_count"] for c in code)
     text = "\n".join(source for _, source in cells(book, "markdown"))
     assert "planted" in text
-    for link in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (book.parent / link).exists(), link
     assert f"tutorials/{book.name}" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+
+@cache
+def notebook_links():
+    """The hook that mkdocs.yml names, without mkdocs."""
+    (path,) = re.findall(r"^hooks: \[(.+)\]$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    spec = importlib.util.spec_from_file_location("notebook_links", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def site():
+    """The manual's files by their path, each with the address that its page gets."""
+    sources = re.findall(r"([\w/-]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    addresses = {s: re.sub(r"(^|/)index/$", r"\1", s.rsplit(".", 1)[0] + "/") or "./" for s in sources}
+    return {source: SimpleNamespace(src_uri=source, url=url) for source, url in addresses.items()}
+
+
+def on_site(html, source):
+    files = SimpleNamespace(get_file_from_path=site().get)
+    page = SimpleNamespace(file=site()[source])
+    return notebook_links().on_page_content(html, page=page, config=None, files=files)
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_links_lead_somewhere_in_the_folder_and_on_the_site(book, caplog):
+    source = f"tutorials/{book.name}"
+    links = [link for _, text in cells(book, "markdown") for link in re.findall(r"\]\(([^):]+)\)", text)]
+    assert links
+    for link in links:
+        path = link.split("#")[0]
+        assert (book.parent / path).exists(), link
+        (found,) = re.findall('href="([^"#]*)', on_site(f'<a href="{link}">', source))
+        address = urljoin("https://site/" + site()[source].url, found)
+        assert address.removeprefix("https://site/") in {page.url for page in site().values()}, link
+    assert not caplog.records
+
+
+def test_links_of_notebooks_become_links_to_pages(caplog):
+    source = "tutorials/03_ablation.ipynb"
+    links = ["04_activation_patching.ipynb", "../objectives.md#values", "../index.md", "../metrics/index.md"]
+    pages = ["../04_activation_patching/", "../../objectives/#values", "../../", "../../metrics/"]
+    assert [on_site(f'<a href="{link}">', source) for link in links] == [f'<a href="{page}">' for page in pages]
+    for other in ("https://a.org/b.md", "#here.md", "/c.md", "picture.png", "mailto:a@b.md"):
+        assert on_site(f'<a href="{other}">', source) == f'<a href="{other}">'
+    assert on_site('<a href="cli.md">', "index.md") == '<a href="cli.md">'  # mkdocs does these
+    assert not caplog.records
+    assert on_site('<a href="05_gone.ipynb">', source) == '<a href="05_gone.ipynb">'
+    assert "tutorials/03_ablation.ipynb links to 05_gone.ipynb, which is no page" in caplog.text
 
 
 def test_a_first_look_finds_what_was_planted():
