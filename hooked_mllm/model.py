@@ -292,6 +292,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         Raises:
             InputError: when a metric needs what a sample lacks, such as a target, or there is no sample.
             NumericsError: when attention is not finite, as after an overflow in float16.
+            CacheFileError: for the checkpoint of another run.
 
         Examples:
             >>> from hooked_mllm import HookedMLLM, metrics, toys

@@ -50,7 +50,9 @@ class AttentionMetric(Metric):
 
         Raises:
             HeadError: if the metric already holds results of a model of another shape.
+            InputError: if a constructor of the user's own left out `super().__init__()`.
         """
+        self._check_constructed()
         self._allocate(info.n_layers, info.n_heads)
         self._info = info
         self._pieces = []
@@ -62,6 +64,7 @@ class AttentionMetric(Metric):
             InputError: if a layer comes twice within one sample.
             HeadError: if the shape of the model is not that of the results held already.
         """
+        self._check_constructed()
         self._allocate(view.n_layers, view.n_heads)
         if not self._pieces and self.device != view.device:
             self.to(view.device)
@@ -130,6 +133,14 @@ class AttentionMetric(Metric):
     def synced(self) -> AbstractContextManager[Any]:
         """Within it the states are those of all processes; for results beside `compute()`."""
         return self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync and not self._is_synced)
+
+    def _check_constructed(self) -> None:
+        if "_defaults" not in self.__dict__:
+            name = type(self).__name__
+            raise InputError(
+                f"{name}.__init__ must call super().__init__() first, before it keeps settings of its own: without it "
+                "the metric has no sums to add to."
+            )
 
     def _resize(self, name: str, shape: tuple[int, ...]) -> None:
         """Give an empty state its shape; refuse to change that of one that is in use."""
@@ -246,6 +257,7 @@ class HeadMetric(AttentionMetric):
             >>> metrics.VisionMass().keep_samples()
             VisionMass(queries='question')
         """
+        self._check_constructed()
         if bool(self.count.any()):
             raise InputError(f"{self!r} has taken in samples already: ask it to keep them before the first.")
         if "each" not in self._defaults:

@@ -291,6 +291,25 @@ def test_a_users_metric_with_settings_of_its_own():
         metric.merge_state(SinkMass())
 
 
+@pytest.mark.parametrize("use", ["setup", "update", "keep_samples"])
+@pytest.mark.parametrize("parent", [HeadMetric, VisionMass])
+def test_a_constructor_that_skips_its_parents_is_named(parent, use):
+    class Weighted(parent):
+        def __init__(self, weight: float = 2.0):
+            self.weight = weight
+
+        def score(self, view):
+            return view.mass("question", "visual") * self.weight
+
+    calls = {
+        "setup": lambda metric: metric.setup(ModelInfo(n_layers=4, n_heads=4, n_kv_heads=2)),
+        "update": lambda metric: metric.update(view=random_layers().view()),
+        "keep_samples": lambda metric: metric.keep_samples(),
+    }
+    with pytest.raises(InputError, match=r"^Weighted\.__init__ must call super\(\)\.__init__\(\) first"):
+        calls[use](Weighted())
+
+
 @pytest.mark.parametrize(
     ("score", "message"),
     [
