@@ -13,7 +13,7 @@ from hooked_mllm.bench.configs import SIZES, random_text_model
 from hooked_mllm.bench.kernel import bench_kernel, kernel_table
 from hooked_mllm.bench.prefill import RUNS, WARM_UP, bench_prefill, choose_heads
 from hooked_mllm.bench.record import PrefillRecord
-from hooked_mllm.bench.table import base_of, table
+from hooked_mllm.bench.table import table
 from hooked_mllm.bench.variants import BACKENDS, default_backends, prefill_variants
 from hooked_mllm.cli.arguments import count, tokens, torch_device
 from hooked_mllm.cli.files import folder, loading_bar, save_figure
@@ -89,13 +89,10 @@ def _text_model(arguments: argparse.Namespace, device: str) -> tuple[Any, str, l
 
 def draw(record: PrefillRecord, path: Path) -> bool:
     """The picture of a record; False if every cell of it failed."""
-    times = {title: record.times(name) for name, title in record.titles.items()}
-    times = {title: at for title, at in times.items() if at}
-    if not times:
-        return False
-    base = record.titles.get(base_of(record))
-    save_figure(plots.prefill(times, base if base in times else None, title=record.settings["model"]), path)
-    return True
+    drawn = any(record.times(name) for name in record.titles)
+    if drawn:
+        save_figure(plots.prefill(record), path)
+    return drawn
 
 
 def kernel(arguments: argparse.Namespace) -> None:

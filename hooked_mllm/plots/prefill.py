@@ -8,6 +8,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
+from hooked_mllm.bench.record import PrefillRecord
+from hooked_mllm.bench.table import base_of
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import as_array, new_figure
 
@@ -15,7 +17,7 @@ COMPILED = ", rest compiled"
 
 
 def prefill(
-    times: Mapping[str, Mapping[int, Any]], base: str | None = None, *, title: str = "Prefill latency"
+    times: PrefillRecord | Mapping[str, Mapping[int, Any]], base: str | None = None, *, title: str | None = None
 ) -> Figure:
     """Draw latency against context length, and beside it the speedup over one of the curves.
 
@@ -24,10 +26,12 @@ def prefill(
     A label that ends in ", rest compiled" is drawn dotted with squares, in the colour of the one without.
 
     Args:
-        times: label -> context length in tokens -> milliseconds, one number or several of which the mean is drawn and
-            the range shaded.
-        base: The label that speedups are taken over; the first one by default.
-        title: Above the latencies.
+        times: What `bench_prefill` returned or `PrefillRecord.load` read: its variants under their titles. Or label ->
+            context length in tokens -> milliseconds, one number or several of which the mean is drawn and the range
+            shaded.
+        base: The label that speedups are taken over. By default that of a record's table (cuDNN, or torch's choice of
+            SDPA) if it was timed, else the first one.
+        title: Above the latencies; by default a record's model, else "Prefill latency".
 
     Raises:
         InputError: nothing to draw, times that are not positive, or a `base` that is not there.
@@ -37,6 +41,11 @@ def prefill(
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['milliseconds', 'speedup over cuDNN']
     """
+    if isinstance(times, PrefillRecord):
+        usual, title = times.titles.get(base_of(times)), title or times.settings.get("model")
+        found = {label: times.times(name) for name, label in times.titles.items()}
+        times = {label: at for label, at in found.items() if at}
+        base = usual if base is None and usual in times else base
     if not any(times.values()):
         raise InputError("nothing to draw: expected times of at least one variant at one length")
     base = next(label for label, at in times.items() if at) if base is None else base
@@ -64,7 +73,7 @@ def prefill(
         shared = [n for n in lengths if n in times[base]]
         ratios = [float(np.mean(times[base][n])) / means[n] for n in shared]
         speedup.plot(shared, ratios, **style)
-    latency.set(yscale="log", ylabel="milliseconds", title=title)
+    latency.set(yscale="log", ylabel="milliseconds", title=title or "Prefill latency")
     speedup.set(ylabel=f"speedup over {base}", title=f"Speedup over {base}")
     speedup.set_ylim(bottom=0)
     for which in (latency.yaxis.set_major_formatter, latency.yaxis.set_minor_formatter):
