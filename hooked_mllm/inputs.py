@@ -50,8 +50,11 @@ def resolve_input(source: ModelInput, family: Family, config: Any, device: torch
     """Check what the caller gave and bring it to the model.
 
     Raises:
-        InputError: for nothing at all, for visual tokens without pixels, for pixels that are NaN, or for another type.
+        InputError: for nothing at all, for visual tokens without pixels, for pixels that are NaN, for a sample that was
+            prepared by another family, or for another type.
     """
+    if isinstance(source, Sample | SampleBatch):
+        check_maker(source, family)
     if isinstance(source, Sample):
         return ResolvedInput(moved(source.inputs, device), source.mask, (source.id,), source)
     if isinstance(source, SampleBatch):
@@ -69,6 +72,16 @@ def resolve_input(source: ModelInput, family: Family, config: Any, device: torch
     count = len(inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"])
     masks = MappingMasks(inputs, family, config)
     return ResolvedInput(moved(inputs, device), masks, (None,) * count, source)
+
+
+def check_maker(source: Sample | SampleBatch, family: Family) -> None:
+    """Refuse samples of another family: its token ids and pixels mean something else here, if they fit at all."""
+    for sample in (source,) if isinstance(source, Sample) else source:
+        if sample.family not in (None, family.name):
+            raise InputError(
+                f"{sample.who} was prepared by a {sample.family} model; this one is {family.name}: prepare it again "
+                "with this model."
+            )
 
 
 def check_mapping(inputs: dict[str, Any], family: Family, config: Any) -> None:

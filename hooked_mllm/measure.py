@@ -18,7 +18,7 @@ from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.hooks import HookPoint
-from hooked_mllm.inputs import ModelInput, ResolvedInput
+from hooked_mllm.inputs import ModelInput, ResolvedInput, check_maker
 from hooked_mllm.measure_checkpoint import MeasureCheckpoint, identity_of
 from hooked_mllm.sample import Sample, SampleBatch
 from hooked_mllm.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared
@@ -199,6 +199,8 @@ def measure(
             shared = source if isinstance(source, SharedPrefix) else None
             if shared is not None and reasons_to_run_whole(model, shared, chosen):
                 shared = None
+            if shared is not None:
+                check_maker(shared, model.family)
             inputs = model.resolve(source) if shared is None else shared.resolved(model.device)
             ids += [i for i in inputs.ids if i is not None]
             held = source if isinstance(source, SampleBatch) else [source] if isinstance(source, Sample) else []

@@ -1,6 +1,7 @@
 """From a question and pictures to model inputs, through the model's own processor and chat template."""
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.video_utils import VideoMetadata
 
 from hooked_mllm import images as pictures
 from hooked_mllm import video as clips
-from hooked_mllm.errors import InputError
+from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.families.base import Family
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
 from hooked_mllm.prompt import check_text, refuse_special, render, token_spans
@@ -77,11 +78,12 @@ class Preparer:
             max_frames: the most frames to take from a video file by `fps`.
             min_overlap: the least share of a token's footprint that the target must cover.
             padding_side: where a batch is padded.
-            **processor_kwargs: for the processor, such as `max_pixels` or `crop_to_patches`.
+            **processor_kwargs: for the processor, such as `size` or `crop_to_patches`.
 
         Raises:
-            InputError: an empty question or batch, pictures that cannot be read or hold NaN, frames without fps, a
-                question with special tokens in it, or what the processor refuses.
+            InputError: an argument that neither this nor the processor takes, an empty question or batch, pictures that
+                cannot be read or hold NaN, frames without fps, a question with special tokens in it, or what the
+                processor refuses.
             LayoutError: the question is not found in the prompt, the target lies outside its image or sees no token, or
                 the model's placeholders do not match its pictures.
 
@@ -94,6 +96,7 @@ class Preparer:
             >>> int(sample.mask("visual").sum())
             36
         """
+        self._check_names(processor_kwargs)
         decode = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames}
         more = {"decode": decode, "min_overlap": min_overlap, "kwargs": processor_kwargs}
         own = {"images": images, "videos": videos, "answer": answer, "target": target, "id": id}
@@ -111,6 +114,19 @@ class Preparer:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         samples = [self._one(q, **row, **more) for q, row in zip(questions, rows, strict=True)]
         return SampleBatch.collate(samples, padding_side)
+
+    def _check_names(self, given: dict[str, Any]) -> None:
+        known = _processor_arguments(self.processor)
+        unknown = [name for name in given if name not in known] if known else []
+        if not unknown:
+            return
+        own = [name for name in inspect.signature(type(self).__call__).parameters if name != "self"]
+        own.remove("processor_kwargs")
+        told = [f"prepare takes no argument {name!r}. {nearest(name, [*own, *sorted(known)], n=1)}" for name in unknown]
+        raise InputError(
+            " ".join(line.strip() for line in told)
+            + f" It takes {', '.join(own)}, and what {type(self.processor).__name__} takes."
+        )
 
     def _one(
         self,
@@ -163,6 +179,7 @@ class Preparer:
             hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()[:16],
             pad if pad is not None else self.tokenizer.eos_token_id or 0,
             Preparation(system, float(min_overlap), dict(kwargs)),
+            self.family.name,
         )
 
     def _process(
@@ -208,6 +225,23 @@ class Preparer:
                 more = torch.full_like(ids, int(name == "attention_mask")) if name != "input_ids" else ids
                 inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
         return n, n + ids.shape[1]
+
+
+def _processor_arguments(processor: Any) -> set[str]:
+    """The keywords that a processor of transformers takes beside text and media; none if it does not tell.
+
+    It takes those of its own class and of its parts, and of any other it says in its log that it was left out.
+    """
+    declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", None)
+    if not declared:
+        return set()
+    known = {*declared, "common_kwargs"}
+    parts = {"text_kwargs": "tokenizer", "images_kwargs": "image_processor", "videos_kwargs": "video_processor"}
+    for kind, part in parts.items():
+        own = getattr(getattr(processor, part, None), "valid_kwargs", None)
+        for keywords in (declared.get(kind), own):
+            known |= set(getattr(keywords, "__annotations__", ()))
+    return known
 
 
 def _column(name: str, value: Any, n: int) -> list[Any]:

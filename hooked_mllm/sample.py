@@ -47,6 +47,7 @@ class Sample:
         pad_token_id: what a batch is padded with.
         preparation: what else it was prepared with, so that it can be prepared again with one thing changed; `None` for
             a sample made by hand.
+        family: the family of the model that it was prepared for; `None` for a sample made by hand.
     """
 
     inputs: dict[str, Tensor]
@@ -61,6 +62,7 @@ class Sample:
     template: str | None = None
     pad_token_id: int = 0
     preparation: Preparation | None = None
+    family: str | None = None
 
     def mask(self, name: str) -> Bool[Tensor, "1 pos"]:
         """Positions by name, on the device of the inputs.
@@ -82,17 +84,15 @@ class Sample:
     def _positions(self, name: str) -> Bool[Tensor, " pos"]:
         if name == "target":
             if self.target_mask is None:
-                raise InputError(
-                    f"{self._who()} has no target: give `target=` to prepare, such as Box(x0, y0, x1, y1)."
-                )
+                raise InputError(f"{self.who} has no target: give `target=` to prepare, such as Box(x0, y0, x1, y1).")
             return self.target_mask
         found = self.layout.mask(name)
         if name == "padding" or found.any():
             return found
         if name in ("answer", "generating"):
-            raise InputError(f"{self._who()} has no answer: give `answer=` to prepare.")
+            raise InputError(f"{self.who} has no answer: give `answer=` to prepare.")
         why = {"visual": "its prompt has no image and no video", "system": "it was prepared without `system=`"}
-        raise LayoutError(f"{self._who()} has no {name} tokens: {why.get(name, 'no position is of that kind')}.")
+        raise LayoutError(f"{self.who} has no {name} tokens: {why.get(name, 'no position is of that kind')}.")
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +106,9 @@ class Sample:
     def __len__(self) -> int:
         return len(self.layout)
 
-    def _who(self) -> str:
+    @property
+    def who(self) -> str:
+        """How an error names it."""
         return "This sample" if self.id is None else f"Sample {self.id!r}"
 
     def __repr__(self) -> str:

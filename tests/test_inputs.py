@@ -1,6 +1,7 @@
 """What a model can be called with, and what it refuses because transformers would take it and get it wrong."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from wrapped import in_place, model_inputs, plain, wrapped
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs import resolve_input
+from hooked_mllm.metrics import MMRetHeads, NullQuery, VisionMass
+from hooked_mllm.sample import SampleBatch
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
@@ -87,6 +90,32 @@ def test_other_types_are_refused():
     for wrong in ("What is this?", torch.zeros(1, 5, dtype=torch.long), [1, 2]):
         with pytest.raises(InputError, match=f"Expected a Sample, .* or a mapping.*got {type(wrong).__name__}"):
             inspect.unwrap(resolve_input)(wrong, model.family, model.hf_model.config, "cpu")
+
+
+def test_a_sample_of_another_family_is_refused(family):
+    other = {"qwen3_vl": "internvl", "internvl": "llava_onevision", "llava_onevision": "qwen3_vl"}[family]
+    model, made = wrapped(family), wrapped(other).prepare("What is it?", images=tiny_image(), id="one")
+    said = rf"^Sample 'one' was prepared by a {other} model; this one is {family}: prepare it again with this model\.$"
+    metric = VisionMass()
+    for given in (made, SampleBatch.collate([made, made])):
+        for use in (model, model.resolve, model.run_with_cache, model.generate):
+            with pytest.raises(InputError, match=said):
+                use(given)
+        with pytest.raises(InputError, match=said):
+            model.measure([given], metric, progress=False)
+    # what shares a prefix is not resolved
+    pair = next(NullQuery("Where is it?").pairs(wrapped(other), [made]))
+    with pytest.raises(InputError, match=said):
+        model.measure([pair], MMRetHeads(), progress=False)
+    with pytest.raises(InputError, match=r"^This sample was prepared by"):
+        model(replace(made, id=None))
+
+
+def test_a_sample_made_by_hand_is_taken(family):
+    model = wrapped(family)
+    made = model.prepare("What is it?", images=tiny_image())
+    assert made.family == family
+    assert torch.equal(model(replace(made, family=None)), model(made))
 
 
 def test_inputs_are_not_changed(family):

@@ -1,6 +1,7 @@
 """`prepare` must give the model what its own processor gives, and refuse what it cannot give."""
 
 import logging
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers.video_utils import VideoMetadata
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.layout import Box, Frames
-from hooked_mllm.prepare import Preparer
+from hooked_mllm.prepare import Preparer, _processor_arguments
 from hooked_mllm.sample import Sample, SampleBatch
 from hooked_mllm.video import Video
 
@@ -256,6 +257,75 @@ def test_processor_arguments_reach_the_processor():
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("image", "images"),
+        ("video", "videos"),
+        ("traget", "target"),
+        ("max_lenght", "max_length"),
+    ],
+)
+def test_a_misspelt_argument_is_refused(family, wrong, meant):
+    said = (
+        rf"^prepare takes no argument '{wrong}'\. Did you mean '{meant}'\? It takes question, images, .*Processor takes"
+    )
+    with pytest.raises(InputError, match=said):
+        preparer(family)(QUESTION, **{wrong: tiny_image()})
+    with pytest.raises(InputError, match=said):
+        preparer(family)([QUESTION], **{wrong: [tiny_image()]})
+
+
+def test_every_misspelt_argument_is_named():
+    with pytest.raises(InputError, match=r"no argument 'image'\. Did you .* no argument 'zzzzzz'\. It takes"):
+        preparer("internvl")(QUESTION, image=tiny_image(), zzzzzz=1)
+
+
+OWN = {
+    "qwen3_vl": {"size": {"shortest_edge": 256, "longest_edge": 4096}, "patch_size": 4},
+    "llava_onevision": {"image_grid_pinpoints": [[8, 8], [8, 16], [16, 8]]},
+    "internvl": {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+}
+
+
+def test_arguments_of_the_processor_and_its_parts_are_taken(family):
+    common = {"images_kwargs": {"do_resize": True}, "common_kwargs": {}, "do_rescale": True, "truncation": False}
+    for name, value in {**common, **OWN[family], "return_mm_token_type_ids": True}.items():
+        preparer(family)(QUESTION, images=tiny_image(), **{name: value})
+
+
+def test_what_transformers_would_leave_out_is_what_is_refused(family, monkeypatch):
+    prepare, left = preparer(family), []
+    told = type("Told", (), {"warning_once": lambda self, message, *more: left.append(message)})()
+    monkeypatch.setattr("transformers.processing_utils.logger", told)
+    known = _processor_arguments(prepare.processor)
+    kinds = {"text_kwargs", "images_kwargs", "videos_kwargs"}
+    assert kinds | {"max_length", "padding", "do_resize", "return_tensors", "do_sample_frames", "size"} < known
+    for name in [*sorted(known), "image", "max_lenght"]:
+        left.clear()
+        with suppress(Exception):  # a value that does not fit is met after the names were read
+            prepare.processor(text=["a"], **{name: {} if name.endswith("_kwargs") else None})
+        assert any("will be ignored" in message for message in left) == (name not in known), name
+
+
+def test_a_processor_that_does_not_tell_takes_what_it_will():
+    processor = tiny_processor("qwen3_vl")
+
+    class Untold:
+        def __getattr__(self, name):
+            if name == "valid_processor_kwargs":
+                raise AttributeError(name)
+            return getattr(processor, name)
+
+        def __call__(self, *args, **kwargs):
+            self.given = {name: kwargs.pop(name) for name in ("mine",) if name in kwargs}
+            return processor(*args, **kwargs)
+
+    config, untold = tiny_config("qwen3_vl"), Untold()
+    Preparer(untold, config, family_of(config))(QUESTION, images=tiny_image(), mine=3)
+    assert untold.given == {"mine": 3}
 
 
 def test_without_a_processor():
