@@ -1,6 +1,8 @@
 """`hooked-mllm bench`: a model's prefill, or the attention kernel alone, against cuDNN and FlashAttention-2."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ from hooked_mllm.bench.kernel import bench_kernel, kernel_table
 from hooked_mllm.bench.prefill import RUNS, WARM_UP, bench_prefill, choose_heads
 from hooked_mllm.bench.record import PrefillRecord
 from hooked_mllm.bench.table import table
-from hooked_mllm.bench.variants import BACKENDS, default_backends, prefill_variants
+from hooked_mllm.bench.variants import BACKENDS, Variant, default_backends, prefill_variants
 from hooked_mllm.cli.arguments import count, tokens, torch_device
 from hooked_mllm.cli.files import folder, loading_bar, save_figure
 from hooked_mllm.errors import InputError
 from hooked_mllm.loading import load_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NEED_GPU = ("cudnn", "flash", "cudnn-compiled")
+_NOT_THE_KERNEL = "On a {}, hybrid is its torch definition: its times say nothing about the kernel."
 _CONTEXTS = [8192, 16384, 32768, 65536, 131072]
 
 
@@ -36,6 +40,7 @@ def prefill(arguments: argparse.Namespace) -> None:
     """Load or make the model, compare, time, save, draw and print: what `hooked-mllm bench prefill` does."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.device(device).type
+    backends = _backends(arguments.backends, kind)
     out = folder(arguments.out) / "prefill.json"
     picture = out.with_suffix(".png")
     if out.exists() and not arguments.resume:
@@ -45,27 +50,53 @@ def prefill(arguments: argparse.Namespace) -> None:
     heads = choose_heads(numbers, *shape, arguments.heads, arguments.seed)
     how: dict[str, Any] = {"sink": arguments.sink, "window": arguments.window}
     how["implementation"] = "naive" if kind == "cpu" else "auto"
-    variants = prefill_variants(arguments.backends or default_backends(kind), heads, **how)
+    variants = prefill_variants(backends, heads, **how)
     extremes = choose_heads([0, shape[0] * shape[1]], *shape, None, arguments.seed)
     hybrid = any(variant.dense is not None for variant in variants)
-    record = bench_prefill(
-        text,
-        variants,
-        arguments.contexts,
-        name=name,
-        runs=arguments.runs,
-        warm_up=arguments.warm_up,
-        seed=arguments.seed,
-        settings={"dense_heads": str(arguments.heads or "random")},
-        also_check=prefill_variants(["hybrid"], extremes, **how) if hybrid else (),
-        out=out,
-        resume=arguments.resume,
-        progress=not arguments.quiet,
-    )
+    try:
+        record = bench_prefill(
+            text,
+            variants,
+            arguments.contexts,
+            name=name,
+            runs=arguments.runs,
+            warm_up=arguments.warm_up,
+            seed=arguments.seed,
+            settings={"dense_heads": str(arguments.heads or "random")},
+            also_check=prefill_variants(["hybrid"], extremes, **how) if hybrid else (),
+            out=out,
+            resume=arguments.resume,
+            progress=not arguments.quiet,
+        )
+    except KeyboardInterrupt:
+        print(f"\n{_so_far(out, arguments.contexts, variants)}", file=sys.stderr)
+        raise
+    if kind != "cuda" and any(name.startswith("hybrid") for name in record.titles):
+        print(_NOT_THE_KERNEL.format(kind.upper()), end="\n\n")
     print(table(record))
     print(out)
     if draw(record, picture):
         print(picture)
+
+
+def _backends(named: Sequence[str] | None, kind: str) -> Sequence[str]:
+    """What to compare; refused where it would be another kernel under its name, or an error of torch's."""
+    refused = [name for name in named or () if name in _NEED_GPU] if kind != "cuda" else []
+    if refused:
+        rest = ", ".join(name for name in BACKENDS if name not in _NEED_GPU)
+        needs = "needs" if len(refused) == 1 else "need"
+        raise InputError(f"--backends {' '.join(refused)} {needs} a GPU; on a {kind.upper()}: {rest}.")
+    return named or default_backends(kind)
+
+
+def _so_far(out: Path, contexts: Sequence[int], variants: Sequence[Variant]) -> str:
+    """What a stopped run leaves: whole lengths are kept, the one under way is not."""
+    asked = set(contexts)
+    if not out.exists():
+        return f"None of {len(asked)} lengths was finished: there is no {out}."
+    record = PrefillRecord.load(out)
+    done = sum(all(record.cell(n, v.name) for v in variants) for n in asked)
+    return f"{done} of {len(asked)} lengths are in {out}: the same command with --resume goes on."
 
 
 def _text_model(arguments: argparse.Namespace, device: str) -> tuple[Any, str, list[int]]:
@@ -98,6 +129,7 @@ def draw(record: PrefillRecord, path: Path) -> bool:
 def kernel(arguments: argparse.Namespace) -> None:
     """Compare, time, save and print: what `hooked-mllm bench kernel` does."""
     out = folder(arguments.out) / "kernel.json"
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     found = bench_kernel(
         arguments.tokens,
         dense=arguments.dense,
@@ -109,9 +141,13 @@ def kernel(arguments: argparse.Namespace) -> None:
         rounds=arguments.rounds,
         flex=not arguments.skip_flex,
         seed=arguments.seed,
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         out=out,
     )
+    kind = torch.device(device).type
+    if kind != "cuda":
+        flex = "" if arguments.skip_flex else " FlexAttention is left out."
+        print(_NOT_THE_KERNEL.format(kind.upper()) + flex, end="\n\n")
     print(kernel_table(found))
     print(out)
 

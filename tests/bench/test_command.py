@@ -63,6 +63,57 @@ def test_a_checkpoint_with_its_own_scores_then_resumed(run, tmp_path):
     assert status == 0 and both.cells[:2] == first.cells and both.contexts == [40, 64]
 
 
+NOTE = "On a CPU, hybrid is its torch definition: its times say nothing about the kernel."
+
+
+def test_a_cpu_says_what_its_times_are_of(run):
+    """Above the tables, as soon as there is something hybrid in them."""
+    for backend, first in (("sdpa", "tiny, random weights: "), ("hybrid", NOTE), ("sdpa", NOTE)):
+        status, out, _ = run("prefill", *TINY, "--contexts", 40, "--dense", 3, "--backends", backend, "--resume")
+        assert status == 0 and out.startswith(first) and out.count(NOTE) == (first == NOTE)
+
+
+@pytest.mark.parametrize(
+    ("backends", "refused"),
+    [
+        (["sdpa", "flash"], "--backends flash needs"),
+        (["cudnn"], "--backends cudnn needs"),
+        (["hybrid", "cudnn-compiled", "flash"], "--backends cudnn-compiled flash need"),
+    ],
+    ids=["flash", "cudnn", "compiled"],
+)
+def test_what_needs_a_gpu_is_refused_on_a_cpu(run, tmp_path, backends, refused):
+    status, out, err = run("prefill", *TINY, "--contexts", 40, "--dense", 3, "--backends", *backends)
+    rest = "sdpa, eager, hybrid, removed, sdpa-compiled, hybrid-compiled, removed-compiled"
+    assert (status, out) == (2, "") and not [*tmp_path.iterdir()]
+    assert err == f"hooked-mllm bench prefill: error: {refused} a GPU; on a CPU: {rest}.\n"
+
+
+def test_stopped_between_lengths_then_resumed(run, tmp_path, monkeypatch):
+    whole, path = prefill._length, tmp_path / "prefill.json"
+    lengths = ("--contexts", 40, 64, 96, "--dense", 3, "--backends", "sdpa", "hybrid")
+
+    def until(last):
+        def timed(model, variants, context, *rest):
+            if context > last:
+                raise KeyboardInterrupt
+            return whole(model, variants, context, *rest)
+
+        return timed
+
+    monkeypatch.setattr(prefill, "_length", until(0))
+    status, out, err = run("prefill", *TINY, *lengths)
+    assert (status, out) == (130, "") and f"None of 3 lengths was finished: there is no {path}." in err
+    for last, done, more in ((40, 1, []), (64, 2, ["--resume"])):
+        monkeypatch.setattr(prefill, "_length", until(last))
+        status, out, err = run("prefill", *TINY, *lengths, *more)
+        assert (status, out) == (130, "") and err.endswith("stopped\n")
+        assert f"{done} of 3 lengths are in {path}: the same command with --resume goes on." in err.splitlines()
+    monkeypatch.setattr(prefill, "_length", whole)
+    assert run("prefill", *TINY, *lengths, "--resume")[0] == 0
+    assert PrefillRecord.load(path).contexts == [40, 64, 96]
+
+
 def test_wrong_outputs_end_with_one_line(run, tmp_path, monkeypatch):
     def refuse(*_):
         raise NumericsError("hybrid differs, so nothing is timed")
@@ -79,7 +130,10 @@ def test_kernel(run, tmp_path):
     assert (status, err) == (0, "")
     found = json.loads((tmp_path / "kernel.json").read_text())
     assert len(found["settings"]["dense"]) == 1 and found["lengths"]["64"]["hybrid, 1 dense"]["ms"]
+    assert out.splitlines()[0] == f"{NOTE} FlexAttention is left out."
     assert "64 tokens" in out and "relative error against float64, 1 dense, 77 tokens" in out
+    _, out, _ = run("kernel", *small, "--tokens", 64, "--rounds", 1, "--skip-flex")
+    assert out.splitlines()[0] == NOTE
     status, _, err = run("kernel", *small, "--dense", 9, "--tokens", 64)
     assert status == 2 and err.startswith("hooked-mllm bench kernel: error: 9 dense of 4 heads")
 
