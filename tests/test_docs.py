@@ -52,6 +52,16 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
         assert result.failed == 0, f"{example.name}: see the output above"
 
 
+def test_docstrings_use_sections_that_the_manual_knows():
+    """Google style as the manual's build reads it: under another name, an example is quoted prose, not code."""
+    sources = sorted((ROOT / "hooked_mllm").rglob("*.py"))
+    assert len(sources) > 50
+    found = [
+        path.name for path in sources if re.search(r"^ +Example:$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert not found, f"write Examples: in {', '.join(found)}"
+
+
 def test_every_hook_point_is_listed_with_its_shape():
     page = importlib.import_module("hook_points_page").page()
     assert (ROOT / "docs" / "hook-points.md").read_text(encoding="utf-8") == page, (

@@ -156,7 +156,15 @@ class AttentionSite:
 
         def attend() -> tuple[Tensor, Tensor | None]:
             if backend is not None and mask is not None:
-                return backend(query, key, value, mask, scale, self.layer), None
+                z = backend(query, key, value, mask, scale, self.layer)
+                due = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+                if not isinstance(z, Tensor) or tuple(z.shape) != due:
+                    got = list(z.shape) if isinstance(z, Tensor) else f"a {type(z).__name__}"
+                    raise HookValueError(
+                        f"The attention backend {backend!r} returned {got} in layer {self.layer}; expected z "
+                        f"[batch query head d_head], {list(due)} (what torch's SDPA gives, after .transpose(1, 2))."
+                    )
+                return z, None
             return self._own(query, key, value, attention_mask, segments, base, kwargs)
 
         explicit = None

@@ -14,7 +14,7 @@ from hooked_mllm.errors import HeadError, HookValueError, InputError, Unsupporte
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.heads.head_set import parse_head
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
-from hooked_mllm.kernels.hybrid_attention.op import IMPLEMENTATIONS
+from hooked_mllm.kernels.hybrid_attention.op import IMPLEMENTATIONS, head_numbers
 
 
 @runtime_checkable
@@ -97,7 +97,11 @@ class DenseHeads:
             )
         if self.policy is None:
             return self.by_layer.get(layer, ())
-        return tuple(int(head) for head in self.policy.choose(q, k, mask, scale, layer))
+        chosen = self.policy.choose(q, k, mask, scale, layer)
+        try:
+            return tuple(head_numbers(chosen, q.shape[1]))
+        except HeadError as error:
+            raise HeadError(f"{type(self.policy).__name__}.choose in layer {layer}: {error}") from None
 
     def describe(self) -> Any:
         """The heads, or the policy, as values that JSON can hold."""
@@ -106,12 +110,19 @@ class DenseHeads:
         return [f"L{layer}H{head}" for layer, heads in sorted(self.by_layer.items()) for head in heads]
 
     def __str__(self) -> str:
-        return f"{len(self)} heads" if self.policy is None else repr(self.policy)
+        if self.policy is None:
+            return f"{len(self)} heads"
+        told = type(self.policy).__repr__ is not object.__repr__  # that one is an address, another in every run
+        return repr(self.policy) if told else type(self.policy).__name__
 
 
 def _by_layer(dense: Any) -> dict[int, tuple[int, ...]]:
     if isinstance(dense, Mapping):
-        pairs = [(layer, head) for layer, heads in dense.items() for head in heads]
+        pairs = [
+            (layer, head)
+            for layer, heads in dense.items()
+            for head in (heads if isinstance(heads, Iterable) and not isinstance(heads, str) else [heads])
+        ]
     elif isinstance(dense, str):
         pairs = HeadSet.parse(dense, n_layers=10**9, n_heads=10**9)
     elif isinstance(dense, Iterable):
@@ -123,7 +134,7 @@ def _by_layer(dense: Any) -> dict[int, tuple[int, ...]]:
         if not isinstance(pair, tuple) or len(pair) != 2 or any(type(n) is not int or n < 0 for n in pair):
             raise HeadError(
                 "Dense heads are a HeadSet, names such as 'L2H4', pairs (layer, head), a mapping of layers to query "
-                f"heads, or a routing policy; got {pair!r}."
+                f"heads such as {{2: [4, 5]}}, or a routing policy; got {pair!r}, where int numbers were expected."
             )
         known.setdefault(pair[0], set()).add(pair[1])
     return {layer: tuple(sorted(heads)) for layer, heads in known.items()}
@@ -183,7 +194,7 @@ class HybridAttention:
 
     Source: arXiv:2606.05843, algorithm 3.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, HybridAttention, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
         >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]

@@ -50,7 +50,7 @@ class MaskRows:
         segments: Lengths of packed images; a query sees the keys of its own image alone.
         streaming: Heads that see only a sink and a window of this; `head_rows` tells what each head sees.
 
-    Example:
+    Examples:
         >>> rows = MaskRows.causal_rows(batch=1, length=3, device="cpu")
         >>> rows.rows(torch.tensor([[0, 2]])).int().tolist()
         [[[1, 0, 0], [1, 1, 1]]]
@@ -78,7 +78,7 @@ class MaskRows:
     @classmethod
     def of(
         cls,
-        mask: Tensor | None,
+        mask: Any,
         *,
         batch: int,
         q_length: int,
@@ -116,6 +116,11 @@ class MaskRows:
         if mask is None:
             first = 0 if causal and upper_left and 1 < q_length < kv_length else None
             return cls(*common, causal=causal and q_length > 1, window=window, q_offset=first)
+        if not isinstance(mask, Tensor):
+            raise UnsupportedModelError(
+                f"The model's attention takes a {type(mask).__name__} for its mask, which shows no pattern: set "
+                "attention='sdpa' or 'eager'."
+            )
         if mask.dim() == 2:  # as wide as what was read so far, these queries included
             seen = mask.shape[1] - q_length
             first = seen if causal and 0 <= seen < kv_length - q_length else None

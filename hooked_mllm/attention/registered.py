@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -12,6 +13,8 @@ from hooked_mllm.attention.backends import PREFIX, slim_mask
 from hooked_mllm.attention.hybrid import HybridAttention
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
+from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients
+from hooked_mllm.kernels.hybrid_attention.op import as_autocast
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,17 @@ class RegisteredAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Z `[batch query head d_head]` of q, k, v `[batch head pos d_head]`, and no weights."""
         _check(self.name, module, dropout, kwargs)
+        if value.shape[-1] != query.shape[-1]:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} under attn_implementation={self.name!r} has values of width "
+                f"{value.shape[-1]} and queries of width {query.shape[-1]}: latent attention is not done here. Use "
+                "'sdpa'."
+            )
         if query.shape[2] == 1 or kwargs.get("sliding_window") is not None:
             sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
             return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = as_autocast(query, key, value)
         layer: Any = module.layer_idx
         shape = shape_of(module)
         if torch.compiler.is_compiling():
@@ -71,27 +81,20 @@ class RegisteredAttention:
     def gradients(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dz: Tensor, layer: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The gradients of `run`, written out, since autograd records nothing within an op.
-
-        With $P = \mathrm{softmax}(s\,QK^\top)$ and $dP = dZ\,V^\top$: $dV = P^\top dZ$, $dS = P \circ (dP -
-        \mathrm{rowsum}(P \circ dP))$, $dQ = s\,dS\,K$, $dK = s\,dS^\top Q$; 1024 queries at a time, in float32.
-        """
+        """The gradients of `run`, written out, since autograd records nothing within an op."""
         mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
-        groups, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
-        keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(keys), torch.zeros_like(values)
-        for place in torch.arange(q.shape[2], device=q.device).split(1024):
-            queries, dout = q[:, :, place].to(wide), dz[:, :, place].to(wide)
-            hidden = ~mask.head_rows(place.expand(len(q), -1))
-            weights = (queries @ keys.transpose(2, 3) * scale).masked_fill_(hidden, torch.finfo(wide).min).softmax(-1)
-            weights = weights.masked_fill_(hidden, 0.0)
-            dweights = dout @ values.transpose(2, 3)
-            dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * scale
-            dq[:, :, place] = (dscores @ keys).to(q.dtype)
-            dk += dscores.transpose(2, 3) @ queries
-            dv += weights.transpose(2, 3) @ dout
-        dk, dv = (x.unflatten(1, (-1, groups)).sum(2).to(k.dtype) for x in (dk, dv))
-        return dq, dk, dv
+        bounds, streaming = mask.bounds(), mask.streaming
+        assert bounds is not None and streaming is not None  # `streamed` saw to it
+        length, room = bounds.offset + q.shape[2], {"dtype": torch.int32, "device": q.device}
+        start = torch.zeros(len(q), **room) if bounds.start is None else bounds.start.to(**room)
+        end = torch.full((len(q),), length, **room) if bounds.end is None else bounds.end.to(**room)
+        flags = torch.zeros(q.shape[1], dtype=torch.bool)
+        flags[list(streaming.dense)] = True
+        sizes = streaming.sink, streaming.window, scale
+        with torch.autocast(q.device.type, enabled=False):
+            grads = naive_gradients(q, k[:, :, :length], v[:, :, :length], flags, *sizes, start, end, dz)
+        unread = (0, 0, 0, k.shape[2] - length)  # the room behind, in a cache of fixed size
+        return grads[0], pad(grads[1], unread), pad(grads[2], unread)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
@@ -134,7 +137,7 @@ def register_hybrid_attention(
 
     Source: arXiv:2606.05843, algorithm 3.
 
-    Example:
+    Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> register_hybrid_attention("hybrid", ["L0H1"], sink=2, window=8, implementation="naive")
         >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64}
@@ -180,7 +183,7 @@ def _check(name: str, module: nn.Module, dropout: float, kwargs: dict[str, Any])
         raise UnsupportedModelError(f"{what}: the module has no `layer_idx`, so its heads are not known. Use 'sdpa'.")
 
 
-@torch.library.custom_op("hooked_mllm::registered_attention", mutates_args=())
+@torch.library.custom_op("hooked_mllm::registered_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, name: str, layer: int, scale: float, shape: list[int]
 ) -> Tensor:
@@ -203,7 +206,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(q, k, v, padding)
 
 
-@torch.library.custom_op("hooked_mllm::registered_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "hooked_mllm::registered_attention_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
 def _gradients(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dz: Tensor, name: str, layer: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from hooked_mllm.attention.selection import QuerySelection
 from hooked_mllm.attention.statistics import attention_rows, chance_level, counted_chance
 from hooked_mllm.attention.streaming import CausalBounds
 from hooked_mllm.errors import HookValueError, InputError
-from hooked_mllm.kernels.attention_profile import kernel_fits
+from hooked_mllm.kernels.attention_profile import kernel_fits, kernel_runs
 
 #: what computes profiles where a view is not told: "auto", "triton" or "torch"
 IMPLEMENTATION = "auto"
@@ -66,6 +66,8 @@ class LayerRows:
         implementation = IMPLEMENTATION if implementation is None else implementation
         if implementation not in ("auto", "triton", "torch"):
             raise HookValueError(f"implementation is 'auto', 'triton' or 'torch'; got {implementation!r}.")
+        if implementation == "triton" and not kernel_runs(self.device):
+            raise HookValueError(f"The Triton kernel runs on a GPU; k is on {self.device}. 'torch' runs anywhere.")
         self.by_kernel = implementation == "triton" or (implementation == "auto" and k[0].is_cuda)
         if self.by_kernel and not (kernel_fits(example.shape[-1], example.dtype) and self._told_by_numbers()):
             if implementation == "triton":

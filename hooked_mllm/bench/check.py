@@ -20,6 +20,7 @@ from hooked_mllm.attention.backends import implementation
 from hooked_mllm.bench.compiled import CompiledBlocks
 from hooked_mllm.bench.variants import Variant
 from hooked_mllm.errors import NumericsError
+from hooked_mllm.kernels.hybrid_attention import hybrid_attention
 
 WITNESS = "hooked_bench_witness"
 #: the relative error allowed in one layer's attention, by dtype
@@ -57,6 +58,21 @@ class Witness:
             seen = causal if head in dense else near
             out[:, :, head] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, head // group].float()
         return out
+
+
+def largest_error(x: Tensor, y: Tensor, rows: int = 1024) -> float:
+    """The largest relative error of any head in any run of queries: a wrong tile is not lost among right ones.
+
+    Args:
+        x: `[batch head query d_head]`.
+        y: What it should be, likewise.
+        rows: Queries in a run.
+    """
+    worst = 0.0
+    for a, b in zip(x.split(rows, dim=2), y.split(rows, dim=2), strict=True):
+        b = b.double()
+        worst = max(worst, float(((a.double() - b).norm(dim=(2, 3)) / b.norm(dim=(2, 3))).max()))
+    return worst
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
@@ -105,6 +121,43 @@ def check_variants(
                     f"{variant.title}: {what} differs from the definition by {error:.2g} at {length} tokens (relative; "
                     f"at most {limit:.2g} in {str(model.dtype).removeprefix('torch.')}), so nothing is timed."
                 )
+    return found
+
+
+def check_at_length(model: Any, variants: Sequence[Variant], length: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Compare hybrid attention at a timed length with one launch of the kernel, which was compared at the short one.
+
+    Long prompts take another way through the op, dense heads by SDPA on streams of their own. One layer of each
+    variant, that with most dense heads, on random q, k and v. On a GPU; elsewhere all lengths go one way.
+
+    Raises:
+        NumericsError: if they differ.
+    """
+    config, found = model.config, []
+    place = model.get_input_embeddings().weight.device
+    hybrids = {v.attention: v for v in variants if v.dense is not None}
+    if place.type != "cuda" or not hybrids:
+        return found
+    n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    generator = torch.Generator(place).manual_seed(seed)
+    shapes = [(1, length, heads, width) for heads in (n_heads, n_kv, n_kv)]
+    q, k, v = (torch.randn(s, generator=generator, device=place, dtype=model.dtype).transpose(1, 2) for s in shapes)
+    for variant in hybrids.values():
+        assert variant.dense is not None
+        dense = max(variant.dense.by_layer.values(), key=len, default=())
+        sizes = {"sink": variant.sink, "window": variant.window}
+        error = largest_error(
+            hybrid_attention(q, k, v, dense, **sizes),
+            hybrid_attention(q, k, v, dense, **sizes, implementation="triton"),
+        )
+        limit = LIMITS[model.dtype]
+        found.append({"variant": variant.name, "length": length, "one_launch": error, "limits": [limit]})
+        if not error < limit:
+            raise NumericsError(
+                f"{variant.title}: at {length} tokens, hybrid attention differs from one launch of its kernel by "
+                f"{error:.2g} in some head and place (relative; at most {limit:.2g}), so nothing is timed there."
+            )
     return found
 
 

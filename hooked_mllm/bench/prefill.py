@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from hooked_mllm.bench.check import check_variants
+from hooked_mllm.bench.check import check_at_length, check_variants
 from hooked_mllm.bench.compiled import CompiledBlocks
 from hooked_mllm.bench.record import Cell, PrefillRecord, provenance
-from hooked_mllm.bench.timing import clock_name, milliseconds, peak_memory, used_devices
+from hooked_mllm.bench.timing import clock_name, failure, milliseconds, peak_memory, used_devices
 from hooked_mllm.bench.variants import Variant
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores, HeadSet
@@ -81,6 +81,7 @@ def bench_prefill(
     with tqdm(total=total, disable=not progress, desc="prefill", unit="forward") as bar:
         for context, left in todo.items():
             bar.set_postfix_str(f"{context:,} tokens")
+            record.checks += _unless_out_of_memory(check_at_length, model, left, context, seed) or []
             record.add(_length(model, left, context, devices, compiled, runs, warm_up, seed, session, bar.update))
             if out is not None:
                 record.save(out)
@@ -132,16 +133,29 @@ def _length(
 
 
 def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: Cell) -> None:
-    full = False
+    why = None
     try:
         step(variant, cell)
-    except torch.OutOfMemoryError:
-        full = True  # cleaned up below, where the error and the tensors of its frames are gone
-    if full:
-        cell.failed, cell.ms, cell.peak_gib, cell.added_gib = "out of memory", [], None, None
-    if full or step.__name__ == "warm":
-        if full:
+    except RuntimeError as error:
+        why = failure(error)  # cleaned up below, where the error and the tensors of its frames are gone
+        if why is None:
+            raise
+    if why is not None:
+        cell.failed, cell.ms, cell.peak_gib, cell.added_gib = why, [], None, None
+    if why is not None or step.__name__ == "warm":
+        if why is not None:
             gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _unless_out_of_memory(run: Callable[..., Any], *arguments: Any) -> Any:
+    """What `run` returns, or None where it does not fit: then the forward passes will tell."""
+    try:
+        return run(*arguments)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -194,7 +208,7 @@ def choose_heads(numbers: Iterable[int], n_layers: int, n_heads: int, source: st
     Raises:
         InputError: for more heads than there are, or scores of another model.
 
-    Example:
+    Examples:
         >>> choose_heads([0, 2], n_layers=3, n_heads=4, source=None, seed=0)[0]
         HeadSet(0 of 3 x 4)
     """

@@ -47,6 +47,13 @@ def milliseconds(run: Callable[[], Any], devices: Sequence[torch.device]) -> flo
     return (time.perf_counter() - begin) * 1e3
 
 
+def failure(error: RuntimeError) -> str | None:
+    """Why a variant cannot be timed, if that is no reason to stop: no memory, or no kernel in a pinned backend."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return "no such kernel" if "No available kernel" in str(error) else None
+
+
 def peak_memory(run: Callable[[], Any], devices: Sequence[torch.device]) -> tuple[float, float] | None:
     """Run once; the most GiB that were allocated on the fullest GPU, and how much of it the run added."""
     gpus = [device for device in devices if device.type == "cuda"]

@@ -273,6 +273,23 @@ def test_backends_nest_and_leave_when_the_body_raises(family):
     assert torch.equal(model(inputs), plain(family)(**inputs).logits)
 
 
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda q: q, r"returned \[1, 4, \d+, 8\] in layer 0"),  # [batch head query d_head], as SDPA gives it
+        (lambda q: (q, None), "returned a tuple"),
+        (lambda q: q.transpose(1, 2)[:, 1:], r"returned \[1, \d+, 4, 8\]"),
+    ],
+)
+@torch.no_grad()
+def test_a_backend_that_returns_another_shape_is_refused(returned, got):
+    inputs, model = model_inputs("qwen3_vl"), wrapped("qwen3_vl")
+    with model.attention(lambda q, k, v, mask, scale, layer: returned(q)):
+        with pytest.raises(HookValueError, match=rf"{got}.*expected z \[batch query head d_head\].*transpose"):
+            model(inputs)
+    assert torch.equal(model(inputs), plain("qwen3_vl")(**inputs).logits)
+
+
 @torch.no_grad()
 def test_generation_under_a_backend(family):
     inputs, model = model_inputs(family), wrapped(family)

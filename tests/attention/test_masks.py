@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
@@ -135,6 +136,12 @@ def test_a_mask_that_adds_to_the_scores_is_refused():
     mask[..., 3] = -1.5
     with pytest.raises(NumericsError, match="adds numbers to the scores.*load the model with attention='eager'"):
         of(mask)
+
+
+def test_a_mask_that_is_no_tensor_is_refused():
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, 128, 128, device="cpu")
+    with pytest.raises(UnsupportedModelError, match="takes a BlockMask for its mask.*'sdpa' or 'eager'"):
+        of(blocks)
 
 
 def test_resizing_for_calls_put_side_by_side():

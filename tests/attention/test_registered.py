@@ -23,6 +23,7 @@ from transformers import (
 from wrapped import fresh, model_inputs, wrapped
 
 from hooked_mllm import HeadSet, HybridAttention, register_hybrid_attention
+from hooked_mllm.attention.routing import PerLayer, QueryAwareHeads, Total
 from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
 
 NAME, SINK, WINDOW, HEADS, LAYERS = "test_hybrid", 2, 5, 4, 3
@@ -283,6 +284,44 @@ def test_a_whole_model_compiled(padded):
         close(compiled(**inputs, use_cache=False).logits, expected)
         if not padded:
             close(compiled(inputs["input_ids"], use_cache=False).logits, expected)
+
+
+def losses(model, *prompts):
+    model.zero_grad()
+    sum(model(x, labels=x, use_cache=False).loss for x in prompts).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_training_under_autocast(kind):
+    """Rotary encoding leaves q and k in float32 there, and v is not."""
+    register({layer: range(4) for layer in range(LAYERS)})  # all heads dense: the model's own attention
+    inputs = prompts(1)[0]["input_ids"]
+    found = []
+    for attention in ("sdpa", NAME):
+        model = decoder(kind, attention).requires_grad_(True).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(losses(model, inputs))
+    assert (found[0] - found[1]).norm() < 0.03 * found[0].norm()
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
+def test_a_policy_in_a_block_that_a_backward_pass_runs_anew():
+    """Two prompts, one backward pass: what a policy noted of the first is gone when it is run anew."""
+    first, second = (torch.randint(1, 96, (1, n), generator=torch.Generator().manual_seed(n)) for n in (30, 45))
+    policy = QueryAwareHeads(PerLayer(2), queries=4)
+    register(policy)
+    model = decoder("qwen3", NAME).requires_grad_(True).train()
+    plain = losses(model, first, second)
+    chosen = policy.chosen
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert len(chosen) == LAYERS and torch.equal(losses(model, first, second), plain) and policy.chosen == chosen
+    register(QueryAwareHeads(Total(5), queries=4))
+    with pytest.raises(UnsupportedModelError, match=r"backward pass runs attention anew.*Total.*PerLayer"):
+        losses(model, first, second)
+    register(QueryAwareHeads(Total(5), queries=4))
+    model.gradient_checkpointing_disable()
+    assert losses(model, first).isfinite().all()
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

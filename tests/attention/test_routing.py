@@ -322,6 +322,42 @@ def test_a_forward_pass_is_that_of_the_heads_chosen(toy):
             pass
 
 
+class Told:
+    """A policy that answers what it was told."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def choose(self, q, k, mask, scale, layer):
+        return self.answer
+
+    def validate(self, n_layers, n_heads):
+        assert n_heads == 8
+
+    def describe(self):
+        return {"policy": "Told"}
+
+
+@pytest.mark.parametrize(
+    "answer", [torch.tensor([False] * 4 + [True] * 4), [True, False], [1.0], None, 3, ["L0H1"], [8], [-1]], ids=str
+)
+def test_what_a_policy_answers_is_checked(toy, answer):
+    model, samples = toy
+    with model.attention(HybridAttention(Told(answer), **HYBRID)):
+        with pytest.raises(HeadError, match=r"Told\.choose in layer 0: .*(from 0 to 7.*mask\.nonzero|out of range)"):
+            model(samples[0])
+        assert model.info.attention == "hybrid(Told dense, sink=4, window=16; sdpa)"  # the same in every process
+
+
+@pytest.mark.parametrize("answer", [[5, 2, 5], (2, 5), {2, 5}, np.array([2, 5]), torch.tensor([5, 2])], ids=str)
+def test_numbers_of_any_kind_are_taken(toy, answer):
+    model, samples = toy
+    with model.attention(HybridAttention(Told(answer), **HYBRID)):
+        got = model(samples[0])
+    with model.attention(HybridAttention({layer: [2, 5] for layer in range(6)}, **HYBRID)):
+        assert torch.equal(model(samples[0]), got)
+
+
 def test_policies_are_told_as_json(toy):
     core = HeadSet(["L0H3"], n_layers=6, n_heads=8)
     told = StaticHeads(core).describe()

@@ -206,8 +206,11 @@ def test_the_share_of_the_keys_among_the_largest():
     np.testing.assert_allclose(view.top_share("question", "target", 0.2), want, atol=1e-12)
 
 
-def test_the_kernel_is_refused_where_it_cannot_run():
+def test_the_kernel_is_refused_where_it_cannot_run(monkeypatch):
     layers = random_layers()  # heads of width 8
+    with pytest.raises(HookValueError, match="runs on a GPU; k is on cpu. 'torch' runs anywhere"):
+        layers.view(implementation="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(HookValueError, match="head dims 16 to 256"):
         layers.view(implementation="triton")
     with pytest.raises(HookValueError, match="'auto', 'triton' or 'torch'"):

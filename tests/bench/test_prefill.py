@@ -1,5 +1,7 @@
+import importlib
 import json
 import statistics
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,8 +11,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from hooked_mllm import HeadSet
 from hooked_mllm.attention.registered import register_hybrid_attention
 from hooked_mllm.bench import PrefillRecord, Variant, bench_prefill, choose_heads, prefill_variants, random_text_model
+from hooked_mllm.bench.check import check_at_length
 from hooked_mllm.bench.table import table
 from hooked_mllm.errors import CacheFileError, InputError, NumericsError
+from hooked_mllm.kernels.hybrid_attention import op
 
 SIZE = {"sink": 4, "window": 16}
 TWO = HeadSet(["L0H1", "L2H3"], n_layers=3, n_heads=4)
@@ -101,6 +105,32 @@ def test_nothing_is_timed_where_outputs_are_wrong(model, tmp_path, wrong, of):
     ):
         bench(model, [*variants("sdpa"), wrong(f"wrong_{of}", base)], [64], out=out)
     assert not out.exists()
+
+
+def test_lengths_go_one_way_on_a_cpu(model):
+    assert check_at_length(model, variants("sdpa", "hybrid"), 64) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="dense heads go another way on a GPU alone")
+def test_the_way_of_long_prompts_is_compared_at_their_length(monkeypatch):
+    dispatch = importlib.import_module("hooked_mllm.kernels.hybrid_attention.dispatch")  # it needs Triton
+    model = random_text_model("tiny", dtype=torch.bfloat16).to("cuda")
+    made = prefill_variants(["hybrid"], {2: TWO}, **SIZE)
+    monkeypatch.setattr(op, "SDPA_FROM", 1)
+    (row,) = check_at_length(model, made, 3000)
+    assert row["length"] == 3000 and 0 < row["one_launch"] < row["limits"][0]
+
+    @contextmanager
+    def forgets_the_end(q, k, v, out, dense, scale):
+        with dense_by_sdpa(q, k, v, out, dense, scale):
+            yield
+        out[:, list(dense), -100:] = 0
+
+    dense_by_sdpa = dispatch.dense_by_sdpa
+    monkeypatch.setattr(dispatch, "dense_by_sdpa", forgets_the_end)
+    with pytest.raises(NumericsError, match="at 3000 tokens, hybrid attention differs from one launch"):
+        check_at_length(model, made, 3000)
 
 
 def test_blocks_compiled_wrongly_are_found(model, monkeypatch):

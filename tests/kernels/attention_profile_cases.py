@@ -316,5 +316,9 @@ def test_the_public_function_and_bad_input():
         attention_profile(q, k, places, streaming=[((), 1, 0), None])
     with pytest.raises(HookValueError, match="implementation"):
         attention_profile(q, k, places, implementation="cuda")
+    if not GPU:
+        with pytest.MonkeyPatch.context() as context, pytest.raises(HookValueError, match="runs on a GPU; q is on cpu"):
+            context.setenv("TRITON_INTERPRET", "0")
+            attention_profile(q, k, places, implementation="triton")
     with pytest.raises(HookValueError, match="head dims"):
         attention_profile([x[..., :8] for x in q], [x[..., :8] for x in k], places, implementation="triton")

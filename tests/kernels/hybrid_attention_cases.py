@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from triton_interpreter import DEVICE, DTYPES, GPU
 
 from hooked_mllm.errors import HeadError, HookValueError, InputError
-from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
+from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention, op
+from hooked_mllm.kernels.hybrid_attention import triton as triton_kernels
 from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention
+from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients
 from hooked_mllm.kernels.hybrid_attention.plan import plan
 from hooked_mllm.kernels.hybrid_attention.streaming import launch_streaming
 from hooked_mllm.kernels.hybrid_attention.triton import launch
@@ -269,6 +271,64 @@ def test_compiled_and_in_inference_mode(dense):
 
 
 @pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
+def test_the_first_call_may_be_a_compiled_one(monkeypatch):
+    monkeypatch.setattr(op, "_noticed", set())
+    torch._dynamo.reset()
+    q, k, v = tensors(1, 4, 2, 24, 24, 64, torch.float16)
+    run = torch.compile(lambda *x: hybrid_attention(*x, [0], sink=4, window=8), fullgraph=True, backend="eager")
+    assert torch.equal(run(q, k, v), hybrid_attention(q, k, v, [0], sink=4, window=8))
+
+
+@pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
+def test_under_autocast_it_takes_what_sdpa_takes():
+    q, k, v = tensors(1, 4, 2, 24, 24, 64)
+    mixed = q, k, v.bfloat16()
+    want = hybrid_attention(*(x.bfloat16() for x in mixed), [0], window=8)
+    with pytest.raises(InputError, match="one dtype"):
+        hybrid_attention(*mixed, [0], window=8)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(hybrid_attention(*mixed, [0], window=8), want)
+
+
+@pytest.mark.parametrize("how", ["naive", "triton"])
+@pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
+def test_bounds_beyond_the_keys_and_numbers_beyond_32_bits(how, monkeypatch):
+    """The padding of a whole prompt may be given for the part that was read; a window may be as long as can be."""
+    monkeypatch.setattr(triton_kernels, "settings_for", lambda *_: SMALL)
+    made = tensors(1, 4, 2, 40, 40, 16)
+    room = torch.full((3, 1, 4, 80, 16), torch.nan, device=DEVICE)
+    for x, own in zip(made, room, strict=True):
+        own[:, : x.shape[1], :40] = x
+    q, k, v = (own[:, : x.shape[1], :40] for x, own in zip(made, room, strict=True))
+    run = torch.ops.hooked_mllm.hybrid_attention
+
+    def bounds(start, end):
+        return torch.tensor([start], device=DEVICE), torch.tensor([end], device=DEVICE)
+
+    close = {"atol": 2e-6, "rtol": 0}
+    want = naive_hybrid_attention(*made, flags([1], 4), 4, 8, 0.25, *bounds(0, 40))[0]
+    for padding in (bounds(0, 40), bounds(0, 70), bounds(-9, 70)):
+        torch.testing.assert_close(run(q, k, v, [1], 4, 8, 0.25, *padding, False, how)[0], want, **close)
+    causal = naive_hybrid_attention(*made, flags(range(4), 4), 0, 1, 0.25, *bounds(0, 40))[0]
+    for sink, window in ((2**62, 1), (2**31 - 1, 8), (0, 2**63 - 1)):
+        torch.testing.assert_close(run(q, k, v, [1], sink, window, 0.25, None, None, False, how)[0], causal, **close)
+
+
+def test_gradients_in_pieces_are_those_of_autograd():
+    q, k, v = (x.cpu().double().requires_grad_(True) for x in tensors(2, 4, 2, 11, 14, 5))
+    start, end = torch.tensor([0, 6]), torch.tensor([14, 9])
+    how = (torch.tensor([True, False, False, True]), 2, 3, 0.4, start, end)
+    z, lse = naive_hybrid_attention(q, k, v, *how)
+    seen = lse.isfinite()
+    dz, dlse = torch.randn_like(z), torch.randn_like(lse) * seen
+    want = torch.autograd.grad([z, lse[seen]], (q, k, v), [dz, dlse[seen]])
+    for chunk in (1, 4, 100):
+        found = naive_gradients(q.detach(), k.detach(), v.detach(), *how, dz, dlse, chunk=chunk)
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
 def test_gradients():
     q, k, v = (x.cpu().double().requires_grad_(True) for x in tensors(2, 2, 1, 7, 9, 3))
     start, end = torch.tensor([0, 2]), torch.tensor([9, 4])  # rows of the second sequence that see nothing
@@ -284,6 +344,12 @@ def test_bad_input():
     q, k, v = tensors(1, 4, 2, 8, 8, 16)
     with pytest.raises(HeadError, match="0 to 3"):
         hybrid_attention(q, k, v, [4])
+    for flags_or_worse in ([True, False], torch.ones(4, dtype=torch.bool), [0.0], torch.zeros(1), ["L0H1"], 3, None):
+        with pytest.raises(HeadError, match=r"Expected numbers of query heads from 0 to 3.*mask\.nonzero"):
+            hybrid_attention(q, k, v, flags_or_worse)
+    for scale in (0.0, -1.0, float("inf")):
+        with pytest.raises(InputError, match="above 0"):
+            hybrid_attention(q, k, v, [0], scale=scale)
     with pytest.raises(InputError, match="kv_head"):
         hybrid_attention(q[0], k, v, [0])
     with pytest.raises(InputError, match="divide"):

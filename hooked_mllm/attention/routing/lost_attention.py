@@ -80,7 +80,7 @@ def lost_attention(
 
     Source: last queries against all or pooled keys: arXiv:2407.02490, arXiv:2502.20766; the bound: arXiv:2406.10774.
 
-    Example:
+    Examples:
         >>> q, k = torch.randn(1, 4, 100, 16), torch.randn(1, 2, 100, 16)
         >>> mask = MaskRows.causal_rows(batch=1, length=100, device="cpu")
         >>> lost_attention(q, k, mask, 0.25, sink=4, window=16, queries=8).shape
@@ -161,19 +161,27 @@ def _lost(
     wide: Any = torch.promote_types(q.dtype, torch.float32)
     if not rows:
         return q.new_zeros(q.shape[:2], dtype=wide)
-    index = torch.tensor(rows, device=q.device)
-    chosen, place = q.index_select(2, index), (index + offset)[:, None]
     first, stop = rows[0] + offset, rows[-1] + offset + 1
     held = min(start + sink, stop)  # one past the sink
     tail = max(held, first - window + 1)  # from here on, some queries have the key in their window
     key = torch.cat((torch.arange(start, held, device=q.device), torch.arange(tail, stop, device=q.device)))
-    scores = score(chosen, torch.cat((k[:, :, start:held], k[:, :, tail:stop]), dim=2))
-    far = (key >= held) & (key <= place - window)
-    total = scores.masked_fill(key > place, -torch.inf).logsumexp(-1)
-    lost = (order * scores.masked_fill(~far, -torch.inf)).logsumexp(-1)
-    step = max(1, max_bytes // (chosen.shape[:3].numel() * scores.element_size())) * (1 if how == "exact" else block)
-    for low in range(held, tail, step):
-        scores, log_count = block_scores(score, chosen, k[:, :, low : min(low + step, tail)], how, block)
-        total = torch.logaddexp(total, (scores + log_count).logsumexp(-1))
-        lost = torch.logaddexp(lost, (order * scores + log_count).logsumexp(-1))
-    return (lost / order - total).exp().clamp(max=1).mean(-1)
+    nearby = torch.cat((k[:, :, start:held], k[:, :, tail:stop]), dim=2)
+
+    def of(part: Tensor) -> Tensor:
+        """Of some of the queries: `[batch head query]`."""
+        chosen, place = q.index_select(2, part), (part + offset)[:, None]
+        scores = score(chosen, nearby)
+        far = (key >= held) & (key <= place - window)
+        total = scores.masked_fill(key > place, -torch.inf).logsumexp(-1)
+        lost = (order * scores.masked_fill(~far, -torch.inf)).logsumexp(-1)
+        step = max(1, max_bytes // (chosen.shape[:3].numel() * scores.element_size()))
+        step *= 1 if how == "exact" else block
+        for low in range(held, tail, step):
+            scores, log_count = block_scores(score, chosen, k[:, :, low : min(low + step, tail)], how, block)
+            total = torch.logaddexp(total, (scores + log_count).logsumexp(-1))
+            lost = torch.logaddexp(lost, (order * scores + log_count).logsumexp(-1))
+        return (lost / order - total).exp().clamp(max=1)
+
+    each = q.shape[0] * q.shape[1] * len(key) * torch.finfo(wide).bits // 8  # bytes of a query's nearby scores
+    index = torch.tensor(rows, device=q.device)
+    return torch.cat([of(part) for part in index.split(max(1, max_bytes // each))], dim=2).mean(-1)

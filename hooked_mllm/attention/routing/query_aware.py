@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.routing.budget import Budget
+from hooked_mllm.attention.routing.budget import Budget, PerLayer
 from hooked_mllm.attention.routing.lost_attention import check_estimate, lost_attention
-from hooked_mllm.errors import HeadError, InputError, NumericsError
+from hooked_mllm.errors import HeadError, InputError, NumericsError, UnsupportedModelError
 from hooked_mllm.heads import HeadScores
 
 
@@ -61,7 +61,7 @@ class QueryAwareHeads:
     Source: input-adaptive routing is named as future work in arXiv:2606.05843; estimating from the last queries:
     arXiv:2407.02490, arXiv:2502.20766.
 
-    Example:
+    Examples:
         >>> from hooked_mllm import HookedMLLM, HybridAttention, toys
         >>> from hooked_mllm.attention.routing import Total
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
@@ -136,15 +136,24 @@ class QueryAwareHeads:
         Raises:
             InputError: if nobody told the sink and the window, or a mask of queries is not of this prompt.
             NumericsError: if the estimate is not finite.
-            UnsupportedModelError: for a mask that is not the causal one with padding at the ends.
+            UnsupportedModelError: for a mask that is not the causal one with padding at the ends; or in a backward pass
+                that runs the layer anew, if the budget depends on what other layers took.
         """
         if self.sink is None or self.window is None:
             raise InputError("Give the policy sink= and window=, or use it in HybridAttention, which tells it.")
-        self.record = {at: choice for at, choice in self.record.items() if at < layer}
+        again = torch._C._current_graph_task_id() != -1  # torch has no public word for "within a backward pass"
+        if again and not isinstance(self.budget, PerLayer):
+            raise UnsupportedModelError(
+                "A backward pass runs attention anew (gradient checkpointing, compiled code), and what layers took of "
+                f"{self.budget} when this prompt was read is not known any more. Take a budget PerLayer, or the heads "
+                "that were chosen: HybridAttention(policy.chosen)."
+            )
+        if not again:
+            self.record = {at: choice for at, choice in self.record.items() if at < layer}
         taken = {at: len(choice.heads) for at, choice in self.record.items()}
         room = self.budget.room(layer, taken, self._layers(layer))
         if not room:
-            self.record[layer] = LayerChoice((), (), ())
+            self._note(layer, LayerChoice((), (), ()), again)
             return ()
         estimate = lost_attention(
             q,
@@ -168,8 +177,12 @@ class QueryAwareHeads:
         values = scores.tolist()
         ranked = sorted(range(len(values)), key=lambda head: (-values[head], head))
         heads = tuple(sorted(head for head in ranked[:room] if values[head] > self.threshold))
-        self.record[layer] = LayerChoice(tuple(lost.tolist()), tuple(values), heads)
+        self._note(layer, LayerChoice(tuple(lost.tolist()), tuple(values), heads), again)
         return heads
+
+    def _note(self, layer: int, choice: LayerChoice, again: bool) -> None:
+        if not again:
+            self.record[layer] = choice
 
     def _layers(self, layer: int) -> int:
         if self._n_layers is None:

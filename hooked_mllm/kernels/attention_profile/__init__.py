@@ -6,3 +6,4 @@ from hooked_mllm.kernels.attention_profile.op import Streaming as Streaming
 from hooked_mllm.kernels.attention_profile.op import attention_profile as attention_profile
 from hooked_mllm.kernels.attention_profile.op import has_triton as has_triton
 from hooked_mllm.kernels.attention_profile.op import kernel_fits as kernel_fits
+from hooked_mllm.kernels.attention_profile.op import kernel_runs as kernel_runs

@@ -179,5 +179,6 @@ def _bound(bound: Tensor | None, number: int, batch: int, device: torch.device) 
     if bound is None:
         bound = torch.full((batch,), number, dtype=torch.int32, device=device)
     bound = bound.to(device, torch.int32)
+    bound = bound.clamp(max=number) if number else bound.clamp(min=0)  # no key is read that is not there
     bound = bound.contiguous()
     return bound.as_strided((1, batch), (0, 1)) if bound.dim() == 1 else bound

@@ -1,5 +1,6 @@
 """`attention_profile`: the public function, its checks, and the choice of how it runs."""
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -26,6 +27,11 @@ def has_triton() -> bool:
 def kernel_fits(d_head: int, dtype: torch.dtype) -> bool:
     """Whether Triton is there and the kernel takes heads of this width and dtype."""
     return has_triton() and HEAD_DIMS[0] <= d_head <= HEAD_DIMS[1] and dtype in DTYPES
+
+
+def kernel_runs(device: torch.device) -> bool:
+    """Whether the kernel can run there: on a GPU, or anywhere under Triton's interpreter."""
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def attention_profile(
@@ -69,7 +75,7 @@ def attention_profile(
 
     Source: arXiv:2606.05843 eq. 22.
 
-    Example:
+    Examples:
         >>> import torch
         >>> q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 100, 16)
         >>> profile = attention_profile([q], [k], torch.tensor([[97, 98, 99]]))
@@ -100,6 +106,10 @@ def attention_profile(
             f"The Triton kernel takes head dims {HEAD_DIMS[0]} to {HEAD_DIMS[1]} in bfloat16, float16 or float32; got "
             f"{q[0].shape[-1]} in {q[0].dtype}{'' if has_triton() else ', and Triton is not installed'}. "
             "implementation='naive' takes any."
+        )
+    if not kernel_runs(q[0].device):
+        raise HookValueError(
+            f"The Triton kernel runs on a GPU; q is on {q[0].device}. implementation='naive' runs anywhere."
         )
     from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # needs a GPU's compiler
 

@@ -34,9 +34,10 @@ def triton_hybrid_attention(
     """Hybrid attention on a GPU; see `hybrid_attention`.
 
     `sdpa` sends dense heads through torch's SDPA, where it can do what is asked: no padding, no log-sum-exp, as many
-    keys as queries. Groups of heads that all stream have a kernel of their own, unless dense heads need a launch too.
+    keys as queries, rows of numbers side by side. Groups of heads that all stream have a kernel of their own, unless
+    dense heads need a launch too.
     """
-    sdpa = sdpa and start is None and not with_lse and q.shape[2] == k.shape[2]
+    sdpa = sdpa and start is None and not with_lse and q.shape[2] == k.shape[2] and fused(q, k, v)
     if sdpa and len(dense) == q.shape[1]:
         z = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return z.transpose(1, 2).contiguous().transpose(1, 2), None
@@ -56,6 +57,12 @@ def triton_hybrid_attention(
         if len(groups.rows):
             launch(q, k, v, out, lse, groups, sink, window, scale, start, end, config)
     return out, lse
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether SDPA runs such tensors without a mask of N x N; its kernels want numbers of a row side by side."""
+    recent = not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return recent and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
 
 
 @contextmanager

@@ -45,19 +45,72 @@ def naive_hybrid_attention(
 
     Computed in float32 at least, `chunk` queries at a time.
     """
-    groups, q_length, kv_length = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
-    dense = dense.to(q.device)
+    keys, values = (x.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     out, lse = [], []
-    for low in range(0, q_length, chunk):
+    for low in range(0, q.shape[2], chunk):
         part = q[:, :, low : low + chunk].to(wide)
-        offset = low + kv_length - q_length
-        seen = visible_keys(dense, part.shape[2], kv_length, sink, window, start, end, offset)
-        scores = (part @ keys.transpose(2, 3) * scale).masked_fill(~seen, -torch.inf)
-        total = scores.logsumexp(-1)
-        blind = ~seen.any(-1, keepdim=True)
-        weights = torch.where(blind, 0.0, scores.masked_fill(blind, 0.0).softmax(-1))  # no NaN, nor in a gradient
+        weights, total = _weights(part, keys, dense, low - q.shape[2], sink, window, scale, start, end)
         out.append((weights @ values).to(q.dtype))
         lse.append(total)
     return torch.cat(out, dim=2), torch.cat(lse, dim=2)
+
+
+def _weights(
+    q: Tensor,
+    keys: Tensor,
+    dense: Tensor,
+    before_end: int,
+    sink: int,
+    window: int,
+    scale: float,
+    start: Tensor,
+    end: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Softmax weights of queries, the first of which stands `-before_end` keys before the end, and the log-sum-exp."""
+    n_keys = keys.shape[2]
+    seen = visible_keys(dense.to(q.device), q.shape[2], n_keys, sink, window, start, end, n_keys + before_end)
+    scores = (q @ keys.transpose(2, 3) * scale).masked_fill_(~seen, -torch.inf)
+    blind = ~seen.any(-1, keepdim=True)
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0), scores.logsumexp(-1)
+
+
+def naive_gradients(
+    q: Float[Tensor, "batch head query d_head"],
+    k: Float[Tensor, "batch kv_head key d_head"],
+    v: Float[Tensor, "batch kv_head key d_head"],
+    dense: Bool[Tensor, " head"],
+    sink: int,
+    window: int,
+    scale: float,
+    start: Int[Tensor, " batch"],
+    end: Int[Tensor, " batch"],
+    dz: Float[Tensor, "batch head query d_head"] | None,
+    dlse: Float[Tensor, "batch head query"] | None = None,
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The gradients of `naive_hybrid_attention`, written out, for they need no more memory than `chunk` rows.
+
+    With $P = \mathrm{softmax}(s\,QK^\top)$ and $dP = dZ\,V^\top$: $dV = P^\top dZ$, $dS = P \circ (dP -
+    \mathrm{rowsum}(P \circ dP) + d\,\mathrm{lse})$, $dQ = s\,dS\,K$, $dK = s\,dS^\top Q$; in float32 at least.
+    """
+    groups, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
+    for low in range(0, q.shape[2], chunk):
+        part = slice(low, low + chunk)
+        queries = q[:, :, part].to(wide)
+        weights, _ = _weights(queries, keys, dense, low - q.shape[2], sink, window, scale, start, end)
+        inner = torch.zeros_like(weights)
+        if dz is not None:
+            dout = dz[:, :, part].to(wide)
+            dv += weights.transpose(2, 3) @ dout
+            inner = dout @ values.transpose(2, 3)
+            inner -= (weights * inner).sum(-1, keepdim=True)
+        if dlse is not None:
+            inner += dlse[:, :, part, None].to(wide)
+        dscores = weights * inner * scale
+        dq[:, :, part] = (dscores @ keys).to(q.dtype)
+        dk += dscores.transpose(2, 3) @ queries
+    dk, dv = (x.unflatten(1, (-1, groups)).sum(2).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv

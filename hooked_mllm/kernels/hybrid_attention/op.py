@@ -1,6 +1,7 @@
 """`hybrid_attention`: the public op, its registration with torch, and the choice of how it runs."""
 
 import math
+import operator
 import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.errors import HeadError, HookValueError, InputError
-from hooked_mllm.kernels.hybrid_attention.naive import naive_hybrid_attention
+from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients, naive_hybrid_attention
 
 #: from this many queries on, dense heads go through SDPA (measured on an H200; below, one launch for all is faster)
 SDPA_FROM = 24576
@@ -69,7 +70,7 @@ def hybrid_attention(
 
     Source: arXiv:2606.05843, algorithm 3; streaming heads: arXiv:2309.17453, arXiv:2410.10819.
 
-    Example:
+    Examples:
         >>> q, k, v = (torch.randn(1, heads, 100, 16) for heads in (4, 2, 2))
         >>> hybrid_attention(q, k, v, dense=[0, 3], sink=4, window=16, implementation="naive").shape
         torch.Size([1, 4, 100, 16])
@@ -79,11 +80,21 @@ def hybrid_attention(
             "hybrid_attention is causal: sinks and windows are told from the left. For attention both ways use "
             "torch.nn.functional.scaled_dot_product_attention."
         )
+    q, k, v = as_autocast(q, k, v)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     heads = _check(q, k, v, dense, sink, window, factor, start, end, implementation)
     how = _choose(implementation, q, len(heads))
     z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, factor, start, end, return_lse, how)
     return (z, lse) if return_lse else z
+
+
+def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype in which `torch.autocast` hands them to torch's own attention; as they are where it is off."""
+    kind = q.device.type
+    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+        return q, k, v
+    dtype: Any = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _check(
@@ -114,8 +125,8 @@ def _check(
         raise InputError(f"q, k and v must hold floating-point numbers; got {q.dtype}.")
     if sink < 0 or window < 1:
         raise InputError(f"Expected sink >= 0 and window >= 1; got {sink=}, {window=}.")
-    if not 0 <= scale < math.inf:
-        raise InputError(f"scale must be a number of at least 0; got {scale}.")
+    if not 0 < scale < math.inf:
+        raise InputError(f"scale must be a number above 0; got {scale}.")
     for name, bound in (("start", start), ("end", end)):
         if bound is not None and bound.shape != (q.shape[0],):
             raise InputError(f"`{name}` is one number a sequence, [{q.shape[0]}]; got {tuple(bound.shape)}.")
@@ -123,12 +134,34 @@ def _check(
             raise InputError(f"`{name}` counts positions: it must hold integers; got {bound.dtype}.")
     if implementation not in IMPLEMENTATIONS:
         raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
-    heads = sorted(set(dense))
-    if heads and not 0 <= heads[0] <= heads[-1] < q.shape[1]:
+    return head_numbers(dense, q.shape[1])
+
+
+def head_numbers(dense: Any, n_heads: int) -> list[int]:
+    """Query heads in order, each once.
+
+    Raises:
+        HeadError: for anything but numbers from 0 to `n_heads` - 1.
+    """
+    given = list(dense) if isinstance(dense, Iterable) and getattr(dense, "ndim", 1) == 1 else None
+    if given is not None and not all(type(head) is int for head in given):  # compiled code goes no further
+        right = all(hasattr(h, "__index__") and "bool" not in str(getattr(h, "dtype", type(h))) for h in given)
+        given = [operator.index(head) for head in given] if right and not _floats(given) else None
+    if given is None:
         raise HeadError(
-            f"Dense heads {heads} are out of range: q has heads 0 to {q.shape[1] - 1}. Do they belong to another model?"
+            f"Expected numbers of query heads from 0 to {n_heads - 1}, such as (0, 5); got {dense!r}. Of a mask take "
+            "`mask.nonzero().flatten()`."
+        )
+    heads = sorted(set(given))
+    if heads and not 0 <= heads[0] <= heads[-1] < n_heads:
+        raise HeadError(
+            f"Dense heads {heads} are out of range: q has heads 0 to {n_heads - 1}. Do they belong to another model?"
         )
     return heads
+
+
+def _floats(given: list[Any]) -> bool:
+    return any(isinstance(h, Tensor) and h.is_floating_point() for h in given)
 
 
 def _choose(implementation: str, q: Tensor, n_dense: int) -> str:
@@ -151,13 +184,14 @@ def _choose(implementation: str, q: Tensor, n_dense: int) -> str:
         by_sdpa = q.dtype != torch.float32 and (q.shape[2] >= SDPA_FROM or n_dense == q.shape[1])
         return "sdpa" if by_sdpa else "triton"
     why = f"head dim {q.shape[-1]}, {q.dtype}" if q.is_cuda else f"on {q.device.type}"
-    if why not in _noticed:
+    if why not in _noticed and not torch.compiler.is_compiling():
         _noticed.add(why)
         warnings.warn(f"hybrid_attention runs its torch definition ({why}): correct, not fast.", stacklevel=3)
     return "naive"
 
 
-@torch.library.custom_op("hooked_mllm::hybrid_attention", mutates_args=())
+# a table of heads is kept from call to call: none may be made in the memory of a graph that torch.compile records
+@torch.library.custom_op("hooked_mllm::hybrid_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
     q: Tensor,
     k: Tensor,
@@ -171,10 +205,12 @@ def _op(
     with_lse: bool,
     how: str,
 ) -> tuple[Tensor, Tensor]:
+    sink, window = _within(q, k, sink, window)
     start, end = _bounds(q, k, start, end, how)
     if how == "naive":
         assert start is not None and end is not None
-        z, lse = naive_hybrid_attention(q, k, v, _flags(dense, q), sink, window, scale, start, end)
+        with torch.autocast(q.device.type, enabled=False):  # or float32 scores would be rounded
+            z, lse = naive_hybrid_attention(q, k, v, _flags(dense, q), sink, window, scale, start, end)
         return _laid_out(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
     from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention  # Triton may be missing on CPUs
 
@@ -196,12 +232,18 @@ def _flags(dense: list[int], q: Tensor) -> Tensor:
     return flags.to(q.device)
 
 
+def _within(q: Tensor, k: Tensor, sink: int, window: int) -> tuple[int, int]:
+    """The same kinds of heads in numbers that kernels can hold."""
+    return min(sink, k.shape[2]), min(window, q.shape[2] + k.shape[2])
+
+
 def _bounds(q: Tensor, k: Tensor, start: Any, end: Any, how: str) -> tuple[Tensor | None, Tensor | None]:
+    """Within the keys that are there: of the padding of a whole prompt, what concerns the part read so far."""
     if how != "naive" and start is None and end is None:
         return None, None
     n, like = len(q), {"dtype": torch.int32, "device": q.device}
-    start = torch.zeros(n, **like) if start is None else start.to(**like)
-    end = torch.full((n,), k.shape[2], **like) if end is None else end.to(**like)
+    start = torch.zeros(n, **like) if start is None else start.to(**like).clamp(min=0)
+    end = torch.full((n,), k.shape[2], **like) if end is None else end.to(**like).clamp(max=k.shape[2])
     return start, end
 
 
@@ -221,15 +263,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, start, end = ctx.saved_tensors
     dense, sink, window, scale = ctx.settings
+    sink, window = _within(q, k, sink, window)
     start, end = _bounds(q, k, start, end, "naive")
     assert start is not None and end is not None
-    leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
-    with torch.enable_grad():
-        z, lse = naive_hybrid_attention(
-            leaves[0], leaves[1], leaves[2], _flags(dense, q), sink, window, scale, start, end
-        )
-        kept = [(x, g) for x, g in ((z, dz), (lse, dlse)) if g is not None and g.numel()]
-        grads = torch.autograd.grad([x for x, _ in kept], leaves, [g for _, g in kept], allow_unused=True)
+    dlse = None if dlse is None or not dlse.numel() else dlse
+    with torch.autocast(q.device.type, enabled=False):
+        grads = naive_gradients(q, k, v, _flags(dense, q), sink, window, scale, start, end, dz, dlse)
     return (*grads, *[None] * 8)
 
 
