@@ -146,7 +146,7 @@ def check_at_length(model: Any, variants: Sequence[Variant], length: int, seed: 
     for variant in hybrids.values():
         assert variant.dense is not None
         dense = max(variant.dense.by_layer.values(), key=len, default=())
-        sizes = {"sink": variant.sink, "window": variant.window}
+        sizes: dict[str, Any] = {"sink": variant.sink, "window": variant.window}
         error = largest_error(
             hybrid_attention(q, k, v, dense, **sizes),
             hybrid_attention(q, k, v, dense, **sizes, implementation="triton"),

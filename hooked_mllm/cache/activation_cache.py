@@ -299,8 +299,8 @@ def positions(
     """Any way of naming positions as indices `[batch n]`, -1 where a sample has fewer than the others.
 
     Raises:
-        LayoutError: for a token kind where there is no layout, a mask of another shape, an index out of range, or no
-            position at all.
+        LayoutError: for a token kind where there is no layout, a mask of another shape or of numbers, an index out of
+            range, or no position at all.
     """
     if isinstance(wanted, str):
         if masks is None:
@@ -309,6 +309,15 @@ def positions(
                 "give positions as indices."
             )
         wanted = masks(wanted)
+    if not isinstance(wanted, int | slice):
+        wanted = torch.as_tensor(wanted)
+        whole = wanted.numel() > 2 and wanted.dim() > 0 and wanted.shape[-1] == length
+        flags = whole and wanted.dtype != torch.bool and bool(((wanted == 0) | (wanted == 1)).all())
+        if (wanted.is_floating_point() and wanted.numel()) or flags:
+            raise LayoutError(
+                f"Expected positions as whole numbers, or a mask of True and False; got {wanted.dtype} of shape "
+                f"{list(wanted.shape)}, which reads like a mask of numbers: give mask.bool()."
+            )
     if isinstance(wanted, Tensor) and wanted.dtype == torch.bool:
         mask = wanted.cpu().expand(batch, -1) if wanted.dim() == 1 else wanted.cpu()
         if mask.shape[0] != batch or (length is not None and mask.shape[1] != length):
@@ -325,7 +334,7 @@ def positions(
     elif isinstance(wanted, int):
         index = torch.tensor([wanted])
     else:
-        index = torch.as_tensor(wanted).cpu().long()
+        index = wanted.cpu().long()
     if index.dim() == 1:
         index = index.expand(batch, -1)
     if length is not None:

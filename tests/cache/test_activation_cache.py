@@ -234,6 +234,12 @@ def test_positions_that_are_not_there_are_refused(family):
     for wrong in (len(inputs), -len(inputs) - 1, [0, 999], torch.zeros(1, 3, dtype=torch.bool)):
         with pytest.raises(LayoutError):
             cache.pattern(0, queries=wrong)
+    numbers = inputs.inputs["attention_mask"]  # a mask, but of 0 and 1
+    for mask in (numbers, numbers[0], numbers.float(), numbers.float()[:, :2]):
+        with pytest.raises(LayoutError, match=r"give mask\.bool\(\)"):
+            cache.pattern(0, keys=mask)
+    flags = [n % 3 == 0 for n in range(len(inputs))]
+    close(cache.pattern(0, keys=flags), cache.pattern(0, keys=list(range(0, len(inputs), 3))))
     with pytest.raises(LayoutError, match="do not say which tokens"):
         model.run_with_cache(dict(inputs.inputs))[1].pattern(0, queries="question")
     with pytest.raises(LayoutError):
