@@ -117,6 +117,7 @@ class DenseHeads:
 
 
 def _by_layer(dense: Any) -> dict[int, tuple[int, ...]]:
+    pairs: Iterable[Any]
     if isinstance(dense, Mapping):
         pairs = [
             (layer, head)

@@ -70,7 +70,10 @@ def bench_kernel(
         InputError: for more dense heads than heads, or heads that do not divide.
     """
     if dense > heads or heads % kv_heads:
-        raise InputError(f"{dense} dense of {heads} heads over {kv_heads} key-value heads cannot be.")
+        raise InputError(
+            f"Expected at most as many dense heads as heads, and heads in groups of one size over key-value heads; got "
+            f"{dense} dense of {heads} heads over {kv_heads} key-value heads."
+        )
     gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     chosen = sorted(random.Random(seed).sample(range(heads), dense))

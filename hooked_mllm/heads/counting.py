@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from numbers import Real
 
 from hooked_mllm.errors import HeadError
 
@@ -42,7 +43,7 @@ def resolve_count(k: int | float, n: int, what: str = "heads") -> int:
         >>> resolve_count(0.05, 1152), resolve_count(20, 1152)
         (58, 20)
     """
-    if isinstance(k, bool):
+    if isinstance(k, bool) or not isinstance(k, Real):
         raise HeadError(f"Expected a number of {what} (int) or a share of them (float); got {k!r}.")
     if isinstance(k, float):
         if not 0.0 <= k <= 1.0:

@@ -50,11 +50,20 @@ class HookRegistry:
 
     def __getitem__(self, name: str) -> HookPoint:
         if name not in self.hook_dict:
+            short = [*self.select_short(name)]
+            meant = (
+                f"Short names are keys of a cache; of all layers the points are '*hook_{name}', of one {short[0]!r}."
+                if short
+                else nearest(name, self.hook_dict)
+            )
             raise HookNameError(
-                f"{self.family} has no hook point {name!r}. {nearest(name, self.hook_dict)} "
-                "`model.hook_dict` lists all of them."
+                f"{self.family} has no hook point {name!r}. {meant} `model.hook_dict` lists all of them."
             )
         return self.hook_dict[name]
+
+    def select_short(self, name: str) -> list[str]:
+        """The points that end in a cache's short name, such as "z"."""
+        return [full for full in self.hook_dict if full.endswith(f".hook_{name}")]
 
     def select(self, names: NameFilter) -> list[HookPoint]:
         """The points that a name filter means; each once, in the order of the forward pass.
@@ -139,12 +148,20 @@ class HookRegistry:
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: HookList = (),
-        bwd_hooks: HookList = (),
+        fwd_hooks: Iterable[Any] = (),
+        bwd_hooks: Iterable[Any] = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[None]:
         """Hang hooks for the body of a `with`; on leaving, however it is left, exactly these are taken away."""
+        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
+        for name, given in (("fwd_hooks", fwd_hooks), ("bwd_hooks", bwd_hooks)):
+            for pair in given:
+                if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not callable(pair[1]):
+                    raise HookValueError(
+                        f"{name} is a list of pairs (names, function), such as [('blocks.2.attn.hook_z', fn)]; got "
+                        f"{pair!r} in it."
+                    )
         added: list[tuple[HookPoint, Handle]] = []
         try:
             for names, fn in fwd_hooks:

@@ -1,5 +1,7 @@
 """What scores, sweeps and reports makes of a model under hybrid attention, and what is refused at the door."""
 
+import json
+
 import pytest
 import torch
 from cache_witness import batch as padded
@@ -204,9 +206,12 @@ def test_what_is_no_hybrid_attention():
             HybridAttention([], sink=sink, window=window)
     with pytest.raises(HookValueError, match="implementation is one of"):
         HybridAttention([], implementation="fast")
-    for heads in ([[0, 1]], [3], 3, ["H3"], [(0, -1)], None):
+    for heads in ([[0, 1]], [3], 3, ["H3"], [(0, -1)], None, {"2": [4]}, {2: "45"}, {2: [True]}):
         with pytest.raises(HeadError):
             HybridAttention(heads)
+    with pytest.raises(HeadError, match=r"a mapping of layers to query heads such as \{2: \[4, 5\]\}.*got \('2', 4\)"):
+        HybridAttention(json.loads('{"2": [4]}'))
+    assert HybridAttention({2: 4}).describe()["dense"] == ["L2H4"]
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "internvl"])  # Qwen3-VL makes its positions of a mask of 2 axes

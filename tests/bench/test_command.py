@@ -135,7 +135,11 @@ def test_kernel(run, tmp_path):
     _, out, _ = run("kernel", *small, "--tokens", 64, "--rounds", 1, "--skip-flex")
     assert out.splitlines()[0] == NOTE
     status, _, err = run("kernel", *small, "--dense", 9, "--tokens", 64)
-    assert status == 2 and err.startswith("hooked-mllm bench kernel: error: 9 dense of 4 heads")
+    assert (
+        status == 2
+        and err.startswith("hooked-mllm bench kernel: error: Expected at most as many")
+        and "9 dense of 4" in err
+    )
 
 
 @pytest.mark.parametrize(

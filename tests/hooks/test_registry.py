@@ -70,6 +70,7 @@ def test_a_point_is_a_filter_too(registry):
         ("blocks.*.hook_nothing", "matches 'blocks.*.hook_nothing'"),
         (re.compile("^embed"), "matches '^embed'"),
         ("blocks.7.attn.hook_z", "no hook point 'blocks.7.attn.hook_z'"),
+        ("z", "of all layers the points are '*hook_z', of one 'blocks.0.attn.hook_z'"),
     ],
 )
 def test_unknown_names_are_errors_that_name_the_nearest_and_hang_nothing(registry, names, message):
@@ -82,6 +83,18 @@ def test_unknown_names_are_errors_that_name_the_nearest_and_hang_nothing(registr
 def test_a_filter_of_another_kind_is_refused(registry):
     with pytest.raises(HookValueError, match="A name filter is a hook name, a glob.* got int"):
         registry.select([3])
+
+
+@pytest.mark.parametrize("hooks", [("hook_embed", nothing), [("hook_embed",)], [("hook_embed", "nothing")], [nothing]])
+def test_what_is_no_list_of_pairs_is_refused(registry, hooks):
+    for given in ((hooks, ()), ((), hooks)):
+        with (
+            pytest.raises(HookValueError, match=r"_hooks is a list of pairs \(names, function\)"),
+            registry.hooks(*given),
+        ):
+            pytest.fail("entered")
+    with registry.hooks(pair for pair in [("hook_embed", nothing)]):
+        assert hanging(registry) == {"hook_embed": 1}
 
 
 def test_a_failing_pair_takes_the_earlier_ones_with_it(registry):

@@ -96,7 +96,7 @@ class Total:
 
     def __post_init__(self) -> None:
         _check_count(self.heads)
-        if isinstance(self.like, str) and self.like != "first":
+        if self.like not in (None, "first") and not isinstance(self.like, HeadSet):
             raise InputError(f"Expected `like` to be a HeadSet, 'first' or None; got {self.like!r}.")
         if isinstance(self.like, HeadSet) and not self.like and self.heads:
             raise InputError(f"An empty set does not tell how to spread {self.heads} heads over the layers.")

@@ -93,6 +93,8 @@ class QueryAwareHeads:
         if not threshold >= 0:
             raise InputError(f"Expected a threshold of 0 or more; got {threshold!r}.")
         check_estimate(order, keys, block)
+        if prior is not None and not isinstance(prior, HeadScores):
+            raise InputError(f"Expected a prior of HeadScores (`HeadScores.load(path)` reads a file); got {prior!r}.")
         if prior is not None and (prior.missing or bool((prior.values < 0).any())):
             raise InputError(
                 f"The prior {prior.name} has negative or missing scores, which no lost attention can be weighed by: "
