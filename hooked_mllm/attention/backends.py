@@ -6,11 +6,10 @@ while something needs to be seen or edited there, and back afterwards.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeGuard, runtime_checkable
-from weakref import ReferenceType, WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -150,8 +149,16 @@ def implementation(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, 
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
-#: switches that need the twin, by the identity of the configuration: several models may be built from one
-_TAKEN: Counter[int] = Counter()
+class _Takers:
+    """How many switches of one configuration need the twin; it keeps the configuration, so that no other has its id."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.count = 0
+
+
+#: by the identity of the configuration, from which several models may be built; gone with the last of their switches
+_TAKERS: "WeakValueDictionary[int, _Takers]" = WeakValueDictionary()
 
 
 class TowerSwitch:
@@ -167,9 +174,10 @@ class TowerSwitch:
         self.packed = packed
         self.users = 0
         self._slim = False
+        self._takers = _TAKERS.setdefault(id(config), _Takers(config))
 
     def _set(self, base: str) -> None:
-        taken = _TAKEN[id(self.config)]
+        taken = self._takers.count > 0
         self.config._attn_implementation = twin(base, self.packed, self._slim) if taken else base
 
     @property
@@ -193,15 +201,17 @@ class TowerSwitch:
     def take(self) -> None:
         """One more user: switch on the twin with the first."""
         if self.users == 0:
-            _TAKEN[id(self.config)] += 1
+            self._takers.count += 1
             self._set(self.base)
         self.users += 1
 
     def give_back(self) -> None:
-        """One user less: restore the model's own implementation with the last."""
+        """One user less: restore the model's own implementation with the last. Nothing, if all were let go before."""
+        if self.users == 0:
+            return
         self.users -= 1
         if self.users == 0:
-            _TAKEN[id(self.config)] -= 1
+            self._takers.count -= 1
             self._set(self.base)
 
     @contextmanager

@@ -68,6 +68,37 @@ def test_a_tower_runs_the_twin_while_anybody_needs_it():
     assert config._attn_implementation == "sdpa" == switch.base
 
 
+def test_what_a_forgotten_switch_had_taken_is_nothing_to_a_configuration_in_its_place():
+    """Numbers that identify objects are given again: of thousands of configurations some have the same."""
+    identities = set()
+    for _ in range(2000):
+        config = Config()
+        switch = TowerSwitch(config, packed=False)
+        identities.add(id(config))
+        switch.take()
+        assert config._attn_implementation == twin("sdpa")
+        switch.give_back()
+        assert config._attn_implementation == "sdpa"
+        switch.take()  # and never given back
+    assert len(identities) < 2000
+
+
+def test_after_all_were_let_go_giving_back_changes_nothing():
+    config = Config()
+    one, other = (TowerSwitch(config, packed=False) for _ in "12")
+    one.take()
+    other.take()
+    one.release()
+    one.give_back()
+    assert config._attn_implementation == twin("sdpa")
+    other.give_back()
+    assert config._attn_implementation == "sdpa"
+    one.take()
+    assert config._attn_implementation == twin("sdpa")
+    one.give_back()
+    assert config._attn_implementation == "sdpa"
+
+
 def test_another_implementation_for_a_while_whatever_the_order():
     config = Config()
     switch = TowerSwitch(config, packed=True)
