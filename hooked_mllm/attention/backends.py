@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeGuard, runtime_checkable
-from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary
+from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,28 @@ SLIM = "slim_"
 #: implementations whose own masks have a place for every query and key
 WIDE = ("sdpa", "eager")
 
-#: what runs in place of an attention module's implementation, by module; weak, so that a dropped model is freed
-SITES: "WeakKeyDictionary[nn.Module, ReferenceType[Callable[..., tuple[Tensor, Tensor | None]]]]" = WeakKeyDictionary()
+#: what runs in place of an attention module's implementation, by module; weak, so that a dropped model is freed. More
+#: than one where a model was wrapped again under a family registered anew.
+SITES: "WeakKeyDictionary[nn.Module, list[ReferenceType[Site]]]" = WeakKeyDictionary()
+
+
+@runtime_checkable
+class Site(Protocol):
+    """Runs attention in place of a module's implementation."""
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anything is to be seen or edited there."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """What transformers calls."""
+        ...
+
+
+def add_site(module: nn.Module, site: Site) -> None:
+    """From now on a module's twin runs this, unless an older one is in use and this one is not."""
+    SITES[module] = [known for known in SITES.get(module, []) if known() is not None] + [ref(site)]
 
 
 @runtime_checkable
@@ -67,15 +87,15 @@ class RestrictingBackend(AttentionBackend, Protocol):
 
 
 def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    reference = SITES.get(module)
-    site = None if reference is None else reference()
-    if site is None:
+    sites = [site for site in (known() for known in SITES.get(module, [])) if site is not None]
+    if not sites:
         raise UnsupportedModelError(
             f"{type(module).__name__} runs under a '{PREFIX}...' attention implementation without belonging to a "
             "HookedMLLM. Load the model with a transformers implementation such as 'sdpa' and wrap it with "
             "HookedMLLM.from_model."
         )
-    return site(*args, **kwargs)
+    chosen = next((site for site in reversed(sites) if site.in_use), sites[-1])
+    return chosen(*args, **kwargs)
 
 
 def _mask_twin(base: str) -> Callable[..., Any]:

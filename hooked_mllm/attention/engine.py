@@ -4,7 +4,6 @@ The forward keeps its own fast attention. Scores and patterns are computed expli
 for that layer and that call, and what the fast attention gave is kept unless a hook did edit.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hooked_mllm.attention.backends import (
-    SITES,
     WIDE,
     AttentionBackend,
     TowerSwitch,
+    add_site,
     implementation,
     restricts,
     widened,
@@ -77,7 +76,12 @@ class AttentionSite:
         self.taps: list[Callable[[AttentionCall], None]] = []
         self.backend: AttentionBackend | None = None
         self._on = False
-        SITES[module] = weakref.ref(self)
+        add_site(module, self)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a hook, a tap or a backend needs it."""
+        return self._on
 
     @property
     def running(self) -> AttentionBackend | None:

@@ -14,6 +14,7 @@ from wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.attention.backends import PREFIX, TowerSwitch, implementation, is_known, twin
 from hooked_mllm.errors import UnsupportedModelError
+from hooked_mllm.wiring import wire
 
 
 class Config:
@@ -137,6 +138,27 @@ def test_models_built_from_one_configuration_do_not_disturb_each_other():
             assert (two(inputs) - base).abs().max() > 0.1
     assert torch.equal(two(inputs), base)
     assert config.text_config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_a_model_wrapped_again_under_a_family_registered_anew_is_heard_by_both():
+    model, inputs = fresh("internvl"), model_inputs("internvl")
+    one = HookedMLLM.from_model(model, check=False)
+    plain_logits = one(inputs)
+    again = wire(model, copy.copy(one.family))
+    assert again is not one.wiring
+
+    def zeroed(registry):
+        with registry.hooks([("blocks.0.attn.hook_z", lambda z, hook: z * 0)]):
+            return one(inputs)
+
+    edited = zeroed(one.registry)
+    assert (edited - plain_logits).abs().max() > 0.01
+    assert torch.equal(zeroed(again.registry), edited)
+    assert torch.equal(zeroed(one.registry), edited)
+    del again
+    gc.collect()
+    assert torch.equal(zeroed(one.registry), edited) and torch.equal(one(inputs), plain_logits)
 
 
 def test_a_module_of_no_wrapper_under_a_twin_says_so():
