@@ -13,8 +13,7 @@ from hooked_mllm.attention.backends import PREFIX, slim_mask
 from hooked_mllm.attention.hybrid import HybridAttention
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
-from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients
-from hooked_mllm.kernels.hybrid_attention.op import as_autocast
+from hooked_mllm.kernels.hybrid_attention.op import as_autocast, gradients
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,9 @@ class RegisteredAttention:
         mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
         bounds, streaming = mask.bounds(), mask.streaming
         assert bounds is not None and streaming is not None  # `streamed` saw to it
-        length, room = bounds.offset + q.shape[2], {"dtype": torch.int32, "device": q.device}
-        start = torch.zeros(len(q), **room) if bounds.start is None else bounds.start.to(**room)
-        end = torch.full((len(q),), length, **room) if bounds.end is None else bounds.end.to(**room)
-        flags = torch.zeros(q.shape[1], dtype=torch.bool)
-        flags[list(streaming.dense)] = True
-        sizes = streaming.sink, streaming.window, scale
-        with torch.autocast(q.device.type, enabled=False):
-            grads = naive_gradients(q, k[:, :, :length], v[:, :, :length], flags, *sizes, start, end, dz)
+        length = bounds.offset + q.shape[2]
+        how = [*streaming.dense], streaming.sink, streaming.window, scale, bounds.start, bounds.end
+        grads = gradients(q, k[:, :, :length], v[:, :, :length], *how, dz)
         unread = (0, 0, 0, k.shape[2] - length)  # the room behind, in a cache of fixed size
         return grads[0], pad(grads[1], unread), pad(grads[2], unread)
 

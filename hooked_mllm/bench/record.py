@@ -80,6 +80,11 @@ class PrefillRecord:
         """The lengths, ascending."""
         return sorted({cell.context for cell in self.cells})
 
+    @property
+    def base(self) -> str:
+        """The variant that others are compared with: cuDNN, or SDPA where it was not timed."""
+        return "cudnn" if "cudnn" in self.titles else "sdpa"
+
     def times(self, variant: str) -> dict[int, list[float]]:
         """The timed forwards of a variant, by length; lengths at which it failed are left out."""
         cells = (self.cell(context, variant) for context in self.contexts)

@@ -22,17 +22,12 @@ def table(record: PrefillRecord) -> str:
     ]
     for context in record.contexts:
         cells = [cell for cell in record.cells if cell.context == context]
-        base = base_of(record)
+        base = record.base
         lines += ["", f"{context:,} tokens", _HEADER if base == "cudnn" else _HEADER.replace(*_NO_CUDNN)]
         lines += [_row(record, cell, base) for cell in cells]
         if len({cell.session for cell in cells}) > 1:
             lines.append("(rows of several runs of the command: these did not take turns)")
     return "\n".join(lines)
-
-
-def base_of(record: PrefillRecord) -> str:
-    """The variant that others are compared with: cuDNN, or SDPA where it was not timed."""
-    return "cudnn" if "cudnn" in record.titles else "sdpa"
 
 
 def _row(record: PrefillRecord, cell: Cell, base: str) -> str:

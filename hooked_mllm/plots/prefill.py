@@ -1,23 +1,38 @@
 """Latency of prefill against the length of the context."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
-from hooked_mllm.bench.record import PrefillRecord
-from hooked_mllm.bench.table import base_of
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import as_array, new_figure
 
 COMPILED = ", rest compiled"
 
 
+@runtime_checkable
+class TimedVariants(Protocol):
+    """What `bench_prefill` returns, as far as it is drawn: variants, their titles, and the one to compare with."""
+
+    titles: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def base(self) -> str:
+        """The variant that others are compared with."""
+        ...
+
+    def times(self, variant: str) -> Mapping[int, Any]:
+        """Milliseconds of a variant by context length."""
+        ...
+
+
 def prefill(
-    times: PrefillRecord | Mapping[str, Mapping[int, Any]], base: str | None = None, *, title: str | None = None
+    times: TimedVariants | Mapping[str, Mapping[int, Any]], base: str | None = None, *, title: str | None = None
 ) -> Figure:
     """Draw latency against context length, and beside it the speedup over one of the curves.
 
@@ -41,8 +56,8 @@ def prefill(
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['milliseconds', 'speedup over cuDNN']
     """
-    if isinstance(times, PrefillRecord):
-        usual, title = times.titles.get(base_of(times)), title or times.settings.get("model")
+    if not isinstance(times, Mapping):
+        usual, title = times.titles.get(times.base), title or times.settings.get("model")
         found = {label: times.times(name) for name, label in times.titles.items()}
         times = {label: at for label, at in found.items() if at}
         base = usual if base is None and usual in times else base

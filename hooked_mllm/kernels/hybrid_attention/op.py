@@ -260,16 +260,32 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, start, end = ctx.saved_tensors
-    dense, sink, window, scale = ctx.settings
+def gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dense: list[int],
+    sink: int,
+    window: int,
+    scale: float,
+    start: Tensor | None,
+    end: Tensor | None,
+    dz: Tensor | None,
+    dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the op, for ops that hold it: autograd records nothing within them."""
     sink, window = _within(q, k, sink, window)
     start, end = _bounds(q, k, start, end, "naive")
     assert start is not None and end is not None
-    dlse = None if dlse is None or not dlse.numel() else dlse
     with torch.autocast(q.device.type, enabled=False):
-        grads = naive_gradients(q, k, v, _flags(dense, q), sink, window, scale, start, end, dz, dlse)
-    return (*grads, *[None] * 8)
+        return naive_gradients(q, k, v, _flags(dense, q), sink, window, scale, start, end, dz, dlse)
+
+
+def _backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, start, end = ctx.saved_tensors
+    dlse = None if dlse is None or not dlse.numel() else dlse
+    dense, sink, window, scale = ctx.settings
+    return (*gradients(q, k, v, dense, sink, window, scale, start, end, dz, dlse), *[None] * 8)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
