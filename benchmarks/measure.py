@@ -20,9 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hooked_mllm import HookedMLLM, Sample, metrics
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.rows import LayerRows
-from hooked_mllm.attention.selection import QuerySelection
-from hooked_mllm.attention.statistics import top_mask
+from hooked_mllm.attention.row_statistics import top_mask
+from hooked_mllm.measuring.attention_rows import LayerRows
+from hooked_mllm.measuring.query_selection import QuerySelection
 
 QUESTION = 64
 #: cuDNN first: the fastest of torch's kernels on Hopper

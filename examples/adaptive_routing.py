@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from hooked_mllm import HeadScores, HeadSet, HookedMLLM, HybridAttention, metrics
 from hooked_mllm.attention.routing import QueryAwareHeads, StaticHeads, Total
-from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.toys import VideoRetrieval, VisualRetrieval
 
 TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-free")

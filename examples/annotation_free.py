@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from hooked_mllm import HeadAblation, HeadScores, HookedMLLM, metrics
-from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.toys import VisualRetrieval, path
 from hooked_mllm.toys.vocabulary import SHAPES, TEMPLATES
 

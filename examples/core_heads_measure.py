@@ -12,7 +12,6 @@ import torch
 
 from hooked_mllm import HookedMLLM, plots, toys
 from hooked_mllm.heads import HeadScores, HeadSet
-from hooked_mllm.heads.files import read_json, write_atomically, write_json
 from hooked_mllm.metrics import (
     AblationCurve,
     AblationCurveResult,
@@ -22,6 +21,7 @@ from hooked_mllm.metrics import (
     VisionMass,
     stability,
 )
+from hooked_mllm.storage import read_json, write_atomically, write_json
 
 KIND = "hooked_mllm.examples.core_heads"
 MAIN = "4 pages + 48 words"

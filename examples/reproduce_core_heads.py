@@ -21,8 +21,8 @@ from core_heads_words import findings
 
 from hooked_mllm import toys
 from hooked_mllm.errors import HookedMLLMError, InputError
-from hooked_mllm.heads.files import write_atomically, write_json
 from hooked_mllm.metrics.causal.ablation_curve import RANKINGS
+from hooked_mllm.storage import write_atomically, write_json
 
 TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-free")
 

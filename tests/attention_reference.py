@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.measuring.attention_view import AttentionView
 
 
 def softmax_attention(q: np.ndarray, k: np.ndarray, visible: np.ndarray, scale: float) -> np.ndarray:

@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import tiny_image
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.images import load_image
+from hooked_mllm.inputs.images import load_image
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 

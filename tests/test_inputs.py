@@ -10,9 +10,9 @@ from transformers import BatchFeature, DynamicCache
 from wrapped import in_place, model_inputs, plain, wrapped
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.inputs import resolve_input
+from hooked_mllm.inputs.resolve import resolve_input
+from hooked_mllm.inputs.sample import SampleBatch
 from hooked_mllm.metrics import MMRetHeads, NullQuery, VisionMass
-from hooked_mllm.sample import SampleBatch
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 

@@ -12,7 +12,7 @@ from tiny import ALL_FAMILIES, save_tiny, tiny_inputs, tiny_model, tiny_processo
 
 from hooked_mllm import toys
 from hooked_mllm.errors import InputError, UnsupportedModelError
-from hooked_mllm.loading import load_model
+from hooked_mllm.model.loading import load_model
 
 NATIVE = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",

@@ -9,10 +9,10 @@ import torch.multiprocessing as mp
 from cache_witness import batch, close, film, hooked, sample, text_sample
 from tiny import tiny_image, tiny_model
 
-import hooked_mllm.attention.rows as rows_module
+import hooked_mllm.measuring.attention_rows as rows_module
 from hooked_mllm import Box, HookedMLLM
 from hooked_mllm.errors import CacheFileError, InputError, LayoutError, NumericsError
-from hooked_mllm.measure import measure, named_queries
+from hooked_mllm.measuring.measure import measure, named_queries
 from hooked_mllm.metrics import HeadMetric, KeyTokenRatio, RetrievalAttentionMass, VisionMass
 
 
@@ -345,7 +345,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 
 def test_a_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    import hooked_mllm.measure_checkpoint as module
+    import hooked_mllm.measuring.checkpoint as module
 
     path = tmp_path / "state"
     run("qwen3_vl", four("qwen3_vl")[:1], VisionMass(), checkpoint=path)

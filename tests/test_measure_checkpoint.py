@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from hooked_mllm import HeadAblation, HookedMLLM, HybridAttention, Steer
 from hooked_mllm.errors import CacheFileError
-from hooked_mllm.measure_checkpoint import identity_of
+from hooked_mllm.measuring.checkpoint import identity_of
 from hooked_mllm.metrics import VisionMass
 
 FAMILY = "qwen3_vl"

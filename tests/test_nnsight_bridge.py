@@ -351,7 +351,7 @@ def test_what_does_not_fit_is_refused(model, inputs, hooks):
 def test_without_nnsight_the_error_says_what_to_install(family, monkeypatch):
     model = HookedMLLM.from_model(fresh(family), check=False)
     monkeypatch.setitem(sys.modules, "nnsight", None)
-    monkeypatch.delitem(sys.modules, "hooked_mllm.nnsight_bridge")
+    monkeypatch.delitem(sys.modules, "hooked_mllm.model.nnsight_bridge")
     with pytest.raises(InputError, match="pip install 'nnsight>=0.8'"):
         model.nnsight
 

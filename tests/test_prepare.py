@@ -13,10 +13,10 @@ from transformers.video_utils import VideoMetadata
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
+from hooked_mllm.inputs.preparer import Preparer, _processor_arguments
+from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Box, Frames
-from hooked_mllm.prepare import Preparer, _processor_arguments
-from hooked_mllm.sample import Sample, SampleBatch
-from hooked_mllm.video import Video
 
 NASA = Path(__file__).parent / "data" / "nasa_13013.mp4"
 QUESTION = "What colour is the mug?"

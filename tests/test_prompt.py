@@ -12,8 +12,8 @@ from tiny import FAMILIES, tiny_config, tiny_frames, tiny_image, tiny_processor
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
-from hooked_mllm.prepare import Preparer
-from hooked_mllm.prompt import check_text
+from hooked_mllm.inputs.preparer import Preparer
+from hooked_mllm.inputs.prompt import check_text
 
 # byte-level tokenizers write printable bytes as themselves and number the rest from U+0100
 PRINTABLE = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174]

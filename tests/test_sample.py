@@ -8,9 +8,9 @@ from tiny import tiny_config, tiny_image, tiny_processor
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
+from hooked_mllm.inputs.preparer import Preparer
+from hooked_mllm.inputs.sample import SampleBatch
 from hooked_mllm.layout import Box
-from hooked_mllm.prepare import Preparer
-from hooked_mllm.sample import SampleBatch
 
 NAMES = ("question", "answer", "system", "template", "visual", "last", "text", "target", "pixels")
 

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_frames, tiny_image
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.video import Video, as_video, read_video, sampled
+from hooked_mllm.inputs.video import Video, as_video, read_video, sampled
 
 NASA = Path(__file__).parent / "data" / "nasa_13013.mp4"
 

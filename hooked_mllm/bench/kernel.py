@@ -18,8 +18,8 @@ from hooked_mllm.bench.check import largest_error, relative_error
 from hooked_mllm.bench.record import provenance
 from hooked_mllm.bench.timing import failure, milliseconds, peak_memory
 from hooked_mllm.errors import InputError, NumericsError
-from hooked_mllm.heads.files import write_json
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
+from hooked_mllm.storage import write_json
 
 KIND = "hooked_mllm kernel benchmark"
 READING_MS = 50

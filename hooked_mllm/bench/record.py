@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads.files import read_json, write_json
+from hooked_mllm.storage import read_json, write_json
 from hooked_mllm.version import __version__
 
 KIND = "hooked_mllm prefill benchmark"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hooked_mllm.attention.engine import AttentionCall, AttentionSite
+from hooked_mllm.attention.site import AttentionCall, AttentionSite
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
 from hooked_mllm.hooks.point import Handle, HookPoint
 from hooked_mllm.wiring.model import Wiring

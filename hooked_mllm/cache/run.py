@@ -15,7 +15,7 @@ from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.families.base import Rows
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
-from hooked_mllm.inputs import MappingMasks, ResolvedInput
+from hooked_mllm.inputs.resolve import MappingMasks, ResolvedInput
 
 #: generation options under which one step's keys are not simply those of the step before and some more
 _REORDERS = (

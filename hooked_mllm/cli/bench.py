@@ -20,7 +20,7 @@ from hooked_mllm.bench.variants import BACKENDS, Variant, default_backends, pref
 from hooked_mllm.cli.arguments import count, tokens, torch_device
 from hooked_mllm.cli.files import folder, loading_bar, save_figure
 from hooked_mllm.errors import InputError
-from hooked_mllm.loading import load_model
+from hooked_mllm.model.loading import load_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEED_GPU = ("cudnn", "flash", "cudnn-compiled")

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads.files import write_atomically
+from hooked_mllm.storage import write_atomically
 
 
 def folder(path: Path) -> Path:

@@ -17,7 +17,7 @@ from hooked_mllm.cli.files import folder, loading_bar, save_figure
 from hooked_mllm.datasets import RefCOCOg
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores, HeadSet
-from hooked_mllm.model import HookedMLLM
+from hooked_mllm.model.hooked_mllm import HookedMLLM
 from hooked_mllm.toys import VisualRetrieval, bundled
 
 TOY = "toy-qwen3-vl"

@@ -9,7 +9,7 @@ import torch
 
 from hooked_mllm.corruptions.pair import check_pair
 from hooked_mllm.errors import InputError
-from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 
 
 class Corruption(ABC):

@@ -7,7 +7,7 @@ import numpy as np
 from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
 from hooked_mllm.corruptions.pixels import Where, check_where, describe_where, edited
 from hooked_mllm.errors import InputError
-from hooked_mllm.sample import Sample
+from hooked_mllm.inputs.sample import Sample
 
 
 class ImageNoise(Corruption):

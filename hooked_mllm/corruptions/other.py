@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hooked_mllm import images as loading
 from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
 from hooked_mllm.errors import InputError
-from hooked_mllm.sample import Sample, SampleBatch
-from hooked_mllm.video import Video
+from hooked_mllm.inputs import images as loading
+from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.video import Video
 
 
 class OtherImage(Corruption):

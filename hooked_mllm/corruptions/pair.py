@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 
 
 def check_pair(clean: Any, corrupted: Any) -> None:

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.inputs.sample import Sample
+from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Region
 from hooked_mllm.layout.pixels import pixel_masks
 from hooked_mllm.layout.regions import as_regions
-from hooked_mllm.sample import Sample
-from hooked_mllm.video import Video
 
 #: takes the pixels of one picture or frame, 0 to 255, and which of them to change; returns new pixels
 PixelEdit = Callable[

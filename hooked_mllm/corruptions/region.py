@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from hooked_mllm.corruptions.base import Corruption
 from hooked_mllm.corruptions.pixels import Where, check_where, describe_where, edited
 from hooked_mllm.errors import InputError
-from hooked_mllm.sample import Sample
+from hooked_mllm.inputs.sample import Sample
 
 #: a Gaussian is cut off at so many standard deviations
 REACH = 4.0

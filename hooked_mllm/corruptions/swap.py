@@ -9,13 +9,13 @@ from PIL import Image
 from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
 from hooked_mllm.corruptions.pixels import pictures, target_of
 from hooked_mllm.errors import LayoutError
+from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.layout import Box
 from hooked_mllm.layout.find import find_item
 from hooked_mllm.layout.items import VisualItem
 from hooked_mllm.layout.pixels import rectangle
 from hooked_mllm.layout.regions import corners
 from hooked_mllm.layout.shares import frames_within
-from hooked_mllm.sample import Sample
 
 Rows = tuple[slice, slice]
 

@@ -1,5 +1,6 @@
 """Heads: which ones (`HeadSet`), how much each one scores (`HeadScores`, `SampleScores`), and what that says."""
 
+from hooked_mllm.heads.gates import heads_from_gates as heads_from_gates
 from hooked_mllm.heads.head_scores import HeadScores as HeadScores
 from hooked_mllm.heads.head_set import HeadSet as HeadSet
 from hooked_mllm.heads.sample_scores import SampleScores as SampleScores

@@ -13,10 +13,10 @@ from torch import Tensor
 from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.heads.arithmetic import Arithmetic
 from hooked_mllm.heads.counting import resolve_count
-from hooked_mllm.heads.files import read_json, read_tensors, write_json, write_tensors
 from hooked_mllm.heads.grouping import Grouping
 from hooked_mllm.heads.head_set import HeadSet, check_head, parse_head
 from hooked_mllm.heads.summaries import rho_half
+from hooked_mllm.storage import read_json, read_tensors, write_json, write_tensors
 
 KIND = "hooked_mllm.HeadScores"
 

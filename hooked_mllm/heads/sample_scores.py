@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
 from hooked_mllm.heads.counting import resolve_count
-from hooked_mllm.heads.files import read_tensors, write_tensors
 from hooked_mllm.heads.head_scores import HeadScores
+from hooked_mllm.storage import read_tensors, write_tensors
 
 KIND = "hooked_mllm.SampleScores"
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.heads import HeadSet
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.interventions.base import describe_positions, heads_of, keep_heads, tower_shape
 from hooked_mllm.interventions.places import as_mask, check_places
-from hooked_mllm.sample import Sample, SampleBatch
 
 
 @dataclass(frozen=True, eq=False)

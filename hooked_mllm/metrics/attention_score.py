@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mllm.attention.statistics import top_mask
-from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric, Piece, even_attention
 
 REDUCTIONS = ("sum", "argmax", "topk")

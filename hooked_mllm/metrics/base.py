@@ -13,10 +13,10 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from hooked_mllm.attention.protocol import ModelInfo
-from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.contracts import ModelInfo
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, SampleScores
+from hooked_mllm.measuring.attention_view import AttentionView
 
 
 @dataclass(frozen=True)

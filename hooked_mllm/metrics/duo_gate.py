@@ -14,15 +14,15 @@ from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.cache.run import frozen_parameters
 from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.inputs import ModelInput, ResolvedInput
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.interventions.base import describe_positions
 from hooked_mllm.interventions.places import as_mask
-from hooked_mllm.measure import fingerprint
+from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.gating import GateState, MixedAttention, last_hidden
-from hooked_mllm.sample import Sample, SampleBatch
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class DuoGate:

@@ -10,11 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import CacheFileError
-from hooked_mllm.heads.files import read_tensors, write_tensors
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 KIND = "hooked_mllm.DuoGate"
 

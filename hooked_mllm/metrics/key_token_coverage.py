@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.attention.statistics import coverage_by_rank, first_rank
-from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
-from hooked_mllm.heads.files import read_json, write_json
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import AttentionMetric, Piece
+from hooked_mllm.storage import read_json, write_json
 
 KIND = "hooked_mllm.CoverageCurve"
 

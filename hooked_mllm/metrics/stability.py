@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
-from hooked_mllm.heads.files import read_json, write_json
+from hooked_mllm.storage import read_json, write_json
 
 KIND = "hooked_mllm.Stability"
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
 
 #: takes logits `[batch n d_vocab]` and those of the clean run, or None; returns `[batch]`
 Score = Callable[[Tensor, Tensor | None], Tensor]

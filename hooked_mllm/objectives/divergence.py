@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.base import describe_positions
 from hooked_mllm.objectives.base import BoundObjective, Objective
 from hooked_mllm.objectives.rows import at_least_float32, positions_of

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
 from hooked_mllm.objectives.rows import at_least_float32, positions_of
 from hooked_mllm.objectives.tokens import Tokens, answer_tokens, check_tokens, describe_tokens, padded, token_ids

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.inputs import ModelInput, ResolvedInput
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 
 
 def positions_of(inputs: ResolvedInput, wanted: Positions) -> Int[Tensor, "batch n"]:

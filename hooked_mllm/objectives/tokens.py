@@ -9,9 +9,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.objectives.rows import positions_of
-from hooked_mllm.sample import Sample, SampleBatch
 
 #: an id, a word that is one token, or several of them
 TokenOrTokens = int | str | Sequence[int | str | np.integer] | Tensor | np.ndarray

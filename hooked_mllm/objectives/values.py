@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, NumericsError
-from hooked_mllm.inputs import ModelInput, ResolvedInput
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective
 from hooked_mllm.objectives.function import as_objective
 from hooked_mllm.objectives.rows import logits_at

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mllm.errors import HookValueError, NumericsError
 from hooked_mllm.hooks import Handle, HookPoint
-from hooked_mllm.inputs import ModelInput
+from hooked_mllm.inputs.resolve import ModelInput
 from hooked_mllm.interventions import Intervention
 from hooked_mllm.objectives import BoundObjective, as_objective
 from hooked_mllm.sweep.batching import BatchSize, free_bytes

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.attention.engine import AttentionCall
+from hooked_mllm.attention.site import AttentionCall
 
 
 class Prefix:

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.attention.engine import AttentionCall
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.attention.site import AttentionCall
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives import gather_logits
 from hooked_mllm.sweep.prefix import Prefix, suffix_mask
 

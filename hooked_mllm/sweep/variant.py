@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions import Intervention
 from hooked_mllm.interventions.base import Edit
 

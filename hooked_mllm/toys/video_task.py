@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from hooked_mllm.errors import InputError
+from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout.regions import Frames
 from hooked_mllm.toys.render import FRAMES, VIDEO_CELL, VIDEO_GRID, draw_moments
 from hooked_mllm.toys.task import SPLITS, Retrieval, Scene, Split, Turn
 from hooked_mllm.toys.vocabulary import COLORS, FILLER, SHAPES, TEMPLATES
-from hooked_mllm.video import Video
 
 MOMENTS = (2, 3, 4)
 MOMENT_S = 1.0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_mllm.attention.backends import TowerSwitch
-from hooked_mllm.attention.engine import AttentionSite
+from hooked_mllm.attention.site import AttentionSite
 from hooked_mllm.families.base import BlockParts, TowerParts
 from hooked_mllm.hooks.junction import Call
 from hooked_mllm.hooks.point import HookPoint

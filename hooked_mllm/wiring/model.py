@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_mllm.attention.backends import TowerSwitch
-from hooked_mllm.attention.engine import AttentionSite
+from hooked_mllm.attention.site import AttentionSite
 from hooked_mllm.errors import HookValueError, UnsupportedModelError
 from hooked_mllm.families.base import Family, TowerParts
 from hooked_mllm.hooks.junction import Call, Junction

@@ -15,8 +15,8 @@ from hooked_mllm import AttentionKnockout, HeadAblation, HeadSet, HookedMLLM, Hy
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
+from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.objectives import LogitDifference
-from hooked_mllm.shared_prefix import SharedPrefix
 from hooked_mllm.sweep import Sweep
 
 HEADS = [(layer, head) for layer, heads in DENSE.items() for head in heads]

@@ -10,7 +10,7 @@ from hooked_mllm import HeadScores, HeadSet, HookedMLLM, HybridAttention, routin
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.routing import PerLayer, QueryAwareHeads, StaticHeads, Total, lost_attention
 from hooked_mllm.errors import HeadError, InputError, NumericsError, UnsupportedModelError
-from hooked_mllm.sample import SampleBatch
+from hooked_mllm.inputs.sample import SampleBatch
 
 SINK, WINDOW = 3, 5
 

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_mllm.attention import statistics
-from hooked_mllm.attention.statistics import attention_rows, attention_scores, coverage_by_rank, first_rank, top_mask
+from hooked_mllm.attention.row_statistics import (
+    attention_rows,
+    attention_scores,
+    coverage_by_rank,
+    first_rank,
+    top_mask,
+)
 
 
 @settings(deadline=None)

@@ -8,10 +8,10 @@ from attention_reference import random_layers, softmax_attention
 from hooked_mllm import HookedMLLM, metrics, toys
 from hooked_mllm.attention.hybrid import HybridAttention
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.selection import Selections
 from hooked_mllm.attention.streaming import StreamingHeads
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import HookValueError, InputError, NumericsError
+from hooked_mllm.measuring.attention_view import AttentionView
+from hooked_mllm.measuring.query_selection import Selections
 
 CASES = {
     "one-sample": {},
@@ -307,7 +307,7 @@ def test_on_a_gpu_metrics_by_the_kernel_are_those_by_torch(monkeypatch):
     samples = toys.VisualRetrieval(pages=2).samples(model, 3)
     found = {}
     for how in ("auto", "torch"):
-        monkeypatch.setattr("hooked_mllm.attention.rows.IMPLEMENTATION", how)
+        monkeypatch.setattr("hooked_mllm.measuring.attention_rows.IMPLEMENTATION", how)
         three = [metrics.RetrievalAttentionMass(), metrics.KeyTokenRatio(), metrics.VisionMass(queries="last")]
         with model.attention(HybridAttention([(0, 0), (1, 1)], sink=4, window=16)):
             hybrid = model.measure(samples, three, progress=False)

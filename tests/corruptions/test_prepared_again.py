@@ -12,7 +12,7 @@ from hooked_mllm import Box, Frames, SampleBatch, Video
 from hooked_mllm.corruptions import Corruption, ImageNoise
 from hooked_mllm.corruptions.base import prepared_again
 from hooked_mllm.errors import InputError
-from hooked_mllm.sample import Preparation
+from hooked_mllm.inputs.sample import Preparation
 
 OPTIONS = {
     "qwen3_vl": {"size": {"shortest_edge": 256, "longest_edge": 8 * 64}},

@@ -9,7 +9,7 @@ import torch
 
 from hooked_mllm.errors import CacheFileError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.heads.files import write_atomically
+from hooked_mllm.storage import write_atomically
 
 
 def sample_scores():

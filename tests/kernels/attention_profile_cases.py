@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from triton_interpreter import DEVICE, DTYPES, GPU
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.statistics import top_mask
+from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.attention.streaming import StreamingHeads
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.kernels.attention_profile import attention_profile, naive_attention_profile
 from hooked_mllm.kernels.attention_profile.largest import triton_top_mask
 from hooked_mllm.kernels.attention_profile.launch import tile_shape, triton_attention_profile
+from hooked_mllm.measuring.attention_view import AttentionView
 
 #: small tiles, so that short sequences have many
 SMALL = {"ROWS": 32, "N": 16, "num_warps": 4, "num_stages": 2}

@@ -13,7 +13,7 @@ from wrapped import model_inputs, noise, plain, wrapped
 from hooked_mllm import ActivationPatch, Box, Frames, HeadAblation, Mask, Pages, SampleBatch, Steer
 from hooked_mllm.errors import InputError, LayoutError, UnsupportedModelError
 from hooked_mllm.families import Family, family_of
-from hooked_mllm.layout.vision import VisionLayout
+from hooked_mllm.families.vision_layout import VisionLayout
 
 QUESTION = "What colour is the mug?"
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")

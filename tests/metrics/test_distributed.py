@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from attention_reference import random_layers
 
-from hooked_mllm.attention.protocol import ModelInfo
+from hooked_mllm.contracts import ModelInfo
 from hooked_mllm.metrics import KeyTokenCoverage, KeyTokenRatio, RetrievalAttentionMass, VisionMass
 
 INFO = ModelInfo(n_layers=3, n_heads=4, n_kv_heads=2)

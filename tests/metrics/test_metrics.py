@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_reference import Layers, random_layers
 
-from hooked_mllm.attention.protocol import Metric, ModelInfo
+from hooked_mllm.contracts import Metric, ModelInfo
 from hooked_mllm.errors import HeadError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.metrics import AttentionScore, HeadMetric, KeyTokenRatio, RetrievalAttentionMass, VisionMass

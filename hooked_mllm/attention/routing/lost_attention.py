@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.routing.pooling import KEYS, block_scores
-from hooked_mllm.attention.statistics import attention_scores
+from hooked_mllm.attention.row_statistics import attention_scores
 from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
 from hooked_mllm.errors import InputError
 

@@ -11,16 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import share_count
+from hooked_mllm.inputs.sample import Sample, is_per_token
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.annotation_free.questions import unannotated
 from hooked_mllm.metrics.base import HeadMetric
-from hooked_mllm.sample import Sample, is_per_token
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class EvidenceAgreement(ABC):

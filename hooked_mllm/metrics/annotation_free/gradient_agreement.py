@@ -9,11 +9,11 @@ from torch import Tensor
 from hooked_mllm.cache.run import frozen_parameters
 from hooked_mllm.errors import InputError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visual_points, with_greedy_answer
-from hooked_mllm.sample import Sample
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 RULES = ("norm", "gradient_x_input")
 

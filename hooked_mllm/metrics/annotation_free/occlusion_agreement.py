@@ -10,11 +10,11 @@ from torch import Tensor
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visual_points, with_greedy_answer
-from hooked_mllm.sample import Sample, SampleBatch
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class OcclusionAgreement(EvidenceAgreement):

@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
+from hooked_mllm.inputs.sample import Sample
+from hooked_mllm.measuring.attention_view import AttentionView
+from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, unannotated
-from hooked_mllm.sample import Sample
-from hooked_mllm.shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class QuestionContrast(QuestionScore):

@@ -14,15 +14,15 @@ from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.interventions import HeadAblation, HeadReference
 from hooked_mllm.interventions.base import check_choice
-from hooked_mllm.measure import fingerprint
+from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.causal.ablation_effect import ablated_positions
 from hooked_mllm.metrics.causal.ablation_result import AblationCurveResult
 from hooked_mllm.metrics.causal.checkpoint import CausalCheckpoint
 from hooked_mllm.metrics.causal.controls import random_control
 from hooked_mllm.objectives import GreedyAccuracy, Objective, as_objective, logits_at
-from hooked_mllm.sample import Sample, SampleBatch
 
 RANKINGS = ("top", "bottom", "random")
 MODES = ("zero", "mean", "uniform")

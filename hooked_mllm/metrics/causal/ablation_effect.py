@@ -11,7 +11,7 @@ from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.cache.activation_cache import positions as indices
 from hooked_mllm.errors import HookValueError, InputError, LayoutError
 from hooked_mllm.heads.sample_scores import SampleScores
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions import HeadAblation, HeadReference
 from hooked_mllm.interventions.base import check_choice, describe_positions, layers_of
 from hooked_mllm.interventions.places import as_mask

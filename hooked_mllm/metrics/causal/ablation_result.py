@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
-from hooked_mllm.heads.files import read_json, write_json
+from hooked_mllm.storage import read_json, write_json
 
 KIND = "hooked_mllm.AblationCurve"
 

@@ -13,7 +13,7 @@ from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.run import frozen_parameters
 from hooked_mllm.errors import HookValueError, LayoutError
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.places import as_mask
 from hooked_mllm.metrics.causal.gradients import Products, activations, between, entrances
 from hooked_mllm.metrics.causal.patching_effect import PatchingEffect, kinds_of

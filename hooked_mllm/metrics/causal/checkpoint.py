@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from hooked_mllm.errors import CacheFileError
-from hooked_mllm.heads.files import read_json, write_json
 from hooked_mllm.metrics.causal.ablation_result import from_lists, to_lists
+from hooked_mllm.storage import read_json, write_json
 
 KIND = "hooked_mllm.causal.checkpoint"
 

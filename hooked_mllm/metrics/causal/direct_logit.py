@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.errors import CacheFileError, HeadError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores, SampleScores
-from hooked_mllm.heads.files import read_tensors, write_tensors
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.objectives import BoundObjective, LogitDifference
 from hooked_mllm.objectives.tokens import Tokens
-from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.storage import read_tensors, write_tensors
 from hooked_mllm.wiring.blocks import head_results
 
 KIND = "hooked_mllm.LogitDecomposition"

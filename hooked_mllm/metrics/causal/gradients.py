@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mllm.errors import HookValueError, NumericsError
 from hooked_mllm.hooks import HookPoint
-from hooked_mllm.inputs import ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives import BoundObjective, logits_at
 
 

@@ -13,11 +13,11 @@ from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.lazy import value_of
 from hooked_mllm.errors import HookNameError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.interventions import ActivationPatch
 from hooked_mllm.interventions.base import check_choice, describe_positions, layers_of
 from hooked_mllm.metrics.causal.swept import Job, SweptMetric, as_pairs
 from hooked_mllm.metrics.causal.table import CausalTable
-from hooked_mllm.sample import Sample
 
 #: sites of query heads, of key-value heads, and of the residual stream
 QUERY_SITES, KEY_VALUE_SITES = ("z", "q", "rot_q", "pattern"), ("k", "v", "rot_k")

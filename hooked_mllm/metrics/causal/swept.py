@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.corruptions import check_pair
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs import ResolvedInput
-from hooked_mllm.measure import fingerprint
+from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.causal.checkpoint import CausalCheckpoint
 from hooked_mllm.objectives import BoundObjective, Objective, as_objective, logits_at
-from hooked_mllm.sample import Sample, SampleBatch
 from hooked_mllm.sweep import Sweep
 
 #: batches between two savings of a checkpoint

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
-from hooked_mllm.heads.files import read_tensors, write_tensors
+from hooked_mllm.storage import read_tensors, write_tensors
 
 KIND = "hooked_mllm.CausalTable"
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric, even_attention
 from hooked_mllm.metrics.literature.null_query import check_pairs
 

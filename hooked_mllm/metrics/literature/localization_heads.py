@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
 from hooked_mllm.metrics.literature.grid import spatial_entropy, token_grid
 

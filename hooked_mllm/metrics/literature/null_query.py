@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
+from hooked_mllm.inputs.sample import Sample, SampleBatch, is_per_token
 from hooked_mllm.layout import Kind, TokenLayout, View
-from hooked_mllm.sample import Sample, SampleBatch, is_per_token
-from hooked_mllm.shared_prefix import SharedPrefix
+from hooked_mllm.measuring.attention_view import AttentionView
+from hooked_mllm.measuring.shared_prefix import SharedPrefix
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 @dataclass(frozen=True)

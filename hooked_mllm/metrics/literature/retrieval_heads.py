@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
 
 

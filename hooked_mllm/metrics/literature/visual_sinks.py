@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_mllm.attention.view import AttentionView
 from hooked_mllm.errors import InputError
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
 
 #: sink dimensions of the residual stream that the paper prints, by language model

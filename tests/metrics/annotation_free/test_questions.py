@@ -8,8 +8,8 @@ from tiny import tiny_image
 
 from hooked_mllm import Box, HookedMLLM, SampleBatch
 from hooked_mllm.errors import InputError
+from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics import NullQuery, ParaphraseConsistency, QuestionContrast
-from hooked_mllm.shared_prefix import SharedPrefix
 from hooked_mllm.toys import VisualRetrieval
 
 QUESTIONS = ("What colour is the mug?", "Where is the dog in the picture of the star?", "Is the star red?", "so")

@@ -9,7 +9,7 @@ from layout.pieces import image, layout, two_views
 from tiny import tiny_image
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.measure import measure
+from hooked_mllm.measuring.measure import measure
 from hooked_mllm.metrics import LocalizationHeads
 from hooked_mllm.metrics.literature import spatial_entropy, token_grid
 from hooked_mllm.metrics.literature.localization_heads import elbow

@@ -11,8 +11,8 @@ from tiny import tiny_image
 from hooked_mllm import Box, HeadAblation, SampleBatch
 from hooked_mllm.errors import InputError
 from hooked_mllm.layout import Kind
+from hooked_mllm.measuring.shared_prefix import SharedPrefix, reasons_to_run_whole
 from hooked_mllm.metrics import HeadMetric, KeyTokenRatio, MMRetHeads, NullQuery, QRHead, RetrievalAttentionMass
-from hooked_mllm.shared_prefix import SharedPrefix, reasons_to_run_whole
 
 TOLERANCE = 1e-5  # float32; the suffix alone goes through other matrix shapes
 

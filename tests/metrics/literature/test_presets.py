@@ -5,8 +5,8 @@ import pytest
 import torch
 from attention_reference import Layers, random_layers
 
-from hooked_mllm.attention.context import ViewContext
 from hooked_mllm.errors import InputError
+from hooked_mllm.measuring.view_context import ViewContext
 from hooked_mllm.metrics import GazeHeads, OCRHeads, RetrievalHeads, SparseMMHeads, VisualRetrievalHeads
 
 LENGTHS = (23, 20, 17)

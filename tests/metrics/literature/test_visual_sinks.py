@@ -6,7 +6,7 @@ import torch
 from cache_witness import batch, hooked, sample
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.measure import measure
+from hooked_mllm.measuring.measure import measure
 from hooked_mllm.metrics import HeadMetric, VisualNonSinkRatio, VisualSinkShare
 from hooked_mllm.metrics.literature import massive_dims
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hooked_mllm.attention.engine import AttentionCall
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.inputs import ResolvedInput
-from hooked_mllm.sample import Sample, SampleBatch, is_per_token, moved
+from hooked_mllm.attention.site import AttentionCall
+from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.inputs.sample import Sample, SampleBatch, is_per_token, moved
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 @dataclass(frozen=True, eq=False, repr=False)

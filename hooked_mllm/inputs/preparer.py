@@ -10,14 +10,14 @@ from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
-from hooked_mllm import images as pictures
-from hooked_mllm import video as clips
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.families.base import Family
+from hooked_mllm.inputs import images as pictures
+from hooked_mllm.inputs import video as clips
+from hooked_mllm.inputs.prompt import check_text, refuse_special, render, token_spans
+from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, is_per_token
+from hooked_mllm.inputs.video import Number, Video
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
-from hooked_mllm.prompt import check_text, refuse_special, render, token_spans
-from hooked_mllm.sample import Preparation, Sample, SampleBatch, is_per_token
-from hooked_mllm.video import Number, Video
 
 
 class Preparer:
@@ -89,7 +89,7 @@ class Preparer:
 
         Examples:
             >>> from hooked_mllm.families import family_of
-            >>> from hooked_mllm.loading import load_model
+            >>> from hooked_mllm.model.loading import load_model
             >>> model, processor = load_model("toy-qwen3-vl")
             >>> prepare = Preparer(processor, model.config, family_of(model.config))
             >>> sample = prepare("what color is the star ?", images=Image.new("RGB", (96, 96)))

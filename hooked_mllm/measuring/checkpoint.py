@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_mllm.attention.protocol import Metric
+from hooked_mllm.contracts import Metric
 from hooked_mllm.errors import CacheFileError
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 FORMAT = "hooked_mllm.measure/3"
 #: numbers of a tensor that a fingerprint reads

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mllm.attention.context import ViewContext
-from hooked_mllm.attention.engine import AttentionCall
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.protocol import Metric
-from hooked_mllm.attention.selection import QuerySelection, Selections
-from hooked_mllm.attention.view import AttentionView
+from hooked_mllm.attention.site import AttentionCall
+from hooked_mllm.contracts import Metric
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.hooks import HookPoint
-from hooked_mllm.inputs import ModelInput, ResolvedInput, check_maker
-from hooked_mllm.measure_checkpoint import MeasureCheckpoint, identity_of
-from hooked_mllm.sample import Sample, SampleBatch
-from hooked_mllm.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput, check_maker
+from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.measuring.attention_view import AttentionView
+from hooked_mllm.measuring.checkpoint import MeasureCheckpoint, identity_of
+from hooked_mllm.measuring.query_selection import QuerySelection, Selections
+from hooked_mllm.measuring.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared
+from hooked_mllm.measuring.view_context import ViewContext
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 #: q and k of this many bytes are held back before their rows are computed together
 GROUP_BYTES = 1 << 27

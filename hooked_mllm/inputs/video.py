@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.images import channels_last, load_image, to_uint8
+from hooked_mllm.inputs.images import channels_last, load_image, to_uint8
 
 #: Qwen3-VL's own sampling, taken where nothing else is asked for
 DEFAULT_FPS, DEFAULT_MAX_FRAMES = 2.0, 768
@@ -137,7 +137,7 @@ def read_video(
     def choose(times: np.ndarray) -> np.ndarray:
         return sampled(times, fps, num_frames, max_frames)
 
-    from hooked_mllm.decode import decode  # PyAV is loaded only where a file is read
+    from hooked_mllm.inputs.video_decoder import decode  # PyAV is loaded only where a file is read
 
     frames, times, rate = decode(file, choose)
     if frames.max() <= _BLACK:

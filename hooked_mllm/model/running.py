@@ -13,8 +13,8 @@ from transformers.utils import TransformersKwargs
 from hooked_mllm.errors import HookNameError, InputError, NumericsError, nearest
 from hooked_mllm.families.base import Family
 from hooked_mllm.hooks.point import Clock
-from hooked_mllm.inputs import ResolvedInput
-from hooked_mllm.sample import Sample, SampleBatch
+from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 
 
 class StopForwardError(Exception):

@@ -18,7 +18,7 @@ from hooked_mllm.errors import HookNameError, HookValueError, nearest
 from hooked_mllm.hooks.junction import Call
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
-from hooked_mllm.inputs import ModelInput
+from hooked_mllm.inputs.resolve import ModelInput
 from hooked_mllm.wiring.places import Place, place_of
 
 

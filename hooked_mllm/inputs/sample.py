@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Region, TokenLayout
-from hooked_mllm.video import Video
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.base import Family
-from hooked_mllm.inputs import ModelInput
+from hooked_mllm.families.vision_layout import VisionLayout
+from hooked_mllm.inputs.resolve import ModelInput
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.layout import Region, TokenLayout
-from hooked_mllm.layout.vision import VisionLayout
-from hooked_mllm.sample import Sample, SampleBatch
 
 
 class VisionMethods:

@@ -11,8 +11,8 @@ from hooked_mllm.cache.run import CacheRequest, run_cached
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.families.base import Family
 from hooked_mllm.hooks.registry import HookRegistry, NameFilter
-from hooked_mllm.inputs import ModelInput, ResolvedInput
-from hooked_mllm.running import (
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
+from hooked_mllm.model.running import (
     StopForwardError,
     check_arguments,
     check_generation,

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_mllm.attention.context import ViewContext
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.rows import LayerRows
-from hooked_mllm.attention.selection import QuerySelection, Selections
-from hooked_mllm.attention.statistics import key_mass, top_mask
+from hooked_mllm.attention.row_statistics import key_mass, top_mask
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads.counting import share_count
+from hooked_mllm.measuring.attention_rows import LayerRows
+from hooked_mllm.measuring.query_selection import QuerySelection, Selections
+from hooked_mllm.measuring.view_context import ViewContext
 
 #: scratch memory for attention rows, in bytes
 MAX_BYTES = 1 << 30

@@ -8,21 +8,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hooked_mllm.attending import AttentionMethods, split_attention
 from hooked_mllm.attention.backends import AttentionBackend
-from hooked_mllm.attention.protocol import Metric, ModelInfo
-from hooked_mllm.checks import self_check
-from hooked_mllm.config import HookedConfig
+from hooked_mllm.contracts import Metric, ModelInfo
 from hooked_mllm.errors import InputError, UnsupportedModelError
+from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.families.registry import family_of
-from hooked_mllm.hooking import HookMethods
-from hooked_mllm.inputs import ModelInput, ResolvedInput, resolve_input
-from hooked_mllm.loading import load_model
-from hooked_mllm.measure import measure
-from hooked_mllm.prepare import Preparer
-from hooked_mllm.run_methods import RunMethods
+from hooked_mllm.inputs.preparer import Preparer
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput, resolve_input
+from hooked_mllm.measuring.measure import measure
+from hooked_mllm.model.attention_methods import AttentionMethods, split_attention
+from hooked_mllm.model.hook_methods import HookMethods
+from hooked_mllm.model.loading import load_model
+from hooked_mllm.model.run_methods import RunMethods
+from hooked_mllm.model.self_check import self_check
+from hooked_mllm.model.vision_methods import VisionMethods
 from hooked_mllm.version import __version__
-from hooked_mllm.vision_positions import VisionMethods
 from hooked_mllm.wiring import wire
 
 
@@ -324,7 +324,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             ...     z = model.nnsight["blocks.3.attn.hook_z"].save()
         """
         try:
-            from hooked_mllm.nnsight_bridge import NNsightModel
+            from hooked_mllm.model.nnsight_bridge import NNsightModel
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] != "nnsight":
                 raise

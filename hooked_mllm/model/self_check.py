@@ -9,7 +9,7 @@ from torch import Tensor
 from hooked_mllm.errors import HookedMLLMError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from hooked_mllm.model import HookedMLLM
+    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 def _fail(model: "HookedMLLM", what: str) -> UnsupportedModelError:

@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from hooked_mllm.attention.backends import AttentionBackend, is_known, restricts
-from hooked_mllm.config import HookedConfig
 from hooked_mllm.errors import HookValueError, InputError
+from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.wiring.model import Wiring
 
 

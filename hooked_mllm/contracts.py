@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from hooked_mllm.attention.view import AttentionView
+    from hooked_mllm.measuring.attention_view import AttentionView
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.selection import QuerySelection
-from hooked_mllm.attention.statistics import attention_rows, chance_level, counted_chance
+from hooked_mllm.attention.row_statistics import attention_rows, chance_level, counted_chance
 from hooked_mllm.attention.streaming import CausalBounds
 from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.kernels.attention_profile import kernel_fits, kernel_runs
+from hooked_mllm.measuring.query_selection import QuerySelection
 
 #: what computes profiles where a view is not told: "auto", "triton" or "torch"
 IMPLEMENTATION = "auto"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.base import Family
-from hooked_mllm.sample import Sample, SampleBatch, moved
+from hooked_mllm.inputs.sample import Sample, SampleBatch, moved
 
 ModelInput = Sample | SampleBatch | Mapping[str, Any]
 
