@@ -1,15 +1,62 @@
-"""What `HookedMLLM.measure` asks of a metric, and what it tells it about the model."""
+"""What the engines are typed against: a model, a metric, and what a family, a backend, a region or a hook must offer.
 
+`HookedMLLM` satisfies `Model`. Caches, interventions, objectives, sweeps and metrics are written against this Protocol,
+so that none of them imports the class, which imports them. The other contracts are defined in the rooms that use them
+and are listed here:
+
+- `Backend` (`attention.backends.AttentionBackend`): an attention of one's own.
+- `Family` (`families.base`): module names, sizes, and the layout of visual tokens.
+- `Region` (`layout.regions`): a part of an image, a video or a document.
+- `HookFunction` (`hooks.point`): a function of an activation and its hook point.
+- `Metric`: an object that `HookedMLLM.measure` passes the attention of each sample to.
+"""
+
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_mllm.attention.backends import AttentionBackend as AttentionBackend
+from hooked_mllm.attention.backends import AttentionBackend as Backend
+from hooked_mllm.families.base import Family as Family
+from hooked_mllm.families.config import HookedConfig
+from hooked_mllm.hooks.point import HookFunction as HookFunction
+from hooked_mllm.hooks.point import HookPoint
+from hooked_mllm.hooks.registry import HookList, HookRegistry
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
+from hooked_mllm.layout import Region as Region
+from hooked_mllm.wiring.model import Wiring
+
+__all__ = [
+    "Backend",
+    "Family",
+    "HookFunction",
+    "Metric",
+    "Model",
+    "ModelInfo",
+    "Phase",
+    "Region",
+    "ReturnType",
+    "Tower",
+]
 
 if TYPE_CHECKING:
-    from hooked_mllm.measuring.attention_view import AttentionView
+    #: what one forward pass returns
+    ReturnType = Literal["logits", "loss", "both", "output"]
+    #: one of the two stacks of transformer blocks
+    Tower = Literal["text", "vision"]
+    #: the steps in which an intervention acts: the prompt, generated tokens, or both
+    Phase = Literal["prefill", "decode", "both"]
+else:  # at run time a plain string, so that another one reaches the check whose error lists the choices
+    ReturnType = Tower = Phase = str
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The facts of the model that is being measured: its shape, and what a result must name to be reproduced.
+    """Facts of the model that is measured: its shape, and what a result states so that it can be reproduced.
 
     Args:
         n_layers: Number of decoder layers.
@@ -36,28 +83,135 @@ class ModelInfo:
     versions: dict[str, str] = field(default_factory=dict)
 
     def provenance(self) -> dict[str, Any]:
-        """What a result keeps of this, as plain JSON-able values."""
+        """The part that a result keeps, as values that JSON can hold."""
         names = ("model", "revision", "family", "attention", "attention_settings", "dtype")
         known = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {**known, "versions": dict(self.versions)} if self.versions else known
 
 
+Result_co = TypeVar("Result_co", covariant=True)
+View_contra = TypeVar("View_contra", contravariant=True)
+
+
 @runtime_checkable
-class Metric(Protocol):
-    """A metric of attention heads, as the measuring loop sees it.
+class Metric(Protocol[View_contra, Result_co]):
+    """A metric of attention heads, as the measuring loop uses it.
 
     `setup` is called once before the first sample; `update` for every group of layers of every sample (or batch of
-    samples), in the order of the layers, the last with `view.is_last`; `compute` at the end.
+    samples), in the order of the layers, the last with `view.is_last`; `compute` at the end. The view is an
+    `AttentionView`.
     """
 
     def setup(self, info: ModelInfo) -> None:
-        """Learn the shape of the model and forget half-measured samples."""
+        """Read the shape of the model and drop samples that were measured in part."""
         ...
 
-    def update(self, *, view: "AttentionView") -> None:
-        """Take in one group of layers."""
+    def update(self, *, view: View_contra) -> None:
+        """Add one group of layers."""
         ...
 
-    def compute(self) -> Any:
-        """The result over all samples taken in."""
+    def compute(self) -> Result_co:
+        """The result over all samples added."""
+        ...
+
+
+@runtime_checkable
+class Model(Protocol):
+    """A wrapped model, as engines use it; `HookedMLLM` is one."""
+
+    hf_model: Any
+    processor: Any
+    cfg: HookedConfig
+    family: Family
+    registry: HookRegistry
+    wiring: Wiring
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the token embeddings, where inputs go."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        ...
+
+    @property
+    def info(self) -> ModelInfo:
+        """The facts that results of this model carry."""
+        ...
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point by name, in the order of the forward pass."""
+        ...
+
+    @property
+    def ln_final(self) -> nn.Module:
+        """The final norm."""
+        ...
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """The unembedding."""
+        ...
+
+    def output_projection(self, layer: int) -> nn.Module:
+        """The module that maps the z of one block to the residual stream (W_O and its bias)."""
+        ...
+
+    def unembed(self, tokens: Any, batch: int) -> Float[Tensor, "batch d_model"]:
+        """Columns of the unembedding, one for each sample."""
+        ...
+
+    def prepare(self, question: Any, images: Any = None, videos: Any = None, **options: Any) -> Any:
+        """A Sample for a question, a SampleBatch for a list of questions."""
+        ...
+
+    def resolve(self, inputs: ModelInput) -> ResolvedInput:
+        """Model inputs, checked and on the model's device."""
+        ...
+
+    def __call__(self, inputs: ModelInput | None = None, **kwargs: Any) -> Any:
+        """One forward pass; logits unless another `return_type` is given."""
+        ...
+
+    def run(
+        self,
+        inputs: ResolvedInput,
+        return_type: ReturnType | None = "logits",
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One forward pass on resolved inputs."""
+        ...
+
+    def run_trunk(self, inputs: ResolvedInput, **kwargs: Any) -> None:
+        """A forward pass without the unembedding."""
+        ...
+
+    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor:
+        """Token ids `[batch pos]`, the prompt's included."""
+        ...
+
+    def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any:
+        """`generate` on resolved inputs."""
+        ...
+
+    def measure(self, samples: Any, metrics: Any, **options: Any) -> Any:
+        """Score attention heads over samples."""
+        ...
+
+    def hooks(
+        self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), reset_hooks_end: bool = True
+    ) -> AbstractContextManager[None]:
+        """Hooks for the body of a `with` statement."""
+        ...
+
+    def intervene(self, *interventions: Any) -> AbstractContextManager[list[dict[str, Any]]]:
+        """Interventions for the body of a `with` statement."""
+        ...
+
+    def attention(self, implementation: str | AttentionBackend, tower: Tower = "text") -> AbstractContextManager[None]:
+        """Another attention for the body of a `with` statement."""
         ...

@@ -13,6 +13,7 @@ from hooked_mllm.cache.keys import full_name, missing
 from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, value_of
 from hooked_mllm.cache.residual import ResidualTools
 from hooked_mllm.cache.slicing import restacked, vision_slice
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
 from hooked_mllm.families.base import Rows
 
@@ -52,7 +53,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         entries: dict[str, Entry],
         n_layers: Mapping[str, int],
         masks: Callable[[str], Bool[Tensor, "batch pos"]] | None = None,
-        model: Any = None,
+        model: Model | None = None,
         has_batch_dim: bool = True,
         query_positions: Int[Tensor, "batch query"] | None = None,
         key_positions: Int[Tensor, "batch key"] | None = None,
@@ -278,7 +279,7 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
         save([self], path)
 
     @classmethod
-    def load(cls, path: Any, model: Any = None) -> "ActivationCache":
+    def load(cls, path: Any, model: Model | None = None) -> "ActivationCache":
         """Read a cache that `save` wrote.
 
         Args:

@@ -9,6 +9,7 @@ from torch import Tensor
 from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.describe import human_bytes
 from hooked_mllm.cache.lazy import LazyPattern, parts_of, value_of
+from hooked_mllm.contracts import Model
 
 
 class GenerationCache:
@@ -86,7 +87,7 @@ class GenerationCache:
         save(self.steps, path, generation=True)
 
     @classmethod
-    def load(cls, path: Any, model: Any = None) -> "GenerationCache":
+    def load(cls, path: Any, model: Model | None = None) -> "GenerationCache":
         """Read what `save` wrote.
 
         Raises:

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_mllm.cache.lazy import value_of
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
 from hooked_mllm.wiring.norms import centred
 
@@ -25,7 +26,7 @@ Stack = Float[Tensor, "component *batch pos d_model"]
 class ResidualTools:
     """The residual-stream methods of an ActivationCache."""
 
-    model: Any
+    model: Model
     has_batch_dim: bool
 
     def _need(self, *key: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hooked_mllm.cache.activation_cache import ActivationCache, positions
 from hooked_mllm.cache.capture import QUADRATIC, Capture, CaptureOptions
 from hooked_mllm.cache.generation import GenerationCache
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.families.base import Rows
 from hooked_mllm.hooks.point import HookPoint
@@ -57,7 +58,7 @@ class CacheRequest:
                 raise HookValueError(f"`{a}` and `{b}` exclude each other: choose one.")
 
 
-def run_cached(model: Any, inputs: ResolvedInput, request: CacheRequest) -> tuple[Any, Any]:
+def run_cached(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tuple[Any, Any]:
     """Run `model` (a HookedMLLM) as `request` says; returns the output and the cache."""
     request.validate()
     batch, length = inputs.batch, inputs.length
@@ -110,7 +111,7 @@ def run_cached(model: Any, inputs: ResolvedInput, request: CacheRequest) -> tupl
     return output, cache.remove_batch_dim() if request.remove_batch_dim else cache
 
 
-def _vision_rows(model: Any, inputs: ResolvedInput) -> Callable[[], list[Rows] | None]:
+def _vision_rows(model: Model, inputs: ResolvedInput) -> Callable[[], list[Rows] | None]:
     """Whose images the vision tower's rows are; None where the inputs do not tell."""
 
     def sketch(value: Any) -> Any:  # of pixels the shape is enough; the cache must not keep them alive
@@ -155,7 +156,7 @@ def _gradient_points(points: list[HookPoint], request: CacheRequest) -> list[Hoo
     return points
 
 
-def _run(model: Any, inputs: ResolvedInput, request: CacheRequest) -> Any:
+def _run(model: Model, inputs: ResolvedInput, request: CacheRequest) -> Any:
     if request.generate is not None:
         with torch.no_grad():
             return model.run_generate(inputs, **{**request.forward, **request.generate})

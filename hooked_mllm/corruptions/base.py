@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import check_pair
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -40,7 +41,7 @@ class Corruption(ABC):
 
     same_length: bool = True
 
-    def __call__(self, model: Any, sample: Any) -> Any:
+    def __call__(self, model: Model, sample: Any) -> Any:
         """The corrupted counterpart of a sample, or of each sample of a batch.
 
         Args:
@@ -78,7 +79,7 @@ class Corruption(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in told.items())})"
 
 
-def prepared_again(model: Any, sample: Sample, changes: dict[str, Any]) -> Sample:
+def prepared_again(model: Model, sample: Sample, changes: dict[str, Any]) -> Sample:
     """The sample as `prepare` makes it with `changes`, on the same device and in the same dtype.
 
     Raises:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
 from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.interventions.base import (
@@ -127,7 +128,7 @@ class HeadAblation(Intervention):
 
     @staticmethod
     def reference(
-        model: Any,
+        model: Model,
         samples: Any,
         heads: Any,
         *,
@@ -172,11 +173,11 @@ class HeadAblation(Intervention):
         optional = {"factor": self.factor, "seed": self.seed, "reference": _described(self.source)}
         return {**told, **{name: value for name, value in optional.items() if value is not None}}
 
-    def first_position(self, model: Any, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_position(self.positions, inputs) if self.tower == "text" else 0
 
-    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+    def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer that has heads of the set."""
         chosen = heads_of(self.heads, model, self.tower)
         if isinstance(self.source, HeadReference):
@@ -193,7 +194,7 @@ class HeadAblation(Intervention):
                 (_uniform(places, inside) if self.mode == "uniform" else self._edit(places, layer, inside, name)),
             )
 
-    def _check_means(self, model: Any) -> None:
+    def _check_means(self, model: Model) -> None:
         d_head = model.cfg.d_head if self.tower == "text" else model.cfg.vision_d_head
         due = (*tower_shape(model, self.tower), d_head)
         if tuple(self.source.shape) != due:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.hooks import Handle, HookPoint
@@ -43,26 +44,26 @@ class Intervention(ABC):
     """
 
     @abstractmethod
-    def edits(self, model: Any) -> Iterable[tuple[str, Edit]]:
+    def edits(self, model: Model) -> Iterable[tuple[str, Edit]]:
         """Names of hook points, each with the edit that is made there; refuses what does not fit `model`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""
 
-    def first_position(self, model: Any, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change in any sample: rows before it need no second run.
 
         0 unless a subclass knows better.
         """
         return 0
 
-    def validate(self, model: Any) -> None:
+    def validate(self, model: Model) -> None:
         """Refuse what does not fit `model`, before anything is hung."""
         for name, _ in self.edits(model):
             model.registry[name]
 
-    def attach(self, model: Any, record: dict[str, Any] | None = None) -> list[tuple[HookPoint, Handle]]:
+    def attach(self, model: Model, record: dict[str, Any] | None = None) -> list[tuple[HookPoint, Handle]]:
         """Hang the edits on a model; all of them or, on an error, none.
 
         Args:
@@ -103,7 +104,7 @@ def _counted(edit: Edit, applied: dict[str, int]) -> Callable[..., Tensor | None
 
 
 @contextmanager
-def intervening(model: Any, interventions: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
+def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
     """The body of `HookedMLLM.intervene`."""
     chosen = list(interventions)
     for each in chosen:
@@ -133,7 +134,7 @@ def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
         raise HookValueError(f"{what} must be one of {', '.join(map(repr, known))}; got {value!r}.")
 
 
-def tower_shape(model: Any, tower: str) -> tuple[int, int]:
+def tower_shape(model: Model, tower: str) -> tuple[int, int]:
     """(layers, heads per layer) of a tower."""
     cfg = model.cfg
     return (cfg.n_layers, cfg.n_heads) if tower == "text" else (cfg.vision_n_layers, cfg.vision_n_heads)
@@ -147,7 +148,7 @@ def keep_heads(heads: Any) -> Any:
     return kept
 
 
-def heads_of(heads: Any, model: Any, tower: str) -> HeadSet:
+def heads_of(heads: Any, model: Model, tower: str) -> HeadSet:
     """Heads as a set that fits a tower of the model.
 
     Raises:

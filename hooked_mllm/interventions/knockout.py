@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.interventions.base import (
@@ -88,7 +89,7 @@ class AttentionKnockout(Intervention):
             "tower": self.tower,
         }
 
-    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+    def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit of the scores in each layer."""
         n_layers, n_heads = tower_shape(model, self.tower)
         if self.heads is None:
@@ -136,7 +137,7 @@ def _knock_out(queries: Places, keys: Places, inside: tuple[int, ...]) -> Edit:
     return edit
 
 
-def knockout_windows(model: Any, k: int, tower: Tower = "text") -> list[range]:
+def knockout_windows(model: Model, k: int, tower: Tower = "text") -> list[range]:
     r"""Windows of k layers around each layer in turn, for a sweep of knockouts (Geva et al. 2023).
 
     Window l is $[\max(0, l - \lfloor k/2 \rfloor),\ \min(L, l + \lceil k/2 \rceil))$: shorter at both ends.

@@ -9,6 +9,7 @@ from torch import Tensor
 from hooked_mllm.cache import ActivationCache
 from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.cache.keys import ATTENTION, full_name
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.interventions.base import (
@@ -109,11 +110,11 @@ class ActivationPatch(Intervention):
             told["source_positions"] = describe_positions(self.source_positions)
         return told
 
-    def first_position(self, model: Any, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_position(self.positions, inputs) if self.tower == "text" else 0
 
-    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+    def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit at each hook point that is patched."""
         names = self._names(model)
         places = Places(model, self.positions, "prefill", self.kind)
@@ -124,7 +125,7 @@ class ActivationPatch(Intervention):
             source = Source(given, places, self.source_positions)
             yield name, _patch(source, name, self._heads_at(name, model))
 
-    def _names(self, model: Any) -> dict[str, Any]:
+    def _names(self, model: Model) -> dict[str, Any]:
         """Hook points to patch, each with the tensor that a mapping gives for it."""
         given = self.given
         tensors: dict[Any, Any] = {}
@@ -174,7 +175,7 @@ class ActivationPatch(Intervention):
             )
         return held
 
-    def _heads_at(self, name: str, model: Any) -> tuple[int, ...] | None:
+    def _heads_at(self, name: str, model: Model) -> tuple[int, ...] | None:
         if self.heads is None:
             return None
         suffix = name.rpartition(".")[2]
@@ -254,11 +255,11 @@ class HeadPatch(Intervention):
             told["source_positions"] = describe_positions(self.source_positions)
         return told
 
-    def first_position(self, model: Any, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_position(self.positions, inputs) if self.tower == "text" else 0
 
-    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+    def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit of z in each layer that has heads of the set."""
         by_layer = heads_of(self.heads, model, self.tower).by_layer
         if isinstance(self.given, Tensor) and len(by_layer) > 1:

@@ -7,6 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions, positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, LayoutError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.interventions.base import check_choice
@@ -49,7 +50,7 @@ class Places:
         tower: "text" or another.
     """
 
-    def __init__(self, model: Any, wanted: Positions | None, phase: str = "prefill", tower: str = "text") -> None:
+    def __init__(self, model: Model, wanted: Positions | None, phase: str = "prefill", tower: str = "text") -> None:
         self.registry = model.registry
         self.wanted, self.phase, self.tower = wanted, phase, tower
         self._known: tuple[Any, Tensor] | None = None

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions, positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -85,7 +86,7 @@ class _Sum:
 
 @torch.no_grad()
 def head_reference(
-    model: Any,
+    model: Model,
     samples: Any,
     heads: Any,
     *,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.interventions.base import (
@@ -86,11 +87,11 @@ class Steer(Intervention):
             "tower": self.tower,
         }
 
-    def first_position(self, model: Any, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_position(self.positions, inputs) if self.tower == "text" else 0
 
-    def edits(self, model: Any) -> Iterator[tuple[str, Edit]]:
+    def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer."""
         width = model.cfg.d_model if self.tower == "text" else model.cfg.vision_d_model
         if len(self.direction) != width:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.site import AttentionCall
-from hooked_mllm.contracts import Metric
+from hooked_mllm.contracts import Metric, Model
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.hooks import HookPoint
@@ -22,9 +22,6 @@ from hooked_mllm.measuring.checkpoint import MeasureCheckpoint, identity_of
 from hooked_mllm.measuring.query_selection import QuerySelection, Selections
 from hooked_mllm.measuring.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared
 from hooked_mllm.measuring.view_context import ViewContext
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 #: q and k of this many bytes are held back before their rows are computed together
 GROUP_BYTES = 1 << 27
@@ -165,7 +162,7 @@ def _each(samples: Any) -> Iterator[ModelInput]:
 
 
 def measure(
-    model: "HookedMLLM",
+    model: Model,
     samples: ModelInput | Iterable[ModelInput],
     metrics: Metric | Sequence[Metric],
     *,
@@ -254,7 +251,7 @@ def _check(views: list[AttentionView]) -> None:
 
 
 def _one(
-    model: "HookedMLLM",
+    model: Model,
     inputs: ResolvedInput,
     metrics: Sequence[Metric],
     group_bytes: int,

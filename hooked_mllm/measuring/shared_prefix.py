@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,9 @@ from transformers import DynamicCache
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.site import AttentionCall
+from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.inputs.sample import Sample, SampleBatch, is_per_token, moved
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,7 +74,7 @@ def common_prefix(samples: Sequence[Sample]) -> int:
     return 0 if any(bool(s.layout.visual[length:].any()) for s in samples) else length
 
 
-def reasons_to_run_whole(model: "HookedMLLM", batch: SharedPrefix, metrics: Sequence[Any]) -> list[str]:
+def reasons_to_run_whole(model: Model, batch: SharedPrefix, metrics: Sequence[Any]) -> list[str]:
     """Why `model.measure` would run this batch whole; empty if the prefix is run once.
 
     A hook or a backend of the user's would see other shapes in a run of the suffix alone, so that its result could be
@@ -144,7 +142,7 @@ class _Held:
 
 
 @torch.no_grad()
-def run_shared(model: "HookedMLLM", batch: SharedPrefix, collect: Callable[[AttentionCall], None]) -> None:
+def run_shared(model: Model, batch: SharedPrefix, collect: Callable[[AttentionCall], None]) -> None:
     """Run the batch with its prefix once, and hand `collect` each layer's call as the whole batch would have made it.
 
     Beside one layer's keys of the whole batch, what is kept is the keys and values of one sample and the queries and
@@ -177,7 +175,7 @@ def run_shared(model: "HookedMLLM", batch: SharedPrefix, collect: Callable[[Atte
 
 
 @contextmanager
-def _tapping(model: "HookedMLLM", tap: Callable[[AttentionCall], None]) -> Iterator[None]:
+def _tapping(model: Model, tap: Callable[[AttentionCall], None]) -> Iterator[None]:
     sites = list(model.wiring.text)
     try:
         for site in sites:
@@ -189,7 +187,7 @@ def _tapping(model: "HookedMLLM", tap: Callable[[AttentionCall], None]) -> Itera
 
 
 @contextmanager
-def _positions(model: "HookedMLLM") -> Iterator[list[Tensor | None]]:
+def _positions(model: Model) -> Iterator[list[Tensor | None]]:
     """Within it, the position ids that the language model is called with."""
     seen: list[Tensor | None] = []
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
@@ -20,9 +21,6 @@ from hooked_mllm.interventions.base import describe_positions
 from hooked_mllm.interventions.places import as_mask
 from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.gating import GateState, MixedAttention, last_hidden
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class DuoGate:
@@ -101,7 +99,7 @@ class DuoGate:
 
     def run(
         self,
-        model: "HookedMLLM",
+        model: Model,
         samples: ModelInput | Iterable[ModelInput],
         *,
         checkpoint: str | Path | None = None,
@@ -195,7 +193,7 @@ class DuoGate:
         return as_mask(positions(self.positions, inputs.batch, inputs.length, inputs.masks), inputs.length)
 
     def _distance(
-        self, model: "HookedMLLM", inputs: ResolvedInput, rows: Tensor, reference: Tensor, gates: Tensor
+        self, model: Model, inputs: ResolvedInput, rows: Tensor, reference: Tensor, gates: Tensor
     ) -> Float[Tensor, ""]:
         mixed = MixedAttention(gates, self.sink, self.recent, inputs.masks("padding").to(model.device))
         with model.attention(mixed):

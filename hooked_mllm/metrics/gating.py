@@ -1,7 +1,7 @@
 """What `DuoGate` runs: attention mixed of a full and a streaming branch, the last hidden states, the state on disk."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import CacheFileError
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.storage import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 KIND = "hooked_mllm.DuoGate"
 
@@ -54,7 +52,7 @@ class MixedAttention:
 
 
 def last_hidden(
-    model: "HookedMLLM", inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]
+    model: Model, inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "row d_model"]:
     """The states that the unembedding takes, after the final norm, at some positions; float32."""
     kept: list[Tensor] = []

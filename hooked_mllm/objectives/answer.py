@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
 from hooked_mllm.objectives.rows import at_least_float32, positions_of
@@ -43,7 +44,7 @@ class AnswerLogProb(Objective):
         """What it is, as values that JSON can hold."""
         return {"objective": "AnswerLogProb", "answer": describe_tokens(self.answer)}
 
-    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
+    def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
         if self.answer is not None:
             return self._one_token(padded(token_ids(model, "answer", self.answer, inputs), -1), inputs)
@@ -91,7 +92,7 @@ class GreedyAccuracy(Objective):
         """What it is, as values that JSON can hold."""
         return {"objective": "GreedyAccuracy"}
 
-    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
+    def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
         tokens = answer_tokens(model, inputs, "GreedyAccuracy")
 

@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
 
@@ -45,7 +46,7 @@ class Objective(ABC):
     differentiable: bool = True
 
     @abstractmethod
-    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> "BoundObjective":
+    def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> "BoundObjective":
         """The objective for these inputs: checked against the model's vocabulary and the inputs' answers.
 
         Args:

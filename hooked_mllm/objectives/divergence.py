@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.base import describe_positions
 from hooked_mllm.objectives.base import BoundObjective, Objective
@@ -42,7 +43,7 @@ class KLDivergence(Objective):
         """What it is, as values that JSON can hold."""
         return {"objective": "KLDivergence", "positions": describe_positions(self.positions)}
 
-    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
+    def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
         positions = positions_of(inputs, self.positions)
 

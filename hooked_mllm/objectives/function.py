@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.base import describe_positions
@@ -46,7 +47,7 @@ class FunctionObjective(Objective):
             "positions": describe_positions(self.positions),
         }
 
-    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
+    def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
         positions = positions_of(inputs, self.positions)
         if bool((positions < 0).any()):

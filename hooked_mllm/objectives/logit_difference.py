@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
@@ -53,7 +54,7 @@ class LogitDifference(Objective):
             "wrong": describe_tokens(self.wrong),
         }
 
-    def bind(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
+    def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
         if self.correct is None:
             right = [[row[0]] for row in answer_tokens(model, inputs, "LogitDifference without `correct=`").tolist()]
@@ -84,7 +85,7 @@ class LogitDifference(Objective):
 
         return BoundObjective(self, positions_of(inputs, "last"), score)
 
-    def _wrong(self, model: Any, inputs: ResolvedInput, corrupted: ResolvedInput | None) -> list[list[int]]:
+    def _wrong(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None) -> list[list[int]]:
         if self.wrong is not None:
             return token_ids(model, "wrong", self.wrong, inputs)
         if corrupted is None:

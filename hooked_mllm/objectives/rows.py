@@ -1,13 +1,13 @@
 """Rows of the logits: which an objective reads, taken out of all logits or computed alone."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions, positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 
@@ -66,7 +66,7 @@ def gather_logits(
 
 
 def logits_at(
-    model: Any, inputs: ModelInput | ResolvedInput, positions: Int[Tensor, "batch n"]
+    model: Model, inputs: ModelInput | ResolvedInput, positions: Int[Tensor, "batch n"]
 ) -> Float[Tensor, "batch n d_vocab"]:
     """One forward pass that unembeds only these positions of each sample; zeros where the position is -1.
 

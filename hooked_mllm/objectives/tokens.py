@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -43,7 +44,7 @@ def check_tokens(what: str, tokens: Any) -> Any:
     return [one if isinstance(one, str) else int(one) for one in each]
 
 
-def token_ids(model: Any, what: str, tokens: Tokens, inputs: ResolvedInput) -> list[list[int]]:
+def token_ids(model: Model, what: str, tokens: Tokens, inputs: ResolvedInput) -> list[list[int]]:
     """Ids of the tokens, a list for each sample.
 
     Raises:
@@ -71,7 +72,7 @@ def samples_of(inputs: ResolvedInput, what: str) -> tuple[Sample, ...]:
     )
 
 
-def answer_tokens(model: Any, inputs: ResolvedInput, what: str) -> Int[Tensor, "batch n"]:
+def answer_tokens(model: Model, inputs: ResolvedInput, what: str) -> Int[Tensor, "batch n"]:
     """The teacher-forced answer of each sample, -1 after the end of shorter ones.
 
     Raises:
@@ -99,7 +100,7 @@ def describe_tokens(tokens: Any) -> Any:
     return f"function {getattr(tokens, '__qualname__', type(tokens).__name__)}" if callable(tokens) else tokens
 
 
-def _ids(model: Any, what: str, tokens: Any) -> list[int]:
+def _ids(model: Model, what: str, tokens: Any) -> list[int]:
     tokens = check_tokens(what, tokens)
     if callable(tokens):
         raise InputError(f"{what} must be tokens; got another function.")
@@ -108,7 +109,7 @@ def _ids(model: Any, what: str, tokens: Any) -> list[int]:
     return list(dict.fromkeys(_id(model, what, one) for one in tokens))
 
 
-def _id(model: Any, what: str, token: int | str) -> int:
+def _id(model: Model, what: str, token: int | str) -> int:
     if not isinstance(token, str):
         if not 0 <= token < model.cfg.d_vocab:
             raise InputError(f"{what}: token id {token} is outside the vocabulary, 0 to {model.cfg.d_vocab - 1}.")
@@ -131,7 +132,7 @@ def _id(model: Any, what: str, token: int | str) -> int:
     return int(ids[0])
 
 
-def _unknown_id(model: Any) -> int | None:
+def _unknown_id(model: Model) -> int | None:
     return None if model.processor is None else getattr(model.processor.tokenizer, "unk_token_id", None)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective
@@ -13,7 +14,7 @@ from hooked_mllm.objectives.rows import logits_at
 
 
 def objective_values(
-    model: Any,
+    model: Model,
     inputs: ModelInput | ResolvedInput,
     objective: Any,
     corrupted: ModelInput | ResolvedInput | None = None,

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, NumericsError
 from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.inputs.resolve import ModelInput
@@ -69,7 +70,7 @@ class Sweep:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         inputs: ModelInput,
         objective: Any,
         *,

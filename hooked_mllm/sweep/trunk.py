@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.attention.site import AttentionCall
+from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives import gather_logits
 from hooked_mllm.sweep.prefix import Prefix, suffix_mask
@@ -27,7 +28,7 @@ class Trunk:
         arguments: The other arguments of each block.
     """
 
-    model: Any
+    model: Model
     inputs: ResolvedInput
     residual: list[Float[Tensor, "batch pos d_model"]] = field(default_factory=list)
     arguments: list[dict[str, Any]] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Trunk:
 
     @classmethod
     @torch.no_grad()
-    def record(cls, model: Any, inputs: ResolvedInput, device: torch.device | str | None = None) -> "Trunk":
+    def record(cls, model: Model, inputs: ResolvedInput, device: torch.device | str | None = None) -> "Trunk":
         """Run the model once, under whatever hooks hang now, and keep what enters each block.
 
         Args:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.resolve import ResolvedInput
@@ -38,7 +39,7 @@ class Prepared:
     first: int
 
 
-def prepare(model: Any, variants: Sequence[Variant], inputs: ResolvedInput) -> list[Prepared]:
+def prepare(model: Model, variants: Sequence[Variant], inputs: ResolvedInput) -> list[Prepared]:
     """Check every variant before anything runs.
 
     Raises:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.layout.regions import Box, Frames
 from hooked_mllm.toys.render import CELL, GRID, draw
@@ -75,14 +76,14 @@ class Retrieval(ABC, Generic[ExampleT]):
         """Example `index`: the first question of scene `index`."""
 
     @abstractmethod
-    def prepared(self, model: Any, example: ExampleT, answer: bool = False) -> Any:
+    def prepared(self, model: Model, example: ExampleT, answer: bool = False) -> Any:
         """The example as the model's own sample, with its answer appended to the prompt if asked for."""
 
     def examples(self, n: int, start: int = 0) -> Iterator[ExampleT]:
         """Examples `start` to `start + n - 1`."""
         return (self.example(i) for i in range(start, start + n))
 
-    def samples(self, model: Any, n: int, start: int = 0, answer: bool = False) -> list[Any]:
+    def samples(self, model: Model, n: int, start: int = 0, answer: bool = False) -> list[Any]:
         """The same examples as the model's own samples, through `model.prepare`.
 
         Args:
@@ -179,7 +180,7 @@ class VisualRetrieval(Retrieval[Example]):
             ),
         )
 
-    def prepared(self, model: Any, example: Example, answer: bool = False) -> Any:
+    def prepared(self, model: Model, example: Example, answer: bool = False) -> Any:
         """The example as the model's own sample, with its answer appended to the prompt if asked for."""
         return model.prepare(
             example.question,

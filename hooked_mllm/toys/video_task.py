@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout.regions import Frames
@@ -120,7 +121,7 @@ class VideoRetrieval(Retrieval[VideoExample]):
             id=name,
         )
 
-    def prepared(self, model: Any, example: VideoExample, answer: bool = False) -> Any:
+    def prepared(self, model: Model, example: VideoExample, answer: bool = False) -> Any:
         """The example as the model's own sample, with its answer appended to the prompt if asked for."""
         return model.prepare(
             example.question,

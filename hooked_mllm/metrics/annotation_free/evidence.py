@@ -5,12 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import share_count
@@ -18,9 +19,6 @@ from hooked_mllm.inputs.sample import Sample, is_per_token
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.annotation_free.questions import unannotated
 from hooked_mllm.metrics.base import HeadMetric
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class EvidenceAgreement(ABC):
@@ -46,10 +44,10 @@ class EvidenceAgreement(ABC):
         self.n_tokens = n_tokens
 
     @abstractmethod
-    def relevance(self, model: "HookedMLLM", sample: Sample) -> Float[Tensor, " pos"]:
+    def relevance(self, model: Model, sample: Sample) -> Float[Tensor, " pos"]:
         """How much the model's answer depends on each position: not negative, on the CPU; read at visual tokens."""
 
-    def weights(self, model: "HookedMLLM", sample: Sample) -> Float[Tensor, " pos"]:
+    def weights(self, model: Model, sample: Sample) -> Float[Tensor, " pos"]:
         """The relevance of the visual tokens, summing to 1; zero elsewhere, or everywhere if none matters.
 
         Raises:
@@ -63,7 +61,7 @@ class EvidenceAgreement(ABC):
         return relevance / relevance.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
     def targets(
-        self, model: "HookedMLLM", samples: Sample | Iterable[Any], share: float | int = 0.01
+        self, model: Model, samples: Sample | Iterable[Any], share: float | int = 0.01
     ) -> Iterator[Sample]:
         """The samples with the model's own evidence as their target, for any metric that needs one.
 
@@ -84,7 +82,7 @@ class EvidenceAgreement(ABC):
 
     def run(
         self,
-        model: "HookedMLLM",
+        model: Model,
         samples: Sample | Iterable[Any],
         *,
         checkpoint: str | Path | None = None,
@@ -147,7 +145,7 @@ class _WeightedMass(HeadMetric):
 
 
 @torch.no_grad()
-def with_greedy_answer(model: "HookedMLLM", sample: Sample, n_tokens: int) -> tuple[Sample, Tensor]:
+def with_greedy_answer(model: Model, sample: Sample, n_tokens: int) -> tuple[Sample, Tensor]:
     """The prompt followed by all but the last token of its greedy answer, and the answer's tokens.
 
     The last rows of the logits, as many as the answer has tokens, then predict it.
@@ -167,6 +165,6 @@ def _fill(name: str, tokens: Tensor) -> Tensor:
     return tokens if name == "input_ids" else torch.full_like(tokens, int(name == "attention_mask"))
 
 
-def visual_points(model: "HookedMLLM") -> list[str]:
+def visual_points(model: Model) -> list[str]:
     """Where visual features enter the language model: among the embeddings, and in Qwen3-VL after its first blocks."""
     return ["hook_embed", *(name for name in model.hook_dict if name.endswith(".hook_deepstack"))]

@@ -1,19 +1,16 @@
 """GradientAgreement: the evidence is where the answer's score changes fastest with the visual embeddings."""
 
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visual_points, with_greedy_answer
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 RULES = ("norm", "gradient_x_input")
 
@@ -61,7 +58,7 @@ class GradientAgreement(EvidenceAgreement):
             raise InputError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
         self.rule = rule
 
-    def relevance(self, model: "HookedMLLM", sample: Sample) -> Float[Tensor, " pos"]:
+    def relevance(self, model: Model, sample: Sample) -> Float[Tensor, " pos"]:
         """The squared gradient or gradient times input of each position, over all features entering there."""
         forced, answer = with_greedy_answer(model, sample, self.n_tokens)
         leaves: dict[str, Tensor] = {}

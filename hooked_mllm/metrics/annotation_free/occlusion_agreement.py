@@ -2,19 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visual_points, with_greedy_answer
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class OcclusionAgreement(EvidenceAgreement):
@@ -71,7 +68,7 @@ class OcclusionAgreement(EvidenceAgreement):
         self.refine = refine
         self.batch_size = batch_size
 
-    def relevance(self, model: "HookedMLLM", sample: Sample) -> Float[Tensor, " pos"]:
+    def relevance(self, model: Model, sample: Sample) -> Float[Tensor, " pos"]:
         """By how much occluding each position lowers the answer's log-probability; 0 where it was not tried alone."""
         forced, answer = with_greedy_answer(model, sample, self.n_tokens)
         visual = sample.mask("visual")[0].cpu().nonzero()[:, 0]
@@ -88,7 +85,7 @@ class OcclusionAgreement(EvidenceAgreement):
     @torch.no_grad()
     def _drops(
         self,
-        model: "HookedMLLM",
+        model: Model,
         sample: Sample,
         answer: Int[Tensor, " token"],
         places: Sequence[Int[Tensor, " _"]],
@@ -103,7 +100,7 @@ class OcclusionAgreement(EvidenceAgreement):
         return self._log_prob(model, sample, answer, [none], visual) - torch.cat(likely)
 
     def _log_prob(
-        self, model: "HookedMLLM", sample: Sample, answer: Tensor, places: Sequence[Tensor], visual: Tensor
+        self, model: Model, sample: Sample, answer: Tensor, places: Sequence[Tensor], visual: Tensor
     ) -> Float[Tensor, " place"]:
         def occlude(value: Tensor, hook: HookPoint) -> Tensor:
             value = value.clone()

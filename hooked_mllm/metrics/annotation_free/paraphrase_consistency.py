@@ -1,20 +1,18 @@
 """ParaphraseConsistency: attention that every wording of a question sends to a token, and other questions do not."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, reword, unannotated
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class ParaphraseConsistency(QuestionScore):
@@ -65,7 +63,7 @@ class ParaphraseConsistency(QuestionScore):
 
     def groups(
         self,
-        model: "HookedMLLM",
+        model: Model,
         samples: Sample | Iterable[Any],
         paraphrase: Callable[[str], Sequence[str]],
         questions: Sequence[str] | None = None,

@@ -1,20 +1,18 @@
 """QuestionContrast: attention that goes where this question sends it, and other questions do not."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, unannotated
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 class QuestionContrast(QuestionScore):
@@ -63,7 +61,7 @@ class QuestionContrast(QuestionScore):
 
     @staticmethod
     def groups(
-        model: "HookedMLLM",
+        model: Model,
         samples: Sample | Iterable[Any],
         questions: Sequence[str] | None = None,
         *,

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads.counting import share_count
 from hooked_mllm.inputs.sample import Sample
@@ -16,9 +17,6 @@ from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics.base import HeadMetric
 from hooked_mllm.metrics.literature.null_query import NullQuery
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 T = TypeVar("T")
 
@@ -89,7 +87,7 @@ def draw(others: Sequence[T], n: int, rng: np.random.Generator, question: str) -
     return [others[i] for i in rng.permutation(len(others))[:n]]
 
 
-def group(model: "HookedMLLM", sample: Sample, texts: Iterable[str]) -> SharedPrefix:
+def group(model: Model, sample: Sample, texts: Iterable[str]) -> SharedPrefix:
     """The sample's prompt with each of the texts as its question, as one batch whose common part is run once."""
     rows = [sample if text == sample.question else NullQuery(text).sample(model, sample) for text in texts]
     return SharedPrefix.collate(rows)

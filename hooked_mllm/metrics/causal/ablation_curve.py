@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mllm.cache.activation_cache import Positions
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.heads.counting import resolve_count
@@ -150,7 +151,7 @@ class AblationCurve:
 
     def run(
         self,
-        model: Any,
+        model: Model,
         samples: Any,
         *,
         objective: Any = None,
@@ -208,7 +209,7 @@ class AblationCurve:
 
     def _batch(
         self,
-        model: Any,
+        model: Model,
         samples: list[Sample],
         goal: Objective,
         sets: list[HeadSet],
@@ -246,7 +247,12 @@ class AblationCurve:
         return [HeadAblation(heads, mode=self.mode, phase="prefill", positions=where, reference=self.reference)]
 
     def _result(
-        self, model: Any, samples: list[Sample], goal: Objective, points: list[_Point], found: dict[HeadSet, np.ndarray]
+        self,
+        model: Model,
+        samples: list[Sample],
+        goal: Objective,
+        points: list[_Point],
+        found: dict[HeadSet, np.ndarray],
     ) -> AblationCurveResult:
         absent = np.full(len(samples), np.nan)
         per_sample, heads, moved = {}, {}, []

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.cache.activation_cache import positions as indices
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, LayoutError
 from hooked_mllm.heads.sample_scores import SampleScores
 from hooked_mllm.inputs.resolve import ResolvedInput
@@ -88,7 +89,7 @@ class AblationEffect(SweptMetric):
 
     def run(
         self,
-        model: Any,
+        model: Model,
         samples: Any,
         *,
         objective: Any,
@@ -130,11 +131,11 @@ class AblationEffect(SweptMetric):
         scores = SampleScores(values, name="AblationEffect", provenance=facts)
         return scores if per_sample else scores.mean()
 
-    def _layers(self, model: Any) -> list[int]:
+    def _layers(self, model: Model) -> list[int]:
         count = model.cfg.n_layers
         return [*range(count)] if self.layers is None else layers_of(self.layers, count, "text")
 
-    def count(self, model: Any, items: Sequence[Any]) -> int:
+    def count(self, model: Model, items: Sequence[Any]) -> int:
         """One variant a head."""
         return len(self._layers(model)) * model.cfg.n_heads
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.places import as_mask
@@ -100,7 +101,7 @@ class AttributionPatching(PatchingEffect):
 
     def run(  # type: ignore[override]  # nothing is run in variants here, so that none are batched
         self,
-        model: Any,
+        model: Model,
         pairs: Any,
         *,
         objective: Any,
@@ -189,7 +190,7 @@ class AttributionPatching(PatchingEffect):
         masks = kinds_of(job.item[0])
         return torch.stack([found[..., masks[kind]].sum(-1) for kind in self._places(job.model, job.items)], dim=1)
 
-    def _result(self, model: Any, items: Sequence[Any], effect: np.ndarray, facts: dict[str, Any]) -> Any:
+    def _result(self, model: Model, items: Sequence[Any], effect: np.ndarray, facts: dict[str, Any]) -> Any:
         result = super()._result(model, items, effect, facts)
         result.name = f"AttributionPatching({self.site})"
         return result

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import CacheFileError, HeadError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores, SampleScores
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -126,7 +127,7 @@ class DirectLogitAttribution:
     def __repr__(self) -> str:
         return f"DirectLogitAttribution({', '.join(f'{k}={v!r}' for k, v in self.config().items() if v is not None)})"
 
-    def run(self, model: Any, samples: Any, *, progress: bool = True) -> HeadScores:
+    def run(self, model: Model, samples: Any, *, progress: bool = True) -> HeadScores:
         """Attribute the logit difference to heads: one forward pass a sample.
 
         Args:
@@ -144,7 +145,7 @@ class DirectLogitAttribution:
         """
         return self.decompose(model, samples, progress=progress).heads
 
-    def decompose(self, model: Any, samples: Any, *, progress: bool = True) -> LogitDecomposition:
+    def decompose(self, model: Model, samples: Any, *, progress: bool = True) -> LogitDecomposition:
         """Attribute the logit difference to every component that writes to the last position's residual stream.
 
         Arguments and errors are those of `run`.
@@ -175,7 +176,7 @@ def _is_pair(item: Any) -> bool:
 
 
 @torch.no_grad()
-def _attribute(model: Any, sample: Any, bound: BoundObjective) -> tuple[tuple[str, ...], Tensor, Tensor]:
+def _attribute(model: Model, sample: Any, bound: BoundObjective) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Labels, attributions `[component batch]` and the model's own logit difference of one sample or batch."""
     names = ["hook_embed", "blocks.*.attn.hook_z", "blocks.*.hook_mlp_out", "ln_final.hook_scale"]
     names += ["blocks.*.hook_deepstack"] if model.cfg.n_deepstack else []
@@ -205,7 +206,7 @@ def _attribute(model: Any, sample: Any, bound: BoundObjective) -> tuple[tuple[st
     return labels, values, total.double().cpu()
 
 
-def _direction(model: Any, bound: BoundObjective) -> tuple[Float[Tensor, "batch d_model"], Tensor | None]:
+def _direction(model: Model, bound: BoundObjective) -> tuple[Float[Tensor, "batch d_model"], Tensor | None]:
     """What the difference is of the final stream: it is linear in the logits, and its gradient gives their weights."""
     with torch.enable_grad():
         logits = torch.zeros(*bound.positions.shape, model.cfg.d_vocab, requires_grad=True)

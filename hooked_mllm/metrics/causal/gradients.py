@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, NumericsError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.resolve import ResolvedInput
@@ -16,7 +16,7 @@ from hooked_mllm.objectives import BoundObjective, logits_at
 
 @torch.no_grad()
 def activations(
-    model: Any, inputs: ResolvedInput, names: Sequence[str], positions: Int[Tensor, "batch n"]
+    model: Model, inputs: ResolvedInput, names: Sequence[str], positions: Int[Tensor, "batch n"]
 ) -> tuple[dict[str, Tensor], Float[Tensor, "batch n d_vocab"]]:
     """What some hook points hold in a run, and its logits at some positions."""
     kept: dict[str, Tensor] = {}
@@ -32,13 +32,13 @@ def activations(
     return kept, logits
 
 
-def entrances(model: Any) -> list[str]:
+def entrances(model: Model) -> list[str]:
     """The hook points where something enters the decoder blocks: the embeddings, and DeepStack's features."""
     return [name for name in model.hook_dict if name == "hook_embed" or name.endswith("hook_deepstack")]
 
 
 @contextmanager
-def between(model: Any, start: Mapping[str, Tensor], change: Mapping[str, Tensor], share: float) -> Iterator[None]:
+def between(model: Model, start: Mapping[str, Tensor], change: Mapping[str, Tensor], share: float) -> Iterator[None]:
     """Within it, what enters the decoder blocks is `start` and a share of the change."""
 
     def mix(x: Tensor, hook: HookPoint) -> Tensor:
@@ -62,7 +62,7 @@ class Products:
     """
 
     def __init__(
-        self, model: Any, names: Sequence[str], inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]
+        self, model: Model, names: Sequence[str], inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]
     ) -> None:
         self.model, self.names, self.inputs, self.rows = model, names, inputs, rows
         self.sums: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from torch import Tensor
 from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.lazy import value_of
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.inputs.sample import Sample
@@ -101,7 +102,7 @@ class PatchingEffect(SweptMetric):
 
     def run(
         self,
-        model: Any,
+        model: Model,
         pairs: Any,
         *,
         objective: Any,
@@ -136,7 +137,7 @@ class PatchingEffect(SweptMetric):
         effect, more = normalised(clean, corrupted, variants, self.direction, self.normalise)
         return self._result(model, items, effect, {**facts, **more})
 
-    def _result(self, model: Any, items: Sequence[Any], effect: np.ndarray, facts: dict[str, Any]) -> Any:
+    def _result(self, model: Model, items: Sequence[Any], effect: np.ndarray, facts: dict[str, Any]) -> Any:
         layers, places = self._layers(model), self._places(model, items)
         grid, name = effect.reshape(len(layers), len(places)), f"PatchingEffect({self.site})"
         if self.by != "head":
@@ -148,11 +149,11 @@ class PatchingEffect(SweptMetric):
         scores = HeadScores(values, name=name, provenance=facts, counts=counts, missing=absent)
         return scores.to_query(model.cfg.n_heads) if self.site in KEY_VALUE_SITES else scores
 
-    def _layers(self, model: Any) -> list[int]:
+    def _layers(self, model: Model) -> list[int]:
         count = model.cfg.n_layers
         return [*range(count)] if self.layers is None else layers_of(self.layers, count, "text")
 
-    def _places(self, model: Any, items: Sequence[Any]) -> list[Any]:
+    def _places(self, model: Model, items: Sequence[Any]) -> list[Any]:
         if self.by == "head":
             return [*range(model.cfg.n_key_value_heads if self.site in KEY_VALUE_SITES else model.cfg.n_heads)]
         if self.by == "layer":
@@ -168,7 +169,7 @@ class PatchingEffect(SweptMetric):
         found = [kinds_of(clean) for clean, _ in items]
         return [kind for kind in KINDS if all(kind in each for each in found)]
 
-    def count(self, model: Any, items: Sequence[Any]) -> int:
+    def count(self, model: Model, items: Sequence[Any]) -> int:
         """Layers times places."""
         if self.by == "kind" and not all(isinstance(clean, Sample) for clean, _ in items):
             raise InputError("by='kind' takes pairs of Samples, not of batches: their kinds of token lie elsewhere.")
@@ -226,7 +227,7 @@ def normalised(
     return change / whole, means
 
 
-def source_activations(model: Any, inputs: Any, site: str, layers: Sequence[int]) -> dict[int, Tensor]:
+def source_activations(model: Model, inputs: Any, site: str, layers: Sequence[int]) -> dict[int, Tensor]:
     """A site's activations in each layer of a run."""
     names = {layer: full_name((site, layer), {"text": model.cfg.n_layers}) for layer in layers}
     with torch.no_grad():

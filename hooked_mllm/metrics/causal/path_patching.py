@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from hooked_mllm.cache.keys import full_name
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.hooks import Handle, HookPoint
@@ -90,7 +91,7 @@ class PathPatching(SweptMetric):
 
     def run(
         self,
-        model: Any,
+        model: Model,
         pairs: Any,
         *,
         objective: Any,
@@ -127,10 +128,10 @@ class PathPatching(SweptMetric):
             values, name="PathPatching", provenance={**facts, **more}, counts=counts, missing=range(last, shape[0])
         )
 
-    def _heads(self, model: Any) -> HeadSet:
+    def _heads(self, model: Model) -> HeadSet:
         return heads_of(self.receivers, model, "text")
 
-    def _last(self, model: Any) -> int:
+    def _last(self, model: Model) -> int:
         """The number of layers whose heads can reach a receiver."""
         if self.receivers == "logits":
             return model.cfg.n_layers
@@ -139,7 +140,7 @@ class PathPatching(SweptMetric):
             raise HeadError("Receivers in layer 0 receive nothing from other heads: take later ones.")
         return last
 
-    def count(self, model: Any, items: Sequence[Any]) -> int:
+    def count(self, model: Model, items: Sequence[Any]) -> int:
         """One variant a sender."""
         return self._last(model) * model.cfg.n_heads
 
@@ -213,7 +214,7 @@ class PathPatching(SweptMetric):
 
 
 @contextmanager
-def _frozen(model: Any, held: Held, layer: int) -> Iterator[None]:
+def _frozen(model: Model, held: Held, layer: int) -> Iterator[None]:
     """Within it, heads behind a layer give what they give in the base run, and MLPs too if that is asked."""
     added: list[tuple[HookPoint, Handle]] = []
     try:

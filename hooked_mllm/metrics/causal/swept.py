@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions import check_pair
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
@@ -39,7 +40,7 @@ class SweptMetric(ABC):
         """The settings, as values that JSON can hold."""
 
     @abstractmethod
-    def count(self, model: Any, items: Sequence[Any]) -> int:
+    def count(self, model: Model, items: Sequence[Any]) -> int:
         """How many variants a sample has; refuses settings that do not fit the model."""
 
     @abstractmethod
@@ -48,7 +49,7 @@ class SweptMetric(ABC):
 
     def sweep(
         self,
-        model: Any,
+        model: Model,
         items: Sequence[Any],
         objective: Any,
         *,
@@ -101,7 +102,7 @@ class Job:
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         item: Any,
         items: Sequence[Any],
         goal: Objective,

@@ -2,19 +2,17 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Sample, SampleBatch, is_per_token
 from hooked_mllm.layout import Kind, TokenLayout, View
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class NullQuery:
     text: str = "N/A"
     reuse_prefix: bool = True
 
-    def sample(self, model: "HookedMLLM", sample: Sample) -> Sample:
+    def sample(self, model: Model, sample: Sample) -> Sample:
         """The sample with the null question; its answer is dropped.
 
         Raises:
@@ -79,7 +77,7 @@ class NullQuery:
             id=None,
         )
 
-    def pairs(self, model: "HookedMLLM", samples: Sample | Iterable[Sample]) -> Iterator[SampleBatch]:
+    def pairs(self, model: Model, samples: Sample | Iterable[Sample]) -> Iterator[SampleBatch]:
         """Each sample and its null query as a batch of two, which is what the calibrated metrics are measured on."""
         for sample in [samples] if isinstance(samples, Sample) else samples:
             if sample.answer is not None:
