@@ -11,9 +11,11 @@ and are listed here:
 - `Metric`: an object that `HookedMLLM.measure` passes the attention of each sample to.
 """
 
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +29,7 @@ from hooked_mllm.hooks.point import HookFunction as HookFunction
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookList, HookRegistry
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
+from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.layout import Region as Region
 from hooked_mllm.wiring.model import Wiring
 
@@ -164,7 +167,17 @@ class Model(Protocol):
         """Columns of the unembedding, one for each sample."""
         ...
 
-    def prepare(self, question: Any, images: Any = None, videos: Any = None, **options: Any) -> Any:
+    @overload
+    def prepare(self, question: str, images: Any = None, videos: Any = None, **options: Any) -> Sample: ...
+
+    @overload
+    def prepare(
+        self, question: list[str] | tuple[str, ...], images: Any = None, videos: Any = None, **options: Any
+    ) -> SampleBatch: ...
+
+    def prepare(
+        self, question: str | Sequence[str], images: Any = None, videos: Any = None, **options: Any
+    ) -> Sample | SampleBatch:
         """A Sample for a question, a SampleBatch for a list of questions."""
         ...
 
@@ -198,7 +211,15 @@ class Model(Protocol):
         """`generate` on resolved inputs."""
         ...
 
-    def measure(self, samples: Any, metrics: Any, **options: Any) -> Any:
+    def measure(
+        self,
+        samples: ModelInput | Iterable[ModelInput],
+        metrics: Any,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        save_every: int = 20,
+        progress: bool = True,
+    ) -> Any:
         """Score attention heads over samples."""
         ...
 

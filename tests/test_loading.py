@@ -110,7 +110,7 @@ def test_code_of_the_checkpoint_never_runs(copy):
     edit_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForImageTextToText": "evil.Model"})
     assert type(load_model(folder)[0]).__name__ == NATIVE["internvl"]
     edit_config(folder, model_type="evil")
-    with pytest.raises(UnsupportedModelError, match="needs code of its own, which is never run here"):
+    with pytest.raises(UnsupportedModelError, match="needs its own code, which this package never runs"):
         load_model(folder)
     for kwargs in ({"trust_remote_code": True}, {"use_safetensors": False}):
         with pytest.raises(UnsupportedModelError, match=r"never run|can run code"):
@@ -131,7 +131,7 @@ def test_another_model_is_refused_with_the_list(copy):
         load_model(folder)
     assert all(name in str(caught.value) for name in ("llama", "qwen3_vl", "llava_onevision", "internvl"))
     edit_config(folder, model_type="qwen3_vl", architectures=["Qwen3VLForEmbedding"])
-    with pytest.raises(UnsupportedModelError, match="holds a Qwen3VLForEmbedding"):
+    with pytest.raises(UnsupportedModelError, match="contains a Qwen3VLForEmbedding"):
         load_model(folder)
 
 

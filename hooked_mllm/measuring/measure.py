@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -166,7 +166,7 @@ def measure(
     samples: ModelInput | Iterable[ModelInput],
     metrics: Metric | Sequence[Metric],
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | PathLike[str] | None = None,
     save_every: int = 20,
     progress: bool = True,
     group_bytes: int = GROUP_BYTES,

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
+from hooked_mllm.contracts import Model
 from hooked_mllm.hooks.point import Direction, Handle, HookPoint
 from hooked_mllm.hooks.registry import HookList, HookRegistry, NameFilter
+from hooked_mllm.inputs.resolve import ModelInput
 from hooked_mllm.interventions.base import intervening
 
 
@@ -37,18 +39,18 @@ class HookMethods:
         level: int | None = None,
         prepend: bool = False,
     ) -> None:
-        """Hang a hook until it is reset.
+        """Register a hook until it is reset.
 
         Args:
             name: A hook name, a glob, a compiled regular expression, a predicate on names, or a list of these.
             hook: Called as `hook(activation, hook=point)`; None leaves the activation, a tensor replaces it.
             dir: "fwd" for activations, "bwd" for gradients.
-            is_permanent: Survive `reset_hooks` unless it is told `including_permanent=True`.
+            is_permanent: Keep the hook on `reset_hooks`, unless it is called with `including_permanent=True`.
             level: A number by which groups of hooks can be removed together.
-            prepend: Run before the hooks that hang there already.
+            prepend: Run before the hooks that are registered there already.
 
         Raises:
-            HookNameError: for a name that this model lacks; it lists the nearest ones.
+            HookNameError: For a name that this model does not have; the message lists the nearest ones.
 
         Examples:
             >>> from hooked_mllm import HookedMLLM
@@ -61,7 +63,7 @@ class HookMethods:
         self.registry.attach(name, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
     def add_perma_hook(self, name: NameFilter, hook: Callable[..., Any], dir: Direction = "fwd") -> None:
-        """Hang a hook that `reset_hooks` leaves alone unless told otherwise."""
+        """Register a hook that `reset_hooks` keeps, unless called with `including_permanent=True`."""
         self.add_hook(name, hook, dir, is_permanent=True)
 
     def reset_hooks(
@@ -71,7 +73,7 @@ class HookMethods:
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Take all hooks away but the permanent ones; the model is then exactly as it was."""
+        """Remove all hooks except permanent ones; the model then runs exactly as before."""
         self.registry.reset_hooks(clear_contexts, direction, including_permanent, level)
 
     def remove_all_hook_fns(
@@ -80,7 +82,7 @@ class HookMethods:
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Take hooks away and leave the points' contexts."""
+        """Remove hooks and keep the points' contexts."""
         self.registry.reset_hooks(False, direction, including_permanent, level)
 
     def list_hooks(
@@ -89,7 +91,7 @@ class HookMethods:
         dir: Literal["fwd", "bwd", "both"] = "both",
         including_permanent: bool = True,
     ) -> dict[str, list[Handle]]:
-        """The hooks that hang now, by the name of their point."""
+        """The registered hooks, by the name of their point."""
         return self.registry.list_hooks(name_filter, dir, including_permanent)
 
     def hooks(
@@ -99,12 +101,12 @@ class HookMethods:
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> AbstractContextManager[None]:
-        """Hooks for the body of a `with`; on leaving, by an error too, exactly these are taken away.
+        """Register hooks for the body of a `with`; at its end, also after an error, exactly these are removed.
 
         Args:
             fwd_hooks: Pairs of a name filter and a hook on activations.
             bwd_hooks: Pairs of a name filter and a hook on gradients.
-            reset_hooks_end: Take them away at the end.
+            reset_hooks_end: Remove them at the end.
             clear_contexts: Empty the points' contexts at the end.
 
         Examples:
@@ -117,21 +119,21 @@ class HookMethods:
         return self.registry.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
     def intervene(self, *interventions: Any) -> AbstractContextManager[list[dict[str, Any]]]:
-        """Intervene on the model for the body of a `with`: all are checked, hung in this order, and undone at the end.
+        """Intervene in the body of a `with`: interventions are checked, registered in this order, removed at its end.
 
-        They nest and combine, act in forward passes and in every step of `generate`, and on leaving, by an error or an
-        interrupt too, exactly what they hung is taken away.
+        Interventions nest and combine, and act in forward passes and in every step of `generate`. At the end, also
+        after an error or an interrupt, exactly their hooks are removed.
 
         Args:
             *interventions: `HeadAblation`, `AttentionKnockout`, `HeadPatch`, `ActivationPatch`, `Steer`, or your own.
 
         Yields:
-            A record of each: what it does, and under "applied" the calls of hook points edited so far.
+            A record of each: its settings, and under "applied" the number of hook-point calls edited so far.
 
         Raises:
-            HookValueError: for something else, or settings that do not fit this model.
-            HeadError: for heads that it lacks.
-            HookNameError: for layers or sites that it lacks.
+            HookValueError: For an object that is no intervention, or settings that do not fit this model.
+            HeadError: For heads that the model does not have.
+            HookNameError: For layers or sites that the model does not have.
 
         Examples:
             >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
@@ -142,11 +144,11 @@ class HookMethods:
             >>> records[0]["heads"], records[0]["mode"], records[0]["applied"]
             (['L2H4'], 'zero', {'prefill': 1, 'decode': 0})
         """
-        return intervening(self, interventions)
+        return intervening(cast(Model, self), interventions)
 
     def run_with_hooks(
         self,
-        inputs: Any,
+        inputs: ModelInput,
         *,
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
@@ -154,16 +156,16 @@ class HookMethods:
         clear_contexts: bool = False,
         **forward: Any,
     ) -> Tensor:
-        """One forward pass with these hooks; backward hooks are kept until the caller's `backward` has run.
+        """One forward pass with these hooks; backward hooks act in a later `backward` of this pass.
 
-        Backward hooks act on the graph of this pass, so they work after it returns although their points no longer
+        Backward hooks are part of the graph of this pass: they act after it returned, although their points no longer
         list them.
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs.
             fwd_hooks: Pairs of a name filter and a hook on activations.
             bwd_hooks: Pairs of a name filter and a hook on gradients.
-            reset_hooks_end: Take the hooks away at the end.
+            reset_hooks_end: Remove the hooks at the end.
             clear_contexts: Empty the points' contexts at the end.
             **forward: Passed to `forward`.
 

@@ -1,22 +1,25 @@
-"""HookedMLLM: a multimodal language model of transformers with every activation named."""
+"""HookedMLLM: a multimodal language model of transformers with a name for every activation."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from os import PathLike
+from typing import Any, TypeVar, overload
 
 import torch
 import transformers
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_mllm.attention.backends import AttentionBackend
 from hooked_mllm.contracts import Metric, ModelInfo
 from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput, resolve_input
+from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.measure import measure
-from hooked_mllm.model.attention_methods import AttentionMethods, split_attention
+from hooked_mllm.model.attention_methods import AttentionChoice, AttentionMethods, split_attention
 from hooked_mllm.model.hook_methods import HookMethods
 from hooked_mllm.model.loading import load_model
 from hooked_mllm.model.run_methods import RunMethods
@@ -25,20 +28,22 @@ from hooked_mllm.model.vision_methods import VisionMethods
 from hooked_mllm.version import __version__
 from hooked_mllm.wiring import wire
 
+Result = TypeVar("Result")
+
 
 class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     """A multimodal language model with a name for every activation: read it, edit it, score its heads.
 
-    The transformers model inside is not changed: no module is replaced, and with no hook added it runs as it always
-    does.
+    The transformers model is not changed: no module is replaced, and without hooks its logits are bit for bit those of
+    the plain model.
 
     Attributes:
         hf_model: The transformers model.
         processor: Its processor, or None.
         cfg: Its sizes.
-        family: What is particular to its family.
+        family: Module names, sizes and token layouts of its family.
         name: The checkpoint's name or path.
-        revision: Its revision, if one was asked for.
+        revision: Its revision, if one was given.
 
     Examples:
         >>> from hooked_mllm import Box, HookedMLLM, metrics, toys
@@ -85,20 +90,20 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         device: str | torch.device | None = None,
         device_map: str | Mapping[str, Any] | None = None,
         revision: str | None = None,
-        attention: str | AttentionBackend | Mapping[str, str | AttentionBackend] | None = None,
+        attention: AttentionChoice | None = None,
         check: bool = True,
         **kwargs: Any,
     ) -> "HookedMLLM":
         """Load a checkpoint: a folder, a hub id, or a bundled toy such as "toy-qwen3-vl".
 
-        Only safetensors are read and no code of the checkpoint is run. Parameters are frozen, since gradients here are
-        those of activations; `model.hf_model.requires_grad_(True)` undoes it.
+        Only safetensors are read and no code of the checkpoint is run. Parameters are frozen, because gradients are
+        taken of activations; `model.hf_model.requires_grad_(True)` unfreezes them.
 
         Args:
             path_or_id: The checkpoint.
             dtype: "bfloat16", "float16", "float32", or "auto" for the checkpoint's own.
-            device: Put the whole model there.
-            device_map: Or spread it, as transformers does ("auto").
+            device: The device of the whole model.
+            device_map: Spread the model over devices instead, as transformers does ("auto").
             revision: A branch, tag or commit of the hub.
             attention: A transformers implementation ("sdpa", "eager", ...) for both towers; a backend, such as
                 `HybridAttention(...)` or your own, for the language model; or a mapping of "text" and "vision" to
@@ -107,8 +112,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             **kwargs: For transformers' `from_pretrained`.
 
         Raises:
-            InputError: when there is no such checkpoint, it is damaged, or arguments contradict each other.
-            UnsupportedModelError: for another kind of model, or one that needs code of its own.
+            InputError: When there is no such checkpoint, it is damaged, or arguments contradict each other.
+            UnsupportedModelError: For another kind of model, or one that needs code of its own.
         """
         named, backends = split_attention(attention)
         hf_model, processor = load_model(path_or_id, dtype, device, device_map, revision, named, **kwargs)
@@ -119,15 +124,15 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
 
     @classmethod
     def from_model(cls, hf_model: nn.Module, processor: Any = None, *, check: bool = True) -> "HookedMLLM":
-        """Wrap a transformers model that is in memory; without a processor, everything but `prepare` works.
+        """Wrap a transformers model in memory; without a processor, everything except `prepare` works.
 
         Args:
-            hf_model: An instance of one of the supported classes. It is not changed, and stays usable by itself.
+            hf_model: An instance of one of the supported classes. It is not changed and stays usable.
             processor: Its processor.
             check: Verify the wiring on a small input.
 
         Raises:
-            UnsupportedModelError: for a model of another class.
+            UnsupportedModelError: For a model of another class.
         """
         return cls(hf_model, processor, check=check)
 
@@ -143,7 +148,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the token embeddings."""
+        """The device of the token embeddings, where inputs go."""
         return self.hf_model.get_submodule(self.family.embed).weight.device
 
     @property
@@ -152,28 +157,28 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         return self.hf_model.dtype
 
     @property
-    def ln_final(self) -> Any:
+    def ln_final(self) -> nn.Module:
         """The final norm."""
         return self.hf_model.get_submodule(self.family.ln_final)
 
     @property
-    def lm_head(self) -> Any:
+    def lm_head(self) -> nn.Module:
         """The unembedding."""
         return self.hf_model.get_submodule(self.family.lm_head)
 
-    def output_projection(self, layer: int) -> Any:
-        """W_O of one block, as the module that applies it."""
+    def output_projection(self, layer: int) -> nn.Module:
+        """The module that maps the z of one block to the residual stream (W_O and its bias)."""
         return self.wiring.output_projection(self.wiring.text[layer])
 
-    def unembed(self, tokens: Any, batch: int) -> Tensor:
-        """Columns of the unembedding, one a sample: `[batch d_model]`.
+    def unembed(self, tokens: str | int | Sequence[int] | Tensor, batch: int) -> Float[Tensor, "batch d_model"]:
+        """Columns of the unembedding, one for each sample.
 
         Args:
-            tokens: An id, a string that is one token, or one id a sample.
+            tokens: An id, a string that is one token, or one id for each sample.
             batch: Number of samples.
 
         Raises:
-            InputError: for a string of several tokens or an id outside the vocabulary.
+            InputError: For a string of several tokens or an id outside the vocabulary.
         """
         if isinstance(tokens, str):
             if self.processor is None:
@@ -182,16 +187,13 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             if len(ids) != 1:
                 raise InputError(f"{tokens!r} is {len(ids)} tokens; expected one. Give an id.")
             tokens = ids[0]
-        index = (
-            torch.as_tensor(tokens, dtype=torch.long)
-            .reshape(-1)
-            .expand(batch if torch.as_tensor(tokens).numel() == 1 else -1)
-        )
+        index = torch.as_tensor(tokens, dtype=torch.long).reshape(-1)
+        index = index.expand(batch) if len(index) == 1 else index  # [batch]
         if len(index) != batch:
             raise InputError(f"Expected one token, or one for each of {batch} samples; got {len(index)}.")
         if bool(((index < 0) | (index >= self.cfg.d_vocab)).any()):
-            raise InputError(f"Token ids {index.tolist()} reach outside the vocabulary of {self.cfg.d_vocab}.")
-        weight = self.lm_head.weight
+            raise InputError(f"Token ids {index.tolist()} are outside the vocabulary of {self.cfg.d_vocab}.")
+        weight: Tensor = self.lm_head.weight  # type: ignore[assignment]
         return weight[index.to(weight.device)]
 
     @property
@@ -212,10 +214,10 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         )
 
     def to(self, *args: Any, **kwargs: Any) -> "HookedMLLM":
-        """Move the model, as `torch.nn.Module.to`; a model spread by `device_map` stays where it is.
+        """Move the model, as `torch.nn.Module.to`.
 
         Raises:
-            InputError: for a model that is spread over devices.
+            InputError: For a model that `device_map` spread over devices.
         """
         if getattr(self.hf_model, "hf_device_map", None):
             raise InputError("This model was spread by device_map; load it again with another one to move it.")
@@ -228,11 +230,21 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     def _preparer(self) -> Preparer:
         return Preparer(self.processor, self.hf_model.config, self.family)
 
-    def prepare(self, question: str | Sequence[str], images: Any = None, videos: Any = None, **options: Any) -> Any:
+    @overload
+    def prepare(self, question: str, images: Any = None, videos: Any = None, **options: Any) -> Sample: ...
+
+    @overload
+    def prepare(
+        self, question: list[str] | tuple[str, ...], images: Any = None, videos: Any = None, **options: Any
+    ) -> SampleBatch: ...
+
+    def prepare(
+        self, question: str | Sequence[str], images: Any = None, videos: Any = None, **options: Any
+    ) -> Sample | SampleBatch:
         """Build model inputs through the model's own processor and chat template, and the layout of their tokens.
 
         Args:
-            question: The question, or a list of them for a batch; everything else is then a list of as many.
+            question: The question, or a list of them for a batch; everything else is then a list of the same length.
             images: A picture or several: PIL images, paths, arrays.
             videos: A video or several: paths, `Video`s, pairs (frames, fps).
             **options: `system=`, `answer=` (teacher forcing), `target=` (the region asked about), `id=`, `fps=`,
@@ -243,8 +255,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             A `Sample`, or a `SampleBatch` for a list.
 
         Raises:
-            InputError: for inputs that are missing, damaged or contradictory, or without a processor.
-            LayoutError: when the question is not found, or the target maps to no token.
+            InputError: For inputs that are missing, damaged or contradictory, or without a processor.
+            LayoutError: When the question is not found, or the target maps to no token.
 
         Examples:
             >>> from PIL import Image
@@ -258,41 +270,64 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         return self._preparer(question, images, videos, **options)
 
     def resolve(self, inputs: ModelInput) -> ResolvedInput:
-        """Check inputs of any accepted kind and bring them to the model's device."""
+        """Check model inputs of any accepted kind and move them to the model's device."""
         return resolve_input(inputs, self.family, self.hf_model.config, self.device)
 
     # -- measuring -------------------------------------------------------------------------------------------------
 
+    @overload
     def measure(
         self,
         samples: ModelInput | Iterable[ModelInput],
-        metrics: Metric | Sequence[Metric],
+        metrics: Metric[AttentionView, Result],
         *,
-        checkpoint: Any = None,
+        checkpoint: str | PathLike[str] | None = None,
+        save_every: int = 20,
+        progress: bool = True,
+    ) -> Result: ...
+
+    @overload
+    def measure(
+        self,
+        samples: ModelInput | Iterable[ModelInput],
+        metrics: Sequence[Metric[AttentionView, Result]],
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        save_every: int = 20,
+        progress: bool = True,
+    ) -> list[Result]: ...
+
+    def measure(
+        self,
+        samples: ModelInput | Iterable[ModelInput],
+        metrics: Metric[AttentionView, Any] | Sequence[Metric[AttentionView, Any]],
+        *,
+        checkpoint: str | PathLike[str] | None = None,
         save_every: int = 20,
         progress: bool = True,
     ) -> Any:
-        """Score attention heads: one forward pass a sample, without logits, its attention rows shared by all metrics.
+        """Score attention heads: one forward pass per sample, without logits; all metrics share its attention rows.
 
-        The model keeps its fast attention; only the rows that a metric asks for are computed, in float32. Under
-        `torch.distributed`, give each process its own samples: results are summed over processes.
+        The model keeps its fast attention; only the rows that a metric reads are computed, in float32. Under
+        `torch.distributed`, pass each process its own samples: results are summed over processes.
 
         Args:
             samples: Samples, batches or mappings; one, a list, or an iterator that makes them as they are needed.
             metrics: A metric or several.
-            checkpoint: A file in which the state is kept every `save_every` samples and when interrupted; a later call
-                with the same samples, metrics and file goes on where that one stopped. It must be the same model, with
-                the same attention, interventions, hooks and library versions.
-            save_every: Samples between two savings.
+            checkpoint: A file to which the state is saved every `save_every` samples and on an interrupt; a later call
+                with the same samples, metrics and file resumes there. Model, attention, interventions, hooks and
+                library versions must be the same.
+            save_every: Samples between two saves.
             progress: Show a progress bar.
 
         Returns:
-            What the metric computes, mostly `HeadScores`; a list of as many for several metrics.
+            The metric's result, mostly `HeadScores`; for several metrics the list of their results.
 
         Raises:
-            InputError: when a metric needs what a sample lacks, such as a target, or there is no sample.
-            NumericsError: when attention is not finite, as after an overflow in float16.
-            CacheFileError: for the checkpoint of another run.
+            InputError: When a sample has no tokens of a kind that a metric reads, such as a target, or there is no
+                sample.
+            NumericsError: When attention is not finite, as after an overflow in float16.
+            CacheFileError: For the checkpoint of another run.
 
         Examples:
             >>> from hooked_mllm import HookedMLLM, metrics, toys
@@ -310,11 +345,11 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     def nnsight(self) -> Any:
         """The same module object as an nnsight object, with this package's names inside a trace; see `NNsightModel`.
 
-        nnsight is imported on first use. It gives every Python object a method `save`, which some packages do not bear
-        while they are imported: import everything else first.
+        nnsight is imported on first use. It adds a method `save` to every Python object, with which some packages
+        cannot be imported: import everything else before.
 
         Raises:
-            InputError: when nnsight is not installed.
+            InputError: When nnsight is not installed.
 
         Examples:
             >>> from hooked_mllm import HookedMLLM, toys
@@ -338,10 +373,11 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     def check(self) -> None:
         """Verify the wiring on a small input, with an image where there is a processor.
 
-        Checked: every part is there; hooked logits equal plain ones bit for bit; every hook point fires; patterns sum
-        to one and give z back; the layout counts as many visual tokens as the model.
+        Checked: every module of the family exists; hooked logits equal plain ones bit for bit; every hook point fires;
+        patterns sum to one, and pattern times v equals z; the layout and the model count the same number of visual
+        tokens.
 
         Raises:
-            UnsupportedModelError: naming what failed.
+            UnsupportedModelError: With the check that failed.
         """
         self_check(self)

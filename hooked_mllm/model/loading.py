@@ -1,4 +1,4 @@
-"""Loading a checkpoint: safetensors only, the transformers class only, no code from the checkpoint."""
+"""Loading a checkpoint: safetensors only, classes of transformers only, no code from the checkpoint."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 from hooked_mllm.errors import HookedMLLMError, InputError, UnsupportedModelError, nearest
@@ -35,21 +35,21 @@ def load_model(
     revision: str | None = None,
     attention: str | Mapping[str, str] | None = None,
     **kwargs: Any,
-) -> tuple[Any, Any]:
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
     """The transformers model in eval mode, its parameters frozen, and its processor.
 
     Parameters are frozen (`requires_grad` false) because gradients are taken of activations here; ask for those of
     parameters with `model.hf_model.requires_grad_(True)`.
 
     Args:
-        path_or_id: a folder, a hub id "organisation/name", or the name of a bundled toy.
+        path_or_id: A folder, a hub id "organisation/name", or the name of a bundled toy.
         dtype: "bfloat16", "float16", "float32", or "auto" for that of the checkpoint.
-        device: put the whole model there.
-        device_map: instead, spread it, as transformers does ("auto" needs `accelerate`).
-        revision: a branch, tag or commit of the hub.
-        attention: transformers' name of an attention implementation, such as "sdpa", for both towers, or
+        device: The device of the whole model.
+        device_map: Spread the model over devices instead, as transformers does ("auto" needs `accelerate`).
+        revision: A branch, tag or commit of the hub.
+        attention: An attention implementation of transformers, such as "sdpa", for both towers, or
             {"text": ..., "vision": ...}.
-        **kwargs: passed on to transformers' `from_pretrained`.
+        **kwargs: For transformers' `from_pretrained`.
 
     Returns:
         The model, and its processor; `None` if the checkpoint has no processor files.
@@ -86,10 +86,12 @@ def load_model(
     return model.eval().requires_grad_(False), _processor(source, safe)
 
 
-def _checked(kwargs: dict[str, Any], device: Any, device_map: Any) -> dict[str, Any]:
+def _checked(
+    kwargs: dict[str, Any], device: str | torch.device | None, device_map: str | Mapping[str, Any] | None
+) -> dict[str, Any]:
     if device is not None and device_map is not None:
         raise InputError(
-            "Give device= or device_map=, not both: one puts the whole model in one place, the other spreads it. Got "
+            "Give device= or device_map=, not both: one moves the whole model to a device, the other spreads it. Got "
             f"device={device!r}, device_map={device_map!r}."
         )
     if kwargs.get("trust_remote_code"):
@@ -97,7 +99,7 @@ def _checked(kwargs: dict[str, Any], device: Any, device_map: Any) -> dict[str, 
     if kwargs.get("use_safetensors") is False:
         raise UnsupportedModelError("Only safetensors are read here, because other weight files can run code.")
     if "attn_implementation" in kwargs:
-        raise InputError("Name the attention with attention=, which takes what attn_implementation= takes.")
+        raise InputError("Specify the attention with attention=, which takes the values of attn_implementation=.")
     return {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors", "output_loading_info")}
 
 
@@ -155,7 +157,7 @@ def _check_config(source: str, where: dict[str, str]) -> None:
     except UnsupportedModelError as error:
         if model_type != "internvl_chat" and "auto_map" in config:
             raise UnsupportedModelError(
-                f"{source!r} needs code of its own, which is never run here. {error}"
+                f"{source!r} needs its own code, which this package never runs. {error}"
             ) from error
         raise UnsupportedModelError(f"{source!r} cannot be loaded. {error}") from error
     except HookedMLLMError:
@@ -163,7 +165,7 @@ def _check_config(source: str, where: dict[str, str]) -> None:
     wanted, got = family.model_classes, config.get("architectures") or []
     if got and not set(got) & set(wanted):
         raise UnsupportedModelError(
-            f"{source!r} holds a {', '.join(got)}; of {model_type!r} this package reads {', '.join(wanted)}."
+            f"{source!r} contains a {', '.join(got)}; for {model_type!r} this package supports {', '.join(wanted)}."
         )
 
 
@@ -181,7 +183,7 @@ def _check_weights(source: str) -> None:
     raise InputError(f"{source!r} has no weights: no *.safetensors file in the folder.")
 
 
-def _processor(source: str, safe: dict[str, Any]) -> Any:
+def _processor(source: str, safe: dict[str, Any]) -> ProcessorMixin | None:
     quiet = {name: value for name, value in safe.items() if name == "revision"}
     files = [
         cached_file(

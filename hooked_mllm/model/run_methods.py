@@ -1,30 +1,32 @@
-"""How HookedMLLM runs: a forward pass, a part of one, a generation, each with its activations kept if asked for."""
+"""How HookedMLLM runs: a forward pass, a part of one, or a generation; with its activations cached on request."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast, overload
 
 import torch
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
-from hooked_mllm.cache import GenerationCache
+from hooked_mllm.cache import ActivationCache, GenerationCache
+from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.cache.run import CacheRequest, run_cached
-from hooked_mllm.errors import HookValueError
+from hooked_mllm.contracts import Model, ReturnType
+from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.families.base import Family
+from hooked_mllm.hooks.point import Clock
 from hooked_mllm.hooks.registry import HookRegistry, NameFilter
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
-from hooked_mllm.model.running import (
-    StopForwardError,
-    check_arguments,
-    check_generation,
-    check_half,
-    checking_half,
-    counting_steps,
-    labels_of,
-    stop_module,
-    stopping_at,
-)
+from hooked_mllm.model.run_checks import check_arguments, check_generation, check_half, checking_half, labels_of
 
-ReturnType = Literal["logits", "loss", "both", "output"]
+
+class StopForwardError(Exception):
+    """Carries the residual stream out of a forward pass that ends at a block."""
+
+    def __init__(self, residual: Tensor) -> None:
+        super().__init__("stopped")
+        self.residual = residual
 
 
 class RunMethods:
@@ -33,7 +35,37 @@ class RunMethods:
     hf_model: Any
     family: Family
     registry: HookRegistry
-    resolve: Callable[..., ResolvedInput]
+    resolve: Callable[[ModelInput], ResolvedInput]
+
+    @overload
+    def forward(
+        self,
+        inputs: ModelInput | None = None,
+        *,
+        return_type: Literal["logits", "loss"] = "logits",
+        stop_at_layer: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, inputs: ModelInput | None = None, *, return_type: Literal["both"], **kwargs: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, inputs: ModelInput | None = None, *, return_type: Literal["output"], **kwargs: Any
+    ) -> ModelOutput: ...
+
+    @overload
+    def forward(
+        self, inputs: ModelInput | None = None, *, return_type: None, stop_at_layer: int, **kwargs: Any
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, inputs: ModelInput | None = None, *, return_type: None, stop_at_layer: None = None, **kwargs: Any
+    ) -> None: ...
 
     def forward(
         self,
@@ -42,20 +74,20 @@ class RunMethods:
         return_type: ReturnType | None = "logits",
         stop_at_layer: int | None = None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor] | ModelOutput | None:
         """One forward pass.
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs; or none, with the model inputs as keywords.
             return_type: "logits" `[batch pos vocab]`; "loss" (mean negative log-likelihood of the answer's tokens, or
                 of `labels`); "both"; "output" for transformers' own output; None to compute no logits.
-            stop_at_layer: Return the residual stream `[batch pos d_model]` entering this block and run no further;
-                negative counts from the end.
+            stop_at_layer: Return the residual stream `[batch pos d_model]` entering this block and run no further
+                block; a negative number counts from the end.
             **kwargs: For the transformers model, such as `logits_to_keep=1`.
 
         Raises:
-            InputError: for inputs that the model would get wrong, or arguments that it does not know.
-            NumericsError: when float16 overflowed.
+            InputError: For inputs that the model would process wrongly, or arguments that it does not have.
+            NumericsError: When float16 overflowed.
         """
         if inputs is None:
             check_arguments(self.hf_model, kwargs)
@@ -71,7 +103,7 @@ class RunMethods:
         stop_at_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """`forward` on inputs that are checked already."""
+        """`forward` on resolved inputs."""
         if return_type not in ("logits", "loss", "both", "output", None):
             raise HookValueError(f"return_type is 'logits', 'loss', 'both', 'output' or None; got {return_type!r}.")
         check_arguments(self.hf_model, kwargs)
@@ -84,13 +116,7 @@ class RunMethods:
         if arguments.get("past_key_values") is None:
             self.family.reset(self.hf_model)
         if stop_at_layer is not None:
-            try:
-                stop = stop_module(self.hf_model, self.family, stop_at_layer)
-                with self.registry.running_on(inputs), stopping_at(stop):
-                    self.hf_model(**arguments)
-            except StopForwardError as stopped:
-                return stopped.residual
-            raise AssertionError("the forward pass did not reach the block it was to stop at")
+            return self._run_to(stop_at_layer, inputs, arguments)
         with self.registry.running_on(inputs):
             output = self.hf_model(**arguments)
         check_half(output.logits)
@@ -100,16 +126,28 @@ class RunMethods:
             return output.logits, output.loss
         return output.loss if return_type == "loss" else output.logits
 
+    def _run_to(
+        self, layer: int, inputs: ResolvedInput, arguments: dict[str, Any]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that enters block `layer`; later blocks do not run."""
+        module = stop_module(self.hf_model, self.family, layer)
+        try:
+            with self.registry.running_on(inputs), stopping_at(module):
+                self.hf_model(**arguments)
+        except StopForwardError as stopped:
+            return stopped.residual
+        raise AssertionError(f"the forward pass did not reach block {layer}")
+
     def run_trunk(self, inputs: ResolvedInput, **kwargs: Any) -> None:
-        """A forward pass without the unembedding, for what hooks and taps see on the way."""
+        """A forward pass without the unembedding, for hooks and attention taps."""
         self.family.reset(self.hf_model)
         tensors = {k: v for k, v in inputs.tensors.items() if k not in ("labels", "logits_to_keep")}
         with self.registry.running_on(inputs):
             self.hf_model.model(**{"use_cache": False, **tensors, **kwargs})
 
     @torch.no_grad()
-    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor:
-        """Generate, with hooks firing in the prefill (`hook.step == 0`) and in every decoding step (`hook.step == n`).
+    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Int[Tensor, "batch pos"]:
+        """Generate; hooks fire in the prefill (`hook.step == 0`) and in every decoding step (`hook.step == n`).
 
         Args:
             inputs: A sample, a batch padded on the left, or a mapping of model inputs; or none, with these as keywords.
@@ -119,21 +157,78 @@ class RunMethods:
             What transformers returns: token ids `[batch pos]`, the prompt's included.
 
         Raises:
-            InputError: for a batch padded on the right.
-            NumericsError: when float16 overflowed.
+            InputError: For a batch padded on the right.
+            NumericsError: When float16 overflowed.
         """
         if inputs is None:
             return self.run_generate(self.resolve(kwargs))
         return self.run_generate(self.resolve(inputs), **kwargs)
 
     def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any:
-        """`generate` on inputs that are checked already."""
+        """`generate` on resolved inputs."""
         check_generation(inputs)
         self.family.reset(self.hf_model)
         tensors = {k: v for k, v in inputs.tensors.items() if k != "labels"}
         counting = counting_steps(self.hf_model, self.registry.clock)
         with self.registry.running_on(inputs), counting, checking_half(self.hf_model):
             return self.hf_model.generate(**{**tensors, **kwargs})
+
+    @overload
+    def run_with_cache(
+        self,
+        inputs: ModelInput,
+        names_filter: NameFilter = None,
+        *,
+        return_logits: Literal[True] = True,
+        generate: None = None,
+        return_cache_object: Literal[True] = True,
+        **options: Any,
+    ) -> tuple[Tensor, ActivationCache]: ...
+
+    @overload
+    def run_with_cache(
+        self,
+        inputs: ModelInput,
+        names_filter: NameFilter = None,
+        *,
+        return_logits: bool,
+        generate: None = None,
+        return_cache_object: Literal[True] = True,
+        **options: Any,
+    ) -> tuple[Tensor | None, ActivationCache]: ...
+
+    @overload
+    def run_with_cache(
+        self,
+        inputs: ModelInput,
+        names_filter: NameFilter = None,
+        *,
+        generate: Mapping[str, Any],
+        return_cache_object: Literal[True] = True,
+        **options: Any,
+    ) -> tuple[Tensor, GenerationCache]: ...
+
+    @overload
+    def run_with_cache(
+        self,
+        inputs: ModelInput,
+        names_filter: NameFilter = None,
+        *,
+        generate: None = None,
+        return_cache_object: Literal[False],
+        **options: Any,
+    ) -> tuple[Tensor | None, dict[str, Tensor]]: ...
+
+    @overload
+    def run_with_cache(
+        self,
+        inputs: ModelInput,
+        names_filter: NameFilter = None,
+        *,
+        generate: Mapping[str, Any],
+        return_cache_object: Literal[False],
+        **options: Any,
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]: ...
 
     def run_with_cache(
         self,
@@ -143,38 +238,38 @@ class RunMethods:
         device: torch.device | str | None = None,
         incl_bwd: bool | Callable[[Tensor], Tensor] = False,
         stop_at_layer: int | None = None,
-        queries: Any = None,
-        keys: Any = None,
+        queries: Positions | None = None,
+        keys: Positions | None = None,
         return_logits: bool = True,
         generate: Mapping[str, Any] | None = None,
-        pos_slice: Any = None,
+        pos_slice: Positions | None = None,
         remove_batch_dim: bool = False,
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         return_cache_object: bool = True,
         **forward: Any,
-    ) -> tuple[Any, Any]:
-        """One forward pass, or a generation, with the activations kept.
+    ) -> tuple[Tensor | None, ActivationCache | GenerationCache | dict[str, Tensor] | list[dict[str, Tensor]]]:
+        """One forward pass, or a generation, with its activations cached.
 
-        Caching changes nothing: activations are seen after the edits of hooks that hang already, attention patterns are
-        recomputed in float32 when they are read, and the model keeps its fast attention.
+        Caching does not change the run: activations are cached after the edits of registered hooks, attention patterns
+        are recomputed in float32 when they are read, and the model keeps its fast attention.
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs.
-            names_filter: What to keep: None (all), a name, a glob, a regular expression, a predicate, or a list of
+            names_filter: What to cache: None (all), a name, a glob, a regular expression, a predicate, or a list of
                 these.
-            device: Move what is kept there, such as "cpu".
-            incl_bwd: Also keep gradients under `<name>_grad`: True for those of the loss (of the answer or of
-                `labels`), or a function that makes a scalar of the logits. Gradients of scores and patterns are kept
-                only if `names_filter` names them, for they need N x N memory.
+            device: Where cached tensors are moved, such as "cpu".
+            incl_bwd: Also cache gradients under `<name>_grad`: True for those of the loss (of the answer or of
+                `labels`), or a function from logits to a scalar. Gradients of scores and patterns are cached only if
+                `names_filter` names them, because they need N x N memory.
             stop_at_layer: Run only the blocks below it and return the residual stream entering it.
             queries: Rows of patterns and scores to keep: a token kind such as "question", a mask, indices, or a slice.
-            keys: Columns of patterns and scores to keep, given alike; with both, patterns are computed at once.
+            keys: Columns of patterns and scores to keep, likewise; with both, patterns are computed in the run.
             return_logits: False computes no logits and returns None in their place.
-            generate: Arguments of `generate`; each step is then kept.
+            generate: Arguments of `generate`; every step is then cached.
             pos_slice: Keep only these positions of what has positions in the language model, and these pattern rows.
             remove_batch_dim: Drop the batch axis of a batch of one.
-            reset_hooks_end: Take the caching hooks away at the end (they always are).
+            reset_hooks_end: Remove the caching hooks at the end (they always are).
             clear_contexts: Empty the points' contexts at the end.
             return_cache_object: False returns a dictionary of tensors, every pattern computed.
             **forward: For the transformers model.
@@ -184,8 +279,8 @@ class RunMethods:
             with `generate`; the loss with `incl_bwd`, if it is True.
 
         Raises:
-            HookNameError: for a name that this model lacks.
-            HookValueError: for options that exclude each other.
+            HookNameError: For a name that this model does not have.
+            HookValueError: For options that exclude each other.
 
         Examples:
             >>> from hooked_mllm import HookedMLLM, toys
@@ -209,7 +304,7 @@ class RunMethods:
             forward=forward,
         )
         try:
-            output, cache = run_cached(self, self.resolve(inputs), request)
+            output, cache = run_cached(cast(Model, self), self.resolve(inputs), request)
         finally:
             if clear_contexts:
                 self.registry.clear_contexts()
@@ -218,3 +313,47 @@ class RunMethods:
         if isinstance(cache, GenerationCache):
             return output, [dict(step.items()) for step in cache.steps]
         return output, dict(cache.items())
+
+
+def stop_module(model: nn.Module, family: Family, layer: int) -> nn.Module:
+    """The module whose input is the residual stream entering block `layer`.
+
+    Raises:
+        HookNameError: For a layer that the model does not have.
+    """
+    blocks = cast(nn.ModuleList, model.get_submodule(family.text.blocks))
+    count = len(blocks)
+    if not -count <= layer <= count:
+        raise HookNameError(f"stop_at_layer={layer} is out of range: the model has {count} blocks.")
+    layer = layer + count if layer < 0 else layer
+    return model.get_submodule(family.ln_final) if layer == count else blocks[layer]
+
+
+@contextmanager
+def stopping_at(module: nn.Module) -> Iterator[None]:
+    """End every forward pass at the input of `module` in the body of a `with`."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise StopForwardError(args[0] if args else kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def counting_steps(model: nn.Module, clock: Clock) -> Iterator[None]:
+    """Count the calls of the model as steps of a generation in the body of a `with`: 0 is the prefill."""
+    clock.calls = -1
+
+    def count(*_: Any) -> None:
+        clock.calls += 1
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+        clock.calls = 0

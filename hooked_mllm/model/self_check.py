@@ -1,26 +1,25 @@
-"""What a model verifies of itself when it is wrapped: that every hook point is where its name says."""
-
-from typing import TYPE_CHECKING, Any
+"""The check of a wrapped model: every hook point exists, fires, and carries the activation of its name."""
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from hooked_mllm.cache import ActivationCache
+from hooked_mllm.cache.run import CacheRequest, run_cached
+from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HookedMLLMError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
+from hooked_mllm.inputs.sample import Sample
 
 
-def _fail(model: "HookedMLLM", what: str) -> UnsupportedModelError:
+def _fail(model: Model, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"{model.cfg.model_class} failed its check on loading: {what}. This version of transformers may run the "
-        "model in another way than this package knows; `check=False` loads it all the same."
+        "model differently from the versions that this package supports; `check=False` loads it without this check."
     )
 
 
-def probe(model: "HookedMLLM") -> tuple[dict[str, Any], Any]:
-    """A small input: an image and a question where there is a processor, a few tokens otherwise."""
+def probe(model: Model) -> tuple[dict[str, Tensor], Sample | None]:
+    """A small input: an image and a question if there is a processor, else a few text tokens."""
     if model.processor is None:
         tokens = torch.arange(8, device=model.device)[None] % model.cfg.d_vocab
         visual = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=model.device)
@@ -32,7 +31,7 @@ def probe(model: "HookedMLLM") -> tuple[dict[str, Any], Any]:
 
 
 @torch.no_grad()
-def self_check(model: "HookedMLLM") -> None:
+def self_check(model: Model) -> None:
     """Verify the wiring; see `HookedMLLM.check`."""
     if model.registry.list_hooks():
         raise UnsupportedModelError("`check` compares with the plain model: call `reset_hooks` first.")
@@ -41,7 +40,8 @@ def self_check(model: "HookedMLLM") -> None:
     except HookedMLLMError as error:
         raise _fail(model, f"a sample could not be prepared ({error})") from error
     plain = model(inputs)
-    hooked, cache = model.run_with_cache(inputs)
+    hooked, cache = run_cached(model, model.resolve(inputs), CacheRequest())
+    assert isinstance(cache, ActivationCache)
     if not torch.equal(plain, hooked):
         difference = (plain.float() - hooked.float()).abs().max().item()
         raise _fail(model, f"hooked logits differ from plain ones by up to {difference:.3g}")
@@ -49,8 +49,9 @@ def self_check(model: "HookedMLLM") -> None:
     silent = [n for n in expected if n not in cache and not (sample is None and n.endswith("hook_deepstack"))]
     if silent:
         raise _fail(model, f"these hook points never fired: {', '.join(silent[:5])}")
-    layers = [("text", layer) for layer in {0, model.cfg.n_layers - 1}]
-    layers += [("vision", 0)] if sample is not None else []
+    layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1)]
+    if sample is not None:
+        layers.append(("vision", 0))
     for tower, layer in layers:
         pattern = cache.pattern(layer, tower=tower)
         if not torch.allclose(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-4):
@@ -72,8 +73,8 @@ def _tolerance(dtype: torch.dtype) -> float:
     return {torch.float32: 1e-4, torch.float64: 1e-6}.get(dtype, 3e-2)
 
 
-def _z_both_ways(cache: Any, pattern: Tensor, tower: str, layer: int) -> tuple[Tensor, Tensor]:
+def _z_both_ways(cache: ActivationCache, pattern: Tensor, tower: Tower, layer: int) -> tuple[Tensor, Tensor]:
     prefix = () if tower == "text" else (tower,)
     z, v = (cache[(*prefix, name, layer)].float() for name in ("z", "v"))
-    v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
+    v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)  # [batch pos kv_head d_head] -> [batch pos head d_head]
     return z, torch.einsum("bhqk,bkhd->bqhd", pattern, v)
