@@ -32,7 +32,7 @@ class UnsupportedModelError(HookedMLLMError, ValueError):
 
 
 class CacheFileError(HookedMLLMError, ValueError):
-    """A file that is not what it should be: corrupt, pickled, or of another kind."""
+    """A file that cannot be written, or is not what it should be: damaged, pickled, or of another kind."""
 
 
 class NumericsError(HookedMLLMError, ArithmeticError):

@@ -1,0 +1,24 @@
+"""The one way to disk: every file of the package is written and read here.
+
+- `writing`: the folder is made, the content goes to a temporary place next to the file and is renamed, so that a
+  reader, another thread or another process finds the old file or the new one. Permissions follow the umask.
+- `files`: JSON and safetensors, never a pickle. Each file states its kind; a safetensors file holds a digest.
+- `checkpoint`: what an interrupted run continues from.
+
+Whatever the operating system or a damaged file reports becomes a `CacheFileError`.
+"""
+
+from hooked_mllm.storage.checkpoint import Checkpoint as Checkpoint
+from hooked_mllm.storage.checkpoint import ValueCheckpoint as ValueCheckpoint
+from hooked_mllm.storage.files import from_lists as from_lists
+from hooked_mllm.storage.files import read_json as read_json
+from hooked_mllm.storage.files import read_tensors as read_tensors
+from hooked_mllm.storage.files import restoring as restoring
+from hooked_mllm.storage.files import to_lists as to_lists
+from hooked_mllm.storage.files import write_json as write_json
+from hooked_mllm.storage.files import write_tensors as write_tensors
+from hooked_mllm.storage.writing import ready as ready
+from hooked_mllm.storage.writing import ready_folder as ready_folder
+from hooked_mllm.storage.writing import write_atomically as write_atomically
+from hooked_mllm.storage.writing import write_figure as write_figure
+from hooked_mllm.storage.writing import write_text as write_text

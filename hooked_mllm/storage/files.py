@@ -1,0 +1,199 @@
+"""Files by kind: JSON for small results, safetensors for tensors, both with their kind in them, and never a pickle."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hooked_mllm.errors import CacheFileError, HookedMLLMError
+from hooked_mllm.storage.writing import as_path, write_atomically, write_text
+
+#: the entry of safetensors metadata that holds the header
+_HEADER = "hooked_mllm"
+_PICKLE = (b"\x80", b"PK\x03\x04")  # a bare pickle; torch.save's zip of one
+
+
+def write_json(path: str | os.PathLike[str], kind: str, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON with its kind. Numbers must be finite: write a gap as None."""
+    text = json.dumps({_tag(kind): kind, **content}, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(path, text + "\n")
+
+
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
+    """Write tensors as safetensors, with the kind, `header` (JSON) and a digest of all of them in the metadata."""
+    content = json.loads(json.dumps({_tag(kind): kind, **header}, allow_nan=False))
+    plain = _on_cpu(tensors)
+    content["digest"] = _digest(content, plain)
+    metadata = {_HEADER: json.dumps(content)}
+    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+
+
+def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
+    """Read a JSON file of this kind.
+
+    Raises:
+        CacheFileError: If the file is missing, damaged, nested too deeply, a pickle, or of another kind.
+    """
+    path = as_path(path)
+    raw = read_bytes(path)
+    try:
+        content = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, (kind,), "JSON", error) from None
+    return _check_kind(path, (kind,), content)
+
+
+def read_tensors(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the header of a safetensors file of one of these kinds.
+
+    The digest is verified where the file has one; files of earlier versions have none.
+
+    Raises:
+        CacheFileError: If the file is missing, damaged, altered, a pickle, or of another kind.
+    """
+    path = as_path(path)
+    read_bytes(path, 0)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            header = _check_kind(path, kinds, header)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        digest = header.pop("digest", None)
+        unchanged = digest is None or digest == _digest(header, tensors)
+    except CacheFileError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise _unreadable(path, kinds, "safetensors", error) from None
+    if not unchanged:
+        raise CacheFileError(
+            f"{path} is damaged or was altered: its content does not match the digest that was written with it. "
+            "Write the file again."
+        )
+    return tensors, header
+
+
+@contextmanager
+def restoring(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Report errors of rebuilding an object from the content of `path` as a damaged file.
+
+    Raises:
+        CacheFileError: If a field is missing, or of a type or value that the object does not accept.
+
+    Examples:
+        >>> with restoring("scores.json"):
+        ...     int("many")
+        Traceback (most recent call last):
+        hooked_mllm.errors.CacheFileError: scores.json is damaged: invalid literal for int() with base 10: 'many'
+    """
+    try:
+        yield
+    except CacheFileError:
+        raise
+    except HookedMLLMError as error:
+        raise CacheFileError(f"{path} is damaged: {error}") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        message = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CacheFileError(f"{path} is damaged: {message}") from error
+
+
+def to_lists(values: np.ndarray | Tensor) -> Any:
+    """Nested lists of numbers for JSON, with None for NaN.
+
+    Examples:
+        >>> to_lists(np.array([[0.5, np.nan]]))
+        [[0.5, None]]
+    """
+    values = np.asarray(values)
+    plain = values.astype(object)
+    plain[np.isnan(values)] = None
+    return plain.tolist()
+
+
+def from_lists(values: Any) -> np.ndarray:
+    """The float64 array of which `to_lists` made the lists.
+
+    Examples:
+        >>> from_lists([[0.5, None]])
+        array([[0.5, nan]])
+    """
+    return np.array(values, dtype=np.float64)  # None becomes NaN
+
+
+# -- internals --------------------------------------------------------------------------------------------------------
+
+
+def _tag(kind: str) -> str:
+    """Under which key a file states its kind: kinds with a version, "name/2", are stored as "format"."""
+    return "format" if "/" in kind else "kind"
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous, on the CPU, no memory shared between two of them."""
+    plain, storages = {}, set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        address = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if address in storages else value
+        storages.add(address)
+    return plain
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, 32 digits of it, over the header as read from JSON and names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def read_bytes(path: Path, n: int = -1) -> bytes:
+    """The first `n` bytes of a file, or all.
+
+    Raises:
+        CacheFileError: If it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(n)
+    except OSError as error:
+        raise CacheFileError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _named(kinds: tuple[str, ...]) -> str:
+    return " or ".join(repr(kind) if "/" in kind else f"a {kind} file" for kind in kinds)
+
+
+def _unreadable(path: Path, kinds: tuple[str, ...], form: str, error: Exception) -> CacheFileError:
+    # only after reading failed: an intact safetensors file may begin with these bytes, too
+    if read_bytes(path, 4).startswith(_PICKLE):
+        text = f"{path} is a pickle, which this library never loads; expected {_named(kinds)} ({form})."
+    elif isinstance(error, RecursionError):
+        text = f"{path} is damaged: its {form} is nested too deeply; expected {_named(kinds)}."
+    else:
+        text = f"{path} is damaged or no {form} file ({error}); expected {_named(kinds)}."
+    return CacheFileError(text)
+
+
+def _check_kind(path: Path, kinds: tuple[str, ...], content: Any) -> dict[str, Any]:
+    found = content.get("kind", content.get("format")) if isinstance(content, dict) else None
+    if found in kinds:
+        return content
+    if not isinstance(found, str):
+        raise CacheFileError(f"{path} holds something else; expected {_named(kinds)}.")
+    text = f"{path} holds {repr(found) if '/' in found else found}; expected {_named(kinds)}."
+    if "/" in found and found.split("/")[0] == kinds[-1].split("/")[0]:
+        text += " It was written by another version of hooked_mllm: use another file, or that version."
+    raise CacheFileError(text)
