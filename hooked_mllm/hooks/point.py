@@ -1,44 +1,47 @@
-"""HookPoint: one named place on the data path, and the functions that a user hangs there."""
+"""HookPoint: one named activation of the model, and the hooks that are registered on it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hooked_mllm.errors import HookValueError
+from hooked_mllm.hooks.table import TowerName
 
 Direction = Literal["fwd", "bwd"]
+Directions = Literal["fwd", "bwd", "both"]
 
 
+@runtime_checkable
 class HookFunction(Protocol):
-    """A function of the activation and its hook point: None keeps the activation, a tensor replaces it."""
+    """A function of an activation and its hook point: None keeps the activation, a tensor replaces it."""
 
-    def __call__(self, activation: Tensor, /, *, hook: "HookPoint") -> Any:
-        """None to leave the activation, or a tensor in its place."""
+    def __call__(self, activation: Tensor, /, *, hook: "HookPoint") -> Tensor | None:
+        """None to keep the activation, or a tensor that replaces it."""
         ...
 
 
 @dataclass(eq=False)
 class Handle:
-    """One function hung on one point. Identity is what counts: the same function may hang there twice."""
+    """One hook on one point. Handles compare by identity: a function may be registered on a point twice."""
 
-    fn: Callable[..., Any]
+    fn: HookFunction
     dir: Direction
     permanent: bool = False
     level: int | None = None
-    #: promises not to change the activation: no copy is made for it and no slower path is taken
+    #: the hook does not change the activation: nothing is copied for it and the fast attention is kept
     reads_only: bool = False
-    #: the intervention that hung it
-    owner: Any = None
+    #: the intervention that registered it
+    owner: object = None
 
 
 class Clock:
-    """Where the model is in a generation: shared by all hook points of a model."""
+    """The step of a generation, shared by all hook points of a model."""
 
     def __init__(self) -> None:
-        #: calls of the model in this generation, less one; -1 before the first, when images may be encoded already
+        #: calls of the model in this generation, minus one; -1 before the first call, when images may be encoded
         self.calls = 0
 
     @property
@@ -48,15 +51,15 @@ class Clock:
 
 
 class HookPoint:
-    """A named place on the data path of the model. Edits made here reach everything behind it.
+    """A named activation of the model. An edit reaches every later computation that uses the activation.
 
-    A hook is called as `fn(activation, hook=point)`. Returning None leaves the activation (an edit in place counts),
-    returning a tensor of the same shape, dtype and device replaces it.
+    A hook is called as `fn(activation, hook=point)`. If it returns None, the activation stays (with edits made in
+    place); a tensor of the same shape, dtype and device replaces it.
 
     Attributes:
-        name: The hook's name, such as `blocks.3.attn.hook_z`.
+        name: The name, such as `blocks.3.attn.hook_z`.
         tower: "text", "vision" or "projector".
-        ctx: A dictionary for the hooks' own use, kept between runs until it is cleared.
+        ctx: A dictionary for the use of hooks, kept between runs until it is cleared.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM
@@ -69,13 +72,13 @@ class HookPoint:
         self,
         name: str,
         *,
-        tower: str,
+        tower: TowerName,
         block: int | None,
         clock: Clock | None = None,
         on_change: Callable[["HookPoint"], None] | None = None,
     ) -> None:
         self.name = name
-        self.tower = tower
+        self.tower: TowerName = tower
         self.ctx: dict[Any, Any] = {}
         self._block = block
         self._clock = clock or Clock()
@@ -87,13 +90,13 @@ class HookPoint:
         return f"HookPoint({self.name!r}, fwd_hooks={fwd}, bwd_hooks={bwd})"
 
     def layer(self) -> int:
-        """The block this point belongs to, in its own tower (`blocks.3...` and `vision.blocks.3...` both give 3).
+        """The index of the block in its tower: 3 for `blocks.3...` and for `vision.blocks.3...`.
 
         Raises:
-            HookValueError: when the point belongs to no block.
+            HookValueError: If the point is outside of the blocks.
         """
         if self._block is None:
-            raise HookValueError(f"{self.name} belongs to no block: it has no layer.")
+            raise HookValueError(f"{self.name} belongs to no block, so it has no layer.")
         return self._block
 
     @property
@@ -105,30 +108,36 @@ class HookPoint:
 
     def add_hook(
         self,
-        fn: Callable[..., Any],
+        fn: HookFunction,
         dir: Direction = "fwd",
         is_permanent: bool = False,
         level: int | None = None,
         prepend: bool = False,
         reads_only: bool = False,
     ) -> Handle:
-        """Hang `fn` here.
+        """Register a hook.
 
         Args:
-            fn: Called as `fn(activation, hook=self)`, or with the gradient for `dir="bwd"`.
+            fn: Called as `fn(activation, hook=self)`; with the gradient if `dir` is "bwd".
             dir: "fwd" for the activation, "bwd" for its gradient.
-            is_permanent: Survives everything but `reset_hooks(including_permanent=True)`.
-            level: A number by which groups of hooks can be removed together.
-            prepend: Run before the hooks that hang here already.
-            reads_only: A promise that `fn` does not edit the activation.
+            is_permanent: Only `reset_hooks(including_permanent=True)` removes the hook.
+            level: A number by which a group of hooks can be removed.
+            prepend: Run it before the hooks that are registered already.
+            reads_only: `fn` never edits the activation.
+
+        Returns:
+            The handle by which `remove` removes the hook.
 
         Raises:
-            HookValueError: for a `dir` that is neither.
+            HookValueError: If `dir` is neither "fwd" nor "bwd", or `fn` is not callable.
         """
         if dir not in ("fwd", "bwd"):
             raise HookValueError(f"dir must be 'fwd' or 'bwd', got {dir!r}.")
         if not callable(fn):
-            raise HookValueError(f"A hook must be callable, got {type(fn).__name__} for {self.name}.")
+            raise HookValueError(
+                f"A hook must be callable, got {type(fn).__name__} for {self.name}: pass a function of the activation "
+                "with a keyword argument `hook`."
+            )
         handle = Handle(fn, dir, is_permanent, level, reads_only)
         self._handles.insert(0, handle) if prepend else self._handles.append(handle)
         try:
@@ -138,23 +147,32 @@ class HookPoint:
             raise
         return handle
 
-    def add_perma_hook(self, fn: Callable[..., Any], dir: Direction = "fwd") -> Handle:
-        """Hang `fn` here for good: `reset_hooks` leaves it unless told otherwise."""
+    def add_perma_hook(self, fn: HookFunction, dir: Direction = "fwd") -> Handle:
+        """Register a permanent hook; only `reset_hooks(including_permanent=True)` removes it."""
         return self.add_hook(fn, dir, is_permanent=True)
 
     def remove(self, handle: Handle) -> None:
-        """Take one hook away; one that is gone already is no error."""
+        """Remove one hook; a hook that was removed before is ignored."""
         if handle in self._handles:
             self._handles.remove(handle)
             self._changed()
 
     def remove_hooks(
         self,
-        dir: Literal["fwd", "bwd", "both"] = "fwd",
+        dir: Directions = "fwd",
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Take away the hooks of one direction, or both, or only those of one level."""
+        """Remove the hooks of one direction or both.
+
+        Args:
+            dir: "fwd", "bwd" or "both".
+            including_permanent: Remove permanent hooks, too.
+            level: Remove only hooks of this level.
+
+        Raises:
+            HookValueError: If `dir` is none of the three.
+        """
         if dir not in ("fwd", "bwd", "both"):
             raise HookValueError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}.")
         self._handles = [
@@ -172,11 +190,11 @@ class HookPoint:
 
     def has_hooks(
         self,
-        dir: Literal["fwd", "bwd", "both"] = "both",
+        dir: Directions = "both",
         including_permanent: bool = True,
         level: int | None = None,
     ) -> bool:
-        """Whether a hook hangs here."""
+        """Whether a hook is registered, of that direction, permanence and level."""
         return any(
             (dir in ("both", h.dir))
             and (including_permanent or not h.permanent)
@@ -202,23 +220,23 @@ class HookPoint:
 
     @property
     def active(self) -> bool:
-        """Whether anything hangs here."""
+        """Whether any hook is registered."""
         return bool(self._handles)
 
     @property
     def may_edit(self) -> bool:
-        """Whether a hook here could change the activation or needs it on the graph."""
+        """Whether a hook may change the activation or needs its gradient."""
         return any(not h.reads_only for h in self._handles)
 
     def run(self, value: Tensor) -> tuple[Tensor, bool]:
-        """Pass an activation through the hooks.
+        """Run the hooks on an activation.
 
         Returns:
-            The activation and whether the caller must put it (back) on the data path.
+            The activation, and whether the caller must write it to the model.
         """
         edited = False
         if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in self.fwd_hooks):
-            # autograd may have saved this very tensor: an edit in place would spoil the backward pass
+            # autograd may have saved this tensor: an edit in place would break the backward pass
             value = value.clone()
         for handle in tuple(self._handles):
             if handle.dir == "bwd":
@@ -235,20 +253,20 @@ class HookPoint:
                 edited |= not torch.equal(before, value)
         backward = self.bwd_hooks
         if backward and torch.is_grad_enabled() and value.is_floating_point():
-            value, edited = self._watch_gradient(value, backward), True
+            value, edited = self._with_gradient_hooks(value, backward), True
         return value, edited
 
-    def _watch_gradient(self, value: Tensor, handles: list[Handle]) -> Tensor:
-        # A copy of its own, so that what is put back on the path is neither a view nor shared with what came in.
+    def _with_gradient_hooks(self, value: Tensor, handles: list[Handle]) -> Tensor:
+        # a copy: the tensor that carries the gradient hooks must be no view of another
         value = value.clone()
         if not value.requires_grad:
             value.requires_grad_(True)
         for handle in handles:
 
-            def on_gradient(gradient: Tensor, handle: Handle = handle) -> Any:
-                result = handle.fn(gradient, hook=self)
+            def on_gradient(gradient: Tensor, handle: Handle = handle) -> Tensor | None:
+                result: Any = handle.fn(gradient, hook=self)
                 if isinstance(result, tuple) and len(result) == 1:
-                    result = result[0]
+                    (result,) = result  # the form that TransformerLens accepts
                 if result is not None:
                     self._check(result, gradient)
                 return result
@@ -256,24 +274,24 @@ class HookPoint:
             value.register_hook(on_gradient)
         return value
 
-    def _check(self, result: Any, value: Tensor) -> None:
+    def _check(self, result: object, value: Tensor) -> None:
         if not isinstance(result, Tensor):
             raise HookValueError(
                 f"A hook on {self.name} returned {type(result).__name__}; expected None or a tensor of shape "
                 f"{tuple(value.shape)}."
             )
-        for what, got, due in (
+        for quantity, actual, expected in (
             ("shape", tuple(result.shape), tuple(value.shape)),
             ("dtype", result.dtype, value.dtype),
             ("device", result.device, value.device),
         ):
-            if got != due:
+            if actual != expected:
                 raise HookValueError(
-                    f"A hook on {self.name} returned {what} {got}; expected {due}. Return a tensor like the one "
-                    "received (`.to(activation)` fixes dtype and device), or None to leave the activation as it is."
+                    f"A hook on {self.name} returned {quantity} {actual}; expected {expected}. Return a tensor like "
+                    "the one received (`.to(activation)` sets dtype and device), or None to keep the activation."
                 )
 
 
 def _version(tensor: Tensor) -> int | None:
-    """The tensor's in-place counter; None under inference mode, which keeps none."""
+    """The tensor's count of edits in place; None under inference mode, where tensors have no such count."""
     return None if tensor.is_inference() else tensor._version

@@ -1,45 +1,55 @@
-"""The hook points of a model by name: looking them up, hanging functions on them, taking them off again."""
+"""The hook points of a model by name: look them up, register hooks on them, remove the hooks."""
 
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hooked_mllm.errors import HookNameError, HookValueError, nearest
-from hooked_mllm.hooks.point import Clock, Direction, Handle, HookPoint
+from hooked_mllm.hooks.point import Clock, Direction, Directions, Handle, HookFunction, HookPoint
 
-#: a hook name, a glob ("blocks.*.attn.hook_z"), a compiled regular expression, a predicate on names, or several of
-#: these
-NameFilter = str | re.Pattern[str] | Callable[[str], bool] | Iterable[Any] | None
-#: what `run_with_hooks` takes: pairs of a name filter and a hook function
-HookList = Sequence[tuple[Any, Callable[..., Any]]]
+if TYPE_CHECKING:
+    #: a hook name, a glob ("blocks.*.attn.hook_z"), a compiled regular expression, a predicate on names, or a point
+    NameSelector = str | re.Pattern[str] | Callable[[str], bool] | HookPoint
+    #: one of these, several, or None for all points
+    NameFilter = NameSelector | Iterable[NameSelector] | None
+    #: pairs of a name filter and a hook, as `run_with_hooks` takes them
+    HookList = Iterable[tuple[NameFilter, HookFunction]]
+else:  # wider at run time, so that other values reach the checks whose errors say what is expected
+    NameFilter = str | re.Pattern[str] | Callable[[str], bool] | HookPoint | Iterable[Any] | None
+    HookList = Iterable[Any]
 
 
 class HookRegistry:
-    """All hook points of one model, in the order in which a forward pass meets them.
+    """All hook points of one model, in the order of the forward pass.
 
     Args:
-        family: The family's name, for messages.
+        family: Name of the model's class, for error messages.
     """
 
     def __init__(self, family: str) -> None:
         self.family = family
         self.clock = Clock()
-        #: the inputs of the run that goes on, for hooks that need to know which position is what; None between runs
+        #: the inputs of the active run, from which hooks read what each position is; None between runs
         self.running: Any = None
         #: the position of the first row of text activations: above 0 where only the end of a sequence is run again
         self.first = 0
         self.hook_dict: dict[str, HookPoint] = {}
 
     def add(self, point: HookPoint) -> HookPoint:
-        """Make a point known."""
+        """Add a point and return it."""
         self.hook_dict[point.name] = point
         return point
 
     @contextmanager
     def running_on(self, inputs: Any, first: int = 0) -> Iterator[None]:
-        """Within it, hooks find `inputs` in `running`, and rows of activations begin at position `first`."""
+        """Make `inputs` those of the active run, for the body of a `with` statement.
+
+        Args:
+            inputs: What hooks read from `running`.
+            first: Position of the first row of text activations.
+        """
         before, self.running, self.first = (self.running, self.first), inputs, first
         try:
             yield
@@ -50,46 +60,48 @@ class HookRegistry:
 
     def __getitem__(self, name: str) -> HookPoint:
         if name not in self.hook_dict:
-            short = [*self.select_short(name)]
-            meant = (
-                f"Short names are keys of a cache; of all layers the points are '*hook_{name}', of one {short[0]!r}."
-                if short
-                else nearest(name, self.hook_dict)
-            )
+            full_names = self.select_short(name)
+            hint = nearest(name, self.hook_dict)
+            if full_names:
+                hint = (
+                    f"Short names are keys of a cache; of all layers the points are '*hook_{name}', of one "
+                    f"{full_names[0]!r}."
+                )
             raise HookNameError(
-                f"{self.family} has no hook point {name!r}. {meant} `model.hook_dict` lists all of them."
+                f"{self.family} has no hook point {name!r}. {hint} `model.hook_dict` lists all of them."
             )
         return self.hook_dict[name]
 
     def select_short(self, name: str) -> list[str]:
-        """The points that end in a cache's short name, such as "z"."""
+        """Names of the points whose short name, as in keys of a cache, is `name`: "z", "resid_post"."""
         return [full for full in self.hook_dict if full.endswith(f".hook_{name}")]
 
     def select(self, names: NameFilter) -> list[HookPoint]:
-        """The points that a name filter means; each once, in the order of the forward pass.
+        """The points that a name filter selects; each once, in the order of the forward pass.
 
         Args:
             names: None (all), a name, a glob, a compiled regular expression (searched in the name), a predicate, or an
                 iterable of these.
 
         Raises:
-            HookNameError: for a name that this model lacks, or a glob or expression that matches nothing.
-                A predicate may match nothing.
+            HookNameError: For a name that this model lacks, or a glob or expression without a match. A predicate may
+                have no match.
+            HookValueError: For a filter of another type.
         """
         if names is None:
             return list(self.hook_dict.values())
-        chosen = {p.name for p in self._matches(names)}
-        return [p for p in self.hook_dict.values() if p.name in chosen]
+        selected_names = {p.name for p in self._matches(names)}
+        return [p for p in self.hook_dict.values() if p.name in selected_names]
 
-    def _matches(self, names: Any) -> list[HookPoint]:
+    def _matches(self, names: Any) -> list[HookPoint]:  # any value: of other types it raises
         if isinstance(names, HookPoint):
             return [self[names.name]]
         if isinstance(names, str):
             if not any(c in names for c in "*?["):
                 return [self[names]]
-            found = [p for n, p in self.hook_dict.items() if fnmatch.fnmatchcase(n, names)]
+            matches = [p for n, p in self.hook_dict.items() if fnmatch.fnmatchcase(n, names)]
         elif isinstance(names, re.Pattern):
-            found = [p for n, p in self.hook_dict.items() if names.search(n)]
+            matches = [p for n, p in self.hook_dict.items() if names.search(n)]
         elif callable(names):
             return [p for n, p in self.hook_dict.items() if names(n)]
         elif isinstance(names, Iterable):
@@ -99,22 +111,28 @@ class HookRegistry:
                 "A name filter is a hook name, a glob, a compiled regular expression, a predicate on names, or a "
                 f"list of these; got {type(names).__name__}."
             )
-        if not found:
+        if not matches:
             pattern = names if isinstance(names, str) else names.pattern
             raise HookNameError(
                 f"No hook point of {self.family} matches {pattern!r}. {nearest(pattern, self.hook_dict)} "
                 "`model.hook_dict` lists all of them."
             )
-        return found
+        return matches
 
     def list_hooks(
         self,
         name_filter: NameFilter = None,
-        dir: Literal["fwd", "bwd", "both"] = "both",
+        dir: Directions = "both",
         including_permanent: bool = True,
     ) -> dict[str, list[Handle]]:
-        """The hooks that hang now, by the name of their point."""
-        found: dict[str, list[Handle]] = {}
+        """The registered hooks, by the name of their point.
+
+        Args:
+            name_filter: Only points that it selects.
+            dir: Only hooks on activations ("fwd"), on gradients ("bwd"), or "both".
+            including_permanent: List permanent hooks, too.
+        """
+        handles_by_name: dict[str, list[Handle]] = {}
         for point in self.select(name_filter):
             handles = [
                 h
@@ -122,15 +140,29 @@ class HookRegistry:
                 if dir in ("both", h.dir) and (including_permanent or not h.permanent)
             ]
             if handles:
-                found[point.name] = handles
-        return found
+                handles_by_name[point.name] = handles
+        return handles_by_name
 
     # -- adding and removing ---------------------------------------------------------------------------------------
 
     def attach(
-        self, names: NameFilter, fn: Callable[..., Any], dir: Direction = "fwd", **how: Any
+        self, names: NameFilter, fn: HookFunction, dir: Direction = "fwd", **how: Any
     ) -> list[tuple[HookPoint, Handle]]:
-        """Hang `fn` on every point that `names` means; all of them or, on an error, none."""
+        """Register a hook on every selected point; after an error on none of them.
+
+        Args:
+            names: Which points; see `select`.
+            fn: The hook.
+            dir: "fwd" for activations, "bwd" for their gradients.
+            **how: Passed to `HookPoint.add_hook`.
+
+        Returns:
+            The points and handles, as `detach` takes them.
+
+        Raises:
+            HookNameError: For a name that this model lacks.
+            HookValueError: For arguments that `HookPoint.add_hook` rejects.
+        """
         added: list[tuple[HookPoint, Handle]] = []
         try:
             for point in self.select(names):
@@ -141,27 +173,31 @@ class HookRegistry:
         return added
 
     def detach(self, added: Iterable[tuple[HookPoint, Handle]]) -> None:
-        """Take exactly these hooks away."""
+        """Remove exactly these hooks."""
         for point, handle in added:
             point.remove(handle)
 
     @contextmanager
     def hooks(
         self,
-        fwd_hooks: Iterable[Any] = (),
-        bwd_hooks: Iterable[Any] = (),
+        fwd_hooks: HookList = (),
+        bwd_hooks: HookList = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[None]:
-        """Hang hooks for the body of a `with`; on leaving, however it is left, exactly these are taken away."""
-        fwd_hooks, bwd_hooks = list(fwd_hooks), list(bwd_hooks)
-        for name, given in (("fwd_hooks", fwd_hooks), ("bwd_hooks", bwd_hooks)):
-            for pair in given:
-                if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not callable(pair[1]):
-                    raise HookValueError(
-                        f"{name} is a list of pairs (names, function), such as [('blocks.2.attn.hook_z', fn)]; got "
-                        f"{pair!r} in it."
-                    )
+        """Register hooks for the body of a `with` statement; at its end, by an error too, exactly these are removed.
+
+        Args:
+            fwd_hooks: Pairs of a name filter and a hook on activations.
+            bwd_hooks: Pairs of a name filter and a hook on gradients.
+            reset_hooks_end: Remove them at the end.
+            clear_contexts: Empty the points' contexts at the end.
+
+        Raises:
+            HookNameError: For a name that this model lacks.
+            HookValueError: For hooks that are not pairs.
+        """
+        fwd_hooks, bwd_hooks = _pairs("fwd_hooks", fwd_hooks), _pairs("bwd_hooks", bwd_hooks)
         added: list[tuple[HookPoint, Handle]] = []
         try:
             for names, fn in fwd_hooks:
@@ -178,11 +214,18 @@ class HookRegistry:
     def reset_hooks(
         self,
         clear_contexts: bool = True,
-        direction: Literal["fwd", "bwd", "both"] = "both",
+        direction: Directions = "both",
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Take all hooks away but the permanent ones."""
+        """Remove all hooks except permanent ones.
+
+        Args:
+            clear_contexts: Empty the points' contexts, too.
+            direction: Only hooks on activations ("fwd"), on gradients ("bwd"), or "both".
+            including_permanent: Remove permanent hooks, too.
+            level: Remove only hooks of this level.
+        """
         for point in self.hook_dict.values():
             if point.active:
                 point.remove_hooks(direction, including_permanent, level)
@@ -194,3 +237,19 @@ class HookRegistry:
         for point in self.hook_dict.values():
             if point.ctx:
                 point.clear_context()
+
+
+def _pairs(argument: str, hooks: HookList) -> list[tuple[NameFilter, HookFunction]]:
+    """The hooks as a list.
+
+    Raises:
+        HookValueError: For an entry that is no pair of names and a function.
+    """
+    pairs = list(hooks)
+    for pair in pairs:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not callable(pair[1]):
+            raise HookValueError(
+                f"{argument} is a list of pairs (names, function), such as [('blocks.2.attn.hook_z', fn)]; got "
+                f"{pair!r} in it."
+            )
+    return pairs

@@ -15,7 +15,7 @@ from nnsight.intervention.interleaver import Mediator
 from torch import Tensor
 
 from hooked_mllm.errors import HookNameError, HookValueError, nearest
-from hooked_mllm.hooks.junction import Call
+from hooked_mllm.hooks.module_hook import Call
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
 from hooked_mllm.inputs.resolve import ModelInput

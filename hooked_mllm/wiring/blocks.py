@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hooked_mllm.attention.backends import TowerSwitch
 from hooked_mllm.attention.site import AttentionSite
 from hooked_mllm.families.base import BlockParts, TowerParts
-from hooked_mllm.hooks.junction import Call
+from hooked_mllm.hooks.module_hook import Call
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.wiring import norms
 from hooked_mllm.wiring.builder import Builder

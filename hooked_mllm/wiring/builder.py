@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from hooked_mllm.hooks.junction import Junction, Kind
+from hooked_mllm.hooks.module_hook import Kind
+from hooked_mllm.hooks.module_hook import ModuleHook as Junction
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookRegistry
 

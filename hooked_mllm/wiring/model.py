@@ -13,7 +13,8 @@ from hooked_mllm.attention.backends import TowerSwitch
 from hooked_mllm.attention.site import AttentionSite
 from hooked_mllm.errors import HookValueError, UnsupportedModelError
 from hooked_mllm.families.base import Family, TowerParts
-from hooked_mllm.hooks.junction import Call, Junction
+from hooked_mllm.hooks.module_hook import Call
+from hooked_mllm.hooks.module_hook import ModuleHook as Junction
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookRegistry
 from hooked_mllm.wiring import norms

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_mllm.hooks.junction import Call
+from hooked_mllm.hooks.module_hook import Call
 
 
 def centred(norm: Any, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hooked_mllm.families.base import Family, TowerParts
-from hooked_mllm.hooks.junction import Call
+from hooked_mllm.hooks.module_hook import Call
 from hooked_mllm.wiring.blocks import first_of
 
 #: suffix of a block's hook point: the part of the block (a field of `BlockParts`, "" for the block), and its side

@@ -1,4 +1,4 @@
-"""Junctions: the torch hooks that carry hook points, put on a module only while one of its points is in use."""
+"""ModuleHook: the torch hook on one side of a module, registered only while one of its hook points is in use."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,31 +9,37 @@ from torch.utils.hooks import RemovableHandle
 
 from hooked_mllm.hooks.point import HookPoint
 
+#: "pre" is the input side of a module, "post" its output side
 Kind = Literal["pre", "post"]
 
 
 @dataclass
 class Call:
-    """One call of a module, as its torch hook sees it."""
+    """One call of a module, as its torch hook receives it."""
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
     touched: bool = False
-    #: scratch space of the points on this call
-    state: dict[str, Any] = field(default_factory=dict)
+    #: values that the points of this call share
+    state: dict[str, Tensor] = field(default_factory=dict)
 
     def first(self) -> Tensor:
-        """The first argument, however it was passed."""
+        """The first argument, positional or by keyword."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
     def set_first(self, value: Any) -> None:
         """Replace the first argument."""
         if self.args:
             self.args = (value, *self.args[1:])
+            self.touched = True
         else:
-            self.kwargs = {**self.kwargs, "hidden_states": value}
+            self.set_argument("hidden_states", value)
+
+    def set_argument(self, name: str, value: Any) -> None:
+        """Replace a keyword argument."""
+        self.kwargs = {**self.kwargs, name: value}
         self.touched = True
 
     def main(self) -> Any:
@@ -46,41 +52,63 @@ class Call:
         self.touched = True
 
 
+#: reads an activation from a call; None where the call has none
+Getter = Callable[[Call], Tensor | None]
+#: writes an edited activation into a call
+Setter = Callable[[Call, Tensor], None]
+
+
 @dataclass
 class Binding:
-    """How a point's activation is taken from a call, and how an edited one is put back."""
+    """A hook point, and how its activation is read from a call and written into it."""
 
     point: HookPoint
-    get: Callable[[Call], Tensor | None]
-    put: Callable[[Call, Tensor], None]
+    get: Getter
+    put: Setter
 
 
 @dataclass
-class Junction:
-    """All points that live on one side of one module, run in the order in which they were bound.
+class ModuleHook:
+    """The hook points on one side of one module; they run in the order in which they were bound.
 
-    Points are hung before any other hook of the module: transformers records hidden states with forward hooks of its
-    own, and an edit must be what they see.
+    Its torch hook runs before all other hooks of the module: transformers records hidden states with forward hooks of
+    its own, and these must see edits.
+
+    Examples:
+        >>> import torch
+        >>> from hooked_mllm.hooks import Call, HookPoint
+        >>> module = torch.nn.Identity()
+        >>> module_hook = ModuleHook(module, "post")
+        >>> point = HookPoint("out", tower="text", block=None, on_change=lambda _: module_hook.refresh())
+        >>> module_hook.bind(point, Call.main, Call.set_main)
+        >>> handle = point.add_hook(lambda x, hook: x + 1)
+        >>> module(torch.zeros(2))
+        tensor([1., 1.])
     """
 
     module: nn.Module
     kind: Kind
     bindings: list[Binding] = field(default_factory=list)
-    #: called first at every call, for what a later junction needs to know; see `watch`
+    #: functions called at the start of every call, each with the points that need it; see `watch`
     watchers: list[tuple[Callable[[Call], None], list[HookPoint]]] = field(default_factory=list)
     handle: RemovableHandle | None = None
 
-    def bind(self, point: HookPoint, get: Callable[[Call], Tensor | None], put: Callable[[Call, Tensor], None]) -> None:
-        """Give a point its place here."""
+    def bind(self, point: HookPoint, get: Getter, put: Setter) -> None:
+        """Add a point to this side of the module."""
         self.bindings.append(Binding(point, get, put))
 
     def watch(self, fn: Callable[[Call], None], points: list[HookPoint]) -> None:
         """Call `fn` at every call of the module while one of `points` is in use."""
         self.watchers.append((fn, points))
 
+    @property
+    def points(self) -> list[HookPoint]:
+        """All points that need this hook."""
+        return [*(b.point for b in self.bindings), *(p for _, points in self.watchers for p in points)]
+
     def refresh(self) -> None:
-        """Put the torch hook on or take it off, as the points need it."""
-        needed = any(b.point.active for b in self.bindings) or any(p.active for _, ps in self.watchers for p in ps)
+        """Register the torch hook if a point is in use, remove it otherwise."""
+        needed = any(point.active for point in self.points)
         if needed and self.handle is None:
             if self.kind == "pre":
                 self.handle = self.module.register_forward_pre_hook(self._pre, prepend=True, with_kwargs=True)
@@ -90,7 +118,7 @@ class Junction:
             self.detach()
 
     def detach(self) -> None:
-        """Take the torch hook off."""
+        """Remove the torch hook."""
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
@@ -109,7 +137,9 @@ class Junction:
             if edited:
                 binding.put(call, value)
 
-    def _pre(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _pre(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = Call(module, args, kwargs)
         self._run(call)
         return (call.args, call.kwargs) if call.touched else None

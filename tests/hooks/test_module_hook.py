@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hooked_mllm.hooks import HookPoint, Junction
-from hooked_mllm.hooks.junction import Call
+from hooked_mllm.hooks.module_hook import Call
 
 
 class Block(nn.Module):
