@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_mllm.cache.capture import take
 from hooked_mllm.cache.describe import describe
+from hooked_mllm.cache.files import CacheFields, load_fields, save_fields
 from hooked_mllm.cache.keys import full_name, missing
-from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, value_of
-from hooked_mllm.cache.residual import ResidualTools
+from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, take, value_of
+from hooked_mllm.cache.logit_tools import LogitTools
 from hooked_mllm.cache.slicing import restacked, vision_slice
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
@@ -21,7 +21,7 @@ from hooked_mllm.families.base import Rows
 Positions = str | int | slice | Sequence[int] | Tensor
 
 
-class ActivationCache(ResidualTools, Mapping[str, Tensor]):
+class ActivationCache(LogitTools, Mapping[str, Tensor]):
     """The activations of one run.
 
     Read them by hook name or in short: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["pattern", -1]`,
@@ -273,10 +273,12 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
     # -- files -----------------------------------------------------------------------------------------------------
 
     def save(self, path: Any) -> None:
-        """Write the cache to a safetensors file; what patterns are computed from is written, not the patterns."""
-        from hooked_mllm.cache.files import save
+        """Write the cache to a safetensors file; what patterns are computed from is written, not the patterns.
 
-        save([self], path)
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
+        save_fields([self._fields()], path)
 
     @classmethod
     def load(cls, path: Any, model: Model | None = None) -> "ActivationCache":
@@ -287,11 +289,22 @@ class ActivationCache(ResidualTools, Mapping[str, Tensor]):
             model: The model that ran, for the residual-stream tools.
 
         Raises:
-            CacheFileError: for a file that is missing, corrupt, pickled, or something else.
+            CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
         """
-        from hooked_mllm.cache.files import load
+        return cls(**vars(load_fields(path)[0]), model=model)
 
-        return load(path, model)[0]
+    def _fields(self) -> CacheFields:
+        """What a file holds of this cache."""
+        return CacheFields(
+            entries=self._entries,
+            n_layers=self._n_layers,
+            masks=self._masks,
+            has_batch_dim=self.has_batch_dim,
+            query_positions=self.query_positions,
+            key_positions=self.key_positions,
+            vision_rows=self.vision_rows,
+            packed_vision=self.packed_vision,
+        )
 
 
 def positions(

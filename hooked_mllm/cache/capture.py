@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.attention.site import AttentionCall, AttentionSite
-from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
+from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, take, value_of
 from hooked_mllm.hooks.point import Handle, HookPoint
 from hooked_mllm.wiring.model import Wiring
 
@@ -225,15 +225,6 @@ def _join_patterns(parts: list[LazyPattern], packed: bool) -> LazyPattern:
     else:
         mask = first.mask.resized(batch=q.shape[0], length=q.shape[2])
     return LazyPattern(q, k, mask, first.scale, first.name, first.scores)
-
-
-def take(x: Tensor, index: Index, dim: int) -> Tensor:
-    """`x` at `index` `[batch n]` along `dim`, as a copy; zeros where the index is -1."""
-    shape = [1] * x.dim()
-    shape[0], shape[dim] = index.shape
-    index = index.view(shape)
-    out = torch.take_along_dim(x, index.clamp(min=0), dim=dim)
-    return out.masked_fill_(index < 0, 0) if bool((index < 0).any()) else out
 
 
 def _to(index: Index | None, like: Tensor) -> Index | None:

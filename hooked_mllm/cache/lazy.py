@@ -240,7 +240,6 @@ class LazyResult:
         return head_results(self.z, self.o_proj, self.z.device)
 
 
-Lazy = LazyKeys | LazyPattern | LazyResult
 Entry = Tensor | LazyKeys | LazyPattern | LazyResult
 
 
@@ -252,3 +251,12 @@ def value_of(entry: Entry) -> Tensor:
 def parts_of(entry: Entry) -> list[Tensor]:
     """The tensors that an entry keeps alive."""
     return [entry] if isinstance(entry, Tensor) else entry.parts()
+
+
+def take(x: Tensor, index: Int[Tensor, "batch n"], dim: int) -> Tensor:
+    """A copy of `x` at `index` along `dim`; zeros where the index is -1."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    index = index.view(shape)
+    out = torch.take_along_dim(x, index.clamp(min=0), dim=dim)
+    return out.masked_fill_(index < 0, 0) if bool((index < 0).any()) else out
