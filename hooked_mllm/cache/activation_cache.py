@@ -4,7 +4,7 @@ from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Se
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.cache.describe import describe
@@ -16,9 +16,7 @@ from hooked_mllm.cache.slicing import restacked, vision_slice
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
 from hooked_mllm.families.base import Rows
-
-#: positions: the name of a token kind ("question"), a mask, indices, one index, or a slice
-Positions = str | int | slice | Sequence[int] | Tensor
+from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, resolve_positions
 
 
 class ActivationCache(LogitTools, Mapping[str, Tensor]):
@@ -35,7 +33,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
     Args:
         entries: Activations by hook name.
         n_layers: Blocks by tower.
-        masks: Gives `[batch pos]` booleans for the name of a token kind.
+        masks: Gives `[batch pos]` booleans for a token kind.
         model: The model that ran, for the residual-stream tools.
         has_batch_dim: Whether the first axis is the batch.
 
@@ -52,7 +50,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         self,
         entries: dict[str, Entry],
         n_layers: Mapping[str, int],
-        masks: Callable[[str], Bool[Tensor, "batch pos"]] | None = None,
+        masks: KindMasks | None = None,
         model: Model | None = None,
         has_batch_dim: bool = True,
         query_positions: Int[Tensor, "batch query"] | None = None,
@@ -151,8 +149,8 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
         Args:
             layer: The block.
-            queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a mask, indices, an index, a
-                slice.
+            queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a region of a picture, a mask,
+                indices, an index, a slice.
             keys: Columns, given in the same ways; the softmax is over all keys whatever is asked for.
             heads: One head or several.
             tower: "text" or "vision".
@@ -167,8 +165,8 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         entry = self.entry(key)
         chosen = None if heads is None else ([heads] if isinstance(heads, int) else list(heads))
         kept = (self.query_positions, self.key_positions) if tower == "text" else (None, None)
-        rows = None if queries is None else self._places(queries, entry, 2, kept[0])
-        columns = None if keys is None else self._places(keys, entry, 3, kept[1])
+        rows = None if queries is None else self._kept_index(queries, entry, 2, kept[0])
+        columns = None if keys is None else self._kept_index(keys, entry, 3, kept[1])
         if isinstance(entry, LazyPattern):
             if columns is not None and entry.columns is not None:
                 columns = torch.where(columns >= 0, entry.columns.cpu().gather(1, columns.clamp(min=0)), -1)
@@ -178,8 +176,8 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         value = value if columns is None else take(value, columns.to(value.device), dim=3)
         return self._unbatched(value if chosen is None else value[:, chosen])
 
-    def _places(self, wanted: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
-        """Positions of the sequence as places along an axis of which only the positions in `kept` are there."""
+    def _kept_index(self, wanted: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
+        """Positions of the sequence as indices along an axis that holds only the positions in `kept`."""
         batch, length = entry.shape[0], entry.shape[axis]
         if kept is None:
             return self.positions(wanted, batch, length)
@@ -193,8 +191,17 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         return torch.where(full >= 0, match.int().argmax(-1), -1)
 
     def positions(self, wanted: Positions, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
-        """Any way of naming positions as indices `[batch n]`, -1 where a sample has fewer than the others."""
-        return positions(wanted, batch, length, self._masks)
+        """Positions in any form as indices on the CPU, -1 where a sample has fewer than the others.
+
+        Args:
+            wanted: A token kind, a region or several, a mask, indices, one index, or a slice.
+            batch: Number of samples.
+            length: Positions of a sequence; None where it is not known.
+
+        Raises:
+            LayoutError: for positions that are not there, or a token kind without a layout.
+        """
+        return resolve_positions(wanted, batch, length, self._masks)
 
     # -- moving and slicing ----------------------------------------------------------------------------------------
 
@@ -241,9 +248,9 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
                 entries |= {} if part is None else {name: part}
         masks = self._masks
 
-        def sliced(name: str) -> Tensor:
+        def sliced(kind: TokenKind) -> Tensor:
             assert masks is not None
-            return masks(name)[choice]
+            return masks(kind)[choice]
 
         return self._like(
             entries,
@@ -305,56 +312,3 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             vision_rows=self.vision_rows,
             packed_vision=self.packed_vision,
         )
-
-
-def positions(
-    wanted: Positions, batch: int, length: int | None, masks: Callable[[str], Tensor] | None
-) -> Int[Tensor, "batch n"]:
-    """Any way of naming positions as indices `[batch n]`, -1 where a sample has fewer than the others.
-
-    Raises:
-        LayoutError: for a token kind where there is no layout, a mask of another shape or of numbers, an index out of
-            range, or no position at all.
-    """
-    if isinstance(wanted, str):
-        if masks is None:
-            raise LayoutError(
-                f"{wanted!r} names a kind of token, but these inputs carry no token layout. Use `model.prepare`, or "
-                "give positions as indices."
-            )
-        wanted = masks(wanted)
-    if not isinstance(wanted, int | slice):
-        wanted = torch.as_tensor(wanted)
-        whole = wanted.numel() > 2 and wanted.dim() > 0 and wanted.shape[-1] == length
-        flags = whole and wanted.dtype != torch.bool and bool(((wanted == 0) | (wanted == 1)).all())
-        if (wanted.is_floating_point() and wanted.numel()) or flags:
-            raise LayoutError(
-                f"Expected positions as whole numbers, or a mask of True and False; got {wanted.dtype} of shape "
-                f"{list(wanted.shape)}, which reads like a mask of numbers: give mask.bool()."
-            )
-    if isinstance(wanted, Tensor) and wanted.dtype == torch.bool:
-        mask = wanted.cpu().expand(batch, -1) if wanted.dim() == 1 else wanted.cpu()
-        if mask.shape[0] != batch or (length is not None and mask.shape[1] != length):
-            raise LayoutError(f"A mask of positions must be [{batch}, {length}]; got {tuple(mask.shape)}.")
-        counts = mask.sum(1)
-        if not bool(counts.any()):
-            raise LayoutError("No position is of the kind asked for: its mask is False everywhere.")
-        order = (~mask).int().argsort(dim=1, stable=True)[:, : int(counts.max())]
-        return torch.where(torch.arange(order.shape[1]) < counts[:, None], order, -1)
-    if isinstance(wanted, slice):
-        if length is None:
-            raise LayoutError("A slice of positions needs a known length.")
-        index = torch.arange(length)[wanted]
-    elif isinstance(wanted, int):
-        index = torch.tensor([wanted])
-    else:
-        index = wanted.cpu().long()
-    if index.dim() == 1:
-        index = index.expand(batch, -1)
-    if length is not None:
-        if bool(((index < -length) | (index >= length)).any()):
-            raise LayoutError(f"Positions {wanted!r} reach outside a sequence of {length} tokens.")
-        index = torch.where(index < 0, index + length, index)
-    elif bool((index < 0).any()):
-        raise LayoutError(f"Positions {wanted!r} count from the end of a sequence whose length is not known here.")
-    return index

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hooked_mllm.cache.activation_cache import ActivationCache, positions
+from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.capture import QUADRATIC, Capture, CaptureOptions
 from hooked_mllm.cache.generation import GenerationCache
 from hooked_mllm.contracts import Model
@@ -16,7 +16,8 @@ from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.families.base import Rows
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
-from hooked_mllm.inputs.resolve import MappingMasks, ResolvedInput
+from hooked_mllm.inputs.positions import MappingMasks, Positions, TokenKind
+from hooked_mllm.inputs.resolve import ResolvedInput
 
 #: generation options under which one step's keys are not simply those of the step before and some more
 _REORDERS = (
@@ -61,23 +62,22 @@ class CacheRequest:
 def run_cached(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tuple[Any, Any]:
     """Run `model` (a HookedMLLM) as `request` says; returns the output and the cache."""
     request.validate()
-    batch, length = inputs.batch, inputs.length
-    if request.remove_batch_dim and batch != 1:
-        raise HookValueError(f"remove_batch_dim needs a batch of one; this one has {batch}.")
+    if request.remove_batch_dim and inputs.batch != 1:
+        raise HookValueError(f"remove_batch_dim needs a batch of one; this one has {inputs.batch}.")
     points = model.registry.select(request.names_filter)
 
     reorders = request.generate is not None and _reorders(model.hf_model.generation_config, request.generate)
 
-    def places(wanted: Any) -> Tensor | None:
-        return None if wanted is None else positions(wanted, batch, length, inputs.masks)
+    def index(selected: Positions | None) -> Tensor | None:
+        return None if selected is None else inputs.positions(selected)
 
     options = CaptureOptions(
         points=points,
         gradients=_gradient_points(points, request),
         device=request.device,
-        positions=places(request.pos_slice),
-        queries=places(request.queries),
-        keys=places(request.keys),
+        positions=index(request.pos_slice),
+        queries=index(request.queries),
+        keys=index(request.keys),
         growing=request.generate is not None and not reorders,
         copy=reorders or any(p.may_edit for p in model.registry.hook_dict.values()),
         packed_vision=model.family.vision.packed,
@@ -85,10 +85,10 @@ def run_cached(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tu
     with Capture(model.wiring, options) as capture:
         output = _run(model, inputs, request)
 
-    def masks(name: str) -> Tensor:
-        if name == "visual":  # from the tokens: a text alone has none, which is no error for the residual stream
-            return MappingMasks(inputs.tensors, model.family, model.hf_model.config)(name)
-        return inputs.masks(name)
+    def masks(kind: TokenKind) -> Tensor:
+        if kind == "visual":  # from the tokens: a text alone has none, which is no error for the residual stream
+            return MappingMasks(inputs.tensors, model.family, model.hf_model.config)(kind)
+        return inputs.masks(kind)
 
     def cache_of(entries: dict[str, Any]) -> ActivationCache:
         return ActivationCache(

@@ -1,17 +1,74 @@
-"""`check_pair`: whether two samples can be patched into one another, position by position."""
+"""Pairs of a clean and a corrupted sample: coerced and checked for positions that correspond."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeGuard
 
 import torch
 
 from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.inputs.resolve import ModelInput, each_sample, is_model_input, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
+
+#: a clean sample and its corrupted counterpart, or batches of them
+Pair = tuple[Sample, Sample] | tuple[SampleBatch, SampleBatch]
+#: one pair, or several
+Pairs = Pair | Iterable[Pair]
+
+
+def as_pairs(pairs: Pairs) -> list[tuple[Sample | SampleBatch, Sample | SampleBatch]]:
+    """Pairs (clean, corrupted) as a list, each checked for positions that correspond.
+
+    Args:
+        pairs: A tuple (clean, corrupted), or an iterable of such pairs.
+
+    Raises:
+        InputError: for none, or something else than pairs.
+        LayoutError: for a pair whose token layouts differ, naming both.
+    """
+    single = _is_pair(pairs)
+    if not single and (is_model_input(pairs) or isinstance(pairs, str) or not isinstance(pairs, Iterable)):
+        raise _no_pair(pairs)
+    checked = []
+    for pair in (pairs,) if single else pairs:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
+            raise _no_pair(pair)
+        clean, corrupted = pair
+        check_pair(clean, corrupted)
+        checked.append((clean, corrupted))
+    if not checked:
+        raise InputError("There is no pair to patch: `pairs` is empty.")
+    return checked
+
+
+def as_samples_or_pairs(items: Any, purpose: str = "run") -> list[tuple[ModelInput, ModelInput | None]]:
+    """Model inputs, or pairs of them, as a list of (clean, corrupted); the second is None where there is no pair.
+
+    Args:
+        items: A Sample, a SampleBatch, a mapping, a tuple (clean, corrupted) of two of them, or an iterable of any of
+            these.
+        purpose: What they are for, for the message.
+
+    Raises:
+        InputError: for none, or something else.
+    """
+    single = is_model_input(items) or _is_pair(items)
+    if not single:
+        each_sample(items)  # raises for what holds no inputs
+    collected: list[tuple[ModelInput, ModelInput | None]] = []
+    for item in (items,) if single else items:
+        if _is_pair(item):
+            collected.append((item[0], item[1]))
+        else:
+            collected += [(source, None) for source in each_sample([item])]
+    if not collected:
+        raise no_sample(purpose)
+    return collected
 
 
 def check_pair(clean: Any, corrupted: Any) -> None:
-    """Refuse a pair whose positions do not correspond: patching puts position i of one run in place of i of the other.
+    """Reject a pair whose positions do not correspond: patching replaces position i of one run by i of the other.
 
-    Both must have as many tokens, and at each position the same kind of token, of the same image or video.
+    Both must have the same number of tokens, and at each position the same kind of token, of the same image or video.
 
     Args:
         clean: A sample, or a batch.
@@ -32,22 +89,33 @@ def check_pair(clean: Any, corrupted: Any) -> None:
     if isinstance(clean, SampleBatch) and isinstance(corrupted, SampleBatch):
         if len(clean) != len(corrupted):
             raise InputError(f"Expected as many corrupted samples as clean ones, {len(clean)}; got {len(corrupted)}.")
-        for one, other in zip(clean, corrupted, strict=True):
-            check_pair(one, other)
+        for sample, counterpart in zip(clean, corrupted, strict=True):
+            check_pair(sample, counterpart)
         return
     if not (isinstance(clean, Sample) and isinstance(corrupted, Sample)):
         raise InputError(
             f"A pair is two Samples or two SampleBatches; got {type(clean).__name__} and {type(corrupted).__name__}."
         )
-    ours, theirs = clean.layout, corrupted.layout
-    if len(ours) != len(theirs):
-        what = f"{len(ours)} tokens against {len(theirs)}"
+    layout, other = clean.layout, corrupted.layout
+    if len(layout) != len(other):
+        difference = f"{len(layout)} tokens against {len(other)}"
     else:
-        apart = (ours.kinds != theirs.kinds) | (ours.item != theirs.item)
-        if not bool(apart.any()):
+        differs = (layout.kinds != other.kinds) | (layout.item != other.item)
+        if not bool(differs.any()):
             return
-        what = f"position {int(torch.nonzero(apart)[0])} is another kind of token"
+        difference = f"position {int(torch.nonzero(differs)[0])} is another kind of token"
     raise LayoutError(
-        f"The pair does not correspond: {what}. Clean: {ours!r}. Corrupted: {theirs!r}. Pictures of one size and "
-        "questions of as many tokens give layouts that do."
+        f"The pair does not correspond: {difference}. Clean: {layout!r}. Corrupted: {other!r}. Pictures of one size "
+        "and questions of the same number of tokens give layouts that do."
+    )
+
+
+def _is_pair(value: Any) -> TypeGuard[tuple[ModelInput, ModelInput]]:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(is_model_input, value))
+
+
+def _no_pair(value: Any) -> InputError:
+    return InputError(
+        f"Expected pairs (clean sample, corrupted sample); got {type(value).__name__}. A corruption makes the second: "
+        "`(sample, BlurRegion(sigma=8)(model, sample))`."
     )

@@ -1,82 +1,280 @@
-"""What a model can be called with: a Sample, a batch of samples, or a plain mapping of transformers model inputs."""
+"""What a model can be called with, one input or several: coerced here, checked, and moved to the model's device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.errors import InputError
 from hooked_mllm.families.base import Family
+from hooked_mllm.inputs.positions import KindMasks, MappingMasks, Positions, resolve_mask, resolve_positions
 from hooked_mllm.inputs.sample import Sample, SampleBatch, moved
+from hooked_mllm.layout import TokenLayout
 
+#: a Sample, a batch of samples, or a plain mapping of transformers model inputs, such as a `BatchFeature`
 ModelInput = Sample | SampleBatch | Mapping[str, Any]
+#: one model input, or several: a list, or an iterator that makes them as they are needed
+ModelInputs = ModelInput | Iterable[ModelInput]
+
+_ADVICE = "`model.prepare(question, images=...)` makes a sample."
+
+
+# -- one input or several ------------------------------------------------------------------------------------------
+
+
+def is_model_input(value: object) -> TypeGuard[ModelInput]:
+    """Whether a value is one model input: a Sample, a SampleBatch or a mapping.
+
+    Examples:
+        >>> is_model_input({"input_ids": torch.zeros(1, 4)}), is_model_input([])
+        (True, False)
+    """
+    return isinstance(value, Sample | SampleBatch | Mapping)
+
+
+def each_sample(samples: ModelInputs) -> Iterator[ModelInput]:
+    """Model inputs one after another, each as it was given; an iterator is read as far as its inputs are needed.
+
+    Args:
+        samples: A Sample, a SampleBatch, a mapping, or an iterable of these.
+
+    Raises:
+        InputError: for anything else, or (when reached) an element that is none of these.
+    """
+    if is_model_input(samples):
+        return iter((samples,))
+    if isinstance(samples, str | bytes | Tensor | np.ndarray) or not isinstance(samples, Iterable):
+        raise InputError(
+            "Expected a Sample, a SampleBatch, a mapping of model inputs, or an iterable of these; got "
+            f"{type(samples).__name__}. {_ADVICE}"
+        )
+    return (check_model_input(sample, f"sample {number}") for number, sample in enumerate(samples))
+
+
+def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
+    """`each_sample` as a list of at least one.
+
+    Args:
+        samples: A Sample, a SampleBatch, a mapping, or an iterable of these.
+        purpose: What they are for, for the message.
+
+    Raises:
+        InputError: for none, or as `each_sample` does.
+    """
+    collected = list(each_sample(samples))
+    if not collected:
+        raise no_sample(purpose)
+    return collected
+
+
+def each_prepared(samples: ModelInputs) -> Iterator[Sample]:
+    """Samples one after another, those of a batch by themselves.
+
+    Raises:
+        InputError: as `each_sample` does, or (when reached) for a mapping, which has no layout.
+    """
+    return (sample for source in each_sample(samples) for sample in prepared_samples(source))
+
+
+def sample_count(samples: ModelInputs) -> int | None:
+    """The number of inputs that `each_sample` gives; None for an iterator without a length."""
+    if is_model_input(samples):
+        return 1
+    return len(samples) if isinstance(samples, Sized) else None
+
+
+def no_sample(purpose: str) -> InputError:
+    """The error for an empty set of samples."""
+    return InputError(f"There is no sample to {purpose}: `samples` is empty.")
+
+
+def check_model_input(value: Any, name: str = "") -> ModelInput:
+    """The value, if it is one model input.
+
+    Args:
+        value: What is checked.
+        name: What it is called in the message.
+
+    Raises:
+        InputError: for anything else.
+    """
+    if is_model_input(value):
+        return value
+    raise InputError(
+        f"Expected a Sample, a SampleBatch or a mapping of model inputs{f' for {name}' if name else ''}; got "
+        f"{type(value).__name__}. {_ADVICE}"
+    )
+
+
+# -- the contents of one input -------------------------------------------------------------------------------------
+
+
+def samples_of(source: ModelInput) -> tuple[Sample, ...]:
+    """The samples of an input; none for a mapping."""
+    if isinstance(source, Sample):
+        return (source,)
+    return source.samples if isinstance(source, SampleBatch) else ()
+
+
+def prepared_samples(source: ModelInput) -> tuple[Sample, ...]:
+    """The samples of an input, where a token layout is needed.
+
+    Raises:
+        InputError: for a mapping, or something else.
+    """
+    samples = samples_of(source)
+    if not samples:
+        raise InputError(
+            "Expected samples, as `model.prepare(question, images=..., answer=...)` makes them; got "
+            f"{type(source).__name__}. A plain mapping of model inputs has no token layout."
+        )
+    return samples
+
+
+def tensors_of(source: ModelInput) -> Mapping[str, Any]:
+    """Arguments of the transformers model."""
+    return source.inputs if isinstance(source, Sample | SampleBatch) else source
+
+
+def sequence_count(source: ModelInput) -> int:
+    """Sequences of an input: 1 for a Sample, those of the batch for others."""
+    return len(_tokens(tensors_of(source)))
+
+
+def _tokens(tensors: Mapping[str, Any]) -> Tensor:
+    """Token ids `[batch pos]`, or embeddings `[batch pos d_model]`.
+
+    Raises:
+        InputError: for inputs that have neither, or in another shape.
+    """
+    for name, axes in (("input_ids", "[batch pos]"), ("inputs_embeds", "[batch pos d_model]")):
+        value = tensors.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dim() != len(axes.split()) or not value.numel():
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"`{name}` must be a tensor {axes} with at least one token; got {shape}.")
+        return value
+    raise InputError(f"The model inputs hold no `input_ids`; they hold {', '.join(map(str, tensors)) or 'nothing'}.")
+
+
+# -- resolved inputs -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ResolvedInput:
-    """Model inputs on the model's device, and what is known of their positions.
+    """Model inputs on the model's device, and the token kinds of their positions.
 
     Attributes:
         tensors: Arguments of the transformers model.
-        masks: `[batch pos]` booleans by the name of a token kind, on the device where the caller's inputs are.
+        masks: `[batch pos]` booleans of a token kind or region, on the device of the caller's inputs.
         ids: Names of the samples, None where they have none.
-        source: What the caller gave.
+        source: The input before it was resolved.
     """
 
     tensors: dict[str, Any]
-    masks: Callable[[str], Bool[Tensor, "batch pos"]]
+    masks: KindMasks
     ids: tuple[str | None, ...]
     source: ModelInput
 
     @property
     def batch(self) -> int:
         """Number of sequences."""
-        return len(self._tokens())
+        return len(_tokens(self.tensors))
 
     @property
     def length(self) -> int:
         """Positions in a sequence, padding included."""
-        return self._tokens().shape[1]
+        return _tokens(self.tensors).shape[1]
 
-    def _tokens(self) -> Tensor:
-        tokens = self.tensors.get("input_ids")
-        return self.tensors["inputs_embeds"] if tokens is None else tokens
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """The samples; none for a mapping."""
+        return samples_of(self.source)
+
+    @property
+    def layouts(self) -> tuple[TokenLayout, ...] | None:
+        """The layout of each sequence with its padding; None for a mapping."""
+        if isinstance(self.source, SampleBatch):
+            return self.source.layouts
+        return (self.source.layout,) if isinstance(self.source, Sample) else None
+
+    @property
+    def host_masks(self) -> KindMasks:
+        """`masks` on the CPU, where those of samples are made, so that no device is waited for."""
+        return self.source.host_mask if isinstance(self.source, Sample | SampleBatch) else self.masks
+
+    @property
+    def padding(self) -> Bool[Tensor, "batch pos"]:
+        """Padding positions, on the CPU; none is no error."""
+        return self.host_masks("padding").cpu()
+
+    def positions(self, selected: Positions) -> Int[Tensor, "batch n"]:
+        """Positions as indices on the CPU; -1 where a sample has fewer than the others.
+
+        Args:
+            selected: A token kind, a region or several, a mask, indices, one index, or a slice.
+
+        Raises:
+            LayoutError: for positions that these inputs do not have; see `resolve_positions`.
+            InputError: for the answer or target of a sample that has none.
+        """
+        return resolve_positions(selected, self.batch, self.length, self.host_masks)
+
+    def mask(self, selected: Positions) -> Bool[Tensor, "batch pos"]:
+        """Positions as a mask on the CPU; arguments and errors are those of `positions`."""
+        return resolve_mask(selected, self.batch, self.length, self.host_masks)
+
+    def check_whole(self) -> None:
+        """Reject inputs that continue from `past_key_values`, whose positions do not start at 0.
+
+        Raises:
+            InputError: for such inputs.
+        """
+        if self.tensors.get("past_key_values") is not None:
+            raise InputError(
+                "Positions count from the start of the prompt, and these inputs continue from `past_key_values`: give "
+                "the whole sequence, or use `model.generate`."
+            )
 
 
 def resolve_input(source: ModelInput, family: Family, config: Any, device: torch.device | str | None) -> ResolvedInput:
-    """Check what the caller gave and bring it to the model.
+    """Check one model input and move it to the model's device.
+
+    Args:
+        source: A Sample, a SampleBatch or a mapping.
+        family: The family of the model.
+        config: Its transformers configuration.
+        device: Where the inputs go; None leaves them.
 
     Raises:
         InputError: for nothing at all, for visual tokens without pixels, for pixels that are NaN, for a sample that was
             prepared by another family, or for another type.
     """
+    check_model_input(source)
     if isinstance(source, Sample | SampleBatch):
         check_maker(source, family)
-    if isinstance(source, Sample):
-        return ResolvedInput(moved(source.inputs, device), source.mask, (source.id,), source)
-    if isinstance(source, SampleBatch):
-        ids = tuple(s.id for s in source)
+        ids = tuple(sample.id for sample in samples_of(source))
         return ResolvedInput(moved(source.inputs, device), source.mask, ids, source)
-    if not isinstance(source, Mapping):
-        raise InputError(
-            f"Expected a Sample, a SampleBatch or a mapping of model inputs; got {type(source).__name__}. "
-            "`model.prepare(question, images=...)` makes a sample."
-        )
     inputs = dict(source)
     check_mapping(inputs, family, config)
     if inputs.get("inputs_embeds") is not None:
-        inputs["inputs_embeds"] = inputs["inputs_embeds"].clone()  # what hooks edit in place is not the caller's
-    count = len(inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"])
+        inputs["inputs_embeds"] = inputs["inputs_embeds"].clone()  # hooks edit it in place; the caller's stays
     masks = MappingMasks(inputs, family, config)
-    return ResolvedInput(moved(inputs, device), masks, (None,) * count, source)
+    return ResolvedInput(moved(inputs, device), masks, (None,) * sequence_count(inputs), source)
 
 
 def check_maker(source: Sample | SampleBatch, family: Family) -> None:
-    """Refuse samples of another family: its token ids and pixels mean something else here, if they fit at all."""
-    for sample in (source,) if isinstance(source, Sample) else source:
+    """Reject samples of another family: their token ids and pixels mean something else here, if they fit at all.
+
+    Raises:
+        InputError: for such samples.
+    """
+    for sample in samples_of(source):
         if sample.family not in (None, family.name):
             raise InputError(
                 f"{sample.who} was prepared by a {sample.family} model; this one is {family.name}: prepare it again "
@@ -85,13 +283,13 @@ def check_maker(source: Sample | SampleBatch, family: Family) -> None:
 
 
 def check_mapping(inputs: dict[str, Any], family: Family, config: Any) -> None:
-    """Refuse a mapping that the model would take and get wrong."""
+    """Reject a mapping that the model would take and get wrong.
+
+    Raises:
+        InputError: for inputs without tokens, with damaged pixels, or with visual tokens whose pixels are missing.
+    """
+    _tokens(inputs)
     tokens = inputs.get("input_ids")
-    if tokens is None and inputs.get("inputs_embeds") is None:
-        raise InputError(f"The model inputs hold no `input_ids`; they hold {', '.join(inputs) or 'nothing'}.")
-    if tokens is not None and (not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.numel() == 0):
-        shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise InputError(f"`input_ids` must be a tensor [batch pos] with at least one token; got {shape}.")
     for name in family.pixel_inputs:
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
@@ -105,35 +303,3 @@ def check_mapping(inputs: dict[str, Any], family: Family, config: Any) -> None:
                     "would run on empty placeholders. Pass everything that the processor returns."
                 )
     family.check_inputs(inputs, config)
-
-
-@dataclass(frozen=True)
-class MappingMasks:
-    """The kinds of position that bare model inputs tell: visual, text, padding, last."""
-
-    inputs: Mapping[str, Any]
-    family: Family
-    config: Any
-
-    def __call__(self, name: str) -> Bool[Tensor, "batch pos"]:
-        """Positions of one kind."""
-        tokens = self.inputs.get("input_ids")
-        if tokens is None:
-            raise LayoutError("Inputs without `input_ids` say nothing of their positions; use `model.prepare`.")
-        ids = torch.tensor(self.family.visual_token_ids(self.config), device=tokens.device)
-        visual = torch.isin(tokens, ids)
-        attention = self.inputs.get("attention_mask")
-        padding = torch.zeros_like(visual) if attention is None or attention.dim() != 2 else attention == 0
-        if name == "padding":
-            return padding
-        if name == "visual":
-            return visual
-        if name == "text":
-            return ~visual & ~padding
-        if name == "last":
-            place = torch.arange(tokens.shape[1], device=tokens.device).masked_fill(padding, -1)
-            return place == place.max(dim=1, keepdim=True).values
-        raise LayoutError(
-            f"These model inputs do not say which tokens are {name!r} (a plain mapping tells visual, text, padding and "
-            "last). Make a sample with `model.prepare(question, images=..., target=...)`."
-        )

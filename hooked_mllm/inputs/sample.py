@@ -1,4 +1,4 @@
-"""What is asked of a model: one question with its pictures, or a batch of them."""
+"""Sample and SampleBatch: a question with its pictures as model inputs, and which position is what."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,18 +10,20 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.inputs.positions import TokenKind
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Region, TokenLayout
+from hooked_mllm.layout.regions import as_regions
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a sample was prepared with beside its question, pictures, answer, target and id.
+    """What a sample was prepared with in addition to its question, pictures, answer, target and id.
 
     Attributes:
-        system: the system prompt, or `None` for the template's own default.
-        min_overlap: the least share of a token's footprint that the target covers.
-        processor: options of the processor.
+        system: The system prompt, or `None` for the template's own default.
+        min_overlap: The least share of a token's footprint that the target covers.
+        processor: Options of the processor.
     """
 
     system: str | None = None
@@ -34,20 +36,20 @@ class Sample:
     """A question with its pictures, the model inputs made of them, and the layout of its tokens.
 
     Attributes:
-        inputs: what the model's `forward` takes; token tensors `[1 pos]`, without padding.
-        layout: which position is what.
-        question: the question.
-        answer: the answer that stands after the prompt (teacher forcing), or `None`.
-        images: the pictures, upright RGB; `layout` speaks of their pixels.
-        videos: the frames given to the model, with their times.
-        target: the region asked about, or a list of them.
-        target_mask: the tokens that see it, `[pos]` on the CPU.
-        id: a name of the user's own.
-        template: a fingerprint of the chat template.
-        pad_token_id: what a batch is padded with.
-        preparation: what else it was prepared with, so that it can be prepared again with one thing changed; `None` for
-            a sample made by hand.
-        family: the family of the model that it was prepared for; `None` for a sample made by hand.
+        inputs: Arguments of the model's `forward`; token tensors `[1 pos]`, without padding.
+        layout: Which position is what.
+        question: The question.
+        answer: The answer that follows the prompt (teacher forcing), or `None`.
+        images: The pictures, upright RGB; `layout` counts in their pixels.
+        videos: The frames given to the model, with their times.
+        target: The region that the question is about, or a list of them.
+        target_mask: The tokens that see it, `[pos]` on the CPU.
+        id: A name of the user's own.
+        template: A fingerprint of the chat template.
+        pad_token_id: The token that pads a batch.
+        preparation: The other settings that it was prepared with, so that it can be prepared again with one change;
+            `None` for a sample made by hand.
+        family: The family of the model that it was prepared for; `None` for a sample made by hand.
     """
 
     inputs: dict[str, Tensor]
@@ -64,35 +66,49 @@ class Sample:
     preparation: Preparation | None = None
     family: str | None = None
 
-    def mask(self, name: str) -> Bool[Tensor, "1 pos"]:
-        """Positions by name, on the device of the inputs.
+    def mask(self, name: TokenKind) -> Bool[Tensor, "1 pos"]:
+        """Positions of a token kind, on the device of the inputs.
 
         Args:
-            name: "target", or what `TokenLayout.mask` knows: "question", "answer", "system", "template", "visual",
-                "last", "text", "padding", "pixels", "generating".
+            name: "target", or what `TokenLayout.mask` supports: "question", "answer", "system", "template", "visual",
+                "last", "text", "padding", "pixels", "generating"; or a region or several, for the tokens that see it.
 
         Raises:
             InputError: "target" when no target was given, "answer" when no answer was.
-            LayoutError: an unknown name, or one that no position has.
+            LayoutError: an unknown name, one that no position has, or a region that the pictures do not have.
         """
         return self.host_mask(name).to(self.device)
 
-    def host_mask(self, name: str) -> Bool[Tensor, "1 pos"]:
+    def host_mask(self, name: TokenKind) -> Bool[Tensor, "1 pos"]:
         """The same on the CPU, where masks are made, so that no device is waited for."""
-        return self._positions(name)[None]
+        return self._positions(name)[None]  # [pos] -> [1 pos]
 
-    def _positions(self, name: str) -> Bool[Tensor, " pos"]:
-        if name == "target":
+    def target_regions(self) -> list[Region]:
+        """The target in pixels of the pictures, as a list of regions.
+
+        Raises:
+            InputError: when the sample has none.
+        """
+        if self.target is None:
+            raise InputError(
+                f"{self.who} has no target region: give `target=` to prepare, such as Box(x0, y0, x1, y1)."
+            )
+        return as_regions(self.target)
+
+    def _positions(self, kind: TokenKind) -> Bool[Tensor, " pos"]:
+        if not isinstance(kind, str):
+            return self.layout.target(kind)
+        if kind == "target":
             if self.target_mask is None:
                 raise InputError(f"{self.who} has no target: give `target=` to prepare, such as Box(x0, y0, x1, y1).")
             return self.target_mask
-        found = self.layout.mask(name)
-        if name == "padding" or found.any():
-            return found
-        if name in ("answer", "generating"):
+        mask = self.layout.mask(kind)
+        if kind == "padding" or mask.any():
+            return mask
+        if kind in ("answer", "generating"):
             raise InputError(f"{self.who} has no answer: give `answer=` to prepare.")
         why = {"visual": "its prompt has no image and no video", "system": "it was prepared without `system=`"}
-        raise LayoutError(f"{self.who} has no {name} tokens: {why.get(name, 'no position is of that kind')}.")
+        raise LayoutError(f"{self.who} has no {kind} tokens: {why.get(kind, 'no position is of that kind')}.")
 
     @property
     def device(self) -> torch.device:
@@ -121,9 +137,9 @@ class SampleBatch:
     """Samples of unequal length, padded to one.
 
     Attributes:
-        samples: the samples, without padding.
-        inputs: what the model's `forward` takes, `[batch pos]`; pixels as the model's family lays them out in a batch.
-        layouts: the layout of each sample with its padding.
+        samples: The samples, without padding.
+        inputs: Arguments of the model's `forward`, `[batch pos]`; pixels as the model's family joins them.
+        layouts: The layout of each sample with its padding.
         padding_side: "left" or "right".
     """
 
@@ -137,7 +153,11 @@ class SampleBatch:
         """Join samples of one model.
 
         Token tensors are padded and stacked; pictures of all samples are joined in order, as each family's processor
-        does for a batch (LLaVA-OneVision's are filled up to one number of tiles).
+        does for a batch (LLaVA-OneVision's are padded to the same number of tiles).
+
+        Args:
+            samples: At least one, prepared by one model.
+            padding_side: "left" or "right".
 
         Raises:
             InputError: an empty batch, an unknown side, or pictures that the model cannot take in one batch.
@@ -155,18 +175,19 @@ class SampleBatch:
         layouts = tuple(s.layout.padded(left, right) for s, (left, right) in zip(samples, pads, strict=True))
         return cls(samples, inputs, layouts, padding_side)
 
-    def mask(self, name: str) -> Bool[Tensor, "batch pos"]:
-        """Positions by name as in `Sample.mask`, padded; every sample must have some."""
+    def mask(self, name: TokenKind) -> Bool[Tensor, "batch pos"]:
+        """Positions of a token kind as in `Sample.mask`, padded; every sample must have some."""
         return self.host_mask(name).to(self.device)
 
-    def host_mask(self, name: str) -> Bool[Tensor, "batch pos"]:
+    def host_mask(self, name: TokenKind) -> Bool[Tensor, "batch pos"]:
         """The same on the CPU, where masks are made, so that no device is waited for."""
+        padding = torch.stack([layout.padding for layout in self.layouts])
         if name == "padding":
-            return torch.stack([layout.padding for layout in self.layouts])
-        out = torch.zeros(len(self), len(self.layouts[0]), dtype=torch.bool)
-        for row, sample, layout in zip(out, self.samples, self.layouts, strict=True):
-            row[~layout.padding] = sample._positions(name)
-        return out
+            return padding
+        mask = torch.zeros_like(padding)
+        for sample_mask, sample, unpadded in zip(mask, self.samples, ~padding, strict=True):
+            sample_mask[unpadded] = sample._positions(name)
+        return mask
 
     @property
     def device(self) -> torch.device:
@@ -192,15 +213,17 @@ class SampleBatch:
         return f"SampleBatch({len(self)} samples of {lengths} tokens, padded on the {self.padding_side})"
 
 
-def moved(inputs: Mapping[str, Any], device: Any = None, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def moved(
+    inputs: Mapping[str, Any], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Tensors on another device; floating ones, which are pixels, in another dtype as well."""
 
-    def one(value: Any) -> Any:
+    def on_device(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
-    return {name: one(value) for name, value in inputs.items()}
+    return {name: on_device(value) for name, value in inputs.items()}
 
 
 def is_per_token(value: Tensor, n_tokens: int) -> bool:

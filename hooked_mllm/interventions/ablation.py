@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs.positions import Positions, describe_positions
+from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
     Phase,
     Tower,
     check_choice,
-    describe_positions,
     heads_of,
     keep_heads,
     tower_shape,
 )
-from hooked_mllm.interventions.places import Places, check_places, first_position
+from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions, first_edited
 from hooked_mllm.interventions.reference import HeadReference, head_reference
 from hooked_mllm.interventions.source import Source
 
@@ -83,7 +83,7 @@ class HeadAblation(Intervention):
         tower: Tower = "text",
     ) -> None:
         check_choice("mode", mode, MODES)
-        check_places(positions, phase, tower)
+        check_edited_positions(positions, phase, tower)
         self.heads = keep_heads(heads)
         self.mode, self.phase, self.positions = mode, phase, positions
         self.source, self.factor, self.seed, self.tower = reference, factor, seed, tower
@@ -129,7 +129,7 @@ class HeadAblation(Intervention):
     @staticmethod
     def reference(
         model: Model,
-        samples: Any,
+        samples: ModelInputs,
         heads: Any,
         *,
         positions: Positions | None = None,
@@ -141,7 +141,7 @@ class HeadAblation(Intervention):
         Args:
             model: A `HookedMLLM`.
             samples: Samples, batches or mappings; one, or an iterable of them.
-            heads: The heads to know.
+            heads: The heads to average.
             positions: Only these positions of each sample.
             tower: "text" or "vision".
             keep_tokens: Also keep z of every token, for "resample".
@@ -175,7 +175,7 @@ class HeadAblation(Intervention):
 
     def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
-        return first_position(self.positions, inputs) if self.tower == "text" else 0
+        return first_edited(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer that has heads of the set."""
@@ -184,14 +184,14 @@ class HeadAblation(Intervention):
             self.source.check(chosen, self.tower)
         elif isinstance(self.source, Tensor):
             self._check_means(model)
-        places = Places(model, self.positions, self.phase, self.tower)
+        edited = EditedPositions(model, self.positions, self.phase, self.tower)
         prefix = "" if self.tower == "text" else f"{self.tower}."
         point = "attn_scores" if self.mode == "uniform" else "z"
         for layer, inside in chosen.by_layer.items():
             name = f"{prefix}blocks.{layer}.attn.hook_{point}"
             yield (
                 name,
-                (_uniform(places, inside) if self.mode == "uniform" else self._edit(places, layer, inside, name)),
+                (_uniform(edited, inside) if self.mode == "uniform" else self._edit(edited, layer, inside, name)),
             )
 
     def _check_means(self, model: Model) -> None:
@@ -200,17 +200,18 @@ class HeadAblation(Intervention):
         if tuple(self.source.shape) != due:
             raise HookValueError(f"Means must be [layer head d_head] of {due}; got {tuple(self.source.shape)}.")
 
-    def _edit(self, places: Places, layer: int, inside: tuple[int, ...], name: str) -> Edit:
-        source = Source(self.source, places) if isinstance(self.source, ActivationCache) else None
+    def _edit(self, edited: EditedPositions, layer: int, inside: tuple[int, ...], name: str) -> Edit:
+        source = Source(self.source, edited) if isinstance(self.source, ActivationCache) else None
 
         def edit(z: Tensor, hook: HookPoint) -> Tensor | None:
-            rows = places.rows(z.shape[0], z.shape[1], hook, z.device)
-            if rows is None:
+            mask = edited.mask(z.shape[0], z.shape[1], hook, z.device)
+            if mask is None:
                 return None
-            chosen = rows[:, :, None] & _flags(inside, z.shape[2], z.device)
-            return torch.where(chosen[..., None], new(z, rows, hook), z)
+            # [batch pos] and [head] -> [batch pos head]
+            chosen = mask[:, :, None] & _flags(inside, z.shape[2], z.device)
+            return torch.where(chosen[..., None], new(z, mask, hook), z)
 
-        def new(z: Tensor, rows: Tensor, hook: HookPoint) -> Tensor:
+        def new(z: Tensor, mask: Tensor, hook: HookPoint) -> Tensor:
             if self.mode == "zero":
                 return torch.zeros_like(z)
             if self.mode == "scale":
@@ -220,10 +221,10 @@ class HeadAblation(Intervention):
                 means = self.source.mean if isinstance(self.source, HeadReference) else self.source
                 return means[layer].to(z)
             if source is not None:
-                return source.fit(name, z, rows)
+                return source.fit(name, z, mask)
             tokens = self.source.tokens[layer]
             drawn = torch.zeros_like(z)
-            picked = _draw(self.seed, len(tokens), z.shape[0], z.shape[1], places.offset(z.shape[1], hook.step))
+            picked = _draw(self.seed, len(tokens), z.shape[0], z.shape[1], edited.offset(z.shape[1], hook.step))
             columns = [self.source.heads.by_layer[layer].index(head) for head in inside]
             drawn[:, :, list(inside)] = tokens[picked][:, :, columns].to(z)
             return drawn
@@ -231,12 +232,13 @@ class HeadAblation(Intervention):
         return edit
 
 
-def _uniform(places: Places, inside: tuple[int, ...]) -> Edit:
+def _uniform(edited: EditedPositions, inside: tuple[int, ...]) -> Edit:
     def edit(scores: Tensor, hook: HookPoint) -> Tensor | None:
-        rows = places.rows(scores.shape[0], scores.shape[2], hook, scores.device)
-        if rows is None:
+        mask = edited.mask(scores.shape[0], scores.shape[2], hook, scores.device)
+        if mask is None:
             return None
-        chosen = rows[:, None, :] & _flags(inside, scores.shape[1], scores.device)[:, None]
+        # [batch query] and [head] -> [batch head query]
+        chosen = mask[:, None, :] & _flags(inside, scores.shape[1], scores.device)[:, None]
         visible = scores > torch.finfo(scores.dtype).min
         return scores.masked_fill(chosen[..., None] & visible, 0.0)
 

@@ -5,10 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadSet
@@ -180,14 +178,3 @@ def layers_of(layers: int | Iterable[int], count: int, tower: str) -> list[int]:
         if not -count <= layer < count:
             raise HookNameError(f"Layer {layer} is out of range: the {tower} tower has {count} blocks.")
     return sorted({layer % count for layer in asked})
-
-
-def describe_positions(wanted: Positions | None) -> Any:
-    """Positions as a record keeps them."""
-    if wanted is None or isinstance(wanted, str | int):
-        return wanted
-    if isinstance(wanted, slice):
-        return f"{wanted.start}:{wanted.stop}:{wanted.step}"
-    if isinstance(wanted, Tensor) and wanted.dtype == torch.bool:
-        return {"mask": [*wanted.shape], "positions": int(wanted.sum())}
-    return torch.as_tensor(wanted).tolist()

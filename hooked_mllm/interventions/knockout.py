@@ -6,22 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
     Phase,
     Tower,
-    describe_positions,
     heads_of,
     keep_heads,
     layers_of,
     tower_shape,
 )
-from hooked_mllm.interventions.places import Places, check_places
+from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions
 
 
 class AttentionKnockout(Intervention):
@@ -67,8 +66,8 @@ class AttentionKnockout(Intervention):
             raise HookValueError("Give the heads= or the layers= in which attention is knocked out, and not both.")
         if keys is None:
             raise HookValueError("Give the keys= that may not be seen; with all of them hidden a query sees nothing.")
-        check_places(queries, phase, tower)
-        check_places(keys, "prefill", tower)
+        check_edited_positions(queries, phase, tower)
+        check_edited_positions(keys, "prefill", tower)
         self.heads = None if heads is None else keep_heads(heads)
         self.layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
         self.queries, self.keys, self.phase, self.tower = queries, keys, phase, tower
@@ -97,8 +96,8 @@ class AttentionKnockout(Intervention):
             by_layer = dict.fromkeys(layers_of(self.layers, n_layers, self.tower), tuple(range(n_heads)))
         else:
             by_layer = heads_of(self.heads, model, self.tower).by_layer
-        queries = Places(model, self.queries, self.phase, self.tower)
-        keys = Places(model, self.keys, "prefill", self.tower)
+        queries = EditedPositions(model, self.queries, self.phase, self.tower)
+        keys = EditedPositions(model, self.keys, "prefill", self.tower)
         prefix = "" if self.tower == "text" else f"{self.tower}."
         for layer, inside in by_layer.items():
             yield f"{prefix}blocks.{layer}.attn.hook_attn_scores", _knock_out(queries, keys, inside)
@@ -108,22 +107,23 @@ def _listed(heads: Any) -> Iterable[Any]:
     return [h.strip() for h in heads.split(",")] if isinstance(heads, str) else heads
 
 
-def _knock_out(queries: Places, keys: Places, inside: tuple[int, ...]) -> Edit:
+def _knock_out(queries: EditedPositions, keys: EditedPositions, inside: tuple[int, ...]) -> Edit:
     def edit(scores: Tensor, hook: HookPoint) -> Tensor | None:
         batch, n_heads, q_length, kv_length = scores.shape
-        rows = queries.rows(batch, q_length, hook, scores.device)
-        if rows is None:
+        query_mask = queries.mask(batch, q_length, hook, scores.device)
+        if query_mask is None:
             return None
         # The keys are those of the KV cache, the prompt's first, in every step.
         prompt = keys.prompt_length(kv_length)
         if kv_length < prompt:
             raise LayoutError(f"{hook.name} holds {kv_length} keys, fewer than the {prompt} tokens of the prompt.")
-        columns = torch.zeros(batch, kv_length, dtype=torch.bool, device=scores.device)
-        columns[:, :prompt] = keys.prompt(batch, prompt, scores.device)
+        key_mask = torch.zeros(batch, kv_length, dtype=torch.bool, device=scores.device)
+        key_mask[:, :prompt] = keys.prompt_mask(batch, prompt, scores.device)
         flags = torch.zeros(n_heads, dtype=torch.bool, device=scores.device)
         flags[list(inside)] = True
         lowest = torch.finfo(scores.dtype).min
-        blocked = flags[:, None, None] & rows[:, None, :, None] & columns[:, None, None, :]
+        # [head], [batch query] and [batch key] -> [batch head query key]
+        blocked = flags[:, None, None] & query_mask[:, None, :, None] & key_mask[:, None, None, :]
         out = scores.masked_fill(blocked, lowest)
         emptied = (scores > lowest).any(-1) & ~(out > lowest).any(-1)
         if bool(emptied.any()):

@@ -7,23 +7,22 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.cache.keys import ATTENTION, full_name
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
     Tower,
     check_choice,
-    describe_positions,
     heads_of,
     keep_heads,
     layers_of,
     tower_shape,
 )
-from hooked_mllm.interventions.places import Places, check_places, first_position
+from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions, first_edited
 from hooked_mllm.interventions.source import Source, source_of
 
 #: sites whose axes are [batch head query key]; other sites with heads are [batch pos head ...]
@@ -80,7 +79,7 @@ class ActivationPatch(Intervention):
             tower = "vision" if site.startswith("vision.") else "text"  # the projector counts as the tower's end
         check_choice("tower", tower, ("text", "vision"))
         kind = "projector" if site.startswith("projector.") else tower
-        check_places(positions, "prefill", "vision" if kind == "projector" else tower)
+        check_edited_positions(positions, "prefill", "vision" if kind == "projector" else tower)
         self.site, self.whole, self.tower, self.kind = site, whole, tower, kind
         self.given = source_of(source)
         self.layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
@@ -112,17 +111,17 @@ class ActivationPatch(Intervention):
 
     def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
-        return first_position(self.positions, inputs) if self.tower == "text" else 0
+        return first_edited(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit at each hook point that is patched."""
         names = self._names(model)
-        places = Places(model, self.positions, "prefill", self.kind)
+        edited = EditedPositions(model, self.positions, "prefill", self.kind)
         for name in names:
             given = self.given
             if isinstance(given, Mapping) and not isinstance(given, ActivationCache):
                 given = {name: names[name]}
-            source = Source(given, places, self.source_positions)
+            source = Source(given, edited, self.source_positions)
             yield name, _patch(source, name, self._heads_at(name, model))
 
     def _names(self, model: Model) -> dict[str, Any]:
@@ -224,7 +223,7 @@ class HeadPatch(Intervention):
         source_positions: Positions | None = None,
         tower: Tower = "text",
     ) -> None:
-        check_places(positions, "prefill", tower)
+        check_edited_positions(positions, "prefill", tower)
         self.heads, self.given = keep_heads(heads), source_of(source)
         self.positions, self.source_positions, self.tower = positions, source_positions, tower
         self._layer(0, (0,))  # refuses positions that contradict each other
@@ -257,7 +256,7 @@ class HeadPatch(Intervention):
 
     def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
-        return first_position(self.positions, inputs) if self.tower == "text" else 0
+        return first_edited(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit of z in each layer that has heads of the set."""
@@ -273,11 +272,11 @@ def _patch(source: Source, name: str, heads: tuple[int, ...] | None) -> Edit:
     axis = 2 if square else 1
 
     def edit(x: Tensor, hook: HookPoint) -> Tensor | None:
-        rows = source.places.rows(x.shape[0], x.shape[axis], hook, x.device)
-        if rows is None or not bool(rows.any()):
+        mask = source.edited.mask(x.shape[0], x.shape[axis], hook, x.device)
+        if mask is None or not bool(mask.any()):
             return None
-        value = source.fit(name, x, rows, axis)
-        chosen = rows.view(*rows.shape, *[1] * (x.dim() - 2)) if axis == 1 else rows[:, None, :, None]
+        value = source.fit(name, x, mask, axis)
+        chosen = mask.view(*mask.shape, *[1] * (x.dim() - 2)) if axis == 1 else mask[:, None, :, None]
         if heads is not None:
             flags = torch.zeros(x.shape[1 if square else 2], dtype=torch.bool, device=x.device)
             flags[list(heads)] = True

@@ -1,16 +1,16 @@
 """Activations to put in place of a run's own: from a cache or tensors, brought to the shape of the run."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache, GenerationCache
-from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.cache.lazy import value_of
 from hooked_mllm.errors import HookedMLLMError, HookValueError, LayoutError
-from hooked_mllm.interventions.places import Places
+from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, resolve_positions
+from hooked_mllm.interventions.edited_positions import EditedPositions
 
 
 class Source:
@@ -18,20 +18,23 @@ class Source:
 
     Args:
         given: A cache, tensors by hook name, or one tensor for every name that is asked for.
-        places: Which rows of the run are replaced.
-        wanted: Which rows of the source they take, in order; None for the same positions.
+        edited: The positions of the run that are replaced.
+        source_positions: The positions of the source that they take, in order; None for the same ones.
     """
 
     def __init__(
-        self, given: ActivationCache | Mapping[Any, Tensor] | Tensor, places: Places, wanted: Positions | None = None
+        self,
+        given: ActivationCache | Mapping[Any, Tensor] | Tensor,
+        edited: EditedPositions,
+        source_positions: Positions | None = None,
     ) -> None:
-        self.given, self.places, self.wanted = given, places, wanted
+        self.given, self.edited, self.source_positions = given, edited, source_positions
         self._compared: Any = None
 
     @property
-    def masks(self) -> Callable[[str], Tensor] | None:
-        """The token kinds of the run that the source comes from, where it tells."""
-        return self.given._masks if isinstance(self.given, ActivationCache) and self.places.tower == "text" else None
+    def masks(self) -> KindMasks | None:
+        """The token kinds of the run that the source comes from; None where it has none."""
+        return self.given._masks if isinstance(self.given, ActivationCache) and self.edited.tower == "text" else None
 
     def value(self, name: str) -> Tensor:
         """The activation that the source holds of a hook point."""
@@ -41,29 +44,29 @@ class Source:
             return value_of(self.given.entry(name))
         return self.given[name]
 
-    def fit(self, name: str, x: Tensor, rows: Tensor, axis: int = 1) -> Tensor:
-        """The source's values in the shape of `x`, in place at the rows that are replaced.
+    def fit(self, name: str, x: Tensor, mask: Tensor, axis: int = 1) -> Tensor:
+        """The source's values in the shape of `x`, in place at the positions that are replaced.
 
         Raises:
             LayoutError: when the source has other positions than this run.
             HookValueError: when it has another shape in any other way.
         """
         value = self.value(name).to(x)
-        running = self.places.running
-        batch = x.shape[0] if running is None else running.batch
+        inputs = self.edited.inputs
+        batch = x.shape[0] if inputs is None else inputs.batch
         square = name.endswith(("hook_pattern", "hook_attn_scores"))
         self._check_shape(name, value, x, axis, batch, square)
         if square and value.shape[-1] < x.shape[-1]:  # keys of a static cache, or generated since: the patch has none
             empty = 0.0 if name.endswith("pattern") else torch.finfo(x.dtype).min
             value = torch.nn.functional.pad(value, (0, x.shape[-1] - value.shape[-1]), value=empty)
-        if self.wanted is None:
+        if self.source_positions is None:
             value = self._same_positions(name, value, x, axis)
-            if self.places.first:
-                value = value.narrow(axis, self.places.first, x.shape[axis])
+            if self.edited.first_position:
+                value = value.narrow(axis, self.edited.first_position, x.shape[axis])
         if len(value) not in (1, len(x)):
             value = value.repeat_interleave(len(x) // len(value), dim=0)
         value = value.expand(len(x), *value.shape[1:])
-        return value if self.wanted is None else self._moved(name, value, x, rows, axis)
+        return value if self.source_positions is None else self._moved(name, value, x, mask, axis)
 
     def _check_shape(self, name: str, value: Tensor, x: Tensor, axis: int, batch: int, square: bool) -> None:
         free = {0, axis} | ({3} if square else set())
@@ -75,51 +78,53 @@ class Source:
             )
 
     def _same_positions(self, name: str, value: Tensor, x: Tensor, axis: int) -> Tensor:
-        running = self.places.running
-        due = self.places.prompt_length(x.shape[axis])
-        if self.places.tower != "text":
-            if value.shape[axis] != due or len(value) not in (1, len(x)):
+        inputs = self.edited.inputs
+        length = self.edited.prompt_length(x.shape[axis])
+        if self.edited.tower != "text":
+            if value.shape[axis] != length or len(value) not in (1, len(x)):
                 raise LayoutError(
-                    f"The patch of {name} has {len(value)} x {value.shape[axis]} rows, this run {len(x)} x {due}: the "
-                    "images are of other sizes."
+                    f"The patch of {name} has {len(value)} x {value.shape[axis]} rows, this run {len(x)} x {length}: "
+                    "the images are of other sizes."
                 )
             return value
-        if self._compared is not running or value.shape[axis] != due:
+        if self._compared is not inputs or value.shape[axis] != length:
             theirs = _counts(self.masks, value.shape[axis], len(value))
-            ours = _counts(None if running is None else running.masks, due, len(value))
-            known = self.masks is not None and running is not None
-            if value.shape[axis] != due or (known and theirs[1] != ours[1]):
+            ours = _counts(None if inputs is None else inputs.host_masks, length, len(value))
+            known = self.masks is not None and inputs is not None
+            if value.shape[axis] != length or (known and theirs[1] != ours[1]):
                 raise LayoutError(
                     f"The patch of {name} comes from a run of {theirs[0]}; this run has {ours[0]}. Patch between runs "
                     "of the same layout, or say which positions correspond by positions= and source_positions=."
                 )
-            self._compared = running
+            self._compared = inputs
         short = x.shape[axis] - value.shape[axis]
-        if short <= 0 or self.places.first:
+        if short <= 0 or self.edited.first_position:
             return value
         return torch.cat([value, x.narrow(axis, value.shape[axis], short)[: len(value)] * 0], dim=axis)
 
-    def _moved(self, name: str, value: Tensor, x: Tensor, rows: Tensor, axis: int) -> Tensor:
-        index = positions(self.wanted, len(x), value.shape[axis], self._repeated(len(x)))  # type: ignore[arg-type]
-        ours, theirs = rows.sum(1).tolist(), (index >= 0).sum(1).tolist()
+    def _moved(self, name: str, value: Tensor, x: Tensor, mask: Tensor, axis: int) -> Tensor:
+        assert self.source_positions is not None
+        index = resolve_positions(self.source_positions, len(x), value.shape[axis], self._repeated(len(x)))
+        ours, theirs = mask.sum(1).tolist(), (index >= 0).sum(1).tolist()
         if ours != theirs:
             raise LayoutError(
                 f"The patch of {name} puts {theirs} source positions on {ours} positions of this run (one number a "
                 "sample); they must be as many."
             )
-        place = torch.zeros(rows.shape, dtype=torch.long)
-        place[rows.cpu()] = index[index >= 0]
+        # the source position of each position of the run [batch pos]
+        moved = torch.zeros(mask.shape, dtype=torch.long)
+        moved[mask.cpu()] = index[index >= 0]
         shape = [1] * x.dim()
-        shape[0], shape[axis] = place.shape
-        return torch.take_along_dim(value, place.view(shape).to(x.device), dim=axis)
+        shape[0], shape[axis] = moved.shape
+        return torch.take_along_dim(value, moved.view(shape).to(x.device), dim=axis)
 
-    def _repeated(self, batch: int) -> Callable[[str], Tensor] | None:
+    def _repeated(self, batch: int) -> KindMasks | None:
         masks = self.masks
         if masks is None:
             return None
 
-        def repeated(name: str) -> Tensor:
-            mask = masks(name)
+        def repeated(kind: TokenKind) -> Tensor:
+            mask = masks(kind)
             return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
 
         return repeated
@@ -140,7 +145,7 @@ def source_of(given: Any) -> ActivationCache | Mapping[Any, Tensor] | Tensor:
     )
 
 
-def _counts(masks: Callable[[str], Tensor] | None, length: int, batch: int) -> tuple[str, list[list[int]]]:
+def _counts(masks: KindMasks | None, length: int, batch: int) -> tuple[str, list[list[int]]]:
     """The layout of a run in words, and the numbers of real and visual tokens, a sample's side by side."""
     if masks is None:
         return f"{length} tokens", []

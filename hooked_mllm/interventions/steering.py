@@ -6,21 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
     Phase,
     Tower,
     check_choice,
-    describe_positions,
     layers_of,
     tower_shape,
 )
-from hooked_mllm.interventions.places import Places, check_places, first_position
+from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions, first_edited
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -65,7 +64,7 @@ class Steer(Intervention):
         check_choice("site", site, SITES)
         if tower == "vision" and phase == "both":
             phase = "prefill"  # images are encoded there alone
-        check_places(positions, phase, tower)
+        check_edited_positions(positions, phase, tower)
         if direction.dim() != 1:
             raise HookValueError(f"A direction is a vector [d_model]; got shape {tuple(direction.shape)}.")
         if not bool(torch.isfinite(direction).all()) or not bool(torch.isfinite(torch.tensor(float(coefficient)))):
@@ -89,7 +88,7 @@ class Steer(Intervention):
 
     def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
-        return first_position(self.positions, inputs) if self.tower == "text" else 0
+        return first_edited(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer."""
@@ -98,15 +97,15 @@ class Steer(Intervention):
             raise HookValueError(
                 f"The direction has {len(self.direction)} numbers; the {self.tower} tower is {width} wide."
             )
-        places = Places(model, self.positions, self.phase, self.tower)
+        edited = EditedPositions(model, self.positions, self.phase, self.tower)
         count, _ = tower_shape(model, self.tower)
         prefix = "" if self.tower == "text" else f"{self.tower}."
 
         def edit(x: Tensor, hook: HookPoint) -> Tensor | None:
-            rows = places.rows(x.shape[0], x.shape[1], hook, x.device)
-            if rows is None:
+            mask = edited.mask(x.shape[0], x.shape[1], hook, x.device)
+            if mask is None:
                 return None
-            return torch.where(rows[..., None], x + self.coefficient * self.direction.to(x), x)
+            return torch.where(mask[..., None], x + self.coefficient * self.direction.to(x), x)
 
         for layer in layers_of(self.layer, count, self.tower):
             yield f"{prefix}blocks.{layer}.hook_{self.site}", edit

@@ -1,7 +1,7 @@
 """`model.measure`: one forward pass a sample, no logits; attention rows shared by the metrics, layers in groups."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -15,8 +15,17 @@ from hooked_mllm.contracts import Metric, Model
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.hooks import HookPoint
-from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput, check_maker
-from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.resolve import (
+    ModelInput,
+    ModelInputs,
+    ResolvedInput,
+    check_maker,
+    each_sample,
+    no_sample,
+    sample_count,
+    samples_of,
+    tensors_of,
+)
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.checkpoint import MeasureCheckpoint, identity_of
 from hooked_mllm.measuring.query_selection import QuerySelection, Selections
@@ -91,9 +100,8 @@ class _Collector:
 
     def _selected(self, k: Tensor) -> Selections:
         if k.device not in self._selections:
-            source = self.inputs.source
-            masks = source.host_mask if isinstance(source, Sample | SampleBatch) else self.inputs.masks
-            self._selections[k.device] = Selections(masks, (k.shape[0], k.shape[2]), k.device)
+            shape = (k.shape[0], k.shape[2])
+            self._selections[k.device] = Selections(self.inputs.host_masks, shape, k.device)
         return self._selections[k.device]
 
     def flush(self) -> None:
@@ -116,12 +124,9 @@ class _Collector:
         self.views.append(view)
 
     def _context(self, held: Sequence[_Held]) -> ViewContext:
-        source, tokens = self.inputs.source, self.inputs.tensors.get("input_ids")
-        layouts = None
-        if isinstance(source, Sample | SampleBatch):
-            layouts = (source.layout,) if isinstance(source, Sample) else source.layouts
+        tokens = self.inputs.tensors.get("input_ids")
         residual = [self.residual.pop(h.layer) for h in held] if self.residual else None
-        return ViewContext(None if tokens is None else tokens.to(held[0].k.device), layouts, residual)
+        return ViewContext(None if tokens is None else tokens.to(held[0].k.device), self.inputs.layouts, residual)
 
     def keep_residual(self, value: Tensor, hook: HookPoint) -> None:
         """A hook on the residual stream."""
@@ -137,9 +142,9 @@ PIXELS = 1 << 16
 
 
 def fingerprint(inputs: ModelInput) -> str:
-    """A short name for what a sample asks: its tokens and target, and its pixels at evenly spaced places."""
+    """A short name of an input's contents: its tokens and target, and its pixels at evenly spaced positions."""
     digest = hashlib.sha256()
-    tensors = inputs.inputs if isinstance(inputs, Sample | SampleBatch) else inputs
+    tensors = tensors_of(inputs)
     for name in sorted(tensors):
         value = tensors[name]
         if isinstance(value, Tensor):
@@ -148,22 +153,15 @@ def fingerprint(inputs: ModelInput) -> str:
                 flat = value.reshape(-1)
                 value = flat[:: max(1, len(flat) // PIXELS)].float()
             digest.update(value.cpu().numpy().tobytes())
-    for sample in [inputs] if isinstance(inputs, Sample) else inputs if isinstance(inputs, SampleBatch) else []:
+    for sample in samples_of(inputs):
         if sample.target_mask is not None:
             digest.update(sample.target_mask.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def _each(samples: Any) -> Iterator[ModelInput]:
-    if isinstance(samples, Sample | SampleBatch | Mapping):
-        yield samples
-    else:
-        yield from samples
-
-
 def measure(
     model: Model,
-    samples: ModelInput | Iterable[ModelInput],
+    samples: ModelInputs,
     metrics: Metric | Sequence[Metric],
     *,
     checkpoint: str | PathLike[str] | None = None,
@@ -179,18 +177,17 @@ def measure(
             f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of "
             "your own subclasses metrics.HeadMetric."
         )
+    sources, total = each_sample(samples), sample_count(samples)
     for metric in chosen:
         metric.setup(model.info)
     state = MeasureCheckpoint(checkpoint, chosen, {} if checkpoint is None else identity_of(model))
     state.load()
     skip, ids, templates, seen = list(state.done), [], set(), 0
     prefix = {"reused": 0, "whole": 0}
-    counted = hasattr(samples, "__len__") and not isinstance(samples, Sample | SampleBatch | Mapping)
-    total = len(samples) if counted else None  # type: ignore[arg-type]
     pending: list[AttentionView] = []
     bar = tqdm(total=total, desc="measuring heads", unit="sample", disable=not progress)
     try:
-        for number, source in enumerate(_each(samples)):
+        for number, source in enumerate(sources):
             seen = number + 1
             name = fingerprint(source) if checkpoint is not None else ""
             shared = source if isinstance(source, SharedPrefix) else None
@@ -200,8 +197,7 @@ def measure(
                 check_maker(shared, model.family)
             inputs = model.resolve(source) if shared is None else shared.resolved(model.device)
             ids += [i for i in inputs.ids if i is not None]
-            held = source if isinstance(source, SampleBatch) else [source] if isinstance(source, Sample) else []
-            templates |= {s.template for s in held if s.template}
+            templates |= {sample.template for sample in inputs.samples if sample.template}
             if number < len(skip):
                 if skip[number] != name:
                     raise CacheFileError(
@@ -233,7 +229,7 @@ def measure(
             "set. Use another file."
         )
     if not state.done:
-        raise InputError("There is no sample to measure: `samples` is empty.")
+        raise no_sample("measure")
     state.save()
     results = [metric.compute() for metric in chosen]
     for result in results:

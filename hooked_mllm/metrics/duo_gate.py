@@ -1,6 +1,5 @@
 """DuoGate: how much of its full attention each key-value head needs, found by optimisation."""
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +9,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.cache.run import frozen_parameters
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
-from hooked_mllm.inputs.sample import Sample, SampleBatch
-from hooked_mllm.interventions.base import describe_positions
-from hooked_mllm.interventions.places import as_mask
+from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
+from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples
 from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.gating import GateState, MixedAttention, last_hidden
+from hooked_mllm.storage import ready
 
 
 class DuoGate:
@@ -53,7 +50,7 @@ class DuoGate:
         lr: Largest learning rate.
         l1: λ.
         positions: T, the positions that must not change: "suffix" (from the question's first token to the end, an
-            answer included), or a token kind, a mask, indices, a slice.
+            answer included), or a token kind, a region, a mask, indices, a slice.
         seed: Seed of the order of the samples.
 
     Raises:
@@ -86,6 +83,7 @@ class DuoGate:
             raise InputError(f"Expected sink >= 0, recent >= 1 and steps >= 1; got {sink=}, {recent=}, {steps=}.")
         if not (lr > 0 and l1 >= 0):
             raise InputError(f"Expected lr > 0 and l1 >= 0; got {lr=}, {l1=}.")
+        check_positions(positions)
         self.sink, self.recent, self.steps = sink, recent, steps
         self.lr, self.l1, self.positions, self.seed = lr, l1, positions, seed
 
@@ -100,7 +98,7 @@ class DuoGate:
     def run(
         self,
         model: Model,
-        samples: ModelInput | Iterable[ModelInput],
+        samples: ModelInputs,
         *,
         checkpoint: str | Path | None = None,
         save_every: int = 100,
@@ -128,9 +126,8 @@ class DuoGate:
             NumericsError: when the hidden states are not finite.
             CacheFileError: for a checkpoint of other settings or samples.
         """
-        sources: list[Any] = [samples] if isinstance(samples, Sample | SampleBatch | Mapping) else list(samples)
-        if not sources:
-            raise InputError("There is no sample to optimise the gates on: `samples` is empty.")
+        ready(checkpoint)
+        sources = as_samples(samples, "optimise the gates on")
         if model.wiring.text[0].running is not None:
             raise HookValueError(
                 f"DuoGate runs attention of its own in the place of {model.wiring.text[0].running!r}, and compares it "
@@ -188,14 +185,15 @@ class DuoGate:
 
     def _rows(self, inputs: ResolvedInput) -> Bool[Tensor, "batch pos"]:
         if isinstance(self.positions, str) and self.positions == "suffix":
-            asked = inputs.masks("question").cpu().int().cummax(1).values.bool()
-            return asked & ~inputs.masks("padding").cpu()
-        return as_mask(positions(self.positions, inputs.batch, inputs.length, inputs.masks), inputs.length)
+            # from the first token of the question on [batch pos]
+            suffix = inputs.mask("question").int().cummax(1).values.bool()
+            return suffix & ~inputs.padding
+        return inputs.mask(self.positions)
 
     def _distance(
         self, model: Model, inputs: ResolvedInput, rows: Tensor, reference: Tensor, gates: Tensor
     ) -> Float[Tensor, ""]:
-        mixed = MixedAttention(gates, self.sink, self.recent, inputs.masks("padding").to(model.device))
+        mixed = MixedAttention(gates, self.sink, self.recent, inputs.padding.to(model.device))
         with model.attention(mixed):
             hidden = last_hidden(model, inputs, rows)
         if len(mixed.layers) < model.cfg.n_layers:

@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.contracts import Model
+from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.interventions.base import describe_positions
 from hooked_mllm.objectives.base import BoundObjective, Objective
 from hooked_mllm.objectives.rows import at_least_float32, positions_of
 
@@ -37,6 +36,7 @@ class KLDivergence(Objective):
     needs_clean = True
 
     def __init__(self, positions: Positions = "last") -> None:
+        check_positions(positions)
         self.positions = positions
 
     def describe(self) -> dict[str, Any]:

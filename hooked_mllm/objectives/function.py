@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.interventions.base import describe_positions
 from hooked_mllm.objectives.base import BoundObjective, Objective
 from hooked_mllm.objectives.rows import at_least_float32, positions_of
 
@@ -37,6 +36,7 @@ class FunctionObjective(Objective):
     def __init__(self, fn: Callable[..., Any], positions: Positions = "last") -> None:
         if not callable(fn) or isinstance(fn, type):
             raise InputError(f"Expected a function of logits [batch n d_vocab]; got {_named(fn)}.")
+        check_positions(positions)
         self.fn, self.positions = fn, positions
 
     def describe(self) -> dict[str, Any]:

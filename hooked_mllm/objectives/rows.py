@@ -6,31 +6,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.contracts import Model
-from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.errors import InputError
+from hooked_mllm.inputs.positions import Positions, check_every_sample
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 
 
 def positions_of(inputs: ResolvedInput, wanted: Positions) -> Int[Tensor, "batch n"]:
-    """Positions of the prompt, named in any way, as indices; -1 where a sample has fewer than the others.
+    """The positions that an objective reads, as indices; -1 where a sample has fewer than the others.
+
+    Args:
+        inputs: Whole sequences.
+        wanted: Positions of the prompt.
 
     Raises:
-        InputError: for inputs that go on from `past_key_values`, or "generating" without an answer.
-        LayoutError: for a kind of token that the inputs do not tell, positions out of range, or a sample without any.
+        InputError: for inputs that continue from `past_key_values`, or "generating" without an answer.
+        LayoutError: for positions that the inputs do not have, or a sample without any.
     """
-    if inputs.tensors.get("past_key_values") is not None:
-        raise InputError(
-            "Objectives count positions from the start of the prompt, and these inputs go on from `past_key_values`: "
-            "give the whole sequence."
-        )
-    index = positions(wanted, inputs.batch, inputs.length, inputs.masks)
-    empty = (index < 0).all(1).nonzero()
-    if len(empty):
-        raise LayoutError(
-            f"Sample {int(empty[0])} has none of the positions that the objective reads: give a mask that is true "
-            "somewhere in every sample."
-        )
+    inputs.check_whole()
+    index = inputs.positions(wanted)
+    check_every_sample((index >= 0).any(1), wanted)
     return index
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.objectives.rows import positions_of
 
 #: an id, a word that is one token, or several of them
@@ -62,10 +62,8 @@ def samples_of(inputs: ResolvedInput, what: str) -> tuple[Sample, ...]:
     Raises:
         InputError: for a plain mapping.
     """
-    if isinstance(inputs.source, Sample):
-        return (inputs.source,)
-    if isinstance(inputs.source, SampleBatch):
-        return inputs.source.samples
+    if inputs.samples:
+        return inputs.samples
     raise InputError(
         f"{what} depends on the sample, and a plain mapping of model inputs is none: make samples with "
         "`model.prepare(question, images=..., answer=...)`, or name tokens."

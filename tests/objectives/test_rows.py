@@ -186,7 +186,7 @@ def test_what_does_not_fit_is_refused(family):
     some = torch.zeros(2, logits.shape[1], dtype=torch.bool)
     some[1, 4] = True
     for objective in (KLDivergence(some), FunctionObjective(lambda x: x[:, 0, 0], some)):
-        with pytest.raises(LayoutError, match="Sample 0 has none of the positions that the objective reads"):
+        with pytest.raises(LayoutError, match="given mask is empty for sample 0 of the batch"):
             objective.bind(model, resolved)
     with pytest.raises(InputError, match="past_key_values"):
         objective_values(model, {"input_ids": torch.tensor([[5]]), "past_key_values": object()}, LogitDifference(5, 6))

@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import share_count
+from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.inputs.sample import Sample, is_per_token
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.annotation_free.questions import unannotated
@@ -60,14 +61,12 @@ class EvidenceAgreement(ABC):
             )
         return relevance / relevance.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
-    def targets(
-        self, model: Model, samples: Sample | Iterable[Any], share: float | int = 0.01
-    ) -> Iterator[Sample]:
+    def targets(self, model: Model, samples: ModelInputs, share: float | int = 0.01) -> Iterator[Sample]:
         """The samples with the model's own evidence as their target, for any metric that needs one.
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples without answers.
+            samples: Samples or batches without answers.
             share: The target is the `ceil(share * |V|)` visual tokens of the largest weight.
 
         Raises:
@@ -83,7 +82,7 @@ class EvidenceAgreement(ABC):
     def run(
         self,
         model: Model,
-        samples: Sample | Iterable[Any],
+        samples: ModelInputs,
         *,
         checkpoint: str | Path | None = None,
         progress: bool = True,
@@ -92,7 +91,7 @@ class EvidenceAgreement(ABC):
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples without answers; targets, if any, are dropped.
+            samples: Samples or batches without answers; targets, if any, are dropped.
             checkpoint: A file that keeps the state when interrupted, as in `model.measure`.
             progress: Show a progress bar.
 

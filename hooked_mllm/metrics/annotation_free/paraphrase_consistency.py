@@ -1,7 +1,6 @@
 """ParaphraseConsistency: attention that every wording of a question sends to a token, and other questions do not."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs.sample import Sample
+from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, reword, unannotated
@@ -64,7 +63,7 @@ class ParaphraseConsistency(QuestionScore):
     def groups(
         self,
         model: Model,
-        samples: Sample | Iterable[Any],
+        samples: ModelInputs,
         paraphrase: Callable[[str], Sequence[str]],
         questions: Sequence[str] | None = None,
         *,
@@ -75,7 +74,7 @@ class ParaphraseConsistency(QuestionScore):
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples without answers; their targets are dropped.
+            samples: Samples or batches without answers; their targets are dropped.
             paraphrase: Gives wordings of a question, its own among them or not; the first `wordings` are taken.
             questions: Where the others are drawn from; by default, the samples' own.
             n: How many others each sample gets.

@@ -1,7 +1,6 @@
 """QuestionContrast: attention that goes where this question sends it, and other questions do not."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs.sample import Sample
+from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, unannotated
@@ -62,7 +61,7 @@ class QuestionContrast(QuestionScore):
     @staticmethod
     def groups(
         model: Model,
-        samples: Sample | Iterable[Any],
+        samples: ModelInputs,
         questions: Sequence[str] | None = None,
         *,
         n: int = 4,
@@ -72,7 +71,7 @@ class QuestionContrast(QuestionScore):
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples without answers; their targets are dropped.
+            samples: Samples or batches without answers; their targets are dropped.
             questions: Where the others are drawn from; by default, the samples' own.
             n: How many others each sample gets.
             seed: Seed of the draw.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads.counting import share_count
+from hooked_mllm.inputs.resolve import ModelInputs, each_prepared
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
@@ -57,15 +58,13 @@ class QuestionScore(HeadMetric):
         return gain.clamp(min=0).topk(share_count(self.share, gain.shape[-1]), dim=-1).values.sum(-1)
 
 
-def unannotated(samples: Sample | Iterable[Any]) -> Iterator[Sample]:
-    """The samples without their targets, so that no score can come to depend on them.
+def unannotated(samples: ModelInputs) -> Iterator[Sample]:
+    """The samples without their targets, so that no score can come to depend on them; those of a batch by themselves.
 
     Raises:
-        InputError: for what is no sample, or was prepared with an answer.
+        InputError: for a mapping, or a sample that was prepared with an answer.
     """
-    for sample in [samples] if isinstance(samples, Sample) else samples:
-        if not isinstance(sample, Sample):
-            raise InputError(f"Expected samples made by model.prepare, one by one; got {type(sample).__name__}.")
+    for sample in each_prepared(samples):
         if sample.answer is not None:
             raise InputError("These scores take prompts alone: prepare the samples without answer=.")
         yield replace(sample, target=None, target_mask=None)

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.inputs.positions import Positions
+from hooked_mllm.inputs.resolve import ModelInputs, each_prepared, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.interventions import HeadAblation, HeadReference
 from hooked_mllm.interventions.base import check_choice
 from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.causal.ablation_effect import ablated_positions
 from hooked_mllm.metrics.causal.ablation_result import AblationCurveResult
-from hooked_mllm.metrics.causal.checkpoint import CausalCheckpoint
 from hooked_mllm.metrics.causal.controls import random_control
 from hooked_mllm.objectives import GreedyAccuracy, Objective, as_objective, logits_at
+from hooked_mllm.storage import ValueCheckpoint, ready
 
 RANKINGS = ("top", "bottom", "random")
 MODES = ("zero", "mean", "uniform")
@@ -152,7 +153,7 @@ class AblationCurve:
     def run(
         self,
         model: Model,
-        samples: Any,
+        samples: ModelInputs,
         *,
         objective: Any = None,
         batch_size: int = 8,
@@ -164,7 +165,8 @@ class AblationCurve:
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples, an iterable of them or a batch; for the default objective prepared with `answer=`.
+            samples: Samples or batches, one or several; for the default objective prepared with `answer=`. Those of a
+                batch are run like samples by themselves.
             objective: An objective, or a function of the last prompt position's logits; by default `GreedyAccuracy()`.
             batch_size: Samples run together, padded on the left.
             checkpoint: A file in which the values are kept every `save_every` passes and when interrupted; a later call
@@ -178,7 +180,10 @@ class AblationCurve:
             CacheFileError: for the checkpoint of another run.
             NumericsError: when the objective is not finite.
         """
-        chosen = _samples(samples)
+        ready(checkpoint)
+        chosen = list(each_prepared(samples))
+        if not chosen:
+            raise no_sample("ablate heads on")
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more; got {batch_size}.")
         if self.scores.shape != (model.cfg.n_layers, model.cfg.n_heads):
@@ -196,7 +201,7 @@ class AblationCurve:
             "sets": [str(heads) for heads in sets],
             "samples": [fingerprint(s) for s in chosen] if checkpoint is not None else [],
         }
-        state = CausalCheckpoint(checkpoint, identity, (len(sets), len(chosen)))
+        state = ValueCheckpoint(checkpoint, identity, (len(sets), len(chosen)))
         bar = tqdm(total=len(sets) * len(chosen), desc="ablating heads", unit="run", disable=not progress)
         try:
             for start in range(0, len(chosen), batch_size):
@@ -214,7 +219,7 @@ class AblationCurve:
         goal: Objective,
         sets: list[HeadSet],
         values: np.ndarray,
-        state: CausalCheckpoint,
+        state: ValueCheckpoint,
         save_every: int,
         bar: Any,
     ) -> None:
@@ -279,16 +284,3 @@ class AblationCurve:
     def __repr__(self) -> str:
         told = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
         return f"AblationCurve({self.scores.name}, {told})"
-
-
-def _samples(samples: Any) -> list[Sample]:
-    chosen = [samples] if isinstance(samples, Sample) else list(samples)
-    for one in chosen:
-        if not isinstance(one, Sample):
-            raise InputError(
-                f"Expected samples, as `model.prepare(question, images=..., answer=...)` makes them; got "
-                f"{type(one).__name__}."
-            )
-    if not chosen:
-        raise InputError("There is no sample to ablate heads on: `samples` is empty.")
-    return chosen

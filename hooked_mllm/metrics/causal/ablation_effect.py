@@ -7,17 +7,16 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions
-from hooked_mllm.cache.activation_cache import positions as indices
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, LayoutError
 from hooked_mllm.heads.sample_scores import SampleScores
-from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.inputs.positions import Positions, describe_positions
+from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples
 from hooked_mllm.interventions import HeadAblation, HeadReference
-from hooked_mllm.interventions.base import check_choice, describe_positions, layers_of
-from hooked_mllm.interventions.places import as_mask
-from hooked_mllm.metrics.causal.swept import Job, SweptMetric, as_items
+from hooked_mllm.interventions.base import check_choice, layers_of
+from hooked_mllm.metrics.causal.swept import Job, SweptMetric
 from hooked_mllm.objectives import as_objective
+from hooked_mllm.storage import ready
 
 MODES = ("zero", "mean", "uniform", "scale")
 
@@ -90,7 +89,7 @@ class AblationEffect(SweptMetric):
     def run(
         self,
         model: Model,
-        samples: Any,
+        samples: ModelInputs,
         *,
         objective: Any,
         per_sample: bool = False,
@@ -103,7 +102,7 @@ class AblationEffect(SweptMetric):
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples or batches; one, or several.
+            samples: Samples, batches or mappings; one, or several.
             objective: An `Objective`, or a function of the last prompt position's logits.
             per_sample: Return the effects of every sample apart.
             checkpoint: A file in which values are kept now and then and when interrupted; a later call with the same
@@ -120,7 +119,8 @@ class AblationEffect(SweptMetric):
             CacheFileError: for the checkpoint of another run.
             NumericsError: when an objective is not finite.
         """
-        items = as_items(samples)
+        ready(checkpoint)
+        items = as_samples(samples, "run")
         how = {"checkpoint": checkpoint, "batch_size": batch_size, "compile": compile, "progress": progress}
         runs, variants, facts = self.sweep(model, items, objective, **how)
         sign = 1.0 if as_objective(objective).larger_is_better else -1.0
@@ -159,12 +159,17 @@ class AblationEffect(SweptMetric):
 def ablated_positions(inputs: ResolvedInput, phase: str, wanted: Positions | None) -> Positions | None:
     """Positions of a teacher-forced run that belong to a phase; None for all.
 
+    Args:
+        inputs: A prompt, with an answer or without.
+        phase: "prefill" for the prompt, "decode" for the answer, "both".
+        wanted: Positions of the prompt; None for all.
+
     Raises:
         InputError: for phase "decode" without an answer.
     """
     try:
-        answer = inputs.masks("answer")
-    except (InputError, LayoutError):  # no answer, or a mapping, which tells nothing of one
+        answer = inputs.mask("answer")
+    except (InputError, LayoutError):  # no answer, or a mapping, whose answer is not known
         if phase == "decode":
             raise InputError(
                 "phase='decode' takes heads away at the answer's positions, and these samples have no answer: prepare "
@@ -175,6 +180,6 @@ def ablated_positions(inputs: ResolvedInput, phase: str, wanted: Positions | Non
         return answer
     prompt = ~answer
     if wanted is not None:
-        chosen = as_mask(indices(wanted, inputs.batch, inputs.length, inputs.masks), inputs.length).to(answer.device)
-        return (chosen & prompt) | answer if phase == "both" else chosen & prompt
+        selected = inputs.mask(wanted) & prompt
+        return selected | answer if phase == "both" else selected
     return None if phase == "both" else prompt

@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions, positions
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.run import frozen_parameters
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, LayoutError
+from hooked_mllm.inputs.positions import Positions
 from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.interventions.places import as_mask
 from hooked_mllm.metrics.causal.gradients import Products, activations, between, entrances
 from hooked_mllm.metrics.causal.patching_effect import PatchingEffect, kinds_of
 from hooked_mllm.metrics.causal.swept import Job
@@ -171,13 +170,12 @@ class AttributionPatching(PatchingEffect):
         job.store([*range(len(estimate))], estimate)
 
     def _rows(self, base: ResolvedInput, source: ResolvedInput) -> Bool[Tensor, "batch pos"]:
-        padding = base.masks("padding").cpu()
-        if not torch.equal(padding, source.masks("padding").cpu()):
+        padding = base.padding
+        if not torch.equal(padding, source.padding):
             raise LayoutError("The two batches of a pair are padded on different sides: pad both alike.")
         if self.positions is None:
             return ~padding
-        wanted = positions(self.positions, base.batch, base.length, base.masks)
-        return as_mask(wanted, base.length) & ~padding
+        return base.mask(self.positions) & ~padding
 
     def _by_place(self, found: Tensor, job: Job) -> Float[Tensor, "layer place sample"]:
         """Products `[layer batch pos]`, or `[layer batch pos head]`, summed over the positions of each place."""

@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mllm.contracts import Model
-from hooked_mllm.errors import CacheFileError, HeadError, InputError, NumericsError
+from hooked_mllm.corruptions.pair import as_samples_or_pairs
+from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
 from hooked_mllm.heads import HeadScores, SampleScores
-from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.objectives import BoundObjective, LogitDifference
 from hooked_mllm.objectives.tokens import Tokens
 from hooked_mllm.storage import read_tensors, write_tensors
@@ -150,13 +150,9 @@ class DirectLogitAttribution:
 
         Arguments and errors are those of `run`.
         """
-        one = isinstance(samples, Sample | SampleBatch) or hasattr(samples, "keys") or _is_pair(samples)
-        items: list[Any] = [samples] if one else [*samples]  # type: ignore[misc]
-        if not items:
-            raise InputError("There is no sample to attribute: `samples` is empty.")
+        items = as_samples_or_pairs(samples, "attribute")
         parts, totals, ids, labels = [], [], [], ()
-        for item in tqdm(items, desc="attributing logits", unit="sample", disable=not progress):
-            clean, corrupted = item if _is_pair(item) else (item, None)
+        for clean, corrupted in tqdm(items, desc="attributing logits", unit="sample", disable=not progress):
             inputs = model.resolve(clean)
             bound = self.objective.bind(model, inputs, None if corrupted is None else model.resolve(corrupted))
             labels, values, total = _attribute(model, clean, bound)
@@ -169,10 +165,6 @@ class DirectLogitAttribution:
             raise NumericsError("Attributions are not finite: the model overflowed. Load it with dtype='bfloat16'.")
         shape = (model.cfg.n_layers, model.cfg.n_heads)
         return LogitDecomposition(values, labels, total, shape, {**facts, **({"sample_ids": ids} if ids else {})})
-
-
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2
 
 
 @torch.no_grad()

@@ -8,17 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import Positions
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.lazy import value_of
 from hooked_mllm.contracts import Model
+from hooked_mllm.corruptions.pair import as_pairs
 from hooked_mllm.errors import HookNameError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.interventions import ActivationPatch
-from hooked_mllm.interventions.base import check_choice, describe_positions, layers_of
-from hooked_mllm.metrics.causal.swept import Job, SweptMetric, as_pairs
+from hooked_mllm.interventions.base import check_choice, layers_of
+from hooked_mllm.metrics.causal.swept import Job, SweptMetric
 from hooked_mllm.metrics.causal.table import CausalTable
+from hooked_mllm.storage import ready
 
 #: sites of query heads, of key-value heads, and of the residual stream
 QUERY_SITES, KEY_VALUE_SITES = ("z", "q", "rot_q", "pattern"), ("k", "v", "rot_k")
@@ -87,6 +89,8 @@ class PatchingEffect(SweptMetric):
         heads = site not in STREAM_SITES
         by = by or ("head" if heads else "position")
         check_choice("by", by, ("head",) if heads else ("position", "kind", "layer"))
+        if positions is not None:
+            check_positions(positions)
         if positions is not None and by not in ("head", "layer"):
             raise HookValueError(
                 f"`positions` go with by='head' or 'layer'; by={by!r} goes through the positions itself."
@@ -131,6 +135,7 @@ class PatchingEffect(SweptMetric):
             InputError: for no pair, or answers that the objective needs.
             NumericsError: when the two runs of all pairs do not differ, so that nothing can be normalised.
         """
+        ready(checkpoint)
         items = as_pairs(pairs)
         how = {"checkpoint": checkpoint, "batch_size": batch_size, "compile": compile, "progress": progress}
         (clean, corrupted), variants, facts = self.sweep(model, items, objective, **how)

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.contracts import Model
+from hooked_mllm.corruptions.pair import as_pairs
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.interventions import ActivationPatch, HeadPatch
 from hooked_mllm.interventions.base import check_choice, heads_of, keep_heads
 from hooked_mllm.metrics.causal.patching_effect import normalised, source_activations
-from hooked_mllm.metrics.causal.swept import Job, SweptMetric, as_pairs
+from hooked_mllm.metrics.causal.swept import Job, SweptMetric
+from hooked_mllm.storage import ready
 from hooked_mllm.sweep import Sweep
 from hooked_mllm.sweep.variant import Prepared, prepare
 
@@ -116,6 +118,7 @@ class PathPatching(SweptMetric):
             LayoutError: for a pair of other token counts, naming both layouts.
             NumericsError: when the two runs of all pairs do not differ.
         """
+        ready(checkpoint)
         items = as_pairs(pairs)
         how = {"checkpoint": checkpoint, "batch_size": batch_size, "compile": compile, "progress": progress}
         (clean, corrupted), variants, facts = self.sweep(model, items, objective, **how)

@@ -1,7 +1,7 @@
 """What causal metrics that go through many variants of a run share: samples, checkpoint, progress, provenance."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mllm.contracts import Model
-from hooked_mllm.corruptions import check_pair
-from hooked_mllm.errors import InputError
-from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.resolve import ResolvedInput, samples_of, sequence_count
 from hooked_mllm.measuring.measure import fingerprint
-from hooked_mllm.metrics.causal.checkpoint import CausalCheckpoint
 from hooked_mllm.objectives import BoundObjective, Objective, as_objective, logits_at
+from hooked_mllm.storage import ValueCheckpoint
 from hooked_mllm.sweep import Sweep
 
 #: batches between two savings of a checkpoint
@@ -61,8 +58,8 @@ class SweptMetric(ABC):
         """Objectives of whole runs `[run sample]` (clean, and corrupted for pairs), of variants, and the provenance."""
         goal = as_objective(objective)
         count, runs = self.count(model, items), 2 if self.paired else 1
-        firsts = [item[0] if self.paired else item for item in items]
-        widths = [len(first) if isinstance(first, SampleBatch) else 1 for first in firsts]
+        base_inputs = [item[0] if self.paired else item for item in items]
+        widths = [sequence_count(source) for source in base_inputs]
         facts = {
             "metric": type(self).__name__,
             "config": self.config(),
@@ -72,7 +69,7 @@ class SweptMetric(ABC):
         identity = {**facts, "samples": []}
         if checkpoint is not None:
             identity["samples"] = [[fingerprint(s) for s in (item if self.paired else (item,))] for item in items]
-        state = CausalCheckpoint(checkpoint, identity, (runs + count, sum(widths)))
+        state = ValueCheckpoint(checkpoint, identity, (runs + count, sum(widths)))
         bar = tqdm(total=count * len(items), desc=self.doing, unit="variant", disable=not progress)
         start = 0
         try:
@@ -86,9 +83,8 @@ class SweptMetric(ABC):
         finally:
             state.save()
             bar.close()
-        samples = [s for first in firsts for s in (first if isinstance(first, SampleBatch) else [first])]
-        ids = [s.id for s in samples if isinstance(s, Sample) and s.id is not None]
-        facts["n_samples"] = len(samples)
+        ids = [sample.id for source in base_inputs for sample in samples_of(source) if sample.id is not None]
+        facts["n_samples"] = sum(widths)
         return state.values[:runs], state.values[runs:], {**facts, **({"sample_ids": ids} if ids else {})}
 
 
@@ -108,7 +104,7 @@ class Job:
         goal: Objective,
         runs: np.ndarray,
         variants: np.ndarray,
-        state: CausalCheckpoint,
+        state: ValueCheckpoint,
         bar: Any,
         batch_size: int | None,
         compile: bool,
@@ -149,38 +145,3 @@ class Job:
                 bound = bound.with_clean(logits[0])
             values = [bound(x).double().cpu() for x in logits]
         return bound, values[0], values[1]
-
-
-def as_items(samples: Any) -> list[Any]:
-    """Samples, batches or mappings as a list.
-
-    Raises:
-        InputError: for none.
-    """
-    items = [samples] if isinstance(samples, Sample | SampleBatch | dict) else list(samples)
-    if not items:
-        raise InputError("There is no sample to run: `samples` is empty.")
-    return items
-
-
-def as_pairs(pairs: Any) -> list[tuple[Any, Any]]:
-    """Pairs (clean, corrupted) as a list, each checked for positions that correspond.
-
-    Raises:
-        InputError: for none, or something else than pairs.
-        LayoutError: for a pair of which the runs have other token counts, naming both layouts.
-    """
-    one = isinstance(pairs, tuple) and len(pairs) == 2 and all(isinstance(p, Sample | SampleBatch) for p in pairs)
-    found: Iterable[Any] = [pairs] if one else pairs
-    checked = []
-    for pair in found:
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise InputError(
-                f"Expected pairs (clean sample, corrupted sample); got {type(pair).__name__}. A corruption makes the "
-                "second: `(sample, BlurRegion(sigma=8)(model, sample))`."
-            )
-        check_pair(*pair)
-        checked.append((pair[0], pair[1]))
-    if not checked:
-        raise InputError("There is no pair to patch: `pairs` is empty.")
-    return checked

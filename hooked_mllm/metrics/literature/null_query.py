@@ -1,6 +1,6 @@
 """The null query: the same prompt with an empty question, to take away what a head does whatever is asked."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
+from hooked_mllm.inputs.resolve import ModelInputs, each_prepared
 from hooked_mllm.inputs.sample import Sample, SampleBatch, is_per_token
 from hooked_mllm.layout import Kind, TokenLayout, View
 from hooked_mllm.measuring.attention_view import AttentionView
@@ -77,9 +78,17 @@ class NullQuery:
             id=None,
         )
 
-    def pairs(self, model: Model, samples: Sample | Iterable[Sample]) -> Iterator[SampleBatch]:
-        """Each sample and its null query as a batch of two, which is what the calibrated metrics are measured on."""
-        for sample in [samples] if isinstance(samples, Sample) else samples:
+    def pairs(self, model: Model, samples: ModelInputs) -> Iterator[SampleBatch]:
+        """Each sample and its null query as a batch of two, which is what the calibrated metrics are measured on.
+
+        Args:
+            model: A `HookedMLLM`.
+            samples: Samples or batches without answers; one, or an iterable of them.
+
+        Raises:
+            InputError: for samples with answers, or inputs that are no samples.
+        """
+        for sample in each_prepared(samples):
             if sample.answer is not None:
                 raise InputError("A calibrated score compares questions: prepare the samples without answer=.")
             pair = [sample, self.sample(model, sample)]

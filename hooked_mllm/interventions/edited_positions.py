@@ -1,0 +1,134 @@
+"""Which positions of an activation an intervention edits: of the prompt and of generated tokens, in every run."""
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_mllm.contracts import Model
+from hooked_mllm.errors import HookValueError, LayoutError
+from hooked_mllm.hooks import HookPoint
+from hooked_mllm.inputs.positions import Positions, check_positions, is_token_kind, resolve_mask
+from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.interventions.base import check_choice
+
+
+def check_edited_positions(selected: Positions | None, phase: str, tower: str) -> None:
+    """Reject positions and phases that exclude each other.
+
+    Raises:
+        HookValueError: for an unknown phase or tower, positions of the prompt in decoding, or decoding in a vision
+            tower.
+        LayoutError: for what selects no positions, or names and regions in a vision tower.
+    """
+    check_choice("phase", phase, ("prefill", "decode", "both"))
+    check_choice("tower", tower, ("text", "vision"))
+    if selected is not None:
+        check_positions(selected)
+    is_last = isinstance(selected, str) and selected == "last"
+    if phase == "decode" and selected is not None and not is_last:
+        raise HookValueError(
+            "Positions are those of the prompt, and phase='decode' acts on generated tokens alone: leave positions "
+            "out, or take phase='prefill' or 'both'."
+        )
+    if tower != "text" and phase != "prefill":
+        raise HookValueError(f"Images are encoded in the prefill alone: in the {tower} tower take phase='prefill'.")
+    if tower != "text" and is_token_kind(selected):
+        raise LayoutError(
+            f"Positions of the {tower} tower have no names: give indices, a mask or a slice instead of {selected!r}; "
+            "`model.vision_positions(sample, region)` is the mask of a region."
+        )
+
+
+class EditedPositions:
+    """The positions that an intervention edits, for the run that is in progress.
+
+    Prompt positions are edited in phases "prefill" and "both", generated tokens in "decode" and "both". That holds by
+    position and not by call, so a generation without KV cache, which runs the whole sequence at every step, is edited
+    at the same positions as one with it.
+
+    Args:
+        model: The model that runs.
+        selected: Positions of the prompt; None for all.
+        phase: "prefill", "decode" or "both".
+        tower: "text" or another.
+    """
+
+    def __init__(self, model: Model, selected: Positions | None, phase: str = "prefill", tower: str = "text") -> None:
+        self.registry = model.registry
+        self.selected, self.phase, self.tower = selected, phase, tower
+        self._resolved: tuple[ResolvedInput, Tensor] | None = None
+
+    @property
+    def inputs(self) -> ResolvedInput | None:
+        """The inputs of this run; None in a vision tower, whose positions are not those of the prompt."""
+        return self.registry.running if self.tower == "text" else None
+
+    @property
+    def first_position(self) -> int:
+        """The position of the first row of activations, above 0 where only the end of a prompt is run again."""
+        return self.registry.first if self.tower == "text" else 0
+
+    def prompt_length(self, length: int) -> int:
+        """Positions of the prompt, for an activation of `length` positions."""
+        return length if self.inputs is None else self.inputs.length
+
+    def offset(self, length: int, step: int) -> int:
+        """The position in the sequence of the first row of an activation of `length` positions."""
+        prompt = self.prompt_length(length)
+        if self.first_position:
+            return self.first_position
+        return 0 if step == 0 or length >= prompt + step else prompt + step - 1
+
+    def mask(self, batch: int, length: int, hook: HookPoint, device: torch.device) -> Bool[Tensor, "batch pos"] | None:
+        """True at the positions of an activation that are edited; None where there is none.
+
+        Args:
+            batch: Sequences of the activation.
+            length: Positions of the activation.
+            hook: The hook point, which has the step of the generation.
+            device: Where the activation is.
+
+        Raises:
+            LayoutError: for positions that the run does not have.
+        """
+        prompt, step = self.prompt_length(length), hook.step
+        whole = step == 0 or length >= prompt + step
+        if (self.phase == "decode" and step == 0) or (self.phase == "prefill" and not whole):
+            return None
+        if self.first_position:
+            return self.prompt_mask(batch, prompt, device)[:, self.first_position : self.first_position + length]
+        mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
+        if self.phase != "decode" and whole:
+            mask[:, :prompt] = self.prompt_mask(batch, prompt, device)[:, :length]
+        if self.phase != "prefill" and step > 0:
+            mask[:, prompt if whole else 0 : prompt + step] = True
+        return mask
+
+    def prompt_mask(self, batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
+        """True at the selected positions of the prompt.
+
+        Raises:
+            LayoutError: for positions that the run does not have.
+            InputError: for inputs that continue from `past_key_values`.
+        """
+        inputs = self.inputs
+        if self._resolved is None or inputs is None or self._resolved[0] is not inputs:
+            mask = self._resolve(inputs, batch, length).to(device)
+            self._resolved = None if inputs is None else (inputs, mask)
+        else:
+            mask = self._resolved[1].to(device)
+        # beams and several sequences of one prompt lie side by side: [sample pos] -> [batch pos]
+        return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
+
+    def _resolve(self, inputs: ResolvedInput | None, batch: int, length: int) -> Bool[Tensor, "sample pos"]:
+        if self.selected is None:
+            return torch.ones(batch if inputs is None else inputs.batch, length, dtype=torch.bool)
+        if inputs is None:
+            return resolve_mask(self.selected, batch, length, None)
+        inputs.check_whole()
+        return resolve_mask(self.selected, inputs.batch, length, inputs.host_masks)
+
+
+def first_edited(selected: Positions | None, inputs: ResolvedInput) -> int:
+    """The first of the selected positions in any sample of the inputs; 0 for all."""
+    return 0 if selected is None else int(inputs.mask(selected).any(0).int().argmax())
