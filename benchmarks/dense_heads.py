@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.kernels.hybrid_attention import dispatch
 from hooked_mllm.kernels.hybrid_attention.dispatch import SIDE_STREAMS, dense_by_sdpa
+from hooked_mllm.storage import ready_folder, write_text
 
 Way = Callable[..., AbstractContextManager[None]]
 #: dense heads of a layer of 32 query and 8 key-value heads, by what is particular about them
@@ -144,6 +145,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare the ways on a CPU, and time nothing")
     parser.add_argument("--out", type=Path, help="folder for the raw numbers")
     arguments = parser.parse_args()
+    if arguments.out:
+        ready_folder(arguments.out)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     check()
@@ -169,7 +172,7 @@ def main() -> None:
         timings = interleaved(timed, max(1, 65536 // n), arguments.rounds, "cuda")
         print(report(f"\n{n} tokens", timings, dict.fromkeys(timed, "cuDNN, all dense")))
         if arguments.out:
-            (arguments.out / f"dense_heads_{n}.json").write_text(as_json(timings))
+            write_text(arguments.out / f"dense_heads_{n}.json", as_json(timings))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from common import QWEN3_VL_8B, TINY, as_json, interleaved, make_sample, random_model, report
 
 from hooked_mllm import HookedMLLM, Sample, metrics
+from hooked_mllm.storage import ready_folder, write_text
 
 WANTED = ["blocks.*.attn.hook_z", "blocks.*.hook_resid_post"]
 
@@ -143,6 +144,8 @@ def main() -> None:
     parser.add_argument("--skip-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for the raw numbers")
     arguments = parser.parse_args()
+    if arguments.out:
+        ready_folder(arguments.out)
     device = "cpu" if arguments.tiny else "cuda"
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
@@ -193,7 +196,7 @@ def main() -> None:
         timings["measure against no logits"] = timings[f"hooked_mllm, measure x{len(many)}"]
         print(report(f"\n{n} tokens", timings, bases), flush=True)
         if arguments.out:
-            (arguments.out / f"hooks_{n}.json").write_text(as_json(timings))
+            write_text(arguments.out / f"hooks_{n}.json", as_json(timings))
     if not arguments.skip_peers:
         transformer_lens(model, samples, arguments.rounds, device)
 

@@ -23,6 +23,7 @@ from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.measuring.attention_rows import LayerRows
 from hooked_mllm.measuring.query_selection import QuerySelection
+from hooked_mllm.storage import ready_folder, write_text
 
 QUESTION = 64
 #: cuDNN first: the fastest of torch's kernels on Hopper
@@ -103,6 +104,8 @@ def main() -> None:
     parser.add_argument("--skip-paths", action="store_true")
     parser.add_argument("--out", type=Path, help="folder for the raw numbers")
     arguments = parser.parse_args()
+    if arguments.out:
+        ready_folder(arguments.out)
     device = "cpu" if arguments.tiny else "cuda"
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
@@ -160,7 +163,7 @@ def run(model: HookedMLLM, n: int, arguments: argparse.Namespace, device: str) -
         timings |= parts
     sys.stdout.flush()
     if arguments.out:
-        (arguments.out / f"measure_{n}.json").write_text(as_json(timings))
+        write_text(arguments.out / f"measure_{n}.json", as_json(timings))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from common import QWEN3_VL_8B, QWEN3_VL_32B, TINY, make_sample, random_model
 
 from hooked_mllm import HeadSet, HookedMLLM, metrics
 from hooked_mllm.attention.hybrid import HybridAttention
+from hooked_mllm.storage import ready_folder, write_text
 
 SIZES = {"tiny": TINY, "8b": QWEN3_VL_8B, "32b": QWEN3_VL_32B}
 
@@ -66,6 +67,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path, help="folder for the numbers")
     arguments = parser.parse_args()
+    if arguments.out:
+        ready_folder(arguments.out)
     size = SIZES[arguments.size]
     count = torch.cuda.device_count() if arguments.device == "cuda" else 1
     devices = [f"cuda:{n}" for n in range(count)] if arguments.device == "cuda" else ["cpu"]
@@ -101,7 +104,7 @@ def main() -> None:
             worst = max(worst, difference)
     if arguments.out:
         numbers = {k: {**v, "values": {n: t.tolist() for n, t in v["values"].items()}} for k, v in results.items()}
-        (arguments.out / f"several_gpus_{arguments.size}.json").write_text(json.dumps(numbers))
+        write_text(arguments.out / f"several_gpus_{arguments.size}.json", json.dumps(numbers))
     if not worst < 1e-5:
         raise SystemExit("the scores differ")
 

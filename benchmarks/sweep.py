@@ -20,6 +20,7 @@ import torch
 from common import QWEN3_VL_8B, TINY, make_sample, random_model
 
 from hooked_mllm import HeadAblation, HookedMLLM, objectives
+from hooked_mllm.storage import ready, write_text
 from hooked_mllm.sweep import Sweep
 
 TOKENS = (1000, 2000)
@@ -85,6 +86,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="variants in a batch, instead of the engine's own choice")
     parser.add_argument("--out", type=Path, help="a JSON file for the raw numbers")
     arguments = parser.parse_args()
+    if arguments.out:
+        ready(arguments.out)
     device = "cpu" if arguments.tiny else "cuda"
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
@@ -153,7 +156,7 @@ def main() -> None:
             )
             raw[name] = {"s": times, "loop_s": base, **facts}
     if arguments.out:
-        arguments.out.write_text(json.dumps(raw))
+        write_text(arguments.out, json.dumps(raw))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from hooked_mllm import HeadScores, HeadSet, HookedMLLM, HybridAttention, metrics
 from hooked_mllm.attention.routing import QueryAwareHeads, StaticHeads, Total
 from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.storage import ready_folder, write_figure, write_text
 from hooked_mllm.toys import VideoRetrieval, VisualRetrieval
 
 TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-free")
@@ -287,6 +288,7 @@ def outside(prompt: Prompt) -> bool:
 
 def main(folder: Path, n: int) -> dict[str, Any]:
     """Measure every toy, print and write the tables."""
+    ready_folder(folder)
     results: dict[str, Any] = {}
     for toy in TOYS:
         model = HookedMLLM.from_pretrained(toy, dtype="float32", check=False)
@@ -298,7 +300,7 @@ def main(folder: Path, n: int) -> dict[str, Any]:
             "estimates": estimates(model, [prompt.sample for prompt in asked[: 2 * len(TASKS)]]),
         }
     text = report(results)
-    (folder / "adaptive_routing_findings.md").write_text(text)
+    write_text(folder / "adaptive_routing_findings.md", text)
     plain = {
         toy: {
             **found,
@@ -309,8 +311,8 @@ def main(folder: Path, n: int) -> dict[str, Any]:
         }
         for toy, found in results.items()
     }
-    (folder / "adaptive_routing.json").write_text(json.dumps({"prompts_a_task": n, "toys": plain}, indent=1) + "\n")
-    figure(results).savefig(folder / "adaptive_routing.png", dpi=120)
+    write_text(folder / "adaptive_routing.json", json.dumps({"prompts_a_task": n, "toys": plain}, indent=1) + "\n")
+    write_figure(folder / "adaptive_routing.png", figure(results))
     print(text)
     return results
 

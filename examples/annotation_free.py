@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from hooked_mllm import HeadAblation, HeadScores, HookedMLLM, metrics
 from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.storage import ready_folder, write_figure, write_text
 from hooked_mllm.toys import VisualRetrieval, path
 from hooked_mllm.toys.vocabulary import SHAPES, TEMPLATES
 
@@ -154,6 +155,7 @@ def figure(report: dict) -> Figure:
 
 def main(folder: Path, n: int) -> dict:
     """Measure, print, write."""
+    ready_folder(folder)
     start = time.process_time()
     toys = {name: evaluate(name, n) for name in TOYS}
     report = {
@@ -163,8 +165,8 @@ def main(folder: Path, n: int) -> dict:
         "seconds": time.process_time() - start,
         "toys": toys,
     }
-    (folder / "annotation_free.json").write_text(json.dumps(report, indent=1) + "\n")
-    figure(report).savefig(folder / "annotation_free.png", dpi=120)
+    write_text(folder / "annotation_free.json", json.dumps(report, indent=1) + "\n")
+    write_figure(folder / "annotation_free.png", figure(report))
     print(table(report))
     print(f"\n{n} samples to rank by, {n} others for the accuracy; {report['seconds']:.0f} s of CPU")
     return report

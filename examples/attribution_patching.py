@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hooked_mllm import HeadScores, HookedMLLM, corruptions, metrics, objectives, plots
+from hooked_mllm.storage import ready_folder, write_figure, write_text
 from hooked_mllm.toys import VisualRetrieval
 
 TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-free")
@@ -72,6 +73,7 @@ def line(toy: str, kind: str, direction: str, row: dict[str, Any]) -> str:
 
 def main(folder: Path, n: int) -> None:
     """Measure every toy."""
+    ready_folder(folder)
     print(f"| {' | '.join(['toy', 'corrupted by', 'direction', *map(named, POINTS), 'times faster'])} |")
     print("| --- " * (4 + len(POINTS)) + "|")
     rows, stream = {}, {}
@@ -86,14 +88,14 @@ def main(folder: Path, n: int) -> None:
                 rows["/".join((toy, kind, direction))] = row
                 print(line(toy, kind, direction, row), flush=True)
                 if (toy, kind, direction) == SHOWN:
-                    plots.scatter(plain, real, diagonal=True).savefig(folder / "attribution_patching.png", dpi=120)
+                    write_figure(folder / "attribution_patching.png", plots.scatter(plain, real, diagonal=True))
             stream[f"{toy}/{kind}"] = target_effects(model, pairs)
     print(f"\n| {' | '.join(['toy', 'corrupted by', 'patching', *map(named, STREAM_POINTS)])} |")
     print("| --- " * (3 + len(STREAM_POINTS)) + "|")
     for key, values in stream.items():
         print(f"| {' | '.join([*key.split('/'), *(f'{value:.2f}' for value in values)])} |")
     found = {"pairs": n, "rows": rows, "stream": stream}
-    (folder / "attribution_patching.json").write_text(json.dumps(found, indent=1))
+    write_text(folder / "attribution_patching.json", json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from hooked_mllm.metrics import (
     VisionMass,
     stability,
 )
-from hooked_mllm.storage import read_json, write_atomically, write_json
+from hooked_mllm.storage import read_json, ready_folder, write_figure, write_json
 
 KIND = "hooked_mllm.examples.core_heads"
 MAIN = "4 pages + 48 words"
@@ -89,7 +89,7 @@ def measure_toy(name: str, settings: Settings, folder: Path, progress: bool) -> 
     found = run.all()
     content = {"toy": name, "identity": identity(name, settings), **found, "figures": run.figures}
     write_json(folder / "results.json", KIND, content)
-    (folder / "ablation.partial.json").unlink(missing_ok=True)
+    (folder / "ablation.checkpoint").unlink(missing_ok=True)
     return read_json(folder / "results.json", KIND)
 
 
@@ -98,7 +98,7 @@ class _Run:
         self.model, self.name, self.s, self.folder, self.progress = model, name, settings, folder, progress
         self.tasks = domains(name, settings.seed)
         self.figures: dict[str, str] = {}
-        folder.mkdir(parents=True, exist_ok=True)
+        ready_folder(folder)
 
     def all(self) -> dict[str, Any]:
         scores = {label: self._scores(task) for label, task in self.tasks.items()}
@@ -163,7 +163,7 @@ class _Run:
             self.model,
             samples,
             batch_size=self.s.batch_size,
-            checkpoint=self.folder / "ablation.partial.json",
+            checkpoint=self.folder / "ablation.checkpoint",
             progress=self.progress,
         )
         found.save(self.folder / "ablation.json")
@@ -207,10 +207,7 @@ class _Run:
         return found
 
     def _figure(self, name: str, figure: Any) -> None:
-        def save(path: Path) -> None:
-            figure.savefig(path, format="png", dpi=100, metadata={"Software": None})
-
-        write_atomically(self.folder / name, save)
+        write_figure(self.folder / name, figure, dpi=100, metadata={"Software": None})
         self.figures[name] = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
 
 

@@ -22,7 +22,7 @@ from core_heads_words import findings
 from hooked_mllm import toys
 from hooked_mllm.errors import HookedMLLMError, InputError
 from hooked_mllm.metrics.causal.ablation_curve import RANKINGS
-from hooked_mllm.storage import write_atomically, write_json
+from hooked_mllm.storage import ready_folder, write_json, write_text
 
 TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-free")
 
@@ -42,6 +42,7 @@ def reproduce(names: list[str], settings: Settings, out: Path, progress: bool = 
     """Measure toys, or take up their results, and write the report; returns its path."""
     for name in names:
         toys.path(name)  # an unknown one is refused before the first is measured
+    ready_folder(out)
     runs = []
     for name in names:
         start = time.monotonic()
@@ -51,9 +52,9 @@ def reproduce(names: list[str], settings: Settings, out: Path, progress: bool = 
         print(f"{name}: {how} {out / name} ({time.monotonic() - start:.0f} s)")
         runs.append({**found, "findings": findings(found)})
     write_json(out / "results.json", KIND, {"settings": asdict(settings), "toys": runs})
-    write_atomically(out / "report.html", lambda path: _write(path, page(runs, settings, out)))
+    write_text(out / "report.html", page(runs, settings, out))
     text = markdown(runs, settings)
-    write_atomically(out / "findings.md", lambda path: _write(path, text))
+    write_text(out / "findings.md", text)
     print("", text, sep="\n")
     print(out / "report.html")
     return out / "report.html"
@@ -102,10 +103,6 @@ def markdown(runs: list[dict[str, Any]], settings: Settings) -> str:
 def percent(share: float | None) -> str:
     """A share as text."""
     return "–" if share is None else f"{share:.1%}"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from hooked_mllm.storage import write_figure, write_text
+
 CARD = """\
 ---
 license: apache-2.0
@@ -147,7 +149,7 @@ def write_card(folder: Path) -> None:
         near=report["hybrid_window"],
         hybrid=rows(report["hybrid"]),
     )
-    (folder / "README.md").write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+    write_text(folder / "README.md", "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
 
 
 def rows(table: dict) -> str:
@@ -231,8 +233,7 @@ def plot_curve(folder: Path, picture: Path) -> None:
     axes.axhline(1 / 8, color="grey", linestyle=":", label="chance")
     axes.set(xlabel="training step", ylabel="accuracy", ylim=(0, 1.02), xlim=(0, steps[-1]))
     axes.legend(loc="lower right", frameon=False)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    write_figure(picture, figure, dpi=110)
     plt.close(figure)
 
 

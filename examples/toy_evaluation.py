@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, AutoPr
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.video_utils import VideoMetadata
 
+from hooked_mllm.storage import write_text
 from hooked_mllm.toys import Example, VideoExample, VideoRetrieval, VisualRetrieval
 from hooked_mllm.toys.render import CELL, GRID, VIDEO_CELL, VIDEO_GRID
 from hooked_mllm.toys.task import PAGES
@@ -220,5 +221,5 @@ if __name__ == "__main__":
         torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         int(sys.argv[2]) if len(sys.argv) > 2 else 512,
     )
-    path.write_text(json.dumps(report | {"curve": curve}, indent=None, separators=(", ", ": ")) + "\n")
+    write_text(path, json.dumps(report | {"curve": curve}, indent=None, separators=(", ", ": ")) + "\n")
     print(json.dumps(report, indent=1))

@@ -44,6 +44,7 @@ from toy_reach import Reach
 from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from hooked_mllm.storage import ready_folder, write_text
 from hooked_mllm.toys import resolve
 from hooked_mllm.toys.build import build_config, build_generation_config, build_processor
 from hooked_mllm.toys.vocabulary import COLORS, SHAPES, TURN_END
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, help="the family's own by default")
     parser.add_argument("--split", help="LAYER:HEAD:COPY, with --from: COPY becomes a copy of HEAD, each with half")
     args = parser.parse_args()
+    ready_folder(args.out)
     torch.backends.cuda.matmul.allow_tf32 = True
     lr = FAMILIES[args.family].lr if args.lr is None else args.lr
     chosen = {name: getattr(args, name) for name in (*settings, "head_dropout", "family", "free", "start", "split")}
@@ -241,7 +243,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     if args.examples:
         report |= evaluate(args.out, device, args.examples)
-    (args.out / "training.json").write_text(json.dumps(report | {"curve": curve}) + "\n")
+    write_text(args.out / "training.json", json.dumps(report | {"curve": curve}) + "\n")
     if args.examples and curve and recipe.start is not None:
         write_card(args.out)
         print(json.dumps(report | {"before": None}, indent=1))

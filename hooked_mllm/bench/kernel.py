@@ -19,7 +19,7 @@ from hooked_mllm.bench.record import provenance
 from hooked_mllm.bench.timing import failure, milliseconds, peak_memory
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
-from hooked_mllm.storage import write_json
+from hooked_mllm.storage import ready, write_json
 
 KIND = "hooked_mllm kernel benchmark"
 READING_MS = 50
@@ -68,12 +68,14 @@ def bench_kernel(
         NumericsError: if outputs differ from the definition's in float64 at a short length, or from FlexAttention's at
             a timed one.
         InputError: for more dense heads than heads, or heads that do not divide.
+        CacheFileError: If `out` cannot be written.
     """
     if dense > heads or heads % kv_heads:
         raise InputError(
             f"Expected at most as many dense heads as heads, and heads in groups of one size over key-value heads; got "
             f"{dense} dense of {heads} heads over {kv_heads} key-value heads."
         )
+    ready(out)
     gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     chosen = sorted(random.Random(seed).sample(range(heads), dense))

@@ -17,6 +17,7 @@ from hooked_mllm.bench.timing import clock_name, failure, milliseconds, peak_mem
 from hooked_mllm.bench.variants import Variant
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.storage import ready
 
 WARM_UP, RUNS = 2, 5
 
@@ -60,9 +61,11 @@ def bench_prefill(
     Raises:
         NumericsError: if a variant's outputs are wrong; nothing is timed then.
         InputError: if a record at `out` cannot be continued, or is there and was not to be.
+        CacheFileError: If `out` cannot be written.
 
     Source: arXiv:2606.05843, appendix G.4.
     """
+    ready(out)
     contexts = sorted(dict.fromkeys(contexts))
     devices = used_devices(model)
     asked = _settings(model, variants, name, runs, warm_up, seed, devices) | dict(settings or {})

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.storage import read_json, write_json
+from hooked_mllm.storage import read_json, restoring, write_json
 from hooked_mllm.version import __version__
 
 KIND = "hooked_mllm prefill benchmark"
@@ -101,7 +101,11 @@ class PrefillRecord:
         self.cells.sort(key=lambda cell: cell.context)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON, in one step: a reader finds the old file or the new one."""
+        """Write it as JSON.
+
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
         write_json(Path(path), KIND, asdict(self))
 
     @classmethod
@@ -109,11 +113,12 @@ class PrefillRecord:
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: if the file is missing, damaged or of another kind.
+            CacheFileError: If the file is missing, damaged or of another kind.
         """
         content = read_json(Path(path), KIND)
         content.pop("kind")
-        return cls(**{**content, "cells": [Cell(**cell) for cell in content["cells"]]})
+        with restoring(path):
+            return cls(**{**content, "cells": [Cell(**cell) for cell in content["cells"]]})
 
     def continued(self, settings: Mapping[str, Any]) -> "PrefillRecord":
         """This record, to be added to under `settings`.

@@ -4,26 +4,38 @@ What a cache computes when it is read is written as what it is computed from: q,
 of head results; and what several entries share, such as the keys of all steps of a generation, once.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
+from hooked_mllm.families.base import Rows
+from hooked_mllm.storage import read_tensors, ready, restoring, write_tensors
 
 FORMAT = "hooked_mllm.ActivationCache/2"
 #: formats that are read; the first had neither streaming heads nor offsets
 READABLE = ("hooked_mllm.ActivationCache/1", FORMAT)
-KINDS = ("question", "answer", "system", "template", "visual", "text", "padding", "last", "target")
+TOKEN_KINDS = ("question", "answer", "system", "template", "visual", "text", "padding", "last", "target")
+
+
+@dataclass(frozen=True)
+class CacheFields:
+    """What a file holds of one `ActivationCache`: the arguments of its constructor, without the model."""
+
+    entries: dict[str, Entry]
+    n_layers: Mapping[str, int]
+    masks: Callable[[str], Tensor] | None
+    has_batch_dim: bool
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+    vision_rows: Sequence[Rows] | None
+    packed_vision: bool
 
 
 class _Writer:
@@ -40,7 +52,7 @@ class _Writer:
         view = (str(tensor.device), tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if view not in self._known or tensor.numel() == 0:
             self._known[view] = name, tensor  # kept alive, so that its address stays its own
-            self.tensors[name] = tensor.cpu().contiguous().clone()
+            self.tensors[name] = tensor
         return self._known[view][0]
 
     def keys(self, name: str, k: Tensor | GrowingKeys) -> str | None:
@@ -77,11 +89,11 @@ class _Writer:
             **{key: self.add(f"{name}/{key}", tensor) for key, tensor in tensors.items()},
         }
 
-    def cache(self, cache: Any, prefix: str) -> dict[str, Any]:
-        masks = None if cache._masks is None else known_masks(cache._masks)
+    def cache(self, cache: CacheFields, prefix: str) -> dict[str, Any]:
+        masks = None if cache.masks is None else known_masks(cache.masks)
         return {
-            "entries": {name: self.entry(prefix + name, entry) for name, entry in cache._entries.items()},
-            "n_layers": cache._n_layers,
+            "entries": {name: self.entry(prefix + name, entry) for name, entry in cache.entries.items()},
+            "n_layers": dict(cache.n_layers),
             "has_batch_dim": cache.has_batch_dim,
             "vision_rows": cache.vision_rows,
             "packed_vision": cache.packed_vision,
@@ -91,99 +103,61 @@ class _Writer:
         }
 
 
-def save(caches: Sequence[Any], path: str | Path, *, generation: bool = False) -> None:
-    """Write a cache, or the caches of a generation's steps, to `path`, by way of a temporary name."""
-    path = Path(path)
-    writer = _Writer()
-    steps = [writer.cache(cache, f"{number}:" if generation else "") for number, cache in enumerate(caches)]
-    header = {"format": FORMAT, "generation": generation, "steps": steps}
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        save_file(writer.tensors, str(temporary), metadata={"hooked_mllm": json.dumps(header)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def known_masks(masks: Any) -> Mapping[str, Tensor]:
-    """The token kinds that a layout can name, as masks."""
-    found = {}
-    for kind in KINDS:
-        try:
-            found[kind] = masks(kind)
-        except HookedMLLMError:  # a kind that this sample does not have: nothing to write
-            continue
-    return found
-
-
-def load(path: str | Path, model: Any = None, *, generation: bool = False) -> list[Any]:
-    """Read from `path` a cache, or the caches of a generation's steps.
+def save_fields(caches: Sequence[CacheFields], path: Any, *, generation: bool = False) -> None:
+    """Write a cache, or the caches of a generation's steps, to `path`.
 
     Raises:
-        CacheFileError: for a file that is missing, corrupt, pickled, or something else.
+        CacheFileError: If the file cannot be written.
     """
-    path = Path(path)
-    header, tensors = _read(path)
-    if header["generation"] is not generation:
-        kinds = ("ActivationCache", "GenerationCache")
-        raise CacheFileError(
-            f"{path} was written by a {kinds[not generation]}: read it with {kinds[not generation]}.load."
-        )
+    path = ready(path)
+    writer = _Writer()
+    steps = [writer.cache(cache, f"{number}:" if generation else "") for number, cache in enumerate(caches)]
+    write_tensors(path, FORMAT, writer.tensors, {"generation": generation, "steps": steps})
+
+
+def known_masks(masks: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+    """The token kinds that a layout can name, as masks."""
+    known = {}
+    for kind in TOKEN_KINDS:
+        try:
+            known[kind] = masks(kind)
+        except HookedMLLMError:  # a kind that this sample does not have: nothing to write
+            continue
+    return known
+
+
+def load_fields(path: Any, *, generation: bool = False) -> list[CacheFields]:
+    """Read from `path` what was saved of a cache, or of the caches of a generation's steps.
+
+    Raises:
+        CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
+    """
+    tensors, header = read_tensors(path, *READABLE)
     growing: dict[str, GrowingKeys] = {}
-    try:
-        return [_cache(step, tensors, growing, model) for step in header["steps"]]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CacheFileError(f"The header of {path} does not fit what it holds ({error!r}): it is damaged.") from error
+    with restoring(path):
+        if header["generation"] is not generation:
+            saved = "ActivationCache" if generation else "GenerationCache"
+            raise CacheFileError(f"{path} was written by a {saved}: read it with {saved}.load.")
+        if not header["steps"]:
+            raise CacheFileError(f"{path} is damaged: it holds no cache.")
+        return [_fields(step, tensors, growing) for step in header["steps"]]
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise CacheFileError(f"No cache file at {path}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        with path.open("rb") as raw:
-            start = raw.read(2)
-        # a pickle of protocol 2 and up starts with \x80 and its number, a file of torch.save is a zip archive
-        pickled = start == b"PK" or (len(start) == 2 and start[0] == 0x80 and start[1] < 16)
-        kind = "a pickle or torch.save file, which is never read" if pickled else "damaged"
-        raise CacheFileError(
-            f"{path} is not a readable safetensors file ({error}); it is {kind}. Expected what `cache.save` writes."
-        ) from error
-    try:
-        header = json.loads(metadata["hooked_mllm"])
-        found, _, _ = header["format"], header["generation"], header["steps"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise CacheFileError(
-            f"{path} is a safetensors file, but not one that `cache.save` wrote ({error!r})."
-        ) from error
-    if found not in READABLE:
-        raise CacheFileError(f"{path} holds {found!r}; expected {' or '.join(map(repr, READABLE))}.")
-    return header, tensors
-
-
-def _cache(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys], model: Any) -> Any:
-    from hooked_mllm.cache.activation_cache import ActivationCache
-
-    named = header["masks"]
+def _fields(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys]) -> CacheFields:
+    mask_names, rows = header["masks"], header["vision_rows"]
 
     def masks(kind: str) -> Tensor:
-        if kind not in named:
-            raise LayoutError(f"The file keeps no positions of kind {kind!r}; it has {', '.join(named)}.")
-        return tensors[named[kind]]
+        if kind not in mask_names:
+            raise LayoutError(f"The file keeps no positions of kind {kind!r}; it has {', '.join(mask_names)}.")
+        return tensors[mask_names[kind]]
 
-    entries = {name: _entry(name, spec, tensors, growing) for name, spec in header["entries"].items()}
-    places = {k: None if header[k] is None else tensors[header[k]] for k in ("query_positions", "key_positions")}
-    rows = header["vision_rows"]
-    return ActivationCache(
-        entries,
-        header["n_layers"],
-        None if named is None else masks,
-        model,
-        header["has_batch_dim"],
-        **places,
+    return CacheFields(
+        entries={name: _entry(name, spec, tensors, growing) for name, spec in header["entries"].items()},
+        n_layers=dict(header["n_layers"]),
+        masks=None if mask_names is None else masks,
+        has_batch_dim=header["has_batch_dim"],
+        query_positions=None if header["query_positions"] is None else tensors[header["query_positions"]],
+        key_positions=None if header["key_positions"] is None else tensors[header["key_positions"]],
         vision_rows=None if rows is None else [[(start, stop) for start, stop in spans] for spans in rows],
         packed_vision=header["packed_vision"],
     )
@@ -205,20 +179,27 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
         o_proj = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         o_proj.weight = nn.Parameter(weight, requires_grad=False)
         return LazyResult(tensors[spec["z"]], o_proj)
-    get = {k: None if spec[k] is None else tensors[spec[k]] for k in ("index", "columns", "dense", "padding")}
-    streaming = spec.get("streaming")
-    mask = MaskRows(
+    index, columns = (None if spec[k] is None else tensors[spec[k]] for k in ("index", "columns"))
+    k = keys(spec["k"]) if spec["growing"] else tensors[spec["k"]]
+    return LazyPattern(tensors[spec["q"]], k, _mask(spec, tensors), spec["scale"], name, spec["scores"], index, columns)
+
+
+def _mask(spec: dict[str, Any], tensors: dict[str, Tensor]) -> MaskRows:
+    dense, padding = (None if spec[k] is None else tensors[spec[k]] for k in ("dense", "padding"))
+    window, q_offset, streaming = spec["window"], spec.get("q_offset"), spec.get("streaming")
+    # files of earlier versions have no digest that tells of changed numbers
+    if (window is not None and window < 1) or not 0 <= (q_offset or 0) <= spec["kv_length"]:
+        raise ValueError(f"a mask over {spec['kv_length']} keys cannot have window={window}, q_offset={q_offset}")
+    return MaskRows(
         spec["batch"],
         spec["q_length"],
         spec["kv_length"],
         torch.device("cpu"),
-        dense=get["dense"],
-        padding=get["padding"],
+        dense=dense,
+        padding=padding,
         causal=spec["causal"],
-        window=spec["window"],
+        window=window,
         segments=None if spec["segments"] is None else tuple(spec["segments"]),
-        q_offset=spec.get("q_offset"),
+        q_offset=q_offset,
         streaming=None if streaming is None else StreamingHeads(**{**streaming, "dense": tuple(streaming["dense"])}),
     )
-    k = keys(spec["k"]) if spec["growing"] else tensors[spec["k"]]
-    return LazyPattern(tensors[spec["q"]], k, mask, spec["scale"], name, spec["scores"], get["index"], get["columns"])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.describe import human_bytes
+from hooked_mllm.cache.files import load_fields, save_fields
 from hooked_mllm.cache.lazy import LazyPattern, parts_of, value_of
 from hooked_mllm.contracts import Model
 
@@ -81,18 +82,18 @@ class GenerationCache:
         )
 
     def save(self, path: Any) -> None:
-        """Write all steps to one safetensors file, what they share once."""
-        from hooked_mllm.cache.files import save
+        """Write all steps to one safetensors file, what they share once.
 
-        save(self.steps, path, generation=True)
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
+        save_fields([step._fields() for step in self.steps], path, generation=True)
 
     @classmethod
     def load(cls, path: Any, model: Model | None = None) -> "GenerationCache":
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: for a file that is missing, corrupt, pickled, or something else.
+            CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
         """
-        from hooked_mllm.cache.files import load
-
-        return cls(load(path, model, generation=True))
+        return cls([ActivationCache(**vars(fields), model=model) for fields in load_fields(path, generation=True)])

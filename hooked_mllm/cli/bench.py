@@ -18,9 +18,10 @@ from hooked_mllm.bench.record import PrefillRecord
 from hooked_mllm.bench.table import table
 from hooked_mllm.bench.variants import BACKENDS, Variant, default_backends, prefill_variants
 from hooked_mllm.cli.arguments import count, tokens, torch_device
-from hooked_mllm.cli.files import folder, loading_bar, save_figure
+from hooked_mllm.cli.files import folder, loading_bar
 from hooked_mllm.errors import InputError
 from hooked_mllm.model.loading import load_model
+from hooked_mllm.storage import write_figure
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEED_GPU = ("cudnn", "flash", "cudnn-compiled")
@@ -122,7 +123,7 @@ def draw(record: PrefillRecord, path: Path) -> bool:
     """The picture of a record; False if every cell of it failed."""
     drawn = any(record.times(name) for name in record.titles)
     if drawn:
-        save_figure(plots.prefill(record), path)
+        write_figure(path, plots.prefill(record))
     return drawn
 
 

@@ -3,26 +3,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from hooked_mllm.errors import InputError
-from hooked_mllm.storage import write_atomically
+from hooked_mllm.errors import CacheFileError, InputError
+from hooked_mllm.storage import ready_folder
 
 
 def folder(path: Path) -> Path:
-    """The folder, made if need be; found out before the measuring and not after it."""
+    """The folder for results, made where it does not exist, and checked before anything is measured.
+
+    Raises:
+        InputError: If it cannot be made or written to.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path} is not a folder that can be written to: {error.strerror}") from error
-    return path
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        return ready_folder(path)
+    except CacheFileError as error:
+        raise InputError(f"--out: {error}") from error
 
 
 @contextmanager

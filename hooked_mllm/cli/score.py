@@ -13,11 +13,12 @@ import torch
 
 from hooked_mllm import metrics, plots
 from hooked_mllm.cli.arguments import count, torch_device
-from hooked_mllm.cli.files import folder, loading_bar, save_figure
+from hooked_mllm.cli.files import folder, loading_bar
 from hooked_mllm.datasets import RefCOCOg
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.model.hooked_mllm import HookedMLLM
+from hooked_mllm.storage import write_figure
 from hooked_mllm.toys import VisualRetrieval, bundled
 
 TOY = "toy-qwen3-vl"
@@ -51,12 +52,12 @@ def score(arguments: argparse.Namespace) -> None:
     scores.save(out / "scores")
     top = scores.top(min(arguments.top, int(scores.measured.sum())))
     written = [out / "scores.json", out / "scores.safetensors", out / "head_map.png"]
-    save_figure(plots.head_map(scores, top), written[-1])
+    write_figure(written[-1], plots.head_map(scores, top))
     for i, sample in enumerate(source.samples(model)):
         if i == arguments.pictures:
             break
         written.append(out / f"overlay_{i}.png")
-        save_figure(_overlay(model, sample, scores, top), written[-1])
+        write_figure(written[-1], _overlay(model, sample, scores, top))
     print(_summary(scores, top, source))
     print("\n".join(str(path) for path in written))
 

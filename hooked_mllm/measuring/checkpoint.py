@@ -1,134 +1,94 @@
-"""The state of `model.measure` on disk, so that an interrupted run goes on, and what its scores were made under."""
+"""The state of `model.measure` on disk, so that an interrupted run resumes, and what its scores were made under."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_mllm.contracts import Metric
+from hooked_mllm.contracts import Metric, Model
 from hooked_mllm.errors import CacheFileError
-
-if TYPE_CHECKING:
-    from hooked_mllm.model.hooked_mllm import HookedMLLM
+from hooked_mllm.storage import Checkpoint, restoring
 
 FORMAT = "hooked_mllm.measure/3"
 #: numbers of a tensor that a fingerprint reads
 NUMBERS = 1 << 16
-#: characters of a setting that an error shows
-SHOWN = 60
 
 
 class MeasureCheckpoint:
-    """What the metrics hold, which samples are in it, and what a score depends on beside them.
+    """What the metrics hold, which samples are in it, and what a score depends on beyond them.
 
     Args:
         path: The file; None keeps nothing.
         metrics: The metrics, set up for the model.
-        identity: What makes a run the same, as `identity_of` tells it.
+        identity: What makes a run the same, as `identity_of` returns it.
+
+    Raises:
+        CacheFileError: If the file cannot be written.
     """
 
-    def __init__(self, path: str | Path | None, metrics: Sequence[Metric], identity: Mapping[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
+    def __init__(
+        self, path: str | PathLike[str] | None, metrics: Sequence[Metric], identity: Mapping[str, Any]
+    ) -> None:
         self.metrics = metrics
-        # as it will be read again; of a value that JSON cannot hold, its kind, for its text may name an address
-        self.identity = json.loads(json.dumps(identity, default=lambda value: type(value).__name__))
         self.done: list[str] = []
         self._states: list[dict[str, Tensor]] = []
+        self._file = Checkpoint(path, FORMAT, identity)
 
     def finished(self, name: str) -> None:
         """A sample is in all metrics: keep their states, for the next may be interrupted between two of them."""
         self.done.append(name)
-        if self.path is not None:
+        if self._file.path is not None:
             self._states = [_state_of(metric) for metric in self.metrics]
 
     def load(self) -> None:
-        """Give the metrics the state of the file, if it is there.
+        """Load the state of the file, if there is one, into the metrics.
 
         Raises:
-            CacheFileError: if the file is damaged, or the checkpoint of another run or of an older version.
+            CacheFileError: If the file is damaged, or the checkpoint of another run or of another version.
         """
-        if self.path is None or not self.path.is_file():
+        kept = self._file.read()
+        if kept is None:
             return
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                header = json.loads((file.metadata() or {})["hooked_mllm"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if header["format"] != FORMAT:
-                raise CacheFileError(
-                    f"{self.path} holds {header['format']!r}, expected {FORMAT!r}. A file of an older version does not "
-                    "say under which attention and interventions its scores were made: use another file."
-                )
-            settings, found, done = header["metrics"], dict(header["identity"]), list(header["done"])
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, CacheFileError):
-                raise
-            raise CacheFileError(f"{self.path} is not a checkpoint of `measure` ({error!r}).") from error
+        tensors, header = kept
+        with restoring(str(self._file.path)):
+            settings, done = list(header["metrics"]), list(header["done"])
         if settings != [repr(m) for m in self.metrics]:
             raise CacheFileError(
-                f"{self.path} was made with {', '.join(settings)}; this run measures "
+                f"{self._file.path} was made with {', '.join(settings)}; this run measures "
                 f"{', '.join(map(repr, self.metrics))}. Use another file, or the same metrics."
             )
-        names = [name for name in {**self.identity, **found} if found.get(name) != self.identity.get(name)]
-        if names:
-            told = ", ".join(_difference(name, found.get(name), self.identity.get(name)) for name in names)
-            raise CacheFileError(
-                f"{self.path} is the checkpoint of another run: it differs in {told}. Use another file, or the same "
-                "model and settings."
-            )
-        for number, metric in enumerate(self.metrics):
-            prefix = f"{number}/"
-            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            metric.load_state_dict(state)  # type: ignore[attr-defined]
+        with restoring(str(self._file.path)):
+            for number, metric in enumerate(self.metrics):
+                prefix = f"{number}/"
+                state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                metric.load_state_dict(state)  # type: ignore[attr-defined]
         self.done = done
         self._states = [_state_of(metric) for metric in self.metrics]
 
     def save(self) -> None:
-        """Write the state under a temporary name and rename it."""
-        if self.path is None or not self._states:
-            return
-        tensors = {
-            f"{number}/{name}": value.cpu().contiguous()
-            for number, state in enumerate(self._states)
-            for name, value in state.items()
-        }
-        header = {
-            "format": FORMAT,
-            "metrics": [repr(m) for m in self.metrics],
-            "identity": self.identity,
-            "done": self.done,
-        }
-        temporary = self.path.with_name(self.path.name + ".partial")
-        try:
-            save_file(tensors, str(temporary), metadata={"hooked_mllm": json.dumps(header)})
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Write the state."""
+        if self._states:
+            tensors = {f"{number}/{name}": t for number, state in enumerate(self._states) for name, t in state.items()}
+            self._file.write(tensors, metrics=[repr(m) for m in self.metrics], done=self.done)
 
 
 def _state_of(metric: Metric) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in metric.state_dict().items()}  # type: ignore[attr-defined]
 
 
-def _difference(name: str, there: Any, here: Any) -> str:
-    texts = [json.dumps(value) for value in (there, here)]
-    return f"{name} ({texts[0]} in the file, {texts[1]} now)" if max(map(len, texts)) <= SHOWN else name
-
-
 # -- what a score depends on -----------------------------------------------------------------------------------------
 
 
-def identity_of(model: "HookedMLLM") -> dict[str, Any]:
-    """What the scores of a run depend on beside its metrics and samples, as values that JSON can hold.
+def identity_of(model: Model) -> dict[str, Any]:
+    """What the scores of a run depend on beyond its metrics and samples, as values that JSON can hold.
 
-    Interventions are told apart by their descriptions and tensors, hooks of the user's own by where they hang.
+    Interventions are distinguished by their descriptions and tensors, hooks of the user by the names of their points.
     """
     text, vision = model.wiring.switches["text"].base, model.wiring.switches["vision"].base
     facts: dict[str, Any] = {**model.info.provenance(), "weights": _weights(model)}
@@ -136,7 +96,7 @@ def identity_of(model: "HookedMLLM") -> dict[str, Any]:
         facts["attention"] = text  # a backend's name may hold an address; its settings are compared
     facts["vision_attention"] = [vision, *sorted({_backend(s.running) for s in model.wiring.vision if s.running})]
     interventions: dict[int, Any] = {}
-    edits: Counter[int] = Counter()  # one object may be at work twice
+    edits: Counter[int] = Counter()  # one object may be active twice
     hooks = []
     for name, handles in model.registry.list_hooks(dir="fwd").items():
         for handle in handles:
@@ -149,7 +109,8 @@ def identity_of(model: "HookedMLLM") -> dict[str, Any]:
         {**each.describe(), "edits": edits[key], "content": _content(each)} for key, each in interventions.items()
     ]
     facts["hooks"] = hooks
-    return facts
+    # of a value that JSON cannot hold, its type: its text may contain an address
+    return json.loads(json.dumps(facts, default=lambda value: type(value).__name__))
 
 
 def _backend(backend: Any) -> str:
@@ -157,8 +118,8 @@ def _backend(backend: Any) -> str:
     return json.dumps(describe()) if describe else getattr(backend, "__name__", type(backend).__name__)
 
 
-def _weights(model: "HookedMLLM") -> str:
-    """One number of each parameter: a name does not tell two models in memory apart, nor a folder written anew."""
+def _weights(model: Model) -> str:
+    """One number of each parameter: two models in memory, or in a folder written anew, may share a name."""
     numbers: dict[torch.device, list[Tensor]] = {}
     for value in model.hf_model.parameters():
         # sharded and absent weights cannot be read in this way
@@ -166,21 +127,21 @@ def _weights(model: "HookedMLLM") -> str:
             number = value.detach()[tuple(size // 2 for size in value.shape)]
             numbers.setdefault(value.device, []).append(number.float())
     digest = hashlib.sha256()
-    for some in numbers.values():
-        digest.update(torch.stack(some).cpu().numpy().tobytes())
+    for device_numbers in numbers.values():
+        digest.update(torch.stack(device_numbers).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def _content(intervention: Any) -> str:
-    """A fingerprint of the tensors that an intervention holds, which its description leaves out."""
+    """A fingerprint of the tensors of an intervention, which its description leaves out."""
     digest = hashlib.sha256()
 
     def take(value: Any) -> None:
         if isinstance(value, Tensor):
             flat = value.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // NUMBERS)]
+            part = flat[:: max(1, len(flat) // NUMBERS)]
             digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update((some.float() if some.is_floating_point() else some).cpu().numpy().tobytes())
+            digest.update((part.float() if part.is_floating_point() else part).cpu().numpy().tobytes())
         elif isinstance(value, dict):
             for key in value:
                 digest.update(repr(key).encode())

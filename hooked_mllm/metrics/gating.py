@@ -12,7 +12,7 @@ from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import CacheFileError
 from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.storage import read_tensors, write_tensors
+from hooked_mllm.storage import Checkpoint
 
 KIND = "hooked_mllm.DuoGate"
 
@@ -51,9 +51,7 @@ class MixedAttention:
         return (gate * attend(visible) + (1 - gate) * attend(visible & near)).transpose(1, 2).to(q.dtype)
 
 
-def last_hidden(
-    model: Model, inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]
-) -> Float[Tensor, "row d_model"]:
+def last_hidden(model: Model, inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]) -> Float[Tensor, "row d_model"]:
     """The states that the unembedding takes, after the final norm, at some positions; float32."""
     kept: list[Tensor] = []
     handle = model.ln_final.register_forward_hook(lambda module, args, output: kept.append(output))
@@ -75,10 +73,10 @@ class GateState:
     """
 
     def __init__(self, path: str | Path | None, gates: Tensor, lr: float, settings: dict[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.gates, self.settings, self.lr = gates, settings, lr
+        self.gates = gates
         self.optimiser = torch.optim.Adam([gates], lr=lr)
         self.distances: list[float] = []
+        self._file = Checkpoint(path, KIND, settings)
         self._kept: dict[str, Tensor] = {}
 
     def step(self, loss: Tensor, distance: float, lr: float) -> None:
@@ -89,7 +87,7 @@ class GateState:
         with torch.no_grad():
             self.gates.clamp_(0, 1)
         self.distances.append(distance)
-        if self.path is not None:  # a copy: the next step may be interrupted halfway
+        if self._file.path is not None:  # a copy: the next step may be interrupted halfway
             moments = self.optimiser.state[self.gates]
             self._kept = {name: moments[name].detach().clone() for name in ("exp_avg", "exp_avg_sq")}
             self._kept["gates"] = self.gates.detach().clone()
@@ -97,24 +95,21 @@ class GateState:
 
     def save(self) -> None:
         """Write what the last whole step left."""
-        if self.path is not None and self._kept:
-            write_tensors(self.path, KIND, self._kept, {"settings": self.settings})
+        if self._kept:
+            self._file.write(self._kept)
 
     def load(self) -> None:
-        """Go on from the checkpoint, if there is one.
+        """Continue from the checkpoint, if there is one.
 
         Raises:
-            CacheFileError: if it is damaged, or of other settings or samples.
+            CacheFileError: If it is damaged, or of other settings or samples.
         """
-        if self.path is None or not self.path.is_file():
+        checkpoint = self._file.read()
+        if checkpoint is None:
             return
-        kept, header = read_tensors(self.path, KIND)
-        if header.get("settings") != self.settings:
-            theirs = header.get("settings") or {}
-            other = [name for name, value in self.settings.items() if theirs.get(name) != value]
-            raise CacheFileError(f"{self.path} was made with other {', '.join(other)}: use another file, or the same.")
+        kept, _ = checkpoint
         if set(kept) != {"exp_avg", "exp_avg_sq", "gates", "distances"} or kept["gates"].shape != self.gates.shape:
-            raise CacheFileError(f"{self.path} is damaged, or of a model of another shape.")
+            raise CacheFileError(f"{self._file.path} is damaged, or of a model of another shape.")
         with torch.no_grad():
             self.gates.copy_(kept["gates"])
         moments = {name: kept[name].to(self.gates.device) for name in ("exp_avg", "exp_avg_sq")}

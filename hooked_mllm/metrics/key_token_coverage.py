@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank
-from hooked_mllm.errors import CacheFileError, HeadError, InputError
+from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import AttentionMetric, Piece
-from hooked_mllm.storage import read_json, write_json
+from hooked_mllm.storage import read_json, restoring, write_json
 
 KIND = "hooked_mllm.CoverageCurve"
 
@@ -57,7 +57,11 @@ class CoverageCurve:
         return coverage_curve(self, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write the curve as JSON."""
+        """Write the curve as JSON.
+
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
         names = ("ks", "coverage", "n_samples", "share", "provenance")
         write_json(Path(path), KIND, {name: getattr(self, name) for name in names})
 
@@ -66,13 +70,14 @@ class CoverageCurve:
         """Read a curve.
 
         Raises:
-            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
         """
         content = read_json(Path(path), KIND)
         names = {"ks", "coverage", "n_samples", "share", "provenance"}
-        if set(content) != names | {"kind"} or len(content["ks"]) != len(content["coverage"]):
-            raise CacheFileError(f"{path} is damaged: its fields are not those of a coverage curve.")
-        return cls(**{name: content[name] for name in names})
+        with restoring(path):
+            if set(content) != names | {"kind"} or len(content["ks"]) != len(content["coverage"]):
+                raise ValueError("its fields are not those of a coverage curve")
+            return cls(**{name: content[name] for name in names})
 
 
 class KeyTokenCoverage(AttentionMetric):

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.errors import CacheFileError, HeadError, InputError
+from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
-from hooked_mllm.storage import read_json, write_json
+from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
 
 KIND = "hooked_mllm.Stability"
 
@@ -65,11 +65,15 @@ class Stability:
         return stability_map(self, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON."""
+        """Write everything as JSON.
+
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
         content = {
             "tasks": list(self.tasks),
-            "spearman": self.spearman.tolist(),
-            "counts": self.counts.tolist(),
+            "spearman": to_lists(self.spearman),
+            "counts": to_lists(self.counts),
             "thresholds": list(self.thresholds),
             "percentile": self.percentile,
             "provenance": self.provenance,
@@ -81,24 +85,22 @@ class Stability:
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
         """
         content = read_json(Path(path), KIND)
-        try:
+        with restoring(path):
             n = len(content["tasks"])
-            found = cls(
+            result = cls(
                 tuple(content["tasks"]),
-                np.array(content["spearman"], dtype=np.float64),
+                from_lists(content["spearman"]),
                 torch.tensor(content["counts"], dtype=torch.int64),
                 tuple(map(float, content["thresholds"])),
                 float(content["percentile"]),
                 dict(content["provenance"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CacheFileError(f"{path} is damaged: {error!r}") from None
-        if found.spearman.shape != (n, n) or len(found.thresholds) != n or found.counts.dim() != 2:
-            raise CacheFileError(f"{path} is damaged: its parts do not fit its {n} tasks.")
-        return found
+            if result.spearman.shape != (n, n) or len(result.thresholds) != n or result.counts.dim() != 2:
+                raise ValueError(f"its parts do not fit its {n} tasks")
+            return result
 
     def __repr__(self) -> str:
         return (

@@ -10,6 +10,7 @@ Whatever the operating system or a damaged file reports becomes a `CacheFileErro
 
 from hooked_mllm.storage.checkpoint import Checkpoint as Checkpoint
 from hooked_mllm.storage.checkpoint import ValueCheckpoint as ValueCheckpoint
+from hooked_mllm.storage.files import described as described
 from hooked_mllm.storage.files import from_lists as from_lists
 from hooked_mllm.storage.files import read_json as read_json
 from hooked_mllm.storage.files import read_tensors as read_tensors

@@ -130,6 +130,23 @@ def from_lists(values: Any) -> np.ndarray:
     return np.array(values, dtype=np.float64)  # None becomes NaN
 
 
+def described(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The name and the provenance in a header, as arguments of what has both.
+
+    Raises:
+        KeyError: If one of them is missing.
+        TypeError: If they are no text and no mapping.
+
+    Examples:
+        >>> described({"kind": "scores", "name": "RAM", "provenance": {}})
+        {'name': 'RAM', 'provenance': {}}
+    """
+    name, provenance = header["name"], header["provenance"]
+    if not isinstance(name, str) or not isinstance(provenance, dict):
+        raise TypeError("expected a text as its name and a mapping as its provenance")
+    return {"name": name, "provenance": provenance}
+
+
 # -- internals --------------------------------------------------------------------------------------------------------
 
 

@@ -99,7 +99,7 @@ def test_the_report_is_whole_and_says_what_was_found(run):
     for sentence in (s for section in found["findings"].values() for s in section):
         assert sentence.replace("'", "&#39;").replace("<", "&lt;") in text
     assert "planted model" in text and f"{found['ablation']['top']['mean'][1]:.1%}" in text
-    assert not (out / TOY / "ablation.partial.json").exists()
+    assert not (out / TOY / "ablation.checkpoint").exists()
 
 
 def test_results_are_taken_up_again_and_the_report_is_the_same(run, script, monkeypatch):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from hooked_mllm.errors import CacheFileError, HeadError, InputError
-from hooked_mllm.storage import read_json, write_json
+from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
 
 KIND = "hooked_mllm.AblationCurve"
 
@@ -126,7 +126,11 @@ class AblationCurveResult:
         return ablation_curves(self, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON."""
+        """Write everything as JSON.
+
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
         content = {
             "ks": list(self.ks),
             "per_sample": {name: to_lists(values) for name, values in self.per_sample.items()},
@@ -139,18 +143,16 @@ class AblationCurveResult:
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
         """
         content = read_json(Path(path), KIND)
-        try:
+        with restoring(path):
             per_sample = {name: from_lists(values) for name, values in content["per_sample"].items()}
             ks = tuple(int(k) for k in content["ks"])
             shapes = [v.shape for v in per_sample.values()]
             if not shapes or any(len(s) != 3 or s[1:] != (len(ks), shapes[0][2]) for s in shapes):
-                raise ValueError("its parts do not fit each other")
+                raise ValueError("its parts do not fit together")
             return cls(ks, per_sample, **{name: content[name] for name in _PLAIN})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CacheFileError(f"{path} is damaged: {error!r}") from None
 
     def __repr__(self) -> str:
         last = ", ".join(f"{name} {self.values[name].mean(0)[-1]:.3f}" for name in self.rankings)
@@ -166,15 +168,3 @@ class AblationCurveResult:
 
 
 _PLAIN = ("heads", "moved", "objective", "larger_is_better", "provenance")
-
-
-def to_lists(values: np.ndarray) -> Any:
-    """Nested lists of numbers, None for NaN, as JSON takes them."""
-    plain = values.astype(object)
-    plain[np.isnan(values)] = None
-    return plain.tolist()
-
-
-def from_lists(values: Any) -> np.ndarray:
-    """What `to_lists` made, as float64."""
-    return np.array(values, dtype=np.float64)  # None becomes NaN

@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import as_samples_or_pairs
-from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
+from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.heads import HeadScores, SampleScores
 from hooked_mllm.objectives import BoundObjective, LogitDifference
 from hooked_mllm.objectives.tokens import Tokens
-from hooked_mllm.storage import read_tensors, write_tensors
+from hooked_mllm.storage import read_tensors, restoring, write_tensors
 from hooked_mllm.wiring.blocks import head_results
 
 KIND = "hooked_mllm.LogitDecomposition"
@@ -59,7 +59,11 @@ class LogitDecomposition:
         return SampleScores(heads.permute(2, 0, 1), name="DirectLogitAttribution", provenance=self.provenance)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file.
+
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
         header = {"labels": self.labels, "shape": self.shape, "provenance": self.provenance}
         write_tensors(Path(path), KIND, {"values": self.values, "total": self.total}, header)
 
@@ -68,17 +72,15 @@ class LogitDecomposition:
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
         """
         tensors, header = read_tensors(Path(path), KIND)
-        try:
+        with restoring(path):
             labels, shape = tuple(header["labels"]), tuple(header["shape"])
-            found = cls(tensors["values"], labels, tensors["total"], shape, header["provenance"])
-        except (KeyError, TypeError) as error:
-            raise CacheFileError(f"{path} is damaged: {error!r}") from None
-        if found.values.shape != (len(labels), len(found.total)):
-            raise CacheFileError(f"{path} is damaged: its parts do not fit together.")
-        return found
+            parts = cls(tensors["values"], labels, tensors["total"], shape, header["provenance"])
+            if parts.values.shape != (len(labels), len(parts.total)):
+                raise ValueError("its parts do not fit together")
+            return parts
 
     def __repr__(self) -> str:
         total = float(self.total.mean())

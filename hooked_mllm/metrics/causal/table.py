@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
-from hooked_mllm.storage import read_tensors, write_tensors
+from hooked_mllm.errors import HeadError, NumericsError
+from hooked_mllm.storage import described, read_tensors, restoring, write_tensors
 
 KIND = "hooked_mllm.CausalTable"
 
@@ -81,7 +81,11 @@ class CausalTable:
         return table_map(self, **options)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file.
+
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
         header = {"name": self.name, "places": self.places, "layers": self.layers, "provenance": self.provenance}
         write_tensors(Path(path), KIND, {"values": self.values}, header)
 
@@ -90,14 +94,11 @@ class CausalTable:
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
         """
         tensors, header = read_tensors(Path(path), KIND)
-        try:
-            more = {name: header[name] for name in ("places", "layers", "name", "provenance")}
-            return cls(tensors["values"], **more)
-        except (KeyError, HeadError, NumericsError) as error:
-            raise CacheFileError(f"{path} is damaged: {error}") from None
+        with restoring(path):
+            return cls(tensors["values"], places=header["places"], layers=header["layers"], **described(header))
 
     def __repr__(self) -> str:
         return f"CausalTable({self.name}, {self.shape[0]} layers x {self.shape[1]} places)"
