@@ -1,60 +1,73 @@
-"""Arithmetic of head scores, head by head, that remembers what was computed."""
+"""Arithmetic of head scores, head by head, that records its expression."""
 
 import operator
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from hooked_mllm.heads.head_values import HeadValues, Scores
+
 if TYPE_CHECKING:
-    from hooked_mllm.heads.head_scores import HeadScores
+    #: head scores of the same shape, or a number
+    Operand = HeadValues | float
+else:  # at run time anything: Python raises its TypeError where neither side supports the other
+    Operand = Any
 
 
-class Arithmetic:
+class Arithmetic(HeadValues):
     """`+ - * /` between scores of one shape, or scores and numbers."""
 
-    def __add__(self, other: Any) -> "HeadScores":
-        return _combine(self, other, operator.add, "+")
+    def __add__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, self, other, operator.add, "+")
 
-    def __radd__(self, other: Any) -> "HeadScores":
-        return _combine(other, self, operator.add, "+")
+    def __radd__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, other, self, operator.add, "+")
 
-    def __sub__(self, other: Any) -> "HeadScores":
-        return _combine(self, other, operator.sub, "-")
+    def __sub__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, self, other, operator.sub, "-")
 
-    def __rsub__(self, other: Any) -> "HeadScores":
-        return _combine(other, self, operator.sub, "-")
+    def __rsub__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, other, self, operator.sub, "-")
 
-    def __mul__(self, other: Any) -> "HeadScores":
-        return _combine(self, other, operator.mul, "*")
+    def __mul__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, self, other, operator.mul, "*")
 
-    def __rmul__(self, other: Any) -> "HeadScores":
-        return _combine(other, self, operator.mul, "*")
+    def __rmul__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, other, self, operator.mul, "*")
 
-    def __truediv__(self, other: Any) -> "HeadScores":
-        return _combine(self, other, operator.truediv, "/")
+    def __truediv__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, self, other, operator.truediv, "/")
 
-    def __rtruediv__(self, other: Any) -> "HeadScores":
-        return _combine(other, self, operator.truediv, "/")
+    def __rtruediv__(self: Scores, other: Operand) -> Scores:
+        return _combine(self, other, self, operator.truediv, "/")
 
-    def __neg__(self) -> "HeadScores":
-        return _combine(-1, self, operator.mul, "*")
+    def __neg__(self: Scores) -> Scores:
+        return _combine(self, -1, self, operator.mul, "*")
 
 
-def _combine(left: Any, right: Any, operation: Callable[[Any, Any], Any], symbol: str) -> Any:
-    from hooked_mllm.heads.head_scores import HeadScores
-
-    scores = [side for side in (left, right) if isinstance(side, HeadScores)]
-    others = [side for side in (left, right) if not isinstance(side, HeadScores)]
-    if not all(isinstance(side, int | float) for side in others):
-        return NotImplemented
-    scores[0]._same_shape(scores[-1])
-    sides = [side.values if isinstance(side, HeadScores) else side for side in (left, right)]
-    names = [side.name if isinstance(side, HeadScores) else repr(side) for side in (left, right)]
+def _combine(like: Scores, left: Operand, right: Operand, operation: Callable[[Any, Any], Any], symbol: str) -> Scores:
+    """A result of the class of `like`, which is one of the two sides; NotImplemented for an unsupported operand."""
+    values: list[Tensor | float] = []
+    names: list[str] = []
+    scores: list[HeadValues] = []
+    for side in (left, right):
+        if isinstance(side, HeadValues):
+            like._check_comparable(side)
+            scores.append(side)
+            values.append(side.values)
+            names.append(side.name)
+        elif isinstance(side, Real):
+            number = int(side) if isinstance(side, Integral) else float(side)
+            values.append(number)
+            names.append(repr(number))
+        else:
+            return NotImplemented
     expression = f"({names[0]} {symbol} {names[1]})"
-    return HeadScores(
-        operation(*sides),
+    return type(like)(
+        operation(*values),
         name=expression,
         provenance={
             "expression": expression,
@@ -65,9 +78,9 @@ def _combine(left: Any, right: Any, operation: Callable[[Any, Any], Any], symbol
     )
 
 
-def _common_counts(scores: "list[HeadScores]") -> Tensor | None:
-    """The counts, if all operands agree on them; a sum over different samples has no single count."""
-    first = scores[0].counts
-    if first is None or any(side.counts is None or not torch.equal(first, side.counts) for side in scores):
+def _common_counts(scores: list[HeadValues]) -> Tensor | None:
+    """The counts, if all operands have the same; a sum over different samples has no single count."""
+    counts = scores[0].counts
+    if counts is None or any(side.counts is None or not torch.equal(counts, side.counts) for side in scores):
         return None
-    return first
+    return counts

@@ -1,27 +1,19 @@
 """Between query heads and the key-value heads that they share: head h reads key-value head h // (H / H_kv)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hooked_mllm.errors import HeadError
-
-if TYPE_CHECKING:
-    from hooked_mllm.heads.head_scores import HeadScores
+from hooked_mllm.heads.head_values import HeadValues, Scores
 
 REDUCTIONS = ("sum", "mean", "max")
 
 
-class Grouping:
+class Grouping(HeadValues):
     """`to_query` and `to_kv` of head scores."""
 
-    values: Tensor
-    counts: Tensor | None
-    name: str
-    provenance: dict[str, Any]
-    missing: tuple[int, ...]
-
-    def to_query(self, n_heads: int) -> "HeadScores":
+    def to_query(self: Scores, n_heads: int) -> Scores:
         """Scores of key-value heads as scores of query heads: each query head takes that of the one it reads.
 
         Args:
@@ -37,9 +29,10 @@ class Grouping:
         """
         groups = _groups(n_heads, self.values.shape[1])
         counts = None if self.counts is None else self.counts.repeat_interleave(groups, dim=1)
-        return self._regrouped(self.values.repeat_interleave(groups, dim=1), counts, {"repeated": groups})
+        values = self.values.repeat_interleave(groups, dim=1)  # [layer kv_head] -> [layer kv_head * group]
+        return _regrouped(self, values, counts, {"heads": "query", "repeated": groups})
 
-    def to_kv(self, n_kv_heads: int, reduce: str) -> "HeadScores":
+    def to_kv(self: Scores, n_kv_heads: int, reduce: str) -> Scores:
         """Scores of query heads as scores of the key-value heads that they read.
 
         Args:
@@ -57,16 +50,15 @@ class Grouping:
         if reduce not in REDUCTIONS:
             raise HeadError(f"reduce must be one of {', '.join(map(repr, REDUCTIONS))}; got {reduce!r}.")
         _groups(self.values.shape[1], n_kv_heads)
-        grouped = self.values.unflatten(1, (n_kv_heads, -1))
+        grouped = self.values.unflatten(1, (n_kv_heads, -1))  # [layer head] -> [layer kv_head group]
         values = grouped.amax(-1) if reduce == "max" else getattr(grouped, reduce)(-1)
         counts = None if self.counts is None else self.counts.unflatten(1, (n_kv_heads, -1)).amin(-1)
-        return self._regrouped(values, counts, {"reduced": reduce})
+        return _regrouped(self, values, counts, {"heads": "key-value", "reduced": reduce})
 
-    def _regrouped(self, values: Tensor, counts: Tensor | None, how: dict[str, Any]) -> "HeadScores":
-        from hooked_mllm.heads.head_scores import HeadScores
 
-        facts = {**self.provenance, "heads": "query" if "repeated" in how else "key-value", **how}
-        return HeadScores(values, name=self.name, provenance=facts, counts=counts, missing=self.missing)
+def _regrouped(scores: Scores, values: Tensor, counts: Tensor | None, facts: dict[str, Any]) -> Scores:
+    provenance = {**scores.provenance, **facts}
+    return type(scores)(values, name=scores.name, provenance=provenance, counts=counts, missing=scores.missing)
 
 
 def _groups(n_heads: int, n_kv_heads: int) -> int:

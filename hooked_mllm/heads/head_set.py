@@ -1,33 +1,25 @@
 """HeadSet: an immutable, ordered set of attention heads of one model shape."""
 
-import operator
-import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_mllm.display.head_names import (
+    HeadsLike,
+    check_in_range,
+    head_names,
+    not_heads,
+    parse_head,
+    parse_names,
+    read_head,
+    read_heads,
+    whole_number,
+)
 from hooked_mllm.errors import HeadError
-
-_NAME = re.compile(r"\s*L(\d+)\s*H(\d+)\s*", re.IGNORECASE)
-
-
-def parse_head(text: str) -> tuple[int, int]:
-    """The (layer, head) that a name such as "L20H15" stands for.
-
-    Raises:
-        HeadError: if the text is not of that form.
-
-    Examples:
-        >>> parse_head("L20H15")
-        (20, 15)
-    """
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise HeadError(f"Expected a head written like 'L20H15' (layer 20, head 15, both from 0); got {text!r}.")
-    return int(match[1]), int(match[2])
 
 
 def check_head(head: Any, n_layers: int, n_heads: int) -> tuple[int, int]:
@@ -41,18 +33,7 @@ def check_head(head: Any, n_layers: int, n_heads: int) -> tuple[int, int]:
     Raises:
         HeadError: if it is neither, or out of range.
     """
-    if isinstance(head, str):
-        layer, index = parse_head(head)
-    else:
-        try:
-            layer, index = (operator.index(value) for value in head)
-        except (TypeError, ValueError):
-            raise HeadError(f"Expected a head as (layer, head) or 'L20H15'; got {head!r}.") from None
-    if not 0 <= layer < n_layers:
-        raise HeadError(f"Layer {layer} of head L{layer}H{index} is not there: layers are 0 to {n_layers - 1}.")
-    if not 0 <= index < n_heads:
-        raise HeadError(f"Head {index} of L{layer}H{index} is not there: heads are 0 to {n_heads - 1} in every layer.")
-    return layer, index
+    return check_in_range(*read_head(head), (n_layers, n_heads))
 
 
 class HeadSet:
@@ -62,7 +43,8 @@ class HeadSet:
     when the set comes from `HeadScores.top`. Set algebra keeps the order of the left operand.
 
     Args:
-        heads: Pairs (layer, head) or names such as "L20H15"; repeated ones count once. May be empty.
+        heads: Pairs (layer, head), names such as "L20H15", a boolean mask `[layer head]`, or a list of these; repeated
+            ones count once. May be empty. Text goes to `HeadSet.parse`.
         n_layers: Number of decoder layers of the model.
         n_heads: Number of query heads per layer.
 
@@ -81,16 +63,19 @@ class HeadSet:
 
     n_layers: int
     n_heads: int
+    _heads: dict[tuple[int, int], None]
 
-    def __init__(self, heads: Iterable[Any] = (), *, n_layers: int, n_heads: int) -> None:
-        if n_layers < 1 or n_heads < 1:
+    def __init__(self, heads: HeadsLike = (), *, n_layers: int, n_heads: int) -> None:
+        shape = whole_number(n_layers) or 0, whole_number(n_heads) or 0
+        if min(shape) < 1:
             raise HeadError(f"A model has at least one layer and one head; got {n_layers} layers of {n_heads} heads.")
         if isinstance(heads, str):
             raise HeadError(f"For heads written as text use HeadSet.parse({heads!r}, n_layers=..., n_heads=...).")
-        pairs = dict.fromkeys(check_head(head, n_layers, n_heads) for head in heads)
-        object.__setattr__(self, "_heads", pairs)
-        object.__setattr__(self, "n_layers", int(n_layers))
-        object.__setattr__(self, "n_heads", int(n_heads))
+        # a set of another model is taken head by head: to name a shape is to ask for it
+        pairs = read_heads(list(heads) if isinstance(heads, HeadSet) else heads, shape).pairs
+        object.__setattr__(self, "_heads", dict.fromkeys(pairs))
+        object.__setattr__(self, "n_layers", shape[0])
+        object.__setattr__(self, "n_heads", shape[1])
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"A HeadSet does not change: make a new one instead of setting {name!r}.")
@@ -108,20 +93,25 @@ class HeadSet:
         Raises:
             HeadError: for text of another form, or a head out of range.
         """
-        names = [part for part in re.split(r"[,;\s]+", text) if part]
-        return cls(names, n_layers=n_layers, n_heads=n_heads)
+        return cls(parse_names(text), n_layers=n_layers, n_heads=n_heads)
 
     @classmethod
-    def from_mask(cls, mask: Bool[Tensor, "layer head"]) -> "HeadSet":
-        """The heads where `mask` is true, layer by layer."""
-        n_layers, n_heads = mask.shape
-        return cls(mask.nonzero().tolist(), n_layers=n_layers, n_heads=n_heads)
+    def from_mask(cls, mask: Bool[Tensor, "layer head"] | np.ndarray | Sequence[Sequence[bool]]) -> "HeadSet":
+        """The heads where `mask` is true, layer by layer.
+
+        Raises:
+            HeadError: for something else than booleans `[layer head]`.
+        """
+        pairs, shape = read_heads(mask)
+        if shape is None:
+            raise not_heads(mask)
+        return cls(pairs, n_layers=shape[0], n_heads=shape[1])
 
     def to_mask(self, device: torch.device | str = "cpu") -> Bool[Tensor, "layer head"]:
         """True at the heads of the set."""
         mask = torch.zeros(self.n_layers, self.n_heads, dtype=torch.bool)
-        for layer, head in self:
-            mask[layer, head] = True
+        if self:
+            mask[tuple(zip(*self, strict=True))] = True  # indices (layers, heads)
         return mask.to(device)
 
     @property
@@ -160,10 +150,14 @@ class HeadSet:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._heads)
 
-    def __getitem__(self, index: int | slice) -> Any:
-        """The head at a place in the order, or the set of a slice of it."""
-        heads = list(self._heads)[index]
-        return self._like(heads) if isinstance(index, slice) else heads
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "HeadSet": ...
+    def __getitem__(self, index: int | slice) -> "tuple[int, int] | HeadSet":
+        """The head at a position in the order, or the set of a slice of it."""
+        heads = list(self._heads)
+        return self._like(heads[index]) if isinstance(index, slice) else heads[index]
 
     def __len__(self) -> int:
         return len(self._heads)
@@ -177,14 +171,14 @@ class HeadSet:
         return hash((self.shape, frozenset(self._heads)))
 
     def __str__(self) -> str:
-        return ", ".join(f"L{layer}H{head}" for layer, head in self)
+        return ", ".join(head_names(self))
 
     def __repr__(self) -> str:
         shown = str(self if len(self) <= 8 else self[:8]) + (", ..." if len(self) > 8 else "")
         listed = f": {shown}" if shown else ""
         return f"HeadSet({len(self)} of {self.n_layers} x {self.n_heads}{listed})"
 
-    def _like(self, heads: Iterable[Any]) -> "HeadSet":
+    def _like(self, heads: Iterable[tuple[int, int]]) -> "HeadSet":
         return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)
 
     def _same_model(self, other: "HeadSet") -> "HeadSet":

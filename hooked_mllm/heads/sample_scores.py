@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from hooked_mllm.errors import CacheFileError, HeadError, NumericsError
+from hooked_mllm.display.head_names import head_name
+from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.heads.head_scores import HeadScores
-from hooked_mllm.storage import read_tensors, write_tensors
+from hooked_mllm.heads.head_values import Numbers, as_float64
+from hooked_mllm.storage import described, read_tensors, restoring, write_tensors
 
 KIND = "hooked_mllm.SampleScores"
 
@@ -37,21 +37,20 @@ class SampleScores:
 
     values: Tensor
 
-    def __init__(self, values: Any, *, name: str = "scores", provenance: Mapping[str, Any] | None = None) -> None:
-        if not isinstance(values, Tensor):
-            values = torch.from_numpy(np.array(values, dtype=np.float64))
-        self.values = values.detach().to(device="cpu", dtype=torch.float64, copy=True)
+    def __init__(self, values: Numbers, *, name: str = "scores", provenance: Mapping[str, Any] | None = None) -> None:
+        self.values = as_float64(values, "values of shape [sample layer head]")
         if self.values.dim() != 3 or 0 in self.values.shape:
             raise HeadError(f"Expected values of shape [sample layer head]; got shape {list(self.values.shape)}.")
         self.name = name
         self.provenance = dict(provenance or {})
-        gone = self.values.isnan().all(2).all(0)
-        self.missing = tuple(gone.nonzero().flatten().tolist())
+        gone = self.values.isnan().all(2).all(0)  # [sample layer head] -> [layer]
+        self.missing: tuple[int, ...] = tuple(gone.nonzero().flatten().tolist())
         bad = ~self.values.isfinite() & ~gone[:, None]
         if bool(bad.any()):
             sample, layer, head = bad.nonzero()[0].tolist()
             raise NumericsError(
-                f"{name}: {int(bad.sum())} scores are not finite, first that of L{layer}H{head} in sample {sample}."
+                f"{name}: {int(bad.sum())} scores are not finite, first that of {head_name(layer, head)} in sample "
+                f"{sample}."
             )
 
     def __len__(self) -> int:
@@ -88,7 +87,11 @@ class SampleScores:
         return scores
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file.
+
+        Raises:
+            CacheFileError: If the file cannot be written.
+        """
         header = {"name": self.name, "provenance": self.provenance}
         write_tensors(Path(path), KIND, {"values": self.values}, header)
 
@@ -97,13 +100,11 @@ class SampleScores:
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: if the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
         """
         tensors, header = read_tensors(Path(path), KIND)
-        try:
-            return cls(tensors["values"], name=header["name"], provenance=header["provenance"])
-        except (KeyError, HeadError, NumericsError) as error:
-            raise CacheFileError(f"{path} is damaged: {error}") from None
+        with restoring(path):
+            return cls(tensors["values"], **described(header))
 
     def __repr__(self) -> str:
         return f"SampleScores({self.name}, {len(self)} samples of {self.shape[0]} x {self.shape[1]} layers x heads)"

@@ -2,48 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
-from hooked_mllm.errors import HeadError, InputError, NumericsError
-
-if TYPE_CHECKING:
-    from hooked_mllm.heads.head_scores import HeadScores
-    from hooked_mllm.heads.sample_scores import SampleScores
+from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.heads.head_scores import HeadScores
+from hooked_mllm.heads.sample_scores import SampleScores
 
 #: numbers drawn at a time, so that the resampled means of a large model stay small
 CHUNK = 1 << 22
-
-
-def rho_half(scores: "HeadScores") -> float:
-    r"""The least share of the heads that together hold half of all positive score.
-
-    $$\rho_{0.5} = \frac{1}{LH}\min\Big\{k : \sum_{r\le k} s_{(r)}^+ \ge \tfrac12\sum_r s_{(r)}^+\Big\}$$
-
-    - $s_{(r)}^+$: the r-th largest score, and 0 where it is negative; $LH$: all measured heads.
-
-    Small values mean few heads do it all; 0.5 is an even distribution.
-
-    Raises:
-        NumericsError: if no score is positive.
-
-    Source: arXiv:2605.27243 (for calibrated scores; it makes sense for any).
-
-    Examples:
-        >>> from hooked_mllm import HeadScores
-        >>> rho_half(HeadScores([[8.0, 1.0], [1.0, -3.0]]))
-        0.25
-    """
-    values = np.sort(scores.values[scores.measured].clamp(min=0).numpy())[::-1]
-    total = values.cumsum()
-    if not total[-1] > 0:
-        raise NumericsError(f"{scores.name}: no score is positive, so that no head holds a share of them.")
-    # the half itself is reached in spite of rounding
-    k = int(np.argmax(total >= total[-1] / 2 * (1 - 1e-12))) + 1
-    return k / len(values)
 
 
 @dataclass(frozen=True)
@@ -57,9 +26,9 @@ class Interval:
         level: Share of the resampled means inside, such as 0.95.
     """
 
-    mean: "HeadScores"
-    low: "HeadScores"
-    high: "HeadScores"
+    mean: HeadScores
+    low: HeadScores
+    high: HeadScores
     level: float
 
     def __getitem__(self, head: tuple[int, int] | str) -> tuple[float, float]:
@@ -67,7 +36,7 @@ class Interval:
         return self.low[head], self.high[head]
 
 
-def bootstrap(scores: "SampleScores", n: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
     r"""Percentile bootstrap: the interval that holds a share `level` of the means of resampled samples.
 
     Each of `n` times, as many samples as there are get drawn with replacement, the same for all heads, and averaged;
@@ -85,8 +54,6 @@ def bootstrap(scores: "SampleScores", n: int = 1000, level: float = 0.95, seed: 
         >>> interval["L0H1"]
         (0.4, 0.4)
     """
-    from hooked_mllm.heads.head_scores import HeadScores
-
     n_samples = len(scores)
     if n_samples < 2:
         raise InputError(f"A bootstrap needs at least two samples; {scores!r} has {n_samples}.")
@@ -128,7 +95,7 @@ class Overlap:
         return float(self.matrix[~np.eye(len(self.matrix), dtype=bool)].mean())
 
 
-def pairwise_overlap(rankings: "Sequence[HeadScores]", k: int | float) -> Overlap:
+def pairwise_overlap(rankings: Sequence[HeadScores], k: int | float) -> Overlap:
     """The overlap of the top `k` heads between all pairs of scores, such as those of several seeds.
 
     Raises:
@@ -146,7 +113,7 @@ def pairwise_overlap(rankings: "Sequence[HeadScores]", k: int | float) -> Overla
 
 
 def overlap_across_seeds(
-    scores: "SampleScores", k: int | float, n_samples: int | float = 0.5, seeds: Sequence[int] = range(5)
+    scores: SampleScores, k: int | float, n_samples: int | float = 0.5, seeds: Sequence[int] = range(5)
 ) -> Overlap:
     """How far the top `k` heads depend on the samples: overlap between draws of `n_samples` of them, one per seed.
 

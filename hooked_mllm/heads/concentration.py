@@ -1,0 +1,34 @@
+"""How concentrated head scores are: the share of the heads that hold half of the score."""
+
+import numpy as np
+
+from hooked_mllm.errors import NumericsError
+from hooked_mllm.heads.head_values import HeadValues
+
+
+def rho_half(scores: HeadValues) -> float:
+    r"""The least share of the heads that together hold half of all positive score.
+
+    $$\rho_{0.5} = \frac{1}{LH}\min\Big\{k : \sum_{r\le k} s_{(r)}^+ \ge \tfrac12\sum_r s_{(r)}^+\Big\}$$
+
+    - $s_{(r)}^+$: the r-th largest score, and 0 where it is negative; $LH$: all measured heads.
+
+    Small values mean few heads do it all; 0.5 is an even distribution.
+
+    Raises:
+        NumericsError: if no score is positive.
+
+    Source: arXiv:2605.27243 (for calibrated scores; it makes sense for any).
+
+    Examples:
+        >>> from hooked_mllm import HeadScores
+        >>> rho_half(HeadScores([[8.0, 1.0], [1.0, -3.0]]))
+        0.25
+    """
+    values = np.sort(scores.values[scores.measured].clamp(min=0).numpy())[::-1]
+    total = values.cumsum()
+    if not total[-1] > 0:
+        raise NumericsError(f"{scores.name}: no score is positive, so that no head holds a share of them.")
+    # the half itself is reached in spite of rounding
+    k = int(np.argmax(total >= total[-1] / 2 * (1 - 1e-12))) + 1
+    return k / len(values)

@@ -1,0 +1,60 @@
+"""The arguments of streaming attention, checked alike by every kernel and by all that call one."""
+
+from collections.abc import Iterable
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, SupportsIndex
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_mllm.errors import InputError
+
+if TYPE_CHECKING:
+    #: an int of Python or NumPy
+    WholeNumber = SupportsIndex
+else:  # at run time anything, so that another value reaches the check, whose error states what was expected
+    WholeNumber = Any
+
+
+def check_sink_and_window(sink: WholeNumber, window: WholeNumber, window_name: str = "window") -> tuple[int, int]:
+    """Sink and window of streaming heads, as plain ints.
+
+    Args:
+        sink: First keys of the sequence that streaming heads see.
+        window: Last keys that they see, the query's own among them.
+        window_name: What the caller names the window, for the error message.
+
+    Raises:
+        InputError: unless both are whole numbers, sink 0 or more and window 1 or more.
+
+    Examples:
+        >>> check_sink_and_window(4, 16)
+        (4, 16)
+    """
+    sizes = _as_int(sink), _as_int(window)
+    if sizes[0] is None or sizes[1] is None or sizes[0] < 0 or sizes[1] < 1:
+        raise InputError(
+            f"Expected whole numbers sink >= 0 and {window_name} >= 1; got sink={sink!r}, {window_name}={window!r}."
+        )
+    return sizes[0], sizes[1]
+
+
+def _as_int(value: object) -> int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):  # left as it is: under torch.compile it may be symbolic
+        return value
+    return int(value) if isinstance(value, Integral) else None
+
+
+def head_flags(heads: Iterable[int], n_heads: int, device: torch.device | str = "cpu") -> Bool[Tensor, " head"]:
+    """True at these heads of one layer.
+
+    Examples:
+        >>> head_flags((0, 2), n_heads=4).tolist()
+        [True, False, True, False]
+    """
+    flags = torch.zeros(n_heads, dtype=torch.bool)
+    flags[[*heads]] = True
+    return flags.to(device)
