@@ -256,7 +256,7 @@ class ResidualTools(ABC):
 
     def _need(self, *key: Any) -> Tensor:
         try:
-            return value_of(self.entry(key if len(key) > 1 else key[0]))
+            return value_of(self.entry(key[0] if len(key) == 1 else key))
         except HookNameError as error:
             raise HookNameError(
                 f"This needs {key!r} in the cache. {error} Run with `names_filter=None`, or with a filter that keeps "

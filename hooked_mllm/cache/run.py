@@ -1,4 +1,4 @@
-"""Runs a model with its activations kept: what to keep is worked out here, the keeping itself is `capture.py`."""
+"""A run with cached activations: which ones, from the arguments of `run_with_cache`; `capture.py` caches them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.capture import QUADRATIC, Capture, CaptureOptions
 from hooked_mllm.cache.generation import GenerationCache
+from hooked_mllm.cache.lazy import Entry
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.families.base import Rows
@@ -19,7 +21,7 @@ from hooked_mllm.hooks.registry import NameFilter
 from hooked_mllm.inputs.positions import MappingMasks, Positions, TokenKind
 from hooked_mllm.inputs.resolve import ResolvedInput
 
-#: generation options under which one step's keys are not simply those of the step before and some more
+#: generation options under which the keys of a step do not simply extend those of the step before
 _REORDERS = (
     "assistant_model",
     "assistant_early_exit",
@@ -46,7 +48,7 @@ class CacheRequest:
     forward: dict[str, Any] = field(default_factory=dict)
 
     def validate(self) -> None:
-        """Refuse options that exclude each other."""
+        """Raise for options that exclude each other."""
         clashes = [
             (self.incl_bwd and self.stop_at_layer is not None, "incl_bwd", "stop_at_layer"),
             (self.incl_bwd and self.generate is not None, "incl_bwd", "generate"),
@@ -59,13 +61,36 @@ class CacheRequest:
                 raise HookValueError(f"`{a}` and `{b}` exclude each other: choose one.")
 
 
-def run_cached(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tuple[Any, Any]:
-    """Run `model` (a HookedMLLM) as `request` says; returns the output and the cache."""
+def cached_forward(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tuple[Tensor | None, ActivationCache]:
+    """One forward pass with cached activations.
+
+    Returns:
+        What `model.run` returns (None without logits), or the loss with `incl_bwd`; and the cache.
+    """
+    output, capture, cache_of = _captured(model, inputs, request)
+    cache = cache_of({**capture.entries(0), **capture.gradient_entries()})
+    return output, cache.remove_batch_dim() if request.remove_batch_dim else cache
+
+
+def cached_generation(
+    model: Model, inputs: ResolvedInput, request: CacheRequest
+) -> tuple[Int[Tensor, "batch pos"], GenerationCache]:
+    """A generation with the activations of every step cached; returns token ids and the cache."""
+    output, capture, cache_of = _captured(model, inputs, request)
+    caches = [cache_of(capture.entries(step)) for step in sorted(capture.steps)]
+    for decoding_step in caches[1:]:
+        decoding_step.query_positions = None
+    return output, GenerationCache(caches)
+
+
+def _captured(
+    model: Model, inputs: ResolvedInput, request: CacheRequest
+) -> tuple[Any, Capture, Callable[[dict[str, Entry]], ActivationCache]]:
+    """The output of a run, its captured activations, and a constructor of its caches."""
     request.validate()
     if request.remove_batch_dim and inputs.batch != 1:
         raise HookValueError(f"remove_batch_dim needs a batch of one; this one has {inputs.batch}.")
     points = model.registry.select(request.names_filter)
-
     reorders = request.generate is not None and _reorders(model.hf_model.generation_config, request.generate)
 
     def index(selected: Positions | None) -> Tensor | None:
@@ -86,11 +111,11 @@ def run_cached(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tu
         output = _run(model, inputs, request)
 
     def masks(kind: TokenKind) -> Tensor:
-        if kind == "visual":  # from the tokens: a text alone has none, which is no error for the residual stream
+        if kind == "visual":  # from the token ids: a prompt without images is no error for the residual stream
             return MappingMasks(inputs.tensors, model.family, model.hf_model.config)(kind)
         return inputs.masks(kind)
 
-    def cache_of(entries: dict[str, Any]) -> ActivationCache:
+    def cache_of(entries: dict[str, Entry]) -> ActivationCache:
         return ActivationCache(
             entries,
             {"text": model.cfg.n_layers, "vision": model.cfg.vision_n_layers},
@@ -98,23 +123,17 @@ def run_cached(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tu
             model=model,
             query_positions=options.queries if options.queries is not None else options.positions,
             key_positions=options.keys,
-            vision_rows=_vision_rows(model, inputs),  # worked out only when asked for: it may wait for the device
+            vision_rows=_vision_rows(model, inputs),  # computed on first use: it may synchronise with the device
             packed_vision=options.packed_vision,
         )
 
-    if request.generate is not None:
-        caches = [cache_of(capture.entries(step)) for step in sorted(capture.steps)]
-        for later in caches[1:]:
-            later.query_positions = None
-        return output, GenerationCache(caches)
-    cache = cache_of({**capture.entries(0), **capture.gradient_entries()})
-    return output, cache.remove_batch_dim() if request.remove_batch_dim else cache
+    return output, capture, cache_of
 
 
 def _vision_rows(model: Model, inputs: ResolvedInput) -> Callable[[], list[Rows] | None]:
-    """Whose images the vision tower's rows are; None where the inputs do not tell."""
+    """The rows of vision activations that belong to each sample; None where the inputs do not determine them."""
 
-    def sketch(value: Any) -> Any:  # of pixels the shape is enough; the cache must not keep them alive
+    def sketch(value: Any) -> Any:  # pixels are needed for their shape only; the cache must not keep them in memory
         pixels = isinstance(value, Tensor) and value.is_floating_point()
         return torch.empty(value.shape, device="meta") if pixels else value
 
@@ -130,10 +149,10 @@ def _vision_rows(model: Model, inputs: ResolvedInput) -> Callable[[], list[Rows]
 
 
 def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
-    """Whether a generation does more with its keys than add each step's to those before.
+    """Whether a generation does more with its keys than append those of each step.
 
     Raises:
-        HookValueError: for a generation without a KV cache, whose steps run the whole sequence anew.
+        HookValueError: For a generation without a KV cache, in which every step runs the whole sequence.
     """
     given = options.get("generation_config", defaults)
 
@@ -142,7 +161,7 @@ def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
 
     if option("use_cache") is False:
         raise HookValueError(
-            "Without a KV cache (use_cache=False) every step of a generation runs the whole sequence anew, so that its "
+            "Without a KV cache (use_cache=False) every step of a generation runs the whole sequence, so that its "
             "activations are not those of one step. Leave use_cache on, or run the finished sequence once."
         )
     return (option("num_beams") or 1) > 1 or any(option(name) is not None for name in _REORDERS)
@@ -169,18 +188,18 @@ def _run(model: Model, inputs: ResolvedInput, request: CacheRequest) -> Any:
             scalar = request.incl_bwd(output)
             if not isinstance(scalar, Tensor) or scalar.numel() != 1:
                 got = tuple(scalar.shape) if isinstance(scalar, Tensor) else type(scalar).__name__
-                raise HookValueError(f"The function given as `incl_bwd` must make one number of the logits; got {got}.")
+                raise HookValueError(f"The function passed as `incl_bwd` must map the logits to one number; got {got}.")
         else:
             output = scalar = model.run(inputs, "loss", **request.forward)
         if not scalar.requires_grad:
-            raise HookValueError("No cached activation reaches the output, so there is no gradient to keep.")
+            raise HookValueError("The output depends on no cached activation, so there is no gradient to cache.")
         scalar.backward()
     return output.detach()
 
 
 @contextmanager
 def frozen_parameters(model: nn.Module) -> Iterator[None]:
-    """No gradients for parameters: those of activations are wanted, and `.grad` of the user's model stays as it is."""
+    """Freeze parameters: only gradients of activations are needed, and `.grad` of the model must not change."""
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         for parameter in trained:

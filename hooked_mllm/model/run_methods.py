@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from hooked_mllm.cache import ActivationCache, GenerationCache
 from hooked_mllm.cache.activation_cache import Positions
-from hooked_mllm.cache.run import CacheRequest, run_cached
+from hooked_mllm.cache.run import CacheRequest, cached_forward, cached_generation
 from hooked_mllm.contracts import Model, ReturnType
 from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.families.base import Family
@@ -304,15 +304,14 @@ class RunMethods:
             forward=forward,
         )
         try:
-            output, cache = run_cached(cast(Model, self), self.resolve(inputs), request)
+            if generate is not None:
+                tokens, steps = cached_generation(cast(Model, self), self.resolve(inputs), request)
+                return tokens, steps if return_cache_object else [dict(step.items()) for step in steps]
+            output, cache = cached_forward(cast(Model, self), self.resolve(inputs), request)
+            return output, cache if return_cache_object else dict(cache.items())
         finally:
             if clear_contexts:
                 self.registry.clear_contexts()
-        if return_cache_object:
-            return output, cache
-        if isinstance(cache, GenerationCache):
-            return output, [dict(step.items()) for step in cache.steps]
-        return output, dict(cache.items())
 
 
 def stop_module(model: nn.Module, family: Family, layer: int) -> nn.Module:

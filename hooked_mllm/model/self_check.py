@@ -5,7 +5,7 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
-from hooked_mllm.cache.run import CacheRequest, run_cached
+from hooked_mllm.cache.run import CacheRequest, cached_forward
 from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HookedMLLMError, UnsupportedModelError
 from hooked_mllm.inputs.sample import Sample
@@ -40,8 +40,8 @@ def self_check(model: Model) -> None:
     except HookedMLLMError as error:
         raise _fail(model, f"a sample could not be prepared ({error})") from error
     plain = model(inputs)
-    hooked, cache = run_cached(model, model.resolve(inputs), CacheRequest())
-    assert isinstance(cache, ActivationCache)
+    hooked, cache = cached_forward(model, model.resolve(inputs), CacheRequest())
+    assert hooked is not None
     if not torch.equal(plain, hooked):
         difference = (plain.float() - hooked.float()).abs().max().item()
         raise _fail(model, f"hooked logits differ from plain ones by up to {difference:.3g}")
