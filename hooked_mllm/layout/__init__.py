@@ -1,4 +1,4 @@
-"""Which position of the input is what, and which pixels of the original picture a visual token sees."""
+"""The token layout: what each position of the input is, and which pixels of the original each visual token sees."""
 
 from hooked_mllm.layout.items import ImageMedia as ImageMedia
 from hooked_mllm.layout.items import Media as Media

@@ -1,13 +1,14 @@
-"""A TokenLayout in words: one line, or a table."""
+"""A TokenLayout as text: one line, or a table."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_mllm.layout.items import View
+from hooked_mllm.layout.items import View, VisualItem
 
+#: the kinds of positions that are listed, in order
 TEXT_KINDS = ("system", "template", "question", "answer", "padding")
 
 
@@ -18,7 +19,7 @@ def runs(mask: Bool[Tensor, " pos"]) -> list[tuple[int, int]]:
         >>> runs(torch.tensor([True, True, False, True]))
         [(0, 2), (3, 4)]
     """
-    edge = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff()
+    edge = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff()  # 1 where a range starts, -1 where it ends
     starts, ends = (edge == 1).nonzero()[:, 0], (edge == -1).nonzero()[:, 0]
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
@@ -28,33 +29,41 @@ def _ranges(spans: list[tuple[int, int]], most: int = 3) -> str:
     return text if len(spans) <= most else f"{text} ... {spans[-1][0]}:{spans[-1][1]} ({len(spans)} spans)"
 
 
-def rows(layout: Any) -> list[tuple[str, str, str]]:
-    """Name, positions and remarks of each kind of text, each image and each video that the layout has."""
+def overview(
+    items: Sequence[VisualItem],
+    item_of: Int[Tensor, " pos"],
+    pixels: Bool[Tensor, " pos"],
+    spans: Mapping[str, list[tuple[int, int]]],
+) -> list[tuple[str, str, str]]:
+    """Name, positions and remarks of each image, each video and each kind of text.
+
+    Args:
+        items: The images and videos of a layout.
+        item_of: The index in `items` of each position's image or video.
+        pixels: The positions that see a pixel.
+        spans: The ranges of each kind of text.
+    """
     table = []
-    for number, item in enumerate(layout.items):
-        at = layout.item == number
+    for number, item in enumerate(items):
+        positions = item_of == number
         size = f"{item.width}x{item.height} px"
         if item.kind == "video":
             size += f", {item.n_frames} frames, {min(item.times_s):g} to {max(item.times_s):g} s"
         views = [f"{int((item.views == v).sum())} {v.name.lower()}" for v in View if v and (item.views == v).any()]
-        none = int((~layout.pixels[at]).sum())
-        views += [f"{none} without pixels"] if none else []
-        table.append((item.name, _ranges(runs(at), 2), f"{size}; {', '.join(views)}"))
-    for name in TEXT_KINDS:
-        spans = layout.spans(name)
-        if spans:
-            table.append((name, _ranges(spans), ""))
-    return table
+        n_blank = int((~pixels[positions]).sum())
+        views += [f"{n_blank} without pixels"] if n_blank else []
+        table.append((item.name, _ranges(runs(positions), 2), f"{size}; {', '.join(views)}"))
+    return table + [(name, _ranges(ranges), "") for name, ranges in spans.items() if ranges]
 
 
-def summary(layout: Any) -> str:
-    """One line."""
-    parts = [f"{name} {where}" + (f" ({what})" if what else "") for name, where, what in rows(layout)]
-    return f"TokenLayout({len(layout)} tokens: {'; '.join(parts)})"
+def summary(parts: Sequence[tuple[str, str, str]], n: int) -> str:
+    """One line from an `overview` and the number of tokens."""
+    texts = [f"{name} {where}" + (f" ({what})" if what else "") for name, where, what in parts]
+    return f"TokenLayout({n} tokens: {'; '.join(texts)})"
 
 
-def describe(layout: Any) -> str:
-    """One line per image, video and kind of text."""
-    table = [("what", "positions", ""), *rows(layout), ("last", str(layout.last_index), "")]
+def describe(parts: Sequence[tuple[str, str, str]], last_index: int) -> str:
+    """One line per image, video and kind of text, from an `overview`, and the last position."""
+    table = [("what", "positions", ""), *parts, ("last", str(last_index), "")]
     left, middle = (max(len(row[i]) for row in table) for i in (0, 1))
     return "\n".join(f"{a:<{left}}  {b:<{middle}}  {c}".rstrip() for a, b, c in table)

@@ -1,4 +1,4 @@
-"""Finding an image, a video, or one of its views by number and name."""
+"""Look up an image, a video, or one of its views by number and name."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from hooked_mllm.layout.items import View, VisualItem
 
 
 def find_item(items: Sequence[VisualItem], image: int | None, video: int | None) -> int:
-    """The place in `items` of an image or of a video.
+    """The index in `items` of an image or of a video.
 
     Raises:
-        LayoutError: when neither or both are named, or there is no such one.
+        LayoutError: when neither or both are specified, or there is no such image or video.
     """
     if (image is None) == (video is None):
         raise LayoutError(f"Name one image or one video; got image={image}, video={video}.")
@@ -21,17 +21,17 @@ def find_item(items: Sequence[VisualItem], image: int | None, video: int | None)
         if (item.kind, item.index) == (kind, index):
             return number
     n = sum(item.kind == kind for item in items)
-    have = f"{n} of them, numbered from 0" if n else "none"
-    raise LayoutError(f"There is no {kind} {index}: this input has {have}.")
+    available = f"{n} of them, numbered from 0" if n else "none"
+    raise LayoutError(f"There is no {kind} {index}: this input has {available}.")
 
 
 def find_view(item: VisualItem, view: str) -> View:
-    """A view of an item by its name in small letters.
+    """A view of an item by its lower-case name.
 
     Raises:
         LayoutError: when the item has no such view.
     """
-    here = [v.name.lower() for v in View if v and (item.views == v).any()]
-    if view not in here:
-        raise LayoutError(f"{item.name} has no view {view!r}; it has {', '.join(here)}.")
+    available = [v.name.lower() for v in View if v and (item.views == v).any()]
+    if view not in available:
+        raise LayoutError(f"{item.name} has no view {view!r}; it has {', '.join(available)}.")
     return View[view.upper()]

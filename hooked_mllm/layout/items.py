@@ -1,4 +1,4 @@
-"""Images and videos as the prompt holds them, and what each of their visual tokens sees."""
+"""The images and videos of a prompt, and what each of their visual tokens sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class ImageMedia:
 
 @dataclass(frozen=True)
 class VideoMedia:
-    """The size of one original video, and the time of each frame given to the model, in seconds."""
+    """The size of one original video, and the time of each frame that the model receives, in seconds."""
 
     width: int
     height: int
@@ -45,9 +45,9 @@ Media = tuple[ImageMedia | VideoMedia, ...]
 
 
 class View(IntEnum):
-    """Through which rendering of the original a visual token looks at it.
+    """The rendering of the original from which a visual token was computed.
 
-    `NONE`: through none, as newline tokens. `WHOLE`: the only view of an image. `BASE` and `HIGHRES`: LLaVA-OneVision's
+    `NONE`: none, as for newline tokens. `WHOLE`: the only view of an image. `BASE` and `HIGHRES`: LLaVA-OneVision's
     squashed overview and its tiled grid. `THUMBNAIL` and `TILE`: InternVL's. `FRAME`: frames of a video.
     """
 
@@ -66,12 +66,13 @@ class VisualItem:
 
     Attributes:
         kind: "image" or "video".
-        index: its number among those of its kind, from 0, in prompt order.
-        width, height: the size of the original, in pixels.
+        index: Its number within its kind, from 0, in prompt order.
+        width: The width of the original, in pixels.
+        height: The height of the original, in pixels.
         boxes: x0, y0, x1, y1 in original pixels (pixel i spans [i, i + 1]); NaN for a token that sees no pixel.
-        frames: the first and the last frame that the token sees, both included; -1 for images and newline tokens.
-        views: a `View` for each token.
-        times_s: the time of each frame of a video, in seconds; empty for an image.
+        frames: The first and the last frame that the token sees, both included; -1 for images and newline tokens.
+        views: A `View` for each token.
+        times_s: The time of each frame of a video, in seconds; empty for an image.
     """
 
     kind: Literal["image", "video"]
@@ -104,7 +105,7 @@ class VisualItem:
 
     @property
     def n_frames(self) -> int:
-        """Frames of a video given to the model; 0 for an image."""
+        """Number of frames of a video that the model receives; 0 for an image."""
         return len(self.times_s)
 
 
@@ -113,9 +114,9 @@ class Patches:
     """What the positions of a vision tower see of one image or video.
 
     Attributes:
-        boxes: x0, y0, x1, y1 in original pixels; NaN for a class token, and for a patch that sees padding alone.
-        frames: the first and the last frame that the positions of a row see; -1 for images.
-        views: a `View` for each row.
+        boxes: x0, y0, x1, y1 in original pixels; NaN for a class token, and for a patch that sees only padding.
+        frames: The first and the last frame that the positions of a row see; -1 for images.
+        views: A `View` for each row.
     """
 
     boxes: Float[np.ndarray, "row pos 4"]
@@ -124,13 +125,13 @@ class Patches:
 
 
 def number_items(items: Sequence[VisualItem]) -> list[tuple[str, int]]:
-    """Kind and number among its kind that each of `items` ought to have."""
+    """The kind of each of `items`, and its number within the kind if they are in prompt order."""
     count = {"image": 0, "video": 0}
-    names = []
+    numbers = []
     for item in items:
-        names.append((item.kind, count[item.kind]))
+        numbers.append((item.kind, count[item.kind]))
         count[item.kind] += 1
-    return names
+    return numbers
 
 
 def _check_size(width: int, height: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What a position of the input can be."""
+"""The kinds of positions of the input."""
 
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -24,10 +24,10 @@ class Kind(IntEnum):
 
 
 def kinds_of_spans(n: int, spans: Mapping[str, Sequence[tuple[int, int]]]) -> Int8[Tensor, " pos"]:
-    """A `Kind` for each of `n` positions from the ranges of the texts; the rest is template.
+    """A `Kind` for each of `n` positions from the ranges of the texts; all others are template.
 
     Raises:
-        LayoutError: for an unknown name, a range outside, or two that overlap.
+        LayoutError: for an unknown name, a range outside the input, or overlapping ranges.
     """
     kinds = torch.full((n,), Kind.TEMPLATE, dtype=torch.int8)
     for name, ranges in spans.items():
@@ -36,9 +36,9 @@ def kinds_of_spans(n: int, spans: Mapping[str, Sequence[tuple[int, int]]]) -> In
         for start, end in ranges:
             if not 0 <= start <= end <= n:
                 raise LayoutError(f"The {name} span ({start}, {end}) does not lie within the {n} positions.")
-            taken = kinds[start:end]
-            if (taken != Kind.TEMPLATE).any():
-                other = Kind(int(taken[taken != Kind.TEMPLATE][0])).name.lower()
+            present = kinds[start:end]
+            if (present != Kind.TEMPLATE).any():
+                other = Kind(int(present[present != Kind.TEMPLATE][0])).name.lower()
                 raise LayoutError(f"The {name} span ({start}, {end}) overlaps the {other} span.")
             kinds[start:end] = Kind[name.upper()]
     return kinds

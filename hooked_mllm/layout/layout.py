@@ -1,8 +1,7 @@
-"""TokenLayout: what every position of the input is, and which pixels the visual ones see."""
+"""TokenLayout: what each position of the input is, and which pixels of the original each visual token sees."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,33 +9,33 @@ from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
 from hooked_mllm.errors import LayoutError, nearest
-from hooked_mllm.layout.describe import describe, runs, summary
+from hooked_mllm.layout.describe import TEXT_KINDS, describe, overview, runs, summary
 from hooked_mllm.layout.find import find_item, find_view
 from hooked_mllm.layout.items import View, VisualItem, number_items
 from hooked_mllm.layout.kinds import Kind, kinds_of_spans
 from hooked_mllm.layout.paint import paint
-from hooked_mllm.layout.regions import Frames, Number, Pages, Region, as_regions, moved, names
+from hooked_mllm.layout.regions import Frames, Number, Pages, RegionInput, as_regions, list_regions, moved
 from hooked_mllm.layout.shares import shares
 
-#: names that `TokenLayout.mask` knows beside the kinds
+#: names that `TokenLayout.mask` accepts in addition to the kinds
 DERIVED = ("text", "last", "generating", "pixels")
-#: shares closer than this are equal: token edges are fractions of pixels
+#: shares closer than this count as equal: token edges are fractions of pixels, which rounding moves
 TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenLayout:
-    """The answer to "which position is what" for one sample.
+    """What each position of one sample is, and what the visual ones see.
 
     Attributes:
-        kinds: a `Kind` for each position.
-        item: the number in `items` of the image or video that a visual position belongs to; -1 elsewhere.
-        boxes: x0, y0, x1, y1 in pixels of the ORIGINAL image that a visual token sees (pixel i spans [i, i + 1]);
-            NaN for text, and for visual tokens that see none: newlines, and tokens on padding alone.
-        frame_range: the first and the last frame a video token sees, both included; -1 elsewhere.
-        view: a `View` for each position.
-        items: the images and videos, in prompt order.
-        last_index: the last position before any answer.
+        kinds: A `Kind` for each position.
+        item: The index in `items` of the image or video that a visual position belongs to; -1 elsewhere.
+        boxes: x0, y0, x1, y1 in pixels of the original image that a visual token sees (pixel i spans [i, i + 1]);
+            NaN for text, and for visual tokens that see none: newlines, and tokens that see only padding.
+        frame_range: The first and the last frame a video token sees, both included; -1 elsewhere.
+        view: A `View` for each position.
+        items: The images and videos, in prompt order.
+        last_index: The last position before any answer.
 
     Examples:
         >>> from hooked_mllm.layout import Box
@@ -63,13 +62,13 @@ class TokenLayout:
         visual_ids: Iterable[int],
         spans: Mapping[str, Sequence[tuple[int, int]]],
     ) -> "TokenLayout":
-        """Join token ids, what the visual tokens see, and where the texts lie.
+        """Build the layout from token ids, what the visual tokens see, and the ranges of the texts.
 
         Args:
-            input_ids: the ids of one sample, without padding.
-            items: its images and videos in prompt order; their tokens take the placeholder positions in order.
-            visual_ids: ids of the placeholder tokens.
-            spans: ranges (start, end), end exclusive, for "system", "question" and "answer". Other text is template.
+            input_ids: The ids of one sample, without padding.
+            items: Its images and videos in prompt order; their tokens take the placeholder positions in order.
+            visual_ids: Ids of the placeholder tokens.
+            spans: Ranges (start, end), end exclusive, for "system", "question" and "answer". Other text is template.
 
         Raises:
             LayoutError: when tokens and placeholders differ in number, or a span is unknown, outside, or overlaps.
@@ -80,31 +79,33 @@ class TokenLayout:
             raise LayoutError("The input has no tokens.")
         for item, (kind, index) in zip(items, number_items(items), strict=True):
             if (item.kind, item.index) != (kind, index):
-                raise LayoutError(f"Item {item.name} stands where {kind} {index} was expected: give prompt order.")
-        at = torch.isin(ids, torch.tensor(sorted(visual_ids), dtype=ids.dtype)).nonzero()[:, 0]
+                raise LayoutError(f"Expected {kind} {index}, got {item.name}: list the items in prompt order.")
+        positions = torch.isin(ids, torch.tensor(sorted(visual_ids), dtype=ids.dtype)).nonzero()[:, 0]
         n_tokens = sum(map(len, items))
-        if len(at) != n_tokens:
-            what = ", ".join(f"{i.name}: {len(i)}" for i in items) or "no images or videos"
+        if len(positions) != n_tokens:
+            what = ", ".join(f"{item.name}: {len(item)}" for item in items) or "no images or videos"
             raise LayoutError(
-                f"The input has {len(at)} placeholder tokens, but its images and videos give {n_tokens} visual tokens "
-                f"({what})."
+                f"The input has {len(positions)} placeholder tokens, but its images and videos give {n_tokens} visual "
+                f"tokens ({what})."
             )
         kinds = kinds_of_spans(n, spans)
-        kinds[at] = Kind.VISUAL
+        kinds[positions] = Kind.VISUAL
+        # text keeps these values
         item_of = torch.full((n,), -1, dtype=torch.int32)
         boxes = torch.full((n, 4), torch.nan, dtype=torch.float64)
         frame_range = torch.full((n, 2), -1, dtype=torch.int32)
         view = torch.zeros(n, dtype=torch.int8)
         if items:
-            lengths = torch.tensor([len(i) for i in items])
-            item_of[at] = torch.arange(len(items), dtype=torch.int32).repeat_interleave(lengths)
-            boxes[at] = torch.from_numpy(np.concatenate([i.boxes for i in items])).double()
-            frame_range[at] = torch.from_numpy(np.concatenate([i.frames for i in items])).int()
-            view[at] = torch.from_numpy(np.concatenate([i.views for i in items]))
+            lengths = torch.tensor([len(item) for item in items])
+            # the tokens of all items, concatenated, in the order of the placeholders
+            item_of[positions] = torch.arange(len(items), dtype=torch.int32).repeat_interleave(lengths)
+            boxes[positions] = torch.from_numpy(np.concatenate([item.boxes for item in items])).double()
+            frame_range[positions] = torch.from_numpy(np.concatenate([item.frames for item in items])).int()
+            view[positions] = torch.from_numpy(np.concatenate([item.views for item in items]))
         answer = (kinds == Kind.ANSWER).nonzero()
         last = int(answer[0]) - 1 if len(answer) else n - 1
         if last < 0:
-            raise LayoutError("The answer starts at the first position: nothing is left to ask.")
+            raise LayoutError("The answer starts at the first position: no position is left to predict it.")
         return cls(kinds, item_of, boxes, frame_range, view, items, last)
 
     def padded(self, left: int = 0, right: int = 0) -> "TokenLayout":
@@ -113,10 +114,9 @@ class TokenLayout:
             raise LayoutError(f"Padding must be zero or more positions; got left={left}, right={right}.")
 
         def pad(values: Tensor, fill: float | int) -> Tensor:
-            def rest(k: int) -> Tensor:
-                return values.new_full((k, *values.shape[1:]), fill)
-
-            return torch.cat([rest(left), values, rest(right)])
+            """`[pos ...] -> [left + pos + right ...]`."""
+            before, after = (values.new_full((k, *values.shape[1:]), fill) for k in (left, right))
+            return torch.cat([before, values, after])
 
         return TokenLayout(
             pad(self.kinds, Kind.PADDING),
@@ -128,16 +128,17 @@ class TokenLayout:
             self.last_index + left,
         )
 
-    # -- what is where -------------------------------------------------------------------------------------------------
+    # -- positions by name ---------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return len(self.kinds)
 
     def mask(self, name: str) -> Bool[Tensor, " pos"]:
-        """The positions of a kind, or one of these.
+        """The positions with a name.
 
-        "text" (neither visual nor padding), "last", "generating" (those whose output is the answer's tokens: the last
-        and all of the answer but its end), "pixels" (visual, with a footprint).
+        Args:
+            name: A kind, or "text" (neither visual nor padding), "last", "generating" (those that predict the answer's
+                tokens: the last, and all of the answer but its end), "pixels" (visual, with a footprint).
 
         Raises:
             LayoutError: for another name.
@@ -149,7 +150,7 @@ class TokenLayout:
             return (self.kinds != Kind.VISUAL) & (self.kinds != Kind.PADDING)
         if name == "last":
             return torch.arange(len(self)) == self.last_index
-        if name == "generating":
+        if name == "generating":  # the answer, shifted one position to the left
             return torch.cat([self.answer[1:], self.answer.new_zeros(1)])
         if name == "pixels":
             return ~self.boxes[:, 0].isnan()
@@ -158,12 +159,12 @@ class TokenLayout:
 
     @property
     def question(self) -> Bool[Tensor, " pos"]:
-        """The user's question alone."""
+        """The user's question, without the template around it."""
         return self.mask("question")
 
     @property
     def answer(self) -> Bool[Tensor, " pos"]:
-        """The answer, if one was given."""
+        """The answer, if there is one."""
         return self.mask("answer")
 
     @property
@@ -173,7 +174,7 @@ class TokenLayout:
 
     @property
     def template(self) -> Bool[Tensor, " pos"]:
-        """What the chat template puts around the rest."""
+        """Tokens that the chat template adds around the other texts."""
         return self.mask("template")
 
     @property
@@ -188,7 +189,7 @@ class TokenLayout:
 
     @property
     def text(self) -> Bool[Tensor, " pos"]:
-        """All that is neither visual nor padding."""
+        """All positions that are neither visual nor padding."""
         return self.mask("text")
 
     @property
@@ -198,34 +199,35 @@ class TokenLayout:
 
     @property
     def pixels(self) -> Bool[Tensor, " pos"]:
-        """Visual tokens that see a pixel of the original: all but newlines and tokens on padding."""
+        """Visual tokens that see a pixel of the original: all but newlines and tokens that see only padding."""
         return self.mask("pixels")
 
     @property
     def n_images(self) -> int:
-        """How many images the sample has."""
+        """Number of images of the sample."""
         return sum(i.kind == "image" for i in self.items)
 
     @property
     def n_videos(self) -> int:
-        """How many videos the sample has."""
+        """Number of videos of the sample."""
         return sum(i.kind == "video" for i in self.items)
 
     @property
     def times(self) -> Float[Tensor, " pos"]:
         """The time of each video token in seconds: the mean over the frames it sees; NaN elsewhere."""
-        out = torch.full((len(self),), torch.nan, dtype=torch.float64)
+        times = torch.full((len(self),), torch.nan, dtype=torch.float64)
         for number, item in enumerate(self.items):
-            at = ((self.item == number) & (self.frame_range[:, 0] >= 0)).nonzero()[:, 0]
-            if item.kind == "image" or not len(at):
+            positions = ((self.item == number) & (self.frame_range[:, 0] >= 0)).nonzero()[:, 0]
+            if item.kind == "image" or not len(positions):
                 continue
+            # sums over frame ranges are differences of cumulative sums
             total = torch.tensor((0.0, *item.times_s), dtype=torch.float64).cumsum(0)
-            first, after = self.frame_range[at].long().unbind(1)
-            out[at] = (total[after + 1] - total[first]) / (after + 1 - first)
-        return out
+            first, last = self.frame_range[positions].long().unbind(1)
+            times[positions] = (total[last + 1] - total[first]) / (last + 1 - first)
+        return times
 
     def spans(self, kind: Kind | str) -> list[tuple[int, int]]:
-        """The contiguous ranges (start, end), end exclusive, of a kind or of a name that `mask` knows."""
+        """The contiguous ranges (start, end), end exclusive, of a kind or of a name that `mask` accepts."""
         return runs(self.mask(kind.name.lower() if isinstance(kind, Kind) else kind))
 
     def tokens(
@@ -237,20 +239,25 @@ class TokenLayout:
             LayoutError: when there is no such image, video or view.
         """
         number = find_item(self.items, image, video)
-        found = self.item == number
-        return found if view is None else found & (self.view == find_view(self.items[number], view))
+        mask = self.item == number
+        return mask if view is None else mask & (self.view == find_view(self.items[number], view))
 
-    # -- regions in, tokens out ----------------------------------------------------------------------------------------
+    # -- from regions to tokens ----------------------------------------------------------------------------------------
 
-    def target(self, region: Region | Sequence[Any], min_overlap: Number = 0.0) -> Bool[Tensor, " pos"]:
+    def target(self, region: RegionInput, min_overlap: Number = 0.0) -> Bool[Tensor, " pos"]:
         """The tokens whose pixels overlap a region, or the union of several.
 
-        A token is a target iff the share of its footprint (of a video token: averaged over the frames it sees) that the
-        region covers is positive, and at least `min_overlap`. Newline tokens have no footprint and never are.
+        A token is a target iff the region covers a positive share of its footprint, and at least `min_overlap`; for a
+        video token, the share is the mean over the frames that it sees. Newline tokens have no footprint and are never
+        targets.
+
+        Args:
+            region: A region, or several.
+            min_overlap: The least share, from 0 to 1.
 
         Raises:
             LayoutError: no visual tokens, no such image or video, a region outside of it, a mask of another size,
-                or no token found.
+                or no token that overlaps enough.
         """
         if not 0 <= min_overlap <= 1:
             raise LayoutError(f"min_overlap is a share of the token's footprint, from 0 to 1; got {min_overlap}.")
@@ -258,29 +265,29 @@ class TokenLayout:
         if not self.items:
             raise LayoutError("This input has no visual tokens: a region needs an image or a video in the prompt.")
         share = shares(self.items, self.item.numpy(), self.boxes.numpy(), self.frame_range.numpy(), regions)
-        found = torch.from_numpy(share > TOLERANCE if min_overlap == 0 else share >= min_overlap - TOLERANCE)
-        if not found.any():
+        mask = torch.from_numpy(share > TOLERANCE if min_overlap == 0 else share >= min_overlap - TOLERANCE)
+        if not mask.any():
             raise LayoutError(
-                f"No token has more than {min_overlap} of its footprint in {names(regions)}: the most covered one has "
-                f"{share.max():.3g}. Lower min_overlap, or give a region that the model sees."
+                f"No token has more than {min_overlap} of its footprint in {list_regions(regions)}: the most covered "
+                f"one has {share.max():.3g}. Lower min_overlap, or give a region that the model sees."
             )
-        return found
+        return mask
 
     def region(
         self,
-        region: Region | Sequence[Any],
+        region: RegionInput,
         image: int | None = None,
         video: int | None = None,
         min_overlap: Number = 0.0,
     ) -> Bool[Tensor, " pos"]:
-        """`target`, with the image or video named here in place of the region's own."""
-        regions = [moved(r, image, video) for r in as_regions(region)]
+        """`target`, with `image` or `video` in place of the region's own."""
+        regions = [moved(item, image, video) for item in as_regions(region)]
         return self.target(regions, min_overlap)
 
     def frames(
         self, video: int = 0, start_s: Number | None = None, end_s: Number | None = None
     ) -> Bool[Tensor, " pos"]:
-        """The tokens of a video that see a frame whose time lies in [start_s, end_s]; `None` leaves an end open."""
+        """The tokens of a video that see a frame with a time in [start_s, end_s]; `None` leaves an end open."""
         return self.target(Frames(start_s, end_s, video))
 
     def pages(self, images: Iterable[int]) -> Bool[Tensor, " pos"]:
@@ -288,25 +295,30 @@ class TokenLayout:
         return self.target(Pages(images))
 
     def chance(self, mask: Bool[Tensor, " pos"], queries: str | Bool[Tensor, " pos"] = "question") -> float:
-        r"""The mass on `mask` of a head that attends evenly to all it may see (causal, padding left out).
+        r"""The attention mass on `mask` of a head that attends evenly to all visible keys (causal, without padding).
 
         $$\frac{1}{|Q|} \sum_{i \in Q} \frac{|\{j \in K : j \le i\}|}{|\{j : j \le i, j \text{ not padding}\}|}$$
+
+        Args:
+            mask: The keys K.
+            queries: The queries Q, as a name that `mask` accepts or as a mask.
 
         Raises:
             LayoutError: when there are no such queries.
         """
-        rows = self.mask(queries) if isinstance(queries, str) else queries
-        rows = rows & ~self.padding
-        if not rows.any():
+        query_mask = self.mask(queries) if isinstance(queries, str) else queries
+        query_mask = query_mask & ~self.padding
+        if not query_mask.any():
             raise LayoutError(f"There are no query positions: {queries!r} is empty in this layout.")
-        seen, visible = (mask & ~self.padding).cumsum(0), (~self.padding).cumsum(0)
-        return float((seen[rows].double() / visible[rows]).mean())
+        # at position i: the number of keys j <= i, in the mask and in all
+        in_mask, visible = (mask & ~self.padding).cumsum(0), (~self.padding).cumsum(0)
+        return float((in_mask[query_mask].double() / visible[query_mask]).mean())
 
-    # -- token values in, image out ------------------------------------------------------------------------------------
+    # -- from token values to an image ---------------------------------------------------------------------------------
 
     def to_image(
         self,
-        values: Any,
+        values: Tensor | np.ndarray | Sequence[float],
         image: int | None = None,
         video: int | None = None,
         frame: int = 0,
@@ -314,16 +326,16 @@ class TokenLayout:
     ) -> Float[np.ndarray, "height width"]:
         """Paint one value per token onto the original image, or onto one frame of a video.
 
-        Each pixel takes the value of the token that sees its centre, of several views the finest that does ("highres"
-        over "base", "tile" over "thumbnail" unless the picture is so small that these are the coarser ones). Pixels
-        that no token sees are NaN.
+        Each pixel takes the value of the token that sees its centre. Where several views do, the finest is used
+        ("highres" over "base", "tile" over "thumbnail", unless the picture is so small that these are the coarser
+        ones). Pixels that no token sees are NaN.
 
         Args:
-            values: one number per position `[pos]`, tensor or array.
-            image: the number of the image; 0 if no video is named either.
-            video: the number of the video.
-            frame: of a video, the number of the frame among those given to the model.
-            view: one of the item's views; by default the finest that sees the pixel.
+            values: One number per position `[pos]`, tensor or array.
+            image: The number of the image; 0 if no video is specified either.
+            video: The number of the video.
+            frame: The number of the frame among those of the video that the model receives.
+            view: One of the item's views; by default the finest that sees the pixel.
 
         Raises:
             LayoutError: for another number of values, or when there is no such image, video, frame or view.
@@ -335,21 +347,24 @@ class TokenLayout:
             raise LayoutError(f"to_image takes one value per position, shape ({len(self)},); got {values.shape}.")
         number = find_item(self.items, 0 if image is None and video is None else image, video)
         item = self.items[number]
-        found = (self.item == number) & self.pixels
+        mask = (self.item == number) & self.pixels
         if item.kind == "video":
             if not 0 <= frame < item.n_frames:
                 raise LayoutError(f"{item.name} has frames 0 to {item.n_frames - 1}; got frame {frame}.")
-            found &= (self.frame_range[:, 0] <= frame) & (frame <= self.frame_range[:, 1])
+            mask &= (self.frame_range[:, 0] <= frame) & (frame <= self.frame_range[:, 1])
         if view is not None:
-            found &= self.view == find_view(self.items[number], view)
-        at = found.numpy()
-        return paint(item.width, item.height, self.boxes.numpy()[at], values[at], self.view.numpy()[at])
+            mask &= self.view == find_view(self.items[number], view)
+        tokens = mask.numpy()  # [pos] -> [token]
+        return paint(item.width, item.height, self.boxes.numpy()[tokens], values[tokens], self.view.numpy()[tokens])
 
-    # -- to look at ----------------------------------------------------------------------------------------------------
+    # -- display -------------------------------------------------------------------------------------------------------
 
     def describe(self) -> str:
         """One line per span, image and video."""
-        return describe(self)
+        return describe(self._overview(), self.last_index)
 
     def __repr__(self) -> str:
-        return summary(self)
+        return summary(self._overview(), len(self))
+
+    def _overview(self) -> list[tuple[str, str, str]]:
+        return overview(self.items, self.item, self.pixels, {name: self.spans(name) for name in TEXT_KINDS})

@@ -1,10 +1,10 @@
-"""Regions of images and videos, in the coordinates of the original."""
+"""Regions of images and videos, in pixels and seconds of the original."""
 
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -14,8 +14,21 @@ Number = float | int | np.floating | np.integer
 Corners = tuple[float, float, float, float]
 
 
-def corners(box: Any, what: str = "A box") -> Corners:
+if TYPE_CHECKING:
+    #: a rectangle as callers may write it
+    BoxInput: TypeAlias = "Box | Sequence[Number]"
+    #: one region or several, as callers may write them
+    RegionInput: TypeAlias = "Region | Iterable[Region]"
+else:  # at run time any object, so that a wrong one reaches the checks below, whose errors say what is expected
+    BoxInput = RegionInput = object
+
+
+def corners(box: BoxInput, what: str = "A box") -> Corners:
     """Four finite numbers x0 < x1, y0 < y1 from a `Box` or a sequence.
+
+    Args:
+        box: The rectangle.
+        what: How errors name it.
 
     Raises:
         LayoutError: for anything else.
@@ -38,7 +51,7 @@ def corners(box: Any, what: str = "A box") -> Corners:
 class Box:
     """A rectangle of an image: [x0, x1] x [y0, y1] in pixels of the original, x to the right, y down.
 
-    What lies outside the image is cut off; a box wholly outside is an error.
+    The part outside the image is cut off; a box wholly outside is an error.
 
     Examples:
         >>> Box(412, 230, 520, 371)
@@ -57,14 +70,14 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """The true pixels of a boolean array of the size of the original image, `[height width]`.
+    """The true pixels of a boolean array `[height width]` of the original image's size.
 
     Examples:
         >>> Mask(np.eye(3, dtype=bool))
         Mask(3 of 9 pixels, image=0)
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray  # [height width], checked below
     image: int = 0
 
     def __post_init__(self) -> None:
@@ -74,12 +87,12 @@ class Mask:
         if pixels.dtype != bool:
             if not np.isin(pixels, (0, 1)).all():
                 raise LayoutError(
-                    f"A mask holds True and False (or 1 and 0); got {pixels.dtype} with other values. "
+                    f"A mask contains True and False (or 1 and 0); got {pixels.dtype} with other values. "
                     "Compare first, as in `labels == 7`."
                 )
             pixels = pixels.astype(bool)
         if not pixels.any():
-            raise LayoutError("The mask is empty: not one of its pixels is true.")
+            raise LayoutError("The mask is empty: none of its pixels is true.")
         object.__setattr__(self, "pixels", pixels)
 
     def __repr__(self) -> str:
@@ -90,7 +103,7 @@ class Mask:
 class Frames:
     """The frames of a video whose time lies in [start_s, end_s], whole or within a box.
 
-    `None` leaves that end open. The times are those of the frames given to the model.
+    `None` leaves that end open. The times are those of the frames that the model receives.
 
     Examples:
         >>> Frames(start_s=2.0, end_s=4.5)
@@ -100,7 +113,7 @@ class Frames:
     start_s: Number | None = None
     end_s: Number | None = None
     video: int = 0
-    box: Any = None
+    box: BoxInput | None = None
 
     def __post_init__(self) -> None:
         if self.start_s is not None and self.end_s is not None and self.start_s > self.end_s:
@@ -113,15 +126,15 @@ class Frames:
 class Tube:
     """A box that moves: time in seconds -> (x0, y0, x1, y1) in pixels of the original, or `None` where it is absent.
 
-    A frame between two given times takes the box on the straight line between theirs; before the first time, after
-    the last and next to a `None` there is no box.
+    Between two times the box is interpolated linearly. Before the first time, after the last and next to a `None` there
+    is no box.
 
     Examples:
         >>> Tube({0.0: (0, 0, 10, 10), 2.0: (20, 0, 30, 10)}).at(1.0)
         (10.0, 0.0, 20.0, 10.0)
     """
 
-    boxes: Mapping[Any, Any]
+    boxes: Mapping[Any, BoxInput | None]  # sorted by time, with `Corners` as values, once the tube is made
     video: int = 0
 
     def __post_init__(self) -> None:
@@ -129,24 +142,25 @@ class Tube:
             float(t): None if b is None else corners(b, f"The box at {t} s") for t, b in sorted(self.boxes.items())
         }
         if not any(boxes.values()):
-            raise LayoutError("A tube needs a box at one time at least; got none.")
+            raise LayoutError("A tube needs a box at one time or more; got none.")
         object.__setattr__(self, "boxes", boxes)
 
     def at(self, time_s: Number, slack_s: Number = 1e-3) -> Corners | None:
-        """The box at a time, or `None`; times closer than `slack_s` are taken to be the same."""
+        """The box at a time, or `None`; times that differ by at most `slack_s` count as equal."""
         times = list(self.boxes)
         after = bisect_left(times, time_s)
         for near in times[max(after - 1, 0) : after + 1]:
             if abs(near - time_s) <= slack_s:
-                return self.boxes[near]
+                box = self.boxes[near]
+                return None if box is None else corners(box)
         if after in (0, len(times)):
             return None
         t0, t1 = times[after - 1], times[after]
-        before, behind = self.boxes[t0], self.boxes[t1]
-        if before is None or behind is None:
+        earlier, later = self.boxes[t0], self.boxes[t1]
+        if earlier is None or later is None:
             return None
         share = (time_s - t0) / (t1 - t0)
-        x0, y0, x1, y1 = (a + share * (b - a) for a, b in zip(before, behind, strict=True))
+        x0, y0, x1, y1 = (a + share * (b - a) for a, b in zip(corners(earlier), corners(later), strict=True))
         return x0, y0, x1, y1
 
 
@@ -164,32 +178,32 @@ class Pages:
     def __post_init__(self) -> None:
         images = tuple(sorted({int(i) for i in self.images}))
         if not images:
-            raise LayoutError("No page was named. Give the numbers of the images, from 0, as in Pages({3, 7}).")
+            raise LayoutError("Pages needs at least one image: give their numbers from 0, as in Pages({3, 7}).")
         object.__setattr__(self, "images", images)
 
 
 Region = Box | Mask | Frames | Tube | Pages
 
 
-def as_regions(region: Any) -> list[Region]:
+def as_regions(region: RegionInput) -> list[Region]:
     """One region or several, as a list.
 
     Raises:
-        LayoutError: for an empty list or something that is no region.
+        LayoutError: for an empty list or an object that is not a region.
     """
     regions = list(region) if isinstance(region, Iterable) else [region]
     if not regions:
-        raise LayoutError("The list of regions is empty: give one region at least.")
-    for r in regions:
-        if not isinstance(r, Box | Mask | Frames | Tube | Pages):
+        raise LayoutError("The list of regions is empty: give at least one region.")
+    for item in regions:
+        if not isinstance(item, Box | Mask | Frames | Tube | Pages):
             raise LayoutError(
-                f"A region is a Box, Mask, Frames, Tube or Pages, or a list of them; got {type(r).__name__}."
+                f"A region is a Box, Mask, Frames, Tube or Pages, or a list of them; got {type(item).__name__}."
             )
     return regions
 
 
 def moved(region: Region, image: int | None, video: int | None) -> Region:
-    """The same region in the image or video named here, if one is.
+    """The same region in another image or video, if `image` or `video` is specified.
 
     Raises:
         LayoutError: when the region cannot lie there.
@@ -198,7 +212,7 @@ def moved(region: Region, image: int | None, video: int | None) -> Region:
         raise LayoutError(f"Name one image or one video; got image={image}, video={video}.")
     if isinstance(region, Pages):
         if image is not None or video is not None:
-            raise LayoutError("Pages name their own images: leave out image= and video=.")
+            raise LayoutError("Pages contains the numbers of its images: leave out image= and video=.")
         return region
     if isinstance(region, Box | Mask):
         if video is not None and isinstance(region, Box):
@@ -211,7 +225,7 @@ def moved(region: Region, image: int | None, video: int | None) -> Region:
     return region if video is None else replace(region, video=video)
 
 
-def names(regions: Sequence[Region]) -> str:
-    """The first few regions, for a message."""
-    text = ", ".join(repr(r) for r in regions[:3])
+def list_regions(regions: Sequence[Region]) -> str:
+    """The first three regions, for a message."""
+    text = ", ".join(repr(region) for region in regions[:3])
     return text if len(regions) <= 3 else f"{text} and {len(regions) - 3} more"

@@ -1,16 +1,16 @@
-"""The share of every token's footprint that a union of regions covers."""
+"""The share of each token's footprint that a union of regions covers."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout.coverage import Coverage
 from hooked_mllm.layout.find import find_item
 from hooked_mllm.layout.items import VisualItem
-from hooked_mllm.layout.regions import Box, Corners, Frames, Mask, Pages, Region, Tube, corners
+from hooked_mllm.layout.regions import Box, BoxInput, Corners, Frames, Mask, Pages, Region, Tube, corners
 
 
 def shares(
@@ -20,94 +20,125 @@ def shares(
     frame_range: Int[np.ndarray, "pos 2"],
     regions: Sequence[Region],
 ) -> Float[np.ndarray, " pos"]:
-    """For every position the share of its footprint inside the union of `regions`, 0 to 1; 0 without a footprint.
+    """The share of each position's footprint inside the union of `regions`, 0 to 1; 0 without a footprint.
+
+    Args:
+        items: The images and videos of a layout.
+        item_of: The index in `items` of each position's image or video.
+        boxes: The pixels that each position sees; NaN for none.
+        frame_range: The first and the last frame that each position sees.
+        regions: The regions.
 
     Raises:
         LayoutError: no such image or video, or a region outside of it.
     """
-    of_item: dict[int, list[Region]] = defaultdict(list)
+    regions_of: dict[int, list[Region]] = defaultdict(list)
     for region in regions:
         if isinstance(region, Pages):
             for image in region.images:
-                of_item[find_item(items, image, None)].append(region)
+                regions_of[find_item(items, image, None)].append(region)
         elif isinstance(region, Box | Mask):
-            of_item[find_item(items, region.image, None)].append(region)
+            regions_of[find_item(items, region.image, None)].append(region)
         else:
-            of_item[find_item(items, None, region.video)].append(region)
-    out, pixels = np.zeros(len(item_of)), ~np.isnan(boxes[:, 0])
-    for number, its in of_item.items():
-        item, at = items[number], np.flatnonzero(pixels & (item_of == number))
+            regions_of[find_item(items, None, region.video)].append(region)
+    covered, has_pixels = np.zeros(len(item_of)), ~np.isnan(boxes[:, 0])
+    for number, item_regions in regions_of.items():
+        item, positions = items[number], np.flatnonzero(has_pixels & (item_of == number))
         if item.kind == "image":
-            out[at] = _image_shares(item, its, boxes[at])
+            covered[positions] = _image_shares(item, item_regions, boxes[positions])
         else:
-            out[at] = _video_shares(item, its, boxes[at], frame_range[at])
-    return out
+            covered[positions] = _video_shares(item, item_regions, boxes[positions], frame_range[positions])
+    return covered
 
 
-def _image_shares(item: VisualItem, regions: list[Region], boxes: np.ndarray) -> Float[np.ndarray, " token"]:
-    if any(isinstance(r, Pages) for r in regions):
+def _image_shares(
+    item: VisualItem, regions: list[Region], boxes: Float[np.ndarray, "token 4"]
+) -> Float[np.ndarray, " token"]:
+    if any(isinstance(region, Pages) for region in regions):
         return np.ones(len(boxes))
-    for r in regions:
-        if isinstance(r, Mask) and r.pixels.shape != (item.height, item.width):
-            raise LayoutError(
-                f"A mask of {item.name} must have its shape [height width] = ({item.height}, {item.width}); "
-                f"got {r.pixels.shape}."
-            )
-    rectangles = [inside(item, corners(r)) for r in regions if isinstance(r, Box)]
-    masks = [r.pixels for r in regions if isinstance(r, Mask)]
-    return _covered(Coverage(rectangles, masks), boxes)
+    masks = [region for region in regions if isinstance(region, Mask)]
+    for mask in masks:
+        check_mask_shape(item, mask)
+    rectangles = [clip_box(item, region) for region in regions if isinstance(region, Box)]
+    return _covered(Coverage(rectangles, [mask.pixels for mask in masks]), boxes)
 
 
 def _video_shares(
-    item: VisualItem, regions: list[Region], boxes: np.ndarray, seen: Int[np.ndarray, "token 2"]
+    item: VisualItem,
+    regions: list[Region],
+    boxes: Float[np.ndarray, "token 4"],
+    frame_range: Int[np.ndarray, "token 2"],
 ) -> Float[np.ndarray, " token"]:
-    whole, frame_boxes = np.zeros(item.n_frames, dtype=bool), defaultdict(list)
-    for r in regions:
-        if isinstance(r, Frames):
-            frames = frames_within(item, r)
-            if r.box is None:
-                whole[frames] = True
-                continue
-            box = inside(item, r.box)
-            for f in frames.tolist():
-                frame_boxes[f].append(box)
-        elif isinstance(r, Tube):
-            for f, box in tube_boxes(item, r):
-                frame_boxes[f].append(box)
-    # frames with the same boxes are measured once
-    groups: dict[tuple[Corners, ...], list[int]] = defaultdict(list)
-    for f, its in frame_boxes.items():
-        if not whole[f]:
-            groups[tuple(sorted(set(its)))].append(f)
-    first, after = seen[:, 0], seen[:, 1] + 1
+    whole, groups = _boxes_of_frames(item, regions)
+    first, after = frame_range[:, 0], frame_range[:, 1] + 1
 
-    def count(frames: np.ndarray, at: np.ndarray | slice) -> np.ndarray:
+    def count(frames: Bool[np.ndarray, " frame"], tokens: np.ndarray | slice) -> Int[np.ndarray, " token"]:
+        """How many of `frames` each of `tokens` sees."""
         total = np.concatenate([[0], np.cumsum(frames)])
-        return total[after[at]] - total[first[at]]
+        return total[after[tokens]] - total[first[tokens]]
 
     covered = count(whole, slice(None)).astype(float)
-    # tokens by time, so that a frame finds those that see it without looking at all of them
+    # tokens sorted by time: two binary searches find those that see a frame
     order = np.argsort(first, kind="stable")
     starts, ends = first[order], np.maximum.accumulate(after[order])
     for rectangles, frames in groups.items():
-        chosen = np.zeros(item.n_frames, dtype=bool)
-        chosen[frames] = True
-        at = order[np.searchsorted(ends, min(frames), "right") : np.searchsorted(starts, max(frames), "right")]
-        covered[at] += count(chosen, at) * _covered(Coverage(rectangles), boxes[at])
-    return covered / (after - first)
+        in_group = np.zeros(item.n_frames, dtype=bool)
+        in_group[frames] = True
+        tokens = order[np.searchsorted(ends, min(frames), "right") : np.searchsorted(starts, max(frames), "right")]
+        covered[tokens] += count(in_group, tokens) * _covered(Coverage(rectangles), boxes[tokens])
+    return covered / (after - first)  # the mean over the frames that a token sees
 
 
-def _covered(coverage: Coverage, boxes: np.ndarray) -> Float[np.ndarray, " token"]:
+def _boxes_of_frames(
+    item: VisualItem, regions: list[Region]
+) -> tuple[Bool[np.ndarray, " frame"], dict[tuple[Corners, ...], list[int]]]:
+    """Which frames of a video are covered whole, and the other frames grouped by the boxes that cover them."""
+    whole, frame_boxes = np.zeros(item.n_frames, dtype=bool), defaultdict(list)
+    for region in regions:
+        if isinstance(region, Frames):
+            frames = frames_within(item, region)
+            if region.box is None:
+                whole[frames] = True
+                continue
+            box = clip_box(item, region.box)
+            for frame in frames.tolist():
+                frame_boxes[frame].append(box)
+        elif isinstance(region, Tube):
+            for frame, box in tube_boxes(item, region):
+                frame_boxes[frame].append(box)
+    # frames with equal boxes are measured once
+    groups: dict[tuple[Corners, ...], list[int]] = defaultdict(list)
+    for frame, rectangles in frame_boxes.items():
+        if not whole[frame]:
+            groups[tuple(sorted(set(rectangles)))].append(frame)
+    return whole, groups
+
+
+def _covered(coverage: Coverage, boxes: Float[np.ndarray, "token 4"]) -> Float[np.ndarray, " token"]:
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     return coverage.area(boxes) / area
 
 
-def inside(item: VisualItem, box: Corners) -> Corners:
+def check_mask_shape(item: VisualItem, mask: Mask) -> None:
+    """Check that a mask has the size of its image.
+
+    Raises:
+        LayoutError: when it has another size.
+    """
+    if mask.pixels.shape != (item.height, item.width):
+        raise LayoutError(
+            f"A mask of {item.name} must have its shape [height width] = ({item.height}, {item.width}); "
+            f"got {mask.pixels.shape}."
+        )
+
+
+def clip_box(item: VisualItem, box: BoxInput) -> Corners:
     """The part of a box that lies in the picture.
 
     Raises:
         LayoutError: when no part does.
     """
+    box = corners(box)
     x0, y0, x1, y1 = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(item.width)), min(box[3], float(item.height))
     if x0 >= x1 or y0 >= y1:
         raise LayoutError(
@@ -118,7 +149,7 @@ def inside(item: VisualItem, box: Corners) -> Corners:
 
 
 def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]:
-    """The numbers of a video's frames whose time lies in the region.
+    """The indices of a video's frames whose time lies in the region.
 
     Raises:
         LayoutError: when there is none.
@@ -126,9 +157,9 @@ def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]
     times = np.asarray(item.times_s)
     start = -np.inf if region.start_s is None else float(region.start_s)
     end = np.inf if region.end_s is None else float(region.end_s)
-    found = np.flatnonzero((times >= start - 1e-6) & (times <= end + 1e-6))
-    if len(found):
-        return found
+    frames = np.flatnonzero((times >= start - 1e-6) & (times <= end + 1e-6))
+    if len(frames):
+        return frames
     if start > times.max() or end < times.min():
         raise LayoutError(
             f"{start:g} to {end:g} s lies outside {item.name}: its {item.n_frames} frames lie from {times.min():g} "
@@ -142,17 +173,17 @@ def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]
 
 
 def tube_boxes(item: VisualItem, region: Tube) -> list[tuple[int, Corners]]:
-    """The frames in which a tube has a box, each with the part of it that lies in the picture.
+    """The frames in which a tube has a box, each with the part of the box that lies in the picture.
 
     Raises:
         LayoutError: when there is none.
     """
-    boxes = ((f, region.at(float(t))) for f, t in enumerate(item.times_s))
-    found = [(f, inside(item, box)) for f, box in boxes if box is not None]
-    if not found:
-        times = [t for t, box in region.boxes.items() if box is not None]
+    frame_boxes = ((frame, region.at(float(time))) for frame, time in enumerate(item.times_s))
+    clipped = [(frame, clip_box(item, box)) for frame, box in frame_boxes if box is not None]
+    if not clipped:
+        times = [time for time, box in region.boxes.items() if box is not None]
         raise LayoutError(
             f"The tube has boxes from {times[0]:g} to {times[-1]:g} s, at none of the times of {item.name}'s frames: "
             f"{item.n_frames} frames from {min(item.times_s):g} to {max(item.times_s):g} s."
         )
-    return found
+    return clipped

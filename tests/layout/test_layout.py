@@ -156,7 +156,7 @@ def test_names_of_positions():
         ({"question": [(0, 99)]}, "does not lie within the 9 positions"),
         ({"question": [(0, 2)], "answer": [(1, 2)]}, r"answer span \(1, 2\) overlaps the question span"),
         ({"prompt": [(0, 1)]}, "Spans are named system, question, answer; got 'prompt'"),
-        ({"answer": [(0, 2)]}, "nothing is left to ask"),
+        ({"answer": [(0, 2)]}, "no position is left to predict it"),
     ],
 )
 def test_spans_that_cannot_be(spans, message):
@@ -174,7 +174,7 @@ def test_tokens_and_placeholders_must_be_as_many():
         TokenLayout.build(torch.tensor([PLACEHOLDER]), [], (PLACEHOLDER,), {})
     with pytest.raises(LayoutError, match="no tokens"):
         TokenLayout.build(torch.tensor([], dtype=torch.long), [], (PLACEHOLDER,), {})
-    with pytest.raises(LayoutError, match="image 1 stands where image 0"):
+    with pytest.raises(LayoutError, match="Expected image 0, got image 1"):
         TokenLayout.build(torch.tensor([PLACEHOLDER] * 6), [image(30, 20, 3, 2, index=1)], (PLACEHOLDER,), {})
 
 
