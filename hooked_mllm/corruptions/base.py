@@ -1,8 +1,8 @@
-"""What every corruption is: a sample prepared again with one thing changed."""
+"""Corruption, the base class: a sample is prepared again with one change."""
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch
 class Corruption(ABC):
     """Makes the corrupted counterpart of a sample.
 
-    The sample is prepared again by the model's own processor with one thing changed: its pictures, in their original
-    pixels, or its question. System text, answer, target, id and options stay. A subclass says in `changes` what is
-    changed, and in `describe` what it does. What is drawn at random is drawn by the seed and the sample, so that the
-    order of the samples does not matter.
+    The sample is prepared again by the model's own processor with one change: of its pictures, in their original
+    pixels, or of its question. System text, answer, target, id and options stay. A subclass returns the changed
+    arguments in `changes`, and its settings in `describe`. Random numbers depend on the seed and the sample, so that
+    the order of the samples does not matter.
 
     Attributes:
-        same_length: Whether the counterpart must have the sample's tokens; it is then checked that it has.
+        same_length: Whether the counterpart must have as many tokens as the sample, of the same kinds; it is checked.
 
     Examples:
         >>> from PIL import ImageOps
@@ -41,7 +41,13 @@ class Corruption(ABC):
 
     same_length: bool = True
 
-    def __call__(self, model: Model, sample: Any) -> Any:
+    @overload
+    def __call__(self, model: Model, sample: Sample) -> Sample: ...
+
+    @overload
+    def __call__(self, model: Model, sample: SampleBatch) -> SampleBatch: ...
+
+    def __call__(self, model: Model, sample: Sample | SampleBatch) -> Sample | SampleBatch:
         """The corrupted counterpart of a sample, or of each sample of a batch.
 
         Args:
@@ -53,34 +59,39 @@ class Corruption(ABC):
             LayoutError: for a region that the sample lacks, or a counterpart with other tokens.
         """
         if isinstance(sample, SampleBatch):
-            return SampleBatch.collate([self(model, one) for one in sample], sample.padding_side)
+            return SampleBatch.collate([self(model, each) for each in sample], sample.padding_side)
         if not isinstance(sample, Sample):
             raise InputError(
-                f"A corruption takes a Sample, which remembers its question and pictures; got {type(sample).__name__}. "
+                f"A corruption takes a Sample, which keeps its question and pictures; got {type(sample).__name__}. "
                 "Make samples with `model.prepare(question, images=...)`."
             )
         corrupted = prepared_again(model, sample, self.changes(sample))
         if self.same_length:
             check_pair(sample, corrupted)
         if _equal(sample, corrupted):
-            raise InputError(f"{self!r} changes nothing that the model sees: the processor gives the same inputs.")
+            raise InputError(f"{self!r} changes nothing in the model inputs: the processor gives the same tensors.")
         return corrupted
 
     @abstractmethod
     def changes(self, sample: Sample) -> dict[str, Any]:
-        """Arguments of `prepare` that take the place of the sample's own: "images", "videos", "question"."""
+        """Arguments of `prepare` that replace the sample's own: "images", "videos", "question"."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """The settings, as values that JSON can hold."""
 
     def __repr__(self) -> str:
-        told = {k: v for k, v in self.describe().items() if k != "corruption" and v is not None}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in told.items())})"
+        settings = {k: v for k, v in self.describe().items() if k != "corruption" and v is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
 
 def prepared_again(model: Model, sample: Sample, changes: dict[str, Any]) -> Sample:
     """The sample as `prepare` makes it with `changes`, on the same device and in the same dtype.
+
+    Args:
+        model: The model that prepared it.
+        sample: A sample made by `prepare`.
+        changes: Arguments of `prepare` that replace the sample's own.
 
     Raises:
         InputError: for a sample that was not made by `prepare`, or by a model with another chat template.
@@ -88,10 +99,10 @@ def prepared_again(model: Model, sample: Sample, changes: dict[str, Any]) -> Sam
     how = sample.preparation
     if how is None:
         raise InputError(
-            "This sample does not remember how it was prepared, so it cannot be prepared again with a change: make it "
-            "with `model.prepare(question, images=...)`."
+            "This sample has no record of its preparation, so it cannot be prepared again with a change: make it with "
+            "`model.prepare(question, images=...)`."
         )
-    given = {
+    arguments = {
         "question": sample.question,
         "images": list(sample.images) or None,
         "videos": list(sample.videos) or None,
@@ -101,7 +112,7 @@ def prepared_again(model: Model, sample: Sample, changes: dict[str, Any]) -> Sam
         "id": sample.id,
         "min_overlap": how.min_overlap,
     }
-    again = model.prepare(**{**given, **changes}, **how.processor)
+    again = model.prepare(**{**arguments, **changes}, **how.processor)
     if again.template != sample.template:
         raise InputError(
             "The sample was prepared with another chat template than this model's: use the model that prepared it."
@@ -111,7 +122,7 @@ def prepared_again(model: Model, sample: Sample, changes: dict[str, Any]) -> Sam
 
 
 def drawing(seed: int, sample: Sample) -> np.random.Generator:
-    """Random numbers that depend on the seed and on the sample's question and pictures, and on nothing else."""
+    """Random numbers that depend on the seed and on the sample's question and pictures alone."""
     content = hashlib.sha256(sample.question.encode())
     for image in sample.images:
         content.update(image.tobytes())
@@ -121,7 +132,7 @@ def drawing(seed: int, sample: Sample) -> np.random.Generator:
 
 
 def check_seed(seed: Any) -> None:
-    """Refuse what cannot be a seed.
+    """Reject what cannot be a seed.
 
     Raises:
         InputError: for anything but an integer from 0.
@@ -131,5 +142,5 @@ def check_seed(seed: Any) -> None:
 
 
 def _equal(sample: Sample, corrupted: Sample) -> bool:
-    ours, theirs = sample.inputs, corrupted.inputs
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    inputs, others = sample.inputs, corrupted.inputs
+    return inputs.keys() == others.keys() and all(torch.equal(inputs[name], others[name]) for name in inputs)

@@ -40,7 +40,7 @@ class ImageNoise(Corruption):
         self.std, self.region, self.seed = float(std), check_where(region), seed
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """The settings, as values that JSON can hold."""
         return {
             "corruption": "ImageNoise",
             "std": self.std,

@@ -1,6 +1,6 @@
-"""OtherImage and OtherQuestion: another picture under the question, another question under the picture."""
+"""OtherImage and OtherQuestion: the same question with other pictures, the same pictures with another question."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,24 +9,30 @@ from PIL import Image
 from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs import images as loading
+from hooked_mllm.inputs.images import ImageInput
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.inputs.video import Video
+
+#: pictures that can replace those of a sample: of another sample, a video, one image, or several of these
+Candidate = Sample | Video | ImageInput | Sequence[ImageInput | Video]
+#: one candidate, or several
+Candidates = Candidate | SampleBatch | Sequence[Candidate | SampleBatch]
 
 
 class OtherImage(Corruption):
     """Ask the same question of other pictures, drawn from a set.
 
-    One candidate takes the place of all pictures of the sample, so it must have as many images and videos, videos with
-    as many frames; the sample's own pictures are never drawn. Unless told otherwise they are resized to the sizes of
-    those they replace, which changes their proportions where these differ: the number of tokens depends on the size,
-    and patching needs as many. A video keeps the times of the one that it replaces.
+    One candidate replaces all pictures of the sample, so it must have the same number of images and videos, and videos
+    of the same number of frames; the sample's own pictures are never drawn. With `resize` they are resized to the sizes
+    of those they replace, which changes their proportions where these differ: the number of tokens depends on the size,
+    and patching needs the same number. A video keeps the times of the one that it replaces.
 
     Args:
         images: The candidates: a picture (PIL image, path, array) or `Video`, a list of pictures for samples of
             several, a Sample (its pictures), or a list of any of these. A list of pictures is a list of candidates of
             one picture each.
-        seed: Which candidate is drawn. Samples with other questions or pictures draw anew from one seed.
-        resize: False leaves the pictures as they are; the corruption is then refused where its tokens differ.
+        seed: Seed of the draw. Samples with other questions or pictures draw anew from one seed.
+        resize: False leaves the pictures as they are; a counterpart with other tokens is then an error.
 
     Raises:
         InputError: for no candidate, or (when called) none that fits the sample.
@@ -41,7 +47,7 @@ class OtherImage(Corruption):
         (True, False)
     """
 
-    def __init__(self, images: Any, seed: int = 0, resize: bool = True) -> None:
+    def __init__(self, images: Candidates, seed: int = 0, resize: bool = True) -> None:
         check_seed(seed)
         self.candidates = tuple(_candidates(images))
         if not self.candidates:
@@ -49,7 +55,7 @@ class OtherImage(Corruption):
         self.seed, self.resize = seed, resize
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """The settings, as values that JSON can hold."""
         return {
             "corruption": "OtherImage",
             "candidates": len(self.candidates),
@@ -70,20 +76,20 @@ class OtherImage(Corruption):
                 return {"images": images or None, "videos": videos or None}
         frames = ", ".join(str(len(v)) for v in sample.videos)
         raise InputError(
-            f"None of the {len(self.candidates)} candidates can stand for the pictures of this sample, "
+            f"None of the {len(self.candidates)} candidates can replace the pictures of this sample, "
             f"{len(sample.images)} images and {len(sample.videos)} videos{f' of {frames} frames' if frames else ''}: a "
-            "candidate needs as many, and others than its own. For samples of several pictures give lists of as many, "
-            "or samples."
+            "candidate needs as many, other than the sample's own. For samples of several pictures give lists of as "
+            "many, or samples."
         )
 
 
 class OtherQuestion(Corruption):
     """Ask another question of the same pictures.
 
-    The counterpart has the sample's tokens only where the question has as many; `check_pair` tells.
+    The counterpart corresponds to the sample only where the questions have the same number of tokens; see `check_pair`.
 
     Args:
-        text: The question, or a function of the sample that gives it.
+        text: The question, or a function that returns it for a sample.
 
     Raises:
         InputError: for something else; when called, for an empty question.
@@ -98,13 +104,13 @@ class OtherQuestion(Corruption):
 
     same_length = False
 
-    def __init__(self, text: Any) -> None:
+    def __init__(self, text: str | Callable[[Sample], str]) -> None:
         if not isinstance(text, str) and not callable(text):
             raise InputError(f"The other question is a text, or a function of the sample; got {type(text).__name__}.")
         self.text = text
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """The settings, as values that JSON can hold."""
         named = getattr(self.text, "__qualname__", type(self.text).__name__)
         return {"corruption": "OtherQuestion", "text": self.text if isinstance(self.text, str) else f"function {named}"}
 
@@ -113,22 +119,18 @@ class OtherQuestion(Corruption):
         return {"question": self.text if isinstance(self.text, str) else self.text(sample)}
 
 
-def _candidates(given: Any) -> Iterator[Any]:
-    if isinstance(given, Sample | Video):
-        yield given
-    elif isinstance(given, SampleBatch):
-        yield from given.samples
-    else:
-        for one in loading.as_list(given):
-            yield from one.samples if isinstance(one, SampleBatch) else (one,)
+def _candidates(pictures: Candidates) -> Iterator[Candidate]:
+    several = [pictures] if isinstance(pictures, Sample | SampleBatch | Video) else loading.as_list(pictures)
+    for candidate in several:
+        yield from candidate if isinstance(candidate, SampleBatch) else (candidate,)
 
 
-def _pictures(candidate: Any) -> tuple[list[Image.Image], list[Video]]:
+def _pictures(candidate: Candidate) -> tuple[list[Image.Image], list[Video]]:
     if isinstance(candidate, Sample):
         return list(candidate.images), list(candidate.videos)
-    each = [candidate] if isinstance(candidate, Video) else loading.as_list(candidate)
-    videos = [one for one in each if isinstance(one, Video)]
-    return [loading.load_image(one) for one in each if not isinstance(one, Video)], videos
+    pictures = [candidate] if isinstance(candidate, Video) else loading.as_list(candidate)
+    videos = [picture for picture in pictures if isinstance(picture, Video)]
+    return [loading.load_image(picture) for picture in pictures if not isinstance(picture, Video)], videos
 
 
 def _fits(sample: Sample, images: list[Image.Image], videos: list[Video]) -> bool:

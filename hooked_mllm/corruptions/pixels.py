@@ -1,4 +1,4 @@
-"""Editing the pixels of a region, picture by picture, with everything else left bit for bit."""
+"""Editing the pixels of a region, picture by picture; all other pixels stay bit for bit."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,7 +14,7 @@ from hooked_mllm.layout import Region
 from hooked_mllm.layout.pixels import pixel_masks
 from hooked_mllm.layout.regions import as_regions
 
-#: takes the pixels of one picture or frame, 0 to 255, and which of them to change; returns new pixels
+#: takes the pixels of one picture or frame, 0 to 255, and the mask of those to change; returns new pixels
 PixelEdit = Callable[
     [Float[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]], Float[np.ndarray, "height width 3"]
 ]
@@ -22,8 +22,8 @@ PixelEdit = Callable[
 Where = str | Region | Iterable[Region] | None
 
 
-def check_where(region: Any) -> Any:
-    """The region as given, safe to read more than once.
+def check_where(region: Where) -> str | list[Region] | None:
+    """The region as a list, which can be read more than once; "target" and None stay.
 
     Raises:
         InputError: for another name than "target".
@@ -38,16 +38,21 @@ def check_where(region: Any) -> Any:
     return None if region is None else as_regions(region)
 
 
-def describe_where(region: Any) -> Any:
+def describe_where(region: str | list[Region] | None) -> str | list[str] | None:
     """The region as a record keeps it."""
     return region if region is None or isinstance(region, str) else [repr(r) for r in region]
 
 
-def edited(sample: Sample, region: Any, edit: PixelEdit) -> dict[str, Any]:
+def edited(sample: Sample, region: str | list[Region] | None, edit: PixelEdit) -> dict[str, Any]:
     """The sample's images and videos with the pixels of a region edited.
 
+    Args:
+        sample: A sample with pictures.
+        region: "target", regions, or None for all pictures whole.
+        edit: Makes the new pixels of each picture or frame.
+
     Raises:
-        InputError: for a sample without pictures, or without the target asked for.
+        InputError: for a sample without pictures, or without a target where that is edited.
         LayoutError: for a region that its pictures do not have.
     """
     images, frames = [np.asarray(i) for i in sample.images], [v.frames.copy() for v in sample.videos]
@@ -61,29 +66,20 @@ def edited(sample: Sample, region: Any, edit: PixelEdit) -> dict[str, Any]:
     return pictures(sample, images, frames)
 
 
-def masks_of(sample: Sample, region: Any) -> dict[int, np.ndarray]:
-    """The pixels of a region, by the place of the image or video in the layout."""
+def masks_of(sample: Sample, region: str | list[Region] | None) -> dict[int, np.ndarray]:
+    """The pixels of a region, by the number of the image or video in the layout.
+
+    Raises:
+        InputError: for a sample without pictures, or without a target.
+        LayoutError: for a region that its pictures do not have.
+    """
     items = sample.layout.items
     if not items:
         raise InputError("This sample has no images and no videos, so there are no pixels to change.")
     if region is None:
         sizes = [(i.height, i.width) if i.kind == "image" else (i.n_frames, i.height, i.width) for i in items]
         return {number: np.ones(size, dtype=bool) for number, size in enumerate(sizes)}
-    return pixel_masks(items, target_of(sample) if isinstance(region, str) else region)
-
-
-def target_of(sample: Sample) -> list[Region]:
-    """The sample's target, as a list of regions.
-
-    Raises:
-        InputError: for a sample without one.
-    """
-    if sample.target is None:
-        raise InputError(
-            "The sample has no target to corrupt: give `target=` to prepare, such as Box(x0, y0, x1, y1), or name a "
-            "region here."
-        )
-    return as_regions(sample.target)
+    return pixel_masks(items, sample.target_regions() if isinstance(region, str) else region)
 
 
 def pictures(sample: Sample, images: list[np.ndarray], frames: list[np.ndarray]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class BlurRegion(Corruption):
         self.sigma, self.region = float(sigma), check_where(region)
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """The settings, as values that JSON can hold."""
         return {"corruption": "BlurRegion", "sigma": self.sigma, "region": describe_where(self.region)}
 
     def changes(self, sample: Sample) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class MeanRegion(Corruption):
         self.region, self.of = check_where(region), of
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """The settings, as values that JSON can hold."""
         return {"corruption": "MeanRegion", "region": describe_where(self.region), "of": self.of}
 
     def changes(self, sample: Sample) -> dict[str, Any]:

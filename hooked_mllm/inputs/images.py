@@ -1,9 +1,9 @@
-"""Pictures as users have them, turned into RGB pictures as processors want them."""
+"""Pictures in any form as upright RGB images, which is what processors take."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,18 +12,28 @@ from torch import Tensor
 
 from hooked_mllm.errors import InputError
 
+#: one picture: a path, a PIL image, or an array `[height width channel]`, `[channel height width]` or `[height width]`
+ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+#: one picture, or several; an array of four axes is several
+Images = ImageInput | Sequence[ImageInput]
+
+T = TypeVar("T")
+
 _CHANNELS = (1, 3, 4)
 
 
-def load_image(image: Any) -> Image.Image:
+def load_image(image: ImageInput) -> Image.Image:
     """One picture as a PIL image in RGB, upright.
 
-    EXIF orientation is applied, palettes and greys are expanded, transparent pixels are laid on white, 16-bit greys are
-    reduced to 8. Arrays are `[height width channel]`, `[channel height width]` or `[height width]`, either integers
-    from 0 to 255 or floats from 0 to 1.
+    EXIF orientation is applied, palettes and greys are expanded, transparent pixels become white, 16-bit greys are
+    reduced to 8.
+
+    Args:
+        image: A path, a PIL image, or an array `[height width channel]`, `[channel height width]` or `[height width]`,
+            of integers from 0 to 255 or floats from 0 to 1.
 
     Raises:
-        InputError: no such file, not a picture, another shape or range, NaN or infinity among the pixels.
+        InputError: No such file, not a picture, another shape or range, NaN or infinity among the pixels.
 
     Examples:
         >>> import numpy as np
@@ -37,7 +47,7 @@ def load_image(image: Any) -> Image.Image:
     if isinstance(image, np.ndarray | Tensor):
         pixels = to_uint8(image, "An image")
         if pixels.ndim == 2:
-            pixels = pixels[..., None]
+            pixels = pixels[..., None]  # [height width] -> [height width 1]
         if pixels.ndim != 3 or 0 in pixels.shape:
             raise InputError(
                 "An image array has shape [height width channel], [channel height width] or [height width]; got "
@@ -51,8 +61,12 @@ def load_image(image: Any) -> Image.Image:
 def to_uint8(array: np.ndarray | Tensor, what: str) -> np.ndarray:
     """Pixels as uint8: integers from 0 to 255 as they are, floats from 0 to 1 times 255.
 
+    Args:
+        array: Pixels of any shape.
+        what: The subject of an error message.
+
     Raises:
-        InputError: NaN, infinity, or values outside the range; `what` names the culprit.
+        InputError: NaN, infinity, or values outside the range.
     """
     if isinstance(array, Tensor):
         tensor = array.detach().cpu()
@@ -81,25 +95,34 @@ def to_uint8(array: np.ndarray | Tensor, what: str) -> np.ndarray:
 def channels_last(pixels: np.ndarray, what: str) -> np.ndarray:
     """The last three axes as `[height width channel]`, from that or from `[channel height width]`.
 
+    Args:
+        pixels: An array of three axes at least.
+        what: The subject of an error message.
+
     Raises:
-        InputError: when neither end can be the channels.
+        InputError: When neither the first nor the last of the three can be the channels.
     """
     if pixels.shape[-1] in _CHANNELS:
         return pixels
     if pixels.shape[-3] in _CHANNELS:
+        # [... channel height width] -> [... height width channel]
         return np.ascontiguousarray(np.moveaxis(pixels, -3, -1))
     raise InputError(f"{what} needs 1, 3 or 4 channels, first or last; got shape {tuple(pixels.shape)}.")
 
 
-def as_list(images: Any) -> list[Any]:
-    """One picture or a sequence of them, as a list; `None` gives an empty one."""
+def as_list(images: ImageInput | Sequence[T] | None) -> list[ImageInput | T]:
+    """One picture or a sequence of pictures as a list; `None` gives an empty one.
+
+    Raises:
+        InputError: For something else.
+    """
     if images is None:
         return []
     if isinstance(images, np.ndarray | Tensor):
         return list(images) if images.ndim == 4 else [images]
     if isinstance(images, str | os.PathLike | Image.Image):
         return [images]
-    if isinstance(images, Sequence):
+    if isinstance(images, Sequence) and not isinstance(images, bytes):
         return list(images)
     raise InputError(f"Images are one picture or a list of them; got {type(images).__name__}.")
 
@@ -112,7 +135,7 @@ def _open(path: str | os.PathLike[str]) -> Image.Image:
         raise InputError(f"No image file at {str(path)!r}.")
     try:
         with Image.open(file) as image:
-            image.load()  # a truncated file shows itself only here
+            image.load()  # the header of a truncated file is read without an error
             return image.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{str(path)!r} cannot be read as an image: {error}") from error

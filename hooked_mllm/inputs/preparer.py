@@ -2,38 +2,69 @@
 
 import hashlib
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, overload, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.video_utils import VideoMetadata
 
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.families.base import Family
 from hooked_mllm.inputs import images as pictures
 from hooked_mllm.inputs import video as clips
-from hooked_mllm.inputs.prompt import check_text, refuse_special, render, token_spans
-from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, is_per_token
-from hooked_mllm.inputs.video import Number, Video
+from hooked_mllm.inputs.images import Images
+from hooked_mllm.inputs.prompt import ChatTemplate, Tokenizer, check_text, refuse_special, render, token_spans
+from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, Target, is_per_token
+from hooked_mllm.inputs.video import Number, Video, Videos
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
+
+
+@runtime_checkable
+class Processor(ChatTemplate, Protocol):
+    """The part of a transformers processor that is used here."""
+
+    tokenizer: Any
+
+    def __call__(self, **kwargs: Any) -> Mapping[str, Any]:
+        """Model inputs of texts, images and videos."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What all samples of a batch are prepared with.
+
+    Attributes:
+        decode: Arguments of `read_video`.
+        min_overlap: The least share of a token's footprint that the target must cover.
+        processor: Arguments of the processor.
+    """
+
+    decode: Mapping[str, Any]
+    min_overlap: float
+    processor: Mapping[str, Any]
 
 
 class Preparer:
     """Makes samples for one model.
 
     Args:
-        processor: the model's own processor, with its chat template.
-        config: the model's configuration.
-        family: what tells the pixels of each visual token.
-        tokenizer: in place of the processor's own.
+        processor: The model's own processor, with its chat template.
+        config: The model's configuration.
+        family: Its family, which maps visual tokens to pixels.
+        tokenizer: Another tokenizer than the processor's own.
 
     Raises:
-        InputError: without a processor.
+        InputError: Without a processor.
     """
 
-    def __init__(self, processor: Any, config: Any, family: Family, tokenizer: Any = None) -> None:
+    def __init__(
+        self, processor: Processor | None, config: PreTrainedConfig, family: Family, tokenizer: Tokenizer | None = None
+    ) -> None:
         if processor is None:
             raise InputError(
                 "This model came without a processor, which `prepare` needs: give one to `from_model(model, "
@@ -41,16 +72,54 @@ class Preparer:
                 "inputs as a mapping."
             )
         self.processor, self.config, self.family = processor, config, family
-        self.tokenizer = tokenizer if tokenizer is not None else processor.tokenizer
+        self.tokenizer: Any = tokenizer if tokenizer is not None else processor.tokenizer
+
+    @overload
+    def __call__(
+        self,
+        question: str,
+        images: Images | None = None,
+        videos: Videos | None = None,
+        system: str | None = None,
+        answer: str | None = None,
+        target: Target | None = None,
+        id: str | None = None,
+        *,
+        fps: Number | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        min_overlap: Number = 0.0,
+        padding_side: str = "left",
+        **processor_kwargs: Any,
+    ) -> Sample: ...
+
+    @overload
+    def __call__(
+        self,
+        question: Sequence[str],
+        images: Sequence[Images | None] | None = None,
+        videos: Sequence[Videos | None] | None = None,
+        system: str | Sequence[str | None] | None = None,
+        answer: Sequence[str | None] | None = None,
+        target: Sequence[Target | None] | None = None,
+        id: Sequence[str | None] | None = None,
+        *,
+        fps: Number | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        min_overlap: Number = 0.0,
+        padding_side: str = "left",
+        **processor_kwargs: Any,
+    ) -> SampleBatch: ...
 
     def __call__(
         self,
         question: str | Sequence[str],
-        images: Any = None,
-        videos: Any = None,
+        images: Images | Sequence[Images | None] | None = None,
+        videos: Videos | Sequence[Videos | None] | None = None,
         system: str | Sequence[str | None] | None = None,
         answer: str | Sequence[str | None] | None = None,
-        target: Any = None,
+        target: Target | Sequence[Target | None] | None = None,
         id: str | Sequence[str | None] | None = None,
         *,
         fps: Number | None = None,
@@ -65,27 +134,27 @@ class Preparer:
         The prompt holds the images, then the videos, then the question, as the model's chat template writes them.
 
         Args:
-            question: the question, or a list of them; everything below is then a list of as many, or `None`. (`system`
-                and the sampling of videos may also be one for all.)
-            images: a picture or a list of them: PIL images, paths, arrays (see `load_image`).
-            videos: a video or a list of them: paths, `Video`s, frames, pairs (frames, fps) (see `read_video`).
-            system: the system prompt; without one, the template's own default.
-            answer: a text put after the prompt, token by token what the model would have generated.
-            target: the region asked about, such as `Box(412, 230, 520, 371)`, or a list of regions.
-            id: a name for the sample.
-            fps: frames a second to take from a video file; of frames in memory, their own rate.
-            num_frames: frames to take from a video file.
-            max_frames: the most frames to take from a video file by `fps`.
-            min_overlap: the least share of a token's footprint that the target must cover.
-            padding_side: where a batch is padded.
-            **processor_kwargs: for the processor, such as `size` or `crop_to_patches`.
+            question: The question, or a list of them; everything below is then a list of the same length, or `None`.
+                (`system` and the sampling of videos may also be one for all.)
+            images: A picture or a list of them: PIL images, paths, arrays (see `load_image`).
+            videos: A video or a list of them: paths, `Video`s, frames, pairs (frames, fps) (see `read_video`).
+            system: The system prompt; without one, the template's own default.
+            answer: A text put after the prompt, token by token what the model would have generated.
+            target: The region that the question is about, such as `Box(412, 230, 520, 371)`, or a list of regions.
+            id: A name for the sample.
+            fps: Frames a second to take from a video file; of frames in memory, their own rate.
+            num_frames: Frames to take from a video file.
+            max_frames: The most frames to take from a video file by `fps`.
+            min_overlap: The least share of a token's footprint that the target must cover.
+            padding_side: Where a batch is padded, "left" or "right".
+            **processor_kwargs: For the processor, such as `size` or `crop_to_patches`.
 
         Raises:
-            InputError: an argument that neither this nor the processor takes, an empty question or batch, pictures that
+            InputError: An argument that neither this nor the processor takes, an empty question or batch, pictures that
                 cannot be read or hold NaN, frames without fps, a question with special tokens in it, or what the
-                processor refuses.
-            LayoutError: the question is not found in the prompt, the target lies outside its image or sees no token, or
-                the model's placeholders do not match its pictures.
+                processor rejects.
+            LayoutError: The question is not found in the prompt, the target lies outside its image or no token sees it,
+                or the model's placeholders do not match its pictures.
 
         Examples:
             >>> from hooked_mllm.families import family_of
@@ -98,68 +167,63 @@ class Preparer:
         """
         self._check_names(processor_kwargs)
         decode = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames}
-        more = {"decode": decode, "min_overlap": min_overlap, "kwargs": processor_kwargs}
-        own = {"images": images, "videos": videos, "answer": answer, "target": target, "id": id}
+        options = _Options(decode, float(min_overlap), processor_kwargs)
+        columns = {
+            "images": images, "videos": videos, "system": system, "answer": answer, "target": target, "id": id,
+        }  # fmt: skip
         if isinstance(question, str):
-            return self._one(question, system=system, **own, **more)
+            return self._one(options, question, **cast("dict[str, Any]", columns))
         if not isinstance(question, Sequence):
             check_text("question", question)
-        questions = list(question)
-        if not questions:
+        n = len(question)
+        if not n:
             raise InputError("The batch is empty: give one question at least.")
-        if not (system is None or isinstance(system, str)):
-            own["system"] = system
-        columns = {name: _column(name, value, len(questions)) for name, value in own.items()}
-        columns.setdefault("system", [system] * len(questions))
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        samples = [self._one(q, **row, **more) for q, row in zip(questions, rows, strict=True)]
+        if isinstance(system, str):
+            columns["system"] = [system] * n
+        # one dictionary of arguments for each question
+        entries = zip(*(_column(name, value, n) for name, value in columns.items()), strict=True)
+        samples = [
+            self._one(options, text, **dict(zip(columns, entry, strict=True)))
+            for text, entry in zip(question, entries, strict=True)
+        ]
         return SampleBatch.collate(samples, padding_side)
 
-    def _check_names(self, given: dict[str, Any]) -> None:
+    def _check_names(self, arguments: Mapping[str, Any]) -> None:
         known = _processor_arguments(self.processor)
-        unknown = [name for name in given if name not in known] if known else []
+        unknown = [name for name in arguments if name not in known] if known else []
         if not unknown:
             return
         own = [name for name in inspect.signature(type(self).__call__).parameters if name != "self"]
         own.remove("processor_kwargs")
-        told = [f"prepare takes no argument {name!r}. {nearest(name, [*own, *sorted(known)], n=1)}" for name in unknown]
+        hints = [
+            f"prepare takes no argument {name!r}. {nearest(name, [*own, *sorted(known)], n=1)}" for name in unknown
+        ]
         raise InputError(
-            " ".join(line.strip() for line in told)
+            " ".join(line.strip() for line in hints)
             + f" It takes {', '.join(own)}, and what {type(self.processor).__name__} takes."
         )
 
     def _one(
         self,
-        question: Any,
-        images: Any,
-        videos: Any,
-        system: Any,
-        answer: Any,
-        target: Any,
-        id: Any,
-        decode: dict[str, Any],
-        min_overlap: Number,
-        kwargs: dict[str, Any],
+        options: _Options,
+        question: str,
+        images: Images | None,
+        videos: Videos | None,
+        system: str | None,
+        answer: str | None,
+        target: Target | None,
+        id: str | None,
     ) -> Sample:
-        check_text("question", question)
-        for name, text in (("system prompt", system), ("answer", answer)):
-            if text is not None:
-                check_text(name, text)
         placeholders = [getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video")]
-        refuse_special(question, "question", self.tokenizer, placeholders)
-        refuse_special(system or "", "system prompt", self.tokenizer, placeholders)
+        self._check_texts(question, system, answer, placeholders)
         shown = tuple(pictures.load_image(image) for image in pictures.as_list(images))
-        films = tuple(clips.as_video(video, **decode) for video in clips.as_list(videos))
+        films = tuple(clips.as_video(video, **options.decode) for video in clips.as_list(videos))
         prompt = render(self.processor, question, system, len(shown), len(films))
-        inputs = self._process(prompt.text, shown, films, kwargs)
+        inputs = self._process(prompt.text, shown, films, options.processor)
         # the processor's own placeholders in the text, before it widens them to `visual_token_ids`
         marks = {self.tokenizer.convert_tokens_to_ids(p) for p in placeholders if p}
         spans = token_spans(prompt, self.tokenizer, inputs["input_ids"][0].tolist(), marks)
-        media = tuple(
-            [ImageMedia(image.width, image.height) for image in shown]
-            + [VideoMedia(film.width, film.height, len(film), film.times_s) for film in films]
-        )
-        items = self.family.visual_items(self.config, self.processor, inputs, media)
+        items = self.family.visual_items(self.config, self.processor, inputs, _media(shown, films))
         if answer is not None:
             spans["answer"] = [self._append(inputs, answer, placeholders)]
         self.family.check_inputs(inputs, self.config)
@@ -167,23 +231,31 @@ class Preparer:
         layout = TokenLayout.build(inputs["input_ids"][0], items, visual_ids, spans)
         pad = self.tokenizer.pad_token_id
         return Sample(
-            inputs,
-            layout,
-            question,
-            answer,
-            shown,
-            films,
-            target,
-            None if target is None else layout.target(target, min_overlap),
-            id,
-            hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()[:16],
-            pad if pad is not None else self.tokenizer.eos_token_id or 0,
-            Preparation(system, float(min_overlap), dict(kwargs)),
-            self.family.name,
+            inputs=inputs,
+            layout=layout,
+            question=question,
+            answer=answer,
+            images=shown,
+            videos=films,
+            target=target,
+            target_mask=None if target is None else layout.target(target, options.min_overlap),
+            id=id,
+            template=hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()[:16],
+            pad_token_id=pad if pad is not None else self.tokenizer.eos_token_id or 0,
+            preparation=Preparation(system, options.min_overlap, dict(options.processor)),
+            family=self.family.name,
         )
 
+    def _check_texts(self, question: str, system: str | None, answer: str | None, placeholders: Sequence[str]) -> None:
+        check_text("question", question)
+        for name, text in (("system prompt", system), ("answer", answer)):
+            if text is not None:
+                check_text(name, text)
+        refuse_special(question, "question", self.tokenizer, placeholders)
+        refuse_special(system or "", "system prompt", self.tokenizer, placeholders)
+
     def _process(
-        self, text: str, shown: Sequence[Image.Image], films: Sequence[Video], kwargs: dict[str, Any]
+        self, text: str, shown: Sequence[Image.Image], films: Sequence[Video], kwargs: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         media: dict[str, Any] = {}
         if shown:
@@ -192,29 +264,29 @@ class Preparer:
         if films:
             media |= {"videos": [_channels_first(f) for f in films], "video_metadata": [_metadata(f) for f in films]}
             media["videos_kwargs"] = {"input_data_format": "channels_first", "do_sample_frames": False}
-            if getattr(self.processor.video_processor, "cap_pixels_per_frame", True) is None:
-                media["videos_kwargs"]["cap_pixels_per_frame"] = (
-                    False  # what None means; said out loud, it does not warn
-                )
+            video_processor = getattr(self.processor, "video_processor", None)
+            if getattr(video_processor, "cap_pixels_per_frame", True) is None:
+                # what None means; given explicitly, transformers does not warn
+                media["videos_kwargs"]["cap_pixels_per_frame"] = False
         try:
             out = self.processor(text=[text], return_tensors="pt", **media, **kwargs)
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             lengths = sorted({len(f) for f in films})
             hint = (
-                f" The videos have {lengths} frames: this processor may want one number for all videos of a sample, "
+                f" The videos have {lengths} frames: this processor may need one number for all videos of a sample, "
                 "see num_frames=."
                 if len(lengths) > 1
                 else ""
             )
-            raise InputError(f"{type(self.processor).__name__} refuses these inputs: {error}{hint}") from error
+            raise InputError(f"{type(self.processor).__name__} rejects these inputs: {error}{hint}") from error
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
     def _append(self, inputs: dict[str, Tensor], answer: str, placeholders: Sequence[str]) -> tuple[int, int]:
-        """Put the answer's tokens after the prompt's, which thereby stay those that `generate` would start from."""
-        found = [p for p in placeholders if p and p in answer]
-        if found:
+        """Append the answer's tokens to the prompt's, which stay those that `generate` would start from."""
+        inside = [p for p in placeholders if p and p in answer]
+        if inside:
             raise InputError(
-                f"The answer contains {', '.join(map(repr, found))}, which stands for an image or a video."
+                f"The answer contains {', '.join(map(repr, inside))}, which represents an image or a video."
             )
         ids = self.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
         if not ids.shape[-1]:
@@ -223,14 +295,14 @@ class Preparer:
         for name, value in inputs.items():
             if is_per_token(value, n):
                 more = torch.full_like(ids, int(name == "attention_mask")) if name != "input_ids" else ids
-                inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)
+                inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)  # [1 prompt] -> [1 prompt + answer]
         return n, n + ids.shape[1]
 
 
-def _processor_arguments(processor: Any) -> set[str]:
-    """The keywords that a processor of transformers takes beside text and media; none if it does not tell.
+def _processor_arguments(processor: Processor) -> set[str]:
+    """The keywords that a processor of transformers takes in addition to text and media; none if it declares none.
 
-    It takes those of its own class and of its parts, and of any other it says in its log that it was left out.
+    It takes those of its own class and of its parts, and ignores any other with a line in its log.
     """
     declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", None)
     if not declared:
@@ -242,6 +314,11 @@ def _processor_arguments(processor: Any) -> set[str]:
         for keywords in (declared.get(kind), own):
             known |= set(getattr(keywords, "__annotations__", ()))
     return known
+
+
+def _media(shown: Sequence[Image.Image], films: Sequence[Video]) -> tuple[ImageMedia | VideoMedia, ...]:
+    images = [ImageMedia(image.width, image.height) for image in shown]
+    return (*images, *(VideoMedia(film.width, film.height, len(film), film.times_s) for film in films))
 
 
 def _column(name: str, value: Any, n: int) -> list[Any]:

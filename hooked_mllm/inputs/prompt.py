@@ -1,19 +1,40 @@
 """A chat prompt and where exactly its question and system text lie among the tokens.
 
-The chat template is any program: words of the question may occur in it, it may strip or repeat what it is given. So the
-place of a text is found by rendering the template twice, with the text and with a unique sentinel in its stead; what
-stands before and after must agree. Characters become tokens by the tokenizer's own offsets. The processor then widens
-every image and video placeholder; placeholders are special tokens, which no merge crosses, so the tokens before the
-first and after the last of them stay the same, and that they do is checked.
+The chat template is any program: words of the question may occur in it, it may strip or repeat its input. So the range
+of a text is found by rendering the template twice, with the text and with a unique sentinel instead of it; the parts
+before and after must agree. Characters become tokens by the tokenizer's own offsets. The processor then widens every
+image and video placeholder; placeholders are special tokens, which no merge crosses, so the tokens before the first and
+after the last of them stay the same, which is checked.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from hooked_mllm.errors import InputError, LayoutError
 
+#: a range of characters or tokens, end exclusive
 Span = tuple[int, int]
+
+
+@runtime_checkable
+class ChatTemplate(Protocol):
+    """An object that renders conversations, such as a processor."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """The prompt of a conversation."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that finds the tokens of a text."""
+
+    def __call__(self, text: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """Token ids, and with `return_offsets_mapping=True` the characters of each token."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -24,19 +45,21 @@ class Prompt:
     spans: Mapping[str, Span]
 
 
-def render(template: Any, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0) -> Prompt:
+def render(
+    template: ChatTemplate, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0
+) -> Prompt:
     """The prompt of one question: images first, then videos, then the question, up to where the answer starts.
 
     Args:
-        template: an object with `apply_chat_template`, such as a processor.
-        question: what the user asks.
-        system: the system prompt.
-        n_images: how many image placeholders.
-        n_videos: how many video placeholders.
+        template: An object with `apply_chat_template`, such as a processor.
+        question: The user's question.
+        system: The system prompt.
+        n_images: Number of image placeholders.
+        n_videos: Number of video placeholders.
 
     Raises:
-        LayoutError: when the template does not hold the question or the system prompt exactly once.
-        InputError: when there is no chat template, or it refuses the messages.
+        LayoutError: When the rendered prompt does not hold the question or the system prompt exactly once.
+        InputError: When there is no chat template, or it raises an error.
     """
     texts = {"question": question} | ({} if system is None else {"system": system})
     rendered = _apply(template, texts, n_images, n_videos)
@@ -46,27 +69,33 @@ def render(template: Any, question: str, system: str | None = None, n_images: in
         if marked.count(mark) != 1:
             raise LayoutError(
                 f"The chat template holds the {name} {marked.count(mark)} times, where once was expected: its tokens "
-                "cannot be "
-                "told. Use another chat template" + (", or leave `system` out." if name == "system" else ".")
+                "cannot be located. Use another chat template"
+                + (", or leave `system` out." if name == "system" else ".")
             )
     return Prompt(rendered, _between(rendered, marked, texts, marks))
 
 
 def token_spans(
-    prompt: Prompt, tokenizer: Any, input_ids: Sequence[int], placeholders: set[int]
+    prompt: Prompt, tokenizer: Tokenizer, input_ids: Sequence[int], placeholders: set[int]
 ) -> dict[str, list[Span]]:
     """Token ranges of the prompt's texts among the processor's `input_ids`, end exclusive.
 
     A token belongs to a text if it holds one of its characters; a token that it shares with the template only if that
     character is not white space.
 
+    Args:
+        prompt: A rendered prompt.
+        tokenizer: A fast tokenizer, which gives the characters of each token.
+        input_ids: The processor's token ids of that prompt.
+        placeholders: Ids of the image and video placeholders in the text.
+
     Raises:
-        LayoutError: when the ids around the text are not those of the rendered prompt.
+        LayoutError: When the ids around the text are not those of the rendered prompt.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise LayoutError(
-            f"{type(tokenizer).__name__} gives no character offsets, so the question's tokens cannot be told: load the "
-            "fast tokenizer of this checkpoint."
+            f"{type(tokenizer).__name__} gives no character offsets, so the question's tokens cannot be located: load "
+            "the fast tokenizer of this checkpoint."
         )
     encoded = tokenizer(prompt.text, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
@@ -83,22 +112,40 @@ def token_spans(
         else:
             where = "between its images and videos" if first < high and low < after else "with other tokens than alone"
             raise LayoutError(
-                f"The {name} was not found: the prompt holds it {where}, so its tokens cannot be told. The prompt, "
+                f"The {name} was not found: the prompt holds it {where}, so its tokens cannot be located. The prompt, "
                 f"before images and videos are filled in: {prompt.text!r}"
             )
     return spans
 
 
 def check_text(what: str, text: Any) -> None:
-    """Raise `InputError` for what is no text, or an empty one."""
+    """Reject what is no text, or an empty one.
+
+    Args:
+        what: The subject of the error message.
+        text: What is checked.
+
+    Raises:
+        InputError: For such a text.
+    """
     if not isinstance(text, str):
         raise InputError(f"The {what} is a text; got {type(text).__name__}.")
     if not text.strip():
         raise InputError(f"The {what} is empty: give a text with one visible character at least.")
 
 
-def refuse_special(text: str, what: str, tokenizer: Any, placeholders: Sequence[str] = ()) -> None:
-    """Raise `InputError` when a text holds a special token, which would change the prompt's meaning."""
+def refuse_special(text: str, what: str, tokenizer: Tokenizer, placeholders: Sequence[str] = ()) -> None:
+    """Reject a text that holds a special token, which would change the prompt's meaning.
+
+    Args:
+        text: What is checked.
+        what: The subject of the error message.
+        tokenizer: The tokenizer that has special tokens.
+        placeholders: More texts to reject.
+
+    Raises:
+        InputError: For such a text.
+    """
     special = [str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special]
     found = sorted({t for t in (*special, *placeholders) if t and t in text})
     if found:
@@ -108,7 +155,7 @@ def refuse_special(text: str, what: str, tokenizer: Any, placeholders: Sequence[
         )
 
 
-def _apply(template: Any, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
+def _apply(template: ChatTemplate, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
     parts = [{"type": "image"} for _ in range(n_images)] + [{"type": "video"} for _ in range(n_videos)]
     user = {"role": "user", "content": [*parts, {"type": "text", "text": texts["question"]}]}
     messages = [user]
@@ -122,7 +169,7 @@ def _apply(template: Any, texts: Mapping[str, str], n_images: int, n_videos: int
     try:
         return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is free to raise anything, among it jinja2's own errors
-        raise InputError(f"The chat template refuses this conversation: {error}") from error
+        raise InputError(f"The chat template rejects this conversation: {error}") from error
 
 
 def _sentinel(name: str, taken: str) -> str:
@@ -133,7 +180,7 @@ def _sentinel(name: str, taken: str) -> str:
 
 
 def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mapping[str, str]) -> dict[str, Span]:
-    """Character ranges, from what stands around the sentinels; a template may strip the texts."""
+    """Character ranges, from the parts around the sentinels; a template may strip the texts."""
     order = sorted(texts, key=lambda name: marked.index(marks[name]))
     pieces, rest = [], marked
     for name in order:
@@ -150,17 +197,17 @@ def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mappin
             if built + rest == rendered:
                 return spans
     raise LayoutError(
-        "The question was not found: the chat template changes the texts that it is given, or the rest with them. "
-        f"With the question it gives {rendered!r}, with a mark in its place {marked!r}."
+        "The question was not found: the chat template changes its texts, or the rest depending on them. "
+        f"With the question it gives {rendered!r}, with a mark instead of it {marked!r}."
     )
 
 
 def _tokens(text: str, offsets: Sequence[Span], start: int, end: int, name: str) -> Span:
-    mine = []
+    inside_text = []
     for i, (a, b) in enumerate(offsets):
         inside = text[max(a, start) : min(b, end)]
         if a < end and b > start and ((start <= a and b <= end) or inside.strip()):
-            mine.append(i)
-    if not mine:
+            inside_text.append(i)
+    if not inside_text:
         raise LayoutError(f"The {name} was not found: no token holds one of its characters.")
-    return mine[0], mine[-1] + 1
+    return inside_text[0], inside_text[-1] + 1

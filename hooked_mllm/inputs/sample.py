@@ -15,6 +15,9 @@ from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Region, TokenLayout
 from hooked_mllm.layout.regions import as_regions
 
+#: a region of the pictures, or the union of several
+Target = Region | Sequence[Region]
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -58,7 +61,7 @@ class Sample:
     answer: str | None = None
     images: tuple[Image.Image, ...] = ()
     videos: tuple[Video, ...] = ()
-    target: Region | list[Region] | None = None
+    target: Target | None = None
     target_mask: Bool[Tensor, " pos"] | None = None
     id: str | None = None
     template: str | None = None

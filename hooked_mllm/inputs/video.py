@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from jaxtyping import UInt8
@@ -12,23 +12,25 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs.images import channels_last, load_image, to_uint8
+from hooked_mllm.inputs.images import ImageInput, channels_last, load_image, to_uint8
 
-#: Qwen3-VL's own sampling, taken where nothing else is asked for
+#: Qwen3-VL's own sampling, the default
 DEFAULT_FPS, DEFAULT_MAX_FRAMES = 2.0, 768
 
 Number = float | int | np.floating | np.integer
+#: frames in memory: `[frame height width channel]`, `[frame channel height width]`, or pictures of one size
+FrameInput = np.ndarray | Tensor | Sequence[ImageInput]
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """The frames that a model is to see, and when each is shown.
+    """The frames that are given to a model, and the time of each.
 
     Attributes:
         frames: uint8 RGB, `[frame height width channel]`.
-        times_s: the time of each frame in seconds, from the start of the video.
-        fps: frame rate of the video they were taken from.
-        source: where they come from, for messages.
+        times_s: The time of each frame in seconds, from the start of the video.
+        fps: Frame rate of the video that they were taken from.
+        source: Where they come from, for messages.
 
     Examples:
         >>> import numpy as np
@@ -54,7 +56,7 @@ class Video:
     @classmethod
     def from_frames(
         cls,
-        frames: np.ndarray | Tensor | Sequence[Any],
+        frames: FrameInput,
         fps: Number | None = None,
         times_s: Sequence[Number] | None = None,
         source: str = "frames in memory",
@@ -64,12 +66,12 @@ class Video:
         Args:
             frames: `[frame height width channel]` or `[frame channel height width]`, integers 0 to 255 or floats 0 to
                 1; or a list of pictures of one size.
-            fps: frames a second, of these very frames.
-            times_s: instead of `fps`, for frames at uneven distances.
-            source: a name for messages.
+            fps: Frames a second, of these very frames.
+            times_s: Instead of `fps`, for frames at uneven distances.
+            source: A name for messages.
 
         Raises:
-            InputError: neither `fps` nor `times_s`, frames of unequal sizes, NaN.
+            InputError: Neither `fps` nor `times_s`, frames of unequal sizes, NaN.
         """
         if (fps is None) == (times_s is None):
             raise InputError(
@@ -112,15 +114,15 @@ def read_video(
     """Frames of a video file, from its largest video stream, each with its real time.
 
     Args:
-        path: the file.
-        fps: take the frame shown at 0, 1/fps, 2/fps, ... seconds (2 if `num_frames` is not given either).
-        num_frames: take that many frames at even distances, first and last included; all if the video has fewer.
-        max_frames: with `fps`, take no more than so many: spread evenly if there would be more (768 by default).
+        path: The file.
+        fps: Take the frame shown at 0, 1/fps, 2/fps, ... seconds (2 if `num_frames` is not given either).
+        num_frames: Take that many frames at even distances, first and last included; all if the video has fewer.
+        max_frames: With `fps`, the most frames: spread evenly if there would be more (768 by default).
 
     Times count from the video's first frame. Frames come upright: a rotation noted in the file is applied.
 
     Raises:
-        InputError: no such file, no video in it, frames that do not decode, nothing but black, `fps` beside
+        InputError: No such file, no video in it, frames that do not decode, nothing but black, or `fps` together with
             `num_frames`.
     """
     if fps is not None and num_frames is not None:
@@ -157,6 +159,12 @@ def sampled(
 ) -> np.ndarray:
     """Numbers of the frames to take, of frames shown at `times` (increasing, from 0).
 
+    Args:
+        times: The time of each frame in seconds.
+        fps: As in `read_video`.
+        num_frames: As in `read_video`.
+        max_frames: As in `read_video`.
+
     Examples:
         >>> import numpy as np
         >>> sampled(np.arange(10) / 10, fps=5).tolist()
@@ -167,9 +175,9 @@ def sampled(
     n = len(times)
     if num_frames is None:
         rate = float(fps or DEFAULT_FPS)
-        wanted = np.arange(int(np.floor(times[-1] * rate + 1e-6)) + 1) / rate
-        # the frame on show at that time; a stream's clock may round it to just after
-        shown = np.unique((np.searchsorted(times, wanted + 1e-3, side="right") - 1).clip(0))
+        sample_times = np.arange(int(np.floor(times[-1] * rate + 1e-6)) + 1) / rate
+        # the frame shown at that time; a stream's clock may round it to just after
+        shown = np.unique((np.searchsorted(times, sample_times + 1e-3, side="right") - 1).clip(0))
         limit = DEFAULT_MAX_FRAMES if max_frames is None else max_frames
         if len(shown) <= limit:
             return shown
@@ -182,19 +190,31 @@ def _even(n: int, k: int) -> np.ndarray:
     return np.unique(np.round(np.linspace(0, n - 1, min(n, k))).astype(int))
 
 
+#: one video: a path, a `Video`, frames (with `fps=`), or a pair (frames, fps)
+VideoInput = str | os.PathLike[str] | Video | FrameInput | tuple[FrameInput, Number]
+#: one video, or several; an array of five axes is several
+Videos = VideoInput | Sequence[VideoInput]
+
+
 def as_video(
-    video: Any, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
+    video: VideoInput, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
 ) -> Video:
-    """Anything `prepare` takes for a video: a `Video`, a path, frames (with `fps`), or a pair (frames, fps).
+    """One video in any form that `prepare` takes.
+
+    Args:
+        video: A `Video`, a path, frames (with `fps`), or a pair (frames, fps).
+        fps: Of frames in memory, their rate; of a file, as in `read_video`.
+        num_frames: As in `read_video`.
+        max_frames: As in `read_video`.
 
     Raises:
-        InputError: for anything else, and as `read_video` and `Video.from_frames` do.
+        InputError: For anything else, and as `read_video` and `Video.from_frames` do.
     """
     if isinstance(video, Video):
         return video
     if isinstance(video, str | os.PathLike):
         return read_video(video, fps, num_frames, max_frames)
-    if isinstance(video, tuple) and len(video) == 2 and isinstance(video[1], Number):
+    if _is_pair(video):
         return Video.from_frames(video[0], fps=video[1])
     if isinstance(video, np.ndarray | Tensor) or (isinstance(video, Sequence) and not isinstance(video, bytes)):
         return Video.from_frames(video, fps=fps)
@@ -204,21 +224,28 @@ def as_video(
     )
 
 
-def as_list(videos: Any) -> list[Any]:
-    """One video or a list of them, as a list; `None` gives an empty one."""
+def as_list(videos: Videos | None) -> list[Any]:
+    """One video or a list of them, as a list; `None` gives an empty one.
+
+    Raises:
+        InputError: For something else.
+    """
     if videos is None:
         return []
-    pair = isinstance(videos, tuple) and len(videos) == 2 and isinstance(videos[1], Number)
     if isinstance(videos, np.ndarray | Tensor):
         return [videos] if videos.ndim == 4 else list(videos)
-    if pair or isinstance(videos, str | os.PathLike | Video):
+    if _is_pair(videos) or isinstance(videos, str | os.PathLike | Video):
         return [videos]
     if isinstance(videos, Sequence) and not isinstance(videos, bytes):
         return list(videos)
     raise InputError(f"Videos are one video or a list of them; got {type(videos).__name__}.")
 
 
-def _stack(frames: Any) -> np.ndarray:
+def _is_pair(video: Any) -> TypeGuard[tuple[FrameInput, Number]]:
+    return isinstance(video, tuple) and len(video) == 2 and isinstance(video[1], Number)
+
+
+def _stack(frames: FrameInput) -> UInt8[np.ndarray, "frame height width 3"]:
     if not isinstance(frames, np.ndarray | Tensor):
         if isinstance(frames, Image.Image) or not len(frames):
             raise InputError(

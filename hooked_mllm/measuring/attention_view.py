@@ -126,7 +126,8 @@ class AttentionView:
         """The positions of that name, on the device of the view.
 
         Raises:
-            InputError: if a sample of the batch has no such position.
+            LayoutError: if a sample of the batch has no such position.
+            InputError: if a sample was prepared without the target or answer.
         """
         return self._selections.mask(name)
 

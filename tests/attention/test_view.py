@@ -9,7 +9,7 @@ from hooked_mllm import HookedMLLM, metrics, toys
 from hooked_mllm.attention.hybrid import HybridAttention
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.streaming import StreamingHeads
-from hooked_mllm.errors import HookValueError, InputError, NumericsError
+from hooked_mllm.errors import HookValueError, InputError, LayoutError, NumericsError
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.query_selection import Selections
 
@@ -270,9 +270,9 @@ def test_bad_input_is_refused():
     layers = random_layers(lengths=(23, 20))
     view = layers.view()
     layers.masks["target"][1] = False
-    with pytest.raises(InputError, match="'target' mask is empty for sample 1"):
+    with pytest.raises(LayoutError, match="'target' mask is empty for sample 1"):
         layers.view().mass("question", "target")
-    with pytest.raises(InputError, match=r"boolean of shape \[2, 23\]"):
+    with pytest.raises(LayoutError, match=r"\[batch pos\], here \[2, 23\]; got \[2, 22\]"):
         view.profile(torch.ones(2, 22, dtype=torch.bool))
     with pytest.raises(InputError, match="share of the keys"):
         view.top("question", 0.0)

@@ -240,7 +240,7 @@ def test_positions_that_are_not_there_are_refused(family):
             cache.pattern(0, keys=mask)
     flags = [n % 3 == 0 for n in range(len(inputs))]
     close(cache.pattern(0, keys=flags), cache.pattern(0, keys=list(range(0, len(inputs), 3))))
-    with pytest.raises(LayoutError, match="do not say which tokens"):
+    with pytest.raises(LayoutError, match="mapping of model inputs has no token layout"):
         model.run_with_cache(dict(inputs.inputs))[1].pattern(0, queries="question")
     with pytest.raises(LayoutError):
         model.run_with_cache(text_sample(family))[1].pattern(0, queries="visual")

@@ -161,7 +161,7 @@ def test_settings_and_regions_that_do_not_fit_are_refused():
         with pytest.raises(InputError, match=why):
             make()
     for corruption in (BlurRegion(2), MeanRegion(), ImageNoise(9, region="target")):
-        with pytest.raises(InputError, match="no target to corrupt: give `target=` to prepare"):
+        with pytest.raises(InputError, match="has no target region: give `target=` to prepare"):
             corruption(model, sample)
         with pytest.raises(InputError, match="no images and no videos, so there are no pixels"):
             corruption(model, model.prepare(QUESTION))

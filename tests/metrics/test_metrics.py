@@ -10,7 +10,7 @@ import torch
 from attention_reference import Layers, random_layers
 
 from hooked_mllm.contracts import Metric, ModelInfo
-from hooked_mllm.errors import HeadError, InputError, NumericsError
+from hooked_mllm.errors import HeadError, InputError, LayoutError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.metrics import AttentionScore, HeadMetric, KeyTokenRatio, RetrievalAttentionMass, VisionMass
 
@@ -332,7 +332,7 @@ def test_a_sample_without_target_is_refused():
     layers = random_layers(lengths=(23, 20))
     layers.masks["target"][1] = False
     for metric in (RetrievalAttentionMass(), KeyTokenRatio(), AttentionScore(reduce="argmax")):
-        with pytest.raises(InputError, match="'target' mask is empty for sample 1"):
+        with pytest.raises(LayoutError, match="'target' mask is empty for sample 1"):
             metric.update(view=layers.view())
 
 

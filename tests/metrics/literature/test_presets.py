@@ -5,7 +5,7 @@ import pytest
 import torch
 from attention_reference import Layers, random_layers
 
-from hooked_mllm.errors import InputError
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.measuring.view_context import ViewContext
 from hooked_mllm.metrics import GazeHeads, OCRHeads, RetrievalHeads, SparseMMHeads, VisualRetrievalHeads
 
@@ -121,5 +121,5 @@ def test_refusals():
     with pytest.raises(InputError, match="compares tokens"):
         RetrievalHeads().update(view=layers.view())
     layers.masks["generating"][1] = False
-    with pytest.raises(InputError, match="'generating' mask is empty for sample 1"):
+    with pytest.raises(LayoutError, match="'generating' mask is empty for sample 1"):
         OCRHeads().update(view=layers.view())

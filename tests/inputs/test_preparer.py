@@ -1,5 +1,7 @@
 """`prepare` must give the model what its own processor gives, and refuse what it cannot give."""
 
+import ast
+import inspect
 import logging
 from contextlib import suppress
 from functools import cache
@@ -18,7 +20,7 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Box, Frames
 
-NASA = Path(__file__).parent / "data" / "nasa_13013.mp4"
+NASA = Path(__file__).parents[1] / "data" / "nasa_13013.mp4"
 QUESTION = "What colour is the mug?"
 
 
@@ -201,7 +203,7 @@ def test_an_answer_may_end_the_turn_but_not_hold_a_picture(family):
     prepare = preparer(family)
     sample = prepare(QUESTION, answer="red<|im_end|>")
     assert sample.inputs["input_ids"][0, -1] == prepare.tokenizer.eos_token_id
-    with pytest.raises(InputError, match=r"answer contains .* stands for an image"):
+    with pytest.raises(InputError, match=r"answer contains .* represents an image"):
         prepare(QUESTION, answer=f"red{prepare.processor.image_token}")
     with pytest.raises(InputError, match="answer is empty"):
         prepare(QUESTION, answer="")
@@ -254,6 +256,13 @@ def test_processor_arguments_reach_the_processor():
     one = preparer("internvl")(QUESTION, images=tiny_image(), crop_to_patches=False)
     assert one.inputs["pixel_values"].shape[0] == 1
     assert one.layout.visual.sum() == 4
+
+
+def test_every_overload_has_the_arguments_of_the_implementation():
+    tree = ast.parse(inspect.getsource(Preparer))
+    signatures = [node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__call__"]
+    names = [[a.arg for a in (*args.args, *args.kwonlyargs, args.kwarg)] for args in signatures]
+    assert names == [list(inspect.signature(Preparer.__call__).parameters)] * 3
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -314,6 +323,9 @@ def test_a_processor_that_does_not_tell_takes_what_it_will():
     processor = tiny_processor("qwen3_vl")
 
     class Untold:
+        tokenizer, chat_template = processor.tokenizer, processor.chat_template
+        apply_chat_template = processor.apply_chat_template
+
         def __getattr__(self, name):
             if name == "valid_processor_kwargs":
                 raise AttributeError(name)
@@ -374,7 +386,7 @@ def test_lists_of_another_length(family):
 
 
 def test_what_the_processor_refuses_is_said_in_its_words():
-    with pytest.raises(InputError, match=r"Qwen3VLProcessor refuses these inputs: .*aspect ratio"):
+    with pytest.raises(InputError, match=r"Qwen3VLProcessor rejects these inputs: .*aspect ratio"):
         preparer("qwen3_vl")(QUESTION, images=tiny_image(900, 2))
 
 
@@ -386,7 +398,7 @@ def test_qwen_without_the_types_of_its_tokens():
 def test_a_template_without_placeholders(family):
     processor, config = tiny_processor(family), tiny_config(family)
     processor.chat_template = "{{- messages[-1].content[-1].text -}}"
-    with pytest.raises((InputError, LayoutError), match=r"refuses these inputs|placeholder"):
+    with pytest.raises((InputError, LayoutError), match=r"rejects these inputs|placeholder"):
         Preparer(processor, config, family_of(config))(QUESTION, images=tiny_image())
 
 

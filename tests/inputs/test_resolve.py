@@ -143,7 +143,7 @@ def test_embeddings_in_place_of_tokens(family):
             with model.hooks([(name, in_place(name))]):
                 assert not torch.equal(model({"inputs_embeds": embeds, "attention_mask": mask}), by_ids)
         assert torch.equal(embeds, before)  # the caller's
-    with pytest.raises(LayoutError, match="without `input_ids` say nothing of their positions"):
+    with pytest.raises(LayoutError, match="without `input_ids` have no token kinds"):
         resolved.masks("visual")
 
 
@@ -161,7 +161,7 @@ def test_what_a_bare_mapping_tells_of_its_positions(family, side):
     for row, n in zip(expected, lengths.tolist(), strict=True):
         row[n - 1 if side == "right" else -1] = True
     assert torch.equal(masks("last"), expected)
-    with pytest.raises(LayoutError, match="do not say which tokens are 'question'.*Make a sample"):
+    with pytest.raises(LayoutError, match="no token layout: 'question' is not among .*Make a sample"):
         masks("question")
 
 

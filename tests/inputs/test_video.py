@@ -1,5 +1,6 @@
 """Video files: the right stream, the right frames, their real times; and clear words where that cannot be had."""
 
+import inspect
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tiny import tiny_frames, tiny_image
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.video import Video, as_video, read_video, sampled
 
-NASA = Path(__file__).parent / "data" / "nasa_13013.mp4"
+NASA = Path(__file__).parents[1] / "data" / "nasa_13013.mp4"
 
 
 def grey(level: int, width: int = 64, height: int = 48) -> np.ndarray:
@@ -220,7 +221,7 @@ def test_every_form_of_frames_gives_the_same_video(form):
 )
 def test_what_is_no_video_is_refused(frames, message):
     with pytest.raises(InputError, match=message):
-        as_video(frames, fps=1)
+        inspect.unwrap(as_video)(frames, fps=1)
 
 
 def test_times_must_increase():

@@ -1,5 +1,7 @@
 """Pictures come in many forms; the model must see what a person sees."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -102,13 +104,14 @@ def test_nan_in_pixels_is_refused(value, kind):
         (np.zeros((1, 4, 6, 3), np.uint8), "shape"),
         (np.array([["a"]]), "numbers for pixels"),
         (3, "PIL image, a path, or an array; got int"),
+        (b"png", "PIL image, a path, or an array; got bytes"),
         ("no/such.png", "No image file at"),
         ("https://somewhere/a.png", "not from addresses"),
     ],
 )
 def test_what_is_no_picture_is_refused(bad, message):
     with pytest.raises(InputError, match=message):
-        load_image(bad)
+        inspect.unwrap(load_image)(bad)
 
 
 def test_a_truncated_file_and_a_text_are_refused(tmp_path):
