@@ -1,7 +1,8 @@
 """Fixtures shared by all tests."""
 
 import pytest
-from tiny import FAMILIES
+
+from helpers.tiny import FAMILIES
 
 
 @pytest.fixture(params=FAMILIES)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import save_tiny
 from transformers import AutoModelForImageTextToText
 
+from helpers.tiny import save_tiny
 from hooked_mllm import HeadScores, HookedMLLM, cli
 from hooked_mllm.cli.files import save_figure
 from hooked_mllm.cli.score import METRICS

@@ -63,7 +63,7 @@ def test_docstrings_use_sections_that_the_manual_knows():
 
 
 def test_every_hook_point_is_listed_with_its_shape():
-    page = importlib.import_module("hook_points_page").page()
+    page = importlib.import_module("helpers.hook_points_page").page()
     assert (ROOT / "docs" / "hook-points.md").read_text(encoding="utf-8") == page, (
-        "run `python tests/hook_points_page.py` to write the page again"
+        "run `PYTHONPATH=tests python -m helpers.hook_points_page` to write the page again"
     )

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from eager_reference import Reference
-from tiny import tiny_config, tiny_image, tiny_processor
 from transformers import AutoModelForImageTextToText
-from wrapped import LAYERS, VISION_LAYERS, edit, fresh, in_place, model_inputs, noise, plain, returned, wrapped
 
+from helpers.eager_reference import Reference
+from helpers.tiny import tiny_config, tiny_image, tiny_processor
+from helpers.wrapped import LAYERS, VISION_LAYERS, edit, fresh, in_place, model_inputs, noise, plain, returned, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import InputError
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, save_tiny, tiny_inputs, tiny_model, tiny_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from helpers.tiny import ALL_FAMILIES, save_tiny, tiny_inputs, tiny_model, tiny_processor
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -5,12 +5,12 @@ import gc
 
 import pytest
 import torch
-from tiny import tiny_config
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 from transformers.models.siglip import modeling_siglip
-from wrapped import fresh, model_inputs, plain, wrapped
 
+from helpers.tiny import tiny_config
+from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.attention.backends import PREFIX, TowerSwitch, implementation, is_known, twin
 from hooked_mllm.errors import UnsupportedModelError

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-import toy_witness
-from hybrid_witness import DENSE, SINK, WINDOW, HybridReference, written_out
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES
 from transformers import DynamicCache, StaticCache
-from wrapped import edit, model_inputs, noise, plain, wrapped
 
+from helpers import toy_witness
+from helpers.hybrid_witness import DENSE, SINK, WINDOW, HybridReference, written_out
+from helpers.tiny import FAMILIES
+from helpers.wrapped import edit, model_inputs, noise, plain, wrapped
 from hooked_mllm import (
     ActivationCache,
     AttentionKnockout,

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from cache_witness import batch as padded
-from cache_witness import hooked, sample
-from hybrid_witness import DENSE, SINK, WINDOW, keep_half_of_the_heads
-from tiny import tiny_config, tiny_processor
 from transformers import InternVLForConditionalGeneration
-from wrapped import fresh, model_inputs, plain, wrapped
 
+from helpers.cache_witness import batch as padded
+from helpers.cache_witness import hooked, sample
+from helpers.hybrid_witness import DENSE, SINK, WINDOW, keep_half_of_the_heads
+from helpers.tiny import tiny_config, tiny_processor
+from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import AttentionKnockout, HeadAblation, HeadSet, HookedMLLM, HybridAttention, metrics, toys
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError

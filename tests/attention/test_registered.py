@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from hybrid_witness import keep_half_of_the_heads
-from registered_witness import (
+from transformers import (
+    BertConfig,
+    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    StaticCache,
+)
+
+from helpers.hybrid_witness import keep_half_of_the_heads
+from helpers.registered_witness import (
     CLASSES,
     DENSE,
     HEADS,
@@ -18,17 +28,7 @@ from registered_witness import (
     prompts,
     register,
 )
-from transformers import (
-    BertConfig,
-    BertModel,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    StaticCache,
-)
-from wrapped import fresh, model_inputs, wrapped
-
+from helpers.wrapped import fresh, model_inputs, wrapped
 from hooked_mllm import HeadSet, HybridAttention, register_hybrid_attention
 from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
 

@@ -4,7 +4,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from registered_witness import (
+
+from helpers.registered_witness import (
     CLASSES,
     LAYERS,
     NAME,
@@ -13,7 +14,6 @@ from registered_witness import (
     prompts,
     register,
 )
-
 from hooked_mllm.attention.routing import PerLayer, QueryAwareHeads, Total
 from hooked_mllm.errors import HeadError, UnsupportedModelError
 

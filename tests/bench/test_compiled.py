@@ -1,8 +1,8 @@
 import pytest
 import torch
 from accelerate import dispatch_model
-from tiny import tiny_model
 
+from helpers.tiny import tiny_model
 from hooked_mllm import HookedMLLM
 from hooked_mllm.attention.registered import register_hybrid_attention
 from hooked_mllm.bench import compile_blocks, random_text_model

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cache_witness import attentions, batch, close, film, hooked, plain, recording, sample, text_sample
 from nnsight import NNsight
 
+from helpers.cache_witness import attentions, batch, close, film, hooked, plain, recording, sample, text_sample
 from hooked_mllm import ActivationCache
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
 

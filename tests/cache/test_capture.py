@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from cache_witness import batch, close, film, hooked, sample, text_sample
-from tiny import tiny_model
 
+from helpers.cache_witness import batch, close, film, hooked, sample, text_sample
+from helpers.tiny import tiny_model
 from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
 

@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from cache_witness import batch, close, film, hooked, sample, text_sample
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny import tiny_model
 
+from helpers.cache_witness import batch, close, film, hooked, sample, text_sample
+from helpers.tiny import tiny_model
 from hooked_mllm import ActivationCache, HookedMLLM
 from hooked_mllm.cache import GenerationCache, files
 from hooked_mllm.cache.lazy import LazyPattern, LazyResult

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cache_witness import batch, close, film, hooked, plain, sample, text_sample
-from tiny import tiny_model
 from transformers import DynamicCache, GenerationConfig
 
+from helpers.cache_witness import batch, close, film, hooked, plain, sample, text_sample
+from helpers.tiny import tiny_model
 from hooked_mllm import HookedMLLM
 from hooked_mllm.cache import GenerationCache
 from hooked_mllm.cache.lazy import GrowingKeys, LazyPattern

@@ -1,8 +1,8 @@
 """Every way of naming a cached activation means one hook name, and what means none is refused."""
 
 import pytest
-from cache_witness import hooked, sample
 
+from helpers.cache_witness import hooked, sample
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.errors import HookNameError
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cache_witness import attentions, close, hooked, plain, sample, sizes
-from tiny import tiny_model
 
+from helpers.cache_witness import attentions, close, hooked, plain, sample, sizes
+from helpers.tiny import tiny_model
 from hooked_mllm import HookedMLLM
 from hooked_mllm.cache.lazy import GrowingKeys, LazyKeys, LazyPattern, LazyResult
 from hooked_mllm.errors import NumericsError

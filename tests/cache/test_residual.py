@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cache_witness import batch, close, film, hooked, sample, text_sample
-from tiny import tiny_image
 
+from helpers.cache_witness import batch, close, film, hooked, sample, text_sample
+from helpers.tiny import tiny_image
 from hooked_mllm.errors import HookNameError, HookValueError, InputError, LayoutError
 
 MAKES = [sample, batch, film, text_sample]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from cache_witness import batch, close, film, hooked, plain, sample
-from tiny import tiny_model
 
+from helpers.cache_witness import batch, close, film, hooked, plain, sample
+from helpers.tiny import tiny_model
 from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
 

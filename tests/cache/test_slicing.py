@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_model, tiny_processor
 
+from helpers.tiny import tiny_model, tiny_processor
 from hooked_mllm import ActivationCache, HookedMLLM
 
 

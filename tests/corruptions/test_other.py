@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_frames, tiny_image
-from wrapped import wrapped
 
+from helpers.tiny import tiny_frames, tiny_image
+from helpers.wrapped import wrapped
 from hooked_mllm import Box, SampleBatch, Video
 from hooked_mllm.corruptions import (
     BlurRegion,

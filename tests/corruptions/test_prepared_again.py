@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_frames, tiny_image
-from wrapped import wrapped
 
+from helpers.tiny import tiny_frames, tiny_image
+from helpers.wrapped import wrapped
 from hooked_mllm import Box, Frames, SampleBatch, Video
 from hooked_mllm.corruptions import Corruption, ImageNoise
 from hooked_mllm.corruptions.base import prepared_again

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_frames, tiny_image
-from wrapped import wrapped
 
+from helpers.tiny import tiny_frames, tiny_image
+from helpers.wrapped import wrapped
 from hooked_mllm import Box, Frames, Mask, Pages, Tube, Video
 from hooked_mllm.corruptions import BlurRegion, ImageNoise, MeanRegion
 from hooked_mllm.errors import InputError, LayoutError

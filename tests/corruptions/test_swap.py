@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_frames, tiny_image
-from wrapped import wrapped
 
+from helpers.tiny import tiny_frames, tiny_image
+from helpers.wrapped import wrapped
 from hooked_mllm import Box, Frames, HookedMLLM, Mask, Pages, Tube, Video
 from hooked_mllm.corruptions import SwapRegion
 from hooked_mllm.errors import InputError, LayoutError

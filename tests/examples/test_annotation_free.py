@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toy_witness
 
+from helpers import toy_witness
 from hooked_mllm.toys import VisualRetrieval
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import toy_witness
 
+from helpers import toy_witness
 from hooked_mllm.toys import VisualRetrieval
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_frames, tiny_model, tiny_processor
 from transformers.video_utils import VideoMetadata
 
+from helpers.tiny import tiny_frames, tiny_model, tiny_processor
 from hooked_mllm.families import family_of
 from hooked_mllm.layout import Box, Frames, ImageMedia, Mask, TokenLayout, VideoMedia
 

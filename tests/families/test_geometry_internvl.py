@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from coordinates import (
+
+from helpers.coordinates import (
     RAW,
     centre_error,
     coordinate_image,
@@ -14,7 +15,6 @@ from coordinates import (
     real,
     seen,
 )
-
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import ImageMedia, VideoMedia, View
 

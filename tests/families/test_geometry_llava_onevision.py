@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from coordinates import (
+from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
+
+from helpers.coordinates import (
     RAW,
     centre_error,
     coordinate_image,
@@ -16,8 +18,6 @@ from coordinates import (
     real,
     seen,
 )
-from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
-
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import ImageMedia, VideoMedia, View
 

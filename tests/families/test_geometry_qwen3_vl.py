@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from coordinates import (
+
+from helpers.coordinates import (
     RAW,
     centre_error,
     coordinate_image,
@@ -15,7 +16,6 @@ from coordinates import (
     real,
     seen,
 )
-
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import ImageMedia, VideoMedia
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import tiny_image
 
+from helpers.tiny import tiny_image
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.images import load_image
 

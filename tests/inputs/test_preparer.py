@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, tiny_config, tiny_frames, tiny_image, tiny_inputs, tiny_model, tiny_processor
 from transformers.video_utils import VideoMetadata
 
+from helpers.tiny import FAMILIES, tiny_config, tiny_frames, tiny_image, tiny_inputs, tiny_model, tiny_processor
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer, _processor_arguments

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, tiny_config, tiny_frames, tiny_image, tiny_processor
 
+from helpers.tiny import FAMILIES, tiny_config, tiny_frames, tiny_image, tiny_processor
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_frames, tiny_image, tiny_inputs
 from transformers import BatchFeature, DynamicCache
-from wrapped import in_place, model_inputs, plain, wrapped
 
+from helpers.tiny import tiny_frames, tiny_image, tiny_inputs
+from helpers.wrapped import in_place, model_inputs, plain, wrapped
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.resolve import resolve_input
 from hooked_mllm.inputs.sample import SampleBatch

@@ -4,8 +4,8 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_image, tiny_processor
 
+from helpers.tiny import tiny_config, tiny_image, tiny_processor
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer

@@ -8,8 +8,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_frames, tiny_image
 
+from helpers.tiny import tiny_frames, tiny_image
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.video import Video, as_video, read_video, sampled
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from eager_reference import Reference
-from intervention_witness import GREEDY, batch, close, o_proj, real, sample, z_replaced
-from tiny import FAMILIES, HEAD_DIM, HEADS
-from wrapped import LAYERS, VISION_LAYERS, fresh, wrapped
 
+from helpers.eager_reference import Reference
+from helpers.intervention_witness import GREEDY, batch, close, o_proj, real, sample, z_replaced
+from helpers.tiny import FAMILIES, HEAD_DIM, HEADS
+from helpers.wrapped import LAYERS, VISION_LAYERS, fresh, wrapped
 from hooked_mllm import HeadAblation, HeadSet
 from hooked_mllm.errors import HeadError, HookValueError, InputError, LayoutError
 

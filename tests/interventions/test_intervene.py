@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from intervention_witness import GREEDY, batch, sample
-from wrapped import LAYERS, plain, wrapped
 
+from helpers.intervention_witness import GREEDY, batch, sample
+from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import ActivationPatch, AttentionKnockout, HeadAblation, HeadPatch, Intervention, Steer
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadSet

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from eager_reference import Reference
-from intervention_witness import GREEDY, batch, close, real, sample
-from tiny import FAMILIES
-from wrapped import LAYERS, plain, wrapped
 
+from helpers.eager_reference import Reference
+from helpers.intervention_witness import GREEDY, batch, close, real, sample
+from helpers.tiny import FAMILIES
+from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import AttentionKnockout, HeadAblation
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.interventions import knockout_windows

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from eager_reference import Reference
-from intervention_witness import GREEDY, batch, close, listen, o_proj, real, sample, z_replaced
-from tiny import FAMILIES, HEAD_DIM, tiny_image
-from wrapped import plain, wrapped
 
+from helpers.eager_reference import Reference
+from helpers.intervention_witness import GREEDY, batch, close, listen, o_proj, real, sample, z_replaced
+from helpers.tiny import FAMILIES, HEAD_DIM, tiny_image
+from helpers.wrapped import plain, wrapped
 from hooked_mllm import ActivationPatch, HeadPatch
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError, LayoutError
 

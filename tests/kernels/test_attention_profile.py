@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-CASES = Path(__file__).with_name("attention_profile_cases.py")
+CASES = Path(__file__).parents[1] / "helpers" / "attention_profile_cases.py"
 
 
 def test_attention_profile():

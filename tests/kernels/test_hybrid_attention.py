@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 def passed(name, **environment):
     """How many cases of a file passed, if none failed and none was skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", str(HERE / name)]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", str(HELPERS / name)]
     environment = {**os.environ, **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parents[1])
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HELPERS.parents[1])
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "skipped" not in done.stdout.splitlines()[-1]
     return int(re.search(r"(\d+) passed", done.stdout).group(1))

@@ -5,8 +5,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from layout.pieces import PLACEHOLDER, TEXT, image, layout, two_views, video
 
+from helpers.layout_pieces import PLACEHOLDER, TEXT, image, layout, two_views, video
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import Box, ImageMedia, Kind, TokenLayout, Tube, VideoMedia, View
 

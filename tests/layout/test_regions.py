@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layout.pieces import image, layout, two_views, video
 
+from helpers.layout_pieces import image, layout, two_views, video
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import Box, Frames, Mask, Pages, Tube
 

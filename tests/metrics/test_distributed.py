@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from attention_reference import random_layers
 
+from helpers.attention_reference import random_layers
 from hooked_mllm.contracts import ModelInfo
 from hooked_mllm.metrics import KeyTokenCoverage, KeyTokenRatio, RetrievalAttentionMass, VisionMass
 

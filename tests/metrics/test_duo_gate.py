@@ -5,12 +5,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from intervention_witness import batch, sample
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from wrapped import LAYERS, plain, wrapped
 
+from helpers.intervention_witness import batch, sample
+from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import CacheFileError, HookValueError, InputError, LayoutError, NumericsError
 from hooked_mllm.metrics import DuoGate

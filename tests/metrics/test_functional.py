@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from attention_reference import random_layers
 
+from helpers.attention_reference import random_layers
 from hooked_mllm.errors import InputError
 from hooked_mllm.metrics import KeyTokenCoverage, KeyTokenRatio, RetrievalAttentionMass, functional
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from attention_reference import Layers, random_layers
 
+from helpers.attention_reference import Layers, random_layers
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.metrics import CoverageCurve, KeyTokenCoverage, KeyTokenRatio, RetrievalAttentionMass

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from attention_reference import Layers, random_layers
 
+from helpers.attention_reference import Layers, random_layers
 from hooked_mllm.contracts import Metric, ModelInfo
 from hooked_mllm.errors import HeadError, InputError, LayoutError, NumericsError
 from hooked_mllm.heads import HeadScores

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_image
-from wrapped import wrapped
 
+from helpers.tiny import tiny_image
+from helpers.wrapped import wrapped
 from hooked_mllm import HeadAblation, HookedMLLM, SampleBatch
 from hooked_mllm.objectives import GreedyAccuracy, objective_values
 from hooked_mllm.toys import VisualRetrieval

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from objective_witness import answer_ids, log_softmax
-from tiny import VOCAB, tiny_image, tiny_processor
-from wrapped import fresh, model_inputs, noise, wrapped
 
+from helpers.objective_witness import answer_ids, log_softmax
+from helpers.tiny import VOCAB, tiny_image, tiny_processor
+from helpers.wrapped import fresh, model_inputs, noise, wrapped
 from hooked_mllm import HookedMLLM, SampleBatch
 from hooked_mllm.errors import InputError, LayoutError, NumericsError
 from hooked_mllm.objectives import (

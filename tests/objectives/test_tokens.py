@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, tiny_image
-from wrapped import fresh, model_inputs, wrapped
 
+from helpers.tiny import VOCAB, tiny_image
+from helpers.wrapped import fresh, model_inputs, wrapped
 from hooked_mllm import HookedMLLM, SampleBatch
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.objectives import (

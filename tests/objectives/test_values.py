@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from objective_witness import answer_ids, answer_log_probs, log_softmax, sample_logits
-from tiny import tiny_image
-from wrapped import wrapped
 
+from helpers.objective_witness import answer_ids, answer_log_probs, log_softmax, sample_logits
+from helpers.tiny import tiny_image
+from helpers.wrapped import wrapped
 from hooked_mllm import SampleBatch, objectives
 from hooked_mllm.objectives import AnswerLogProb, GreedyAccuracy, KLDivergence, LogitDifference, objective_values
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_frames, tiny_image
-from wrapped import wrapped
 
+from helpers.tiny import tiny_frames, tiny_image
+from helpers.wrapped import wrapped
 from hooked_mllm import Box, Frames, Video
 from hooked_mllm.corruptions import MeanRegion, OtherQuestion
 from hooked_mllm.errors import InputError

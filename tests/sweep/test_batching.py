@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from intervention_witness import sample
-from wrapped import wrapped
 
+from helpers.intervention_witness import sample
+from helpers.wrapped import wrapped
 from hooked_mllm import HeadAblation
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.objectives import LogitDifference

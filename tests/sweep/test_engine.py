@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from intervention_witness import GREEDY, batch, o_proj, sample
-from tiny import ALL_FAMILIES, FAMILIES, HEAD_DIM, HEADS
-from wrapped import LAYERS, plain, wrapped
 
+from helpers.intervention_witness import GREEDY, batch, o_proj, sample
+from helpers.tiny import ALL_FAMILIES, FAMILIES, HEAD_DIM, HEADS
+from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import ActivationPatch, AttentionKnockout, HeadAblation, HeadPatch, Steer
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.objectives import FunctionObjective, KLDivergence, LogitDifference

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import toy_witness as witness
 from safetensors import safe_open
 
+from helpers import toy_witness as witness
 from hooked_mllm.errors import InputError
 from hooked_mllm.toys import VisualRetrieval, bundled, path, resolve
 from hooked_mllm.toys.build import CHAT_TEMPLATE, PLANTED, build_config, build_tokenizer

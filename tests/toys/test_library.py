@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-import toy_witness as witness
 
+from helpers import toy_witness as witness
 from hooked_mllm import HookedMLLM, metrics
 from hooked_mllm.toys import VisualRetrieval
 from hooked_mllm.toys.build import PLANTED

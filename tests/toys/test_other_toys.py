@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import toy_witness as witness
 from safetensors import safe_open
 
+from helpers import toy_witness as witness
 from hooked_mllm import HookedMLLM, metrics
 from hooked_mllm.toys import VisualRetrieval, bundled, path
 from hooked_mllm.toys.build import PLANTED, build_config, build_tokenizer, chat_template

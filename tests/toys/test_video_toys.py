@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-import toy_witness as witness
 
+from helpers import toy_witness as witness
 from hooked_mllm import HookedMLLM, metrics
 from hooked_mllm.toys import VideoRetrieval, path
 from hooked_mllm.toys.build import PLANTED

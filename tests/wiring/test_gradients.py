@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from eager_reference import Reference
-from tiny import ALL_FAMILIES
-from wrapped import fresh, in_place, model_inputs, plain, wrapped
 
+from helpers.eager_reference import Reference
+from helpers.tiny import ALL_FAMILIES
+from helpers.wrapped import fresh, in_place, model_inputs, plain, wrapped
 from hooked_mllm import HookedMLLM
 
 

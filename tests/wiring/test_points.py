@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB
-from wrapped import LAYERS, VISION_LAYERS, in_place, model_inputs, plain, returned, wrapped
 
+from helpers.tiny import ALL_FAMILIES, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB
+from helpers.wrapped import LAYERS, VISION_LAYERS, in_place, model_inputs, plain, returned, wrapped
 from hooked_mllm.errors import HookValueError
 
 BLOCK = [

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from torch import nn
-from wrapped import LAYERS, model_inputs, noise, plain, wrapped
+
+from helpers.wrapped import LAYERS, model_inputs, noise, plain, wrapped
 
 VISION_BLOCKS = {
     "qwen3_vl": "model.visual.blocks",

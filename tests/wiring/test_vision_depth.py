@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from wrapped import VISION_LAYERS, fresh, model_inputs
 
+from helpers.wrapped import VISION_LAYERS, fresh, model_inputs
 from hooked_mllm import HookedMLLM, HookNameError
 
 

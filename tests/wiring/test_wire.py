@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_config, tiny_processor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from wrapped import fresh, model_inputs, plain, wrapped
 
+from helpers.tiny import tiny_config, tiny_processor
+from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import HookNameError, HookValueError, UnsupportedModelError
 from hooked_mllm.families import Qwen3VL, register

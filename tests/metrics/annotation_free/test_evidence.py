@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cache_witness import attentions, hooked, plain
-from tiny import tiny_image
 
+from helpers.cache_witness import attentions, hooked, plain
+from helpers.tiny import tiny_image
 from hooked_mllm import Box, HookedMLLM, SampleBatch
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.metrics import GradientAgreement, OcclusionAgreement, RetrievalAttentionMass

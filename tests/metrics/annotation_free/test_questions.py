@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from cache_witness import attentions, hooked
-from tiny import tiny_image
 
+from helpers.cache_witness import attentions, hooked
+from helpers.tiny import tiny_image
 from hooked_mllm import Box, HookedMLLM, SampleBatch
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.shared_prefix import SharedPrefix

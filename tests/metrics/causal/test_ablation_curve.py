@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from intervention_witness import QUESTIONS, z_replaced
-from tiny import HEAD_DIM, HEADS, tiny_image
-from wrapped import LAYERS, noise, wrapped
 
+from helpers.intervention_witness import QUESTIONS, z_replaced
+from helpers.tiny import HEAD_DIM, HEADS, tiny_image
+from helpers.wrapped import LAYERS, noise, wrapped
 from hooked_mllm import HeadAblation, HeadScores, HookedMLLM
 from hooked_mllm.errors import CacheFileError, HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.metrics import AblationCurve

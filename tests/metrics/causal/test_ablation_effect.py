@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from intervention_witness import batch, o_proj, sample
-from tiny import FAMILIES, HEAD_DIM, HEADS, tiny_image
-from wrapped import LAYERS, plain, wrapped
 
+from helpers.intervention_witness import batch, o_proj, sample
+from helpers.tiny import FAMILIES, HEAD_DIM, HEADS, tiny_image
+from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import HeadAblation, HookedMLLM, toys
 from hooked_mllm.errors import CacheFileError, HookValueError, InputError
 from hooked_mllm.metrics import AblationEffect

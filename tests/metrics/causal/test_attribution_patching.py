@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from intervention_witness import batch, sample
-from tiny import HEAD_DIM, HEADS, KV_HEADS
 from torch import Tensor
-from wrapped import LAYERS, plain, wrapped
 
+from helpers.intervention_witness import batch, sample
+from helpers.tiny import HEAD_DIM, HEADS, KV_HEADS
+from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import HookedMLLM, corruptions
 from hooked_mllm.errors import HookValueError, LayoutError, NumericsError
 from hooked_mllm.metrics import AttributionPatching, PatchingEffect

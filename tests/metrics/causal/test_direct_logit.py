@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from intervention_witness import batch, sample
-from tiny import HEAD_DIM, HEADS, tiny_processor
 from torch import nn
-from wrapped import LAYERS, fresh, plain, wrapped
 
+from helpers.intervention_witness import batch, sample
+from helpers.tiny import HEAD_DIM, HEADS, tiny_processor
+from helpers.wrapped import LAYERS, fresh, plain, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
 from hooked_mllm.metrics import DirectLogitAttribution, LogitDecomposition

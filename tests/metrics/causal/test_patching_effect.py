@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from intervention_witness import batch, listen, sample
-from tiny import FAMILIES, HEAD_DIM, HEADS, KV_HEADS
-from wrapped import LAYERS, plain, wrapped
 
+from helpers.intervention_witness import batch, listen, sample
+from helpers.tiny import FAMILIES, HEAD_DIM, HEADS, KV_HEADS
+from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import HookedMLLM, corruptions, toys
 from hooked_mllm.errors import HookNameError, HookValueError, InputError, LayoutError, NumericsError
 from hooked_mllm.metrics import CausalTable, PatchingEffect

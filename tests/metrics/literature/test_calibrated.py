@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from cache_witness import QUESTIONS, hooked, sample
-from tiny import tiny_image
 
+from helpers.cache_witness import QUESTIONS, hooked, sample
+from helpers.tiny import tiny_image
 from hooked_mllm import Box
 from hooked_mllm.errors import InputError
 from hooked_mllm.metrics import MMRetHeads, NullQuery, QRHead

@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from cache_witness import hooked
-from layout.pieces import image, layout, two_views
-from tiny import tiny_image
 
+from helpers.cache_witness import hooked
+from helpers.layout_pieces import image, layout, two_views
+from helpers.tiny import tiny_image
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.measuring.measure import measure
 from hooked_mllm.metrics import LocalizationHeads

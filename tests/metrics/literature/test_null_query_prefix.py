@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cache_witness import QUESTIONS, attentions, film, hooked, sample
-from tiny import tiny_image
 
+from helpers.cache_witness import QUESTIONS, attentions, film, hooked, sample
+from helpers.tiny import tiny_image
 from hooked_mllm import Box, HeadAblation, SampleBatch
 from hooked_mllm.errors import InputError
 from hooked_mllm.layout import Kind

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from attention_reference import Layers, random_layers
 
+from helpers.attention_reference import Layers, random_layers
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.measuring.view_context import ViewContext
 from hooked_mllm.metrics import GazeHeads, OCRHeads, RetrievalHeads, SparseMMHeads, VisualRetrievalHeads

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from cache_witness import batch, hooked, sample
 
+from helpers.cache_witness import batch, hooked, sample
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.measure import measure
 from hooked_mllm.metrics import HeadMetric, VisualNonSinkRatio, VisualSinkShare

@@ -5,10 +5,10 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
-from cache_witness import hooked, sample
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from helpers.cache_witness import hooked, sample
 from hooked_mllm import HeadAblation, HookedMLLM, HybridAttention, Steer
 from hooked_mllm.errors import CacheFileError
 from hooked_mllm.measuring.checkpoint import identity_of

@@ -2,7 +2,8 @@
 
 import numpy as np
 import torch
-from wrapped import plain
+
+from helpers.wrapped import plain
 
 
 def log_softmax(logits):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_interpreter import DEVICE, DTYPES, GPU
 
+from helpers.triton_interpreter import DEVICE, DTYPES, GPU
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention, op
 from hooked_mllm.kernels.hybrid_attention import triton as triton_kernels

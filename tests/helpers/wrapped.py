@@ -5,9 +5,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from tiny import tiny_inputs, tiny_model, tiny_processor
 from torch import Tensor
 
+from helpers.tiny import tiny_inputs, tiny_model, tiny_processor
 from hooked_mllm import HookedMLLM
 
 LAYERS, VISION_LAYERS = 3, 2  # Qwen3-VL's DeepStack follows two decoder blocks, so the third is without

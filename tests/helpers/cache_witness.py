@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from tiny import tiny_frames, tiny_image, tiny_model, tiny_processor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from helpers.tiny import tiny_frames, tiny_image, tiny_model, tiny_processor
 from hooked_mllm import Box, HookedMLLM
 
 QUESTIONS = ("What colour is the mug?", "Where is the dog in the picture of the star?")

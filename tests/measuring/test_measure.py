@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cache_witness import batch, close, film, hooked, sample, text_sample
-from tiny import tiny_image, tiny_model
 
 import hooked_mllm.measuring.attention_rows as rows_module
+from helpers.cache_witness import batch, close, film, hooked, sample, text_sample
+from helpers.tiny import tiny_image, tiny_model
 from hooked_mllm import Box, HookedMLLM
 from hooked_mllm.errors import CacheFileError, InputError, LayoutError, NumericsError
 from hooked_mllm.measuring.measure import measure, named_queries

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tiny_text import tiny_tokenizer
 from transformers import (
     GotOcr2ImageProcessor,
     InternVLConfig,
@@ -28,6 +27,7 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel, image_size_to_num_patches
 from transformers.video_utils import VideoMetadata
 
+from helpers.tiny_text import tiny_tokenizer
 from hooked_mllm.families import family_of
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, tiny_image, tiny_processor
-from tiny import FAMILIES as FAMILY_NAMES
-from wrapped import fresh, model_inputs, plain
 
+from helpers.tiny import ALL_FAMILIES, tiny_image, tiny_processor
+from helpers.tiny import FAMILIES as FAMILY_NAMES
+from helpers.wrapped import fresh, model_inputs, plain
 from hooked_mllm import HookedMLLM, checks
 from hooked_mllm.attention import engine
 from hooked_mllm.errors import UnsupportedModelError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, save_file
-from tiny import ALL_FAMILIES, save_tiny, tiny_inputs, tiny_model, tiny_processor
 
+from helpers.tiny import ALL_FAMILIES, save_tiny, tiny_inputs, tiny_model, tiny_processor
 from hooked_mllm import toys
 from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.model.loading import load_model

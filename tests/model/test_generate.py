@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, FAMILIES, tiny_image
-from wrapped import LAYERS, in_place, model_inputs, plain, wrapped
 
+from helpers.tiny import ALL_FAMILIES, FAMILIES, tiny_image
+from helpers.wrapped import LAYERS, in_place, model_inputs, plain, wrapped
 from hooked_mllm.errors import InputError
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

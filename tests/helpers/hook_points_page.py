@@ -3,11 +3,10 @@
 import re
 from pathlib import Path
 
-from tiny import ALL_FAMILIES, tiny_image, tiny_model, tiny_processor
-
+from helpers.tiny import ALL_FAMILIES, tiny_image, tiny_model, tiny_processor
 from hooked_mllm import HookedMLLM
 
-PAGE = Path(__file__).parents[1] / "docs" / "hook-points.md"
+PAGE = Path(__file__).parents[2] / "docs" / "hook-points.md"
 LABELS = {
     "qwen3_vl": "Qwen3-VL",
     "qwen3_vl_moe": "Qwen3-VL MoE",
@@ -51,7 +50,7 @@ WHAT = {
 INTRO = """\
 # Hook points
 
-<!-- written by tests/hook_points_page.py; a test keeps it up to date -->
+<!-- written by tests/helpers/hook_points_page.py; a test keeps it up to date -->
 
 The names are TransformerLens's. `{l}` is a block, from 0. What a multimodal model adds keeps the same grammar: the
 vision tower has the suffixes of a text block behind `vision.`, the projector has `hook_in` and `hook_out`.

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_interpreter import DEVICE, DTYPES, GPU
 
+from helpers.triton_interpreter import DEVICE, DTYPES, GPU
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.attention.streaming import StreamingHeads

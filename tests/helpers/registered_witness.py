@@ -1,7 +1,6 @@
 """Small decoders of transformers, prompts, and hybrid attention registered under a name for them."""
 
 import torch
-from hybrid_witness import written_out
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -11,6 +10,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from helpers.hybrid_witness import written_out
 from hooked_mllm import register_hybrid_attention
 
 NAME, SINK, WINDOW, HEADS, LAYERS = "test_hybrid", 2, 5, 4, 3

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from tiny import HEAD_DIM, HEADS, tiny_image
 from torch import Tensor, nn
-from wrapped import plain, wrapped
 
+from helpers.tiny import HEAD_DIM, HEADS, tiny_image
+from helpers.wrapped import plain, wrapped
 from hooked_mllm import Box
 
 QUESTIONS = ("What colour is the mug?", "Where is the dog in the picture of the star?")

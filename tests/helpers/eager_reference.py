@@ -12,7 +12,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from wrapped import fresh
+
+from helpers.wrapped import fresh
 
 Edit = Callable[[Tensor], Tensor]
 ATTENTION = {

@@ -8,8 +8,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from eager_reference import Reference
 from torch import Tensor, nn
+
+from helpers.eager_reference import Reference
 
 Dense = Mapping[int, tuple[int, ...]]
 Start = tuple[int, ...]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_image, tiny_processor
-from wrapped import edit, fresh, model_inputs, plain, returned
 
 import hooked_mllm
+from helpers.tiny import tiny_image, tiny_processor
+from helpers.wrapped import edit, fresh, model_inputs, plain, returned
 from hooked_mllm import HeadAblation, HookedMLLM
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
 

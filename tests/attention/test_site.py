@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from eager_reference import Reference
-from tiny import ALL_FAMILIES
 from transformers import DynamicCache
-from wrapped import LAYERS, edit, in_place, model_inputs, noise, plain, returned, wrapped
 
+from helpers.eager_reference import Reference
+from helpers.tiny import ALL_FAMILIES
+from helpers.wrapped import LAYERS, edit, in_place, model_inputs, noise, plain, returned, wrapped
 from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.errors import HookValueError
 

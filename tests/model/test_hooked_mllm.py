@@ -5,9 +5,9 @@ import inspect
 import pytest
 import torch
 from accelerate import dispatch_model
-from tiny import ALL_FAMILIES, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, tiny_image, tiny_processor
-from wrapped import LAYERS, VISION_LAYERS, fresh, in_place, model_inputs, plain, wrapped
 
+from helpers.tiny import ALL_FAMILIES, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, tiny_image, tiny_processor
+from helpers.wrapped import LAYERS, VISION_LAYERS, fresh, in_place, model_inputs, plain, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import HookNameError, HookValueError, InputError, NumericsError
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from attention_reference import random_layers, softmax_attention
 
+from helpers.attention_reference import random_layers, softmax_attention
 from hooked_mllm import HookedMLLM, metrics, toys
 from hooked_mllm.attention.hybrid import HybridAttention
 from hooked_mllm.attention.masks import MaskRows

@@ -3,13 +3,23 @@
 import numpy as np
 import pytest
 import torch
-from coordinates import RAW, _measure, centre_error, coordinate_image, layout_of, media_of, per_patch, real, seen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import tiny_frames, tiny_image
-from wrapped import model_inputs, noise, plain, wrapped
 
+from helpers.coordinates import (
+    RAW,
+    _measure,
+    centre_error,
+    coordinate_image,
+    layout_of,
+    media_of,
+    per_patch,
+    real,
+    seen,
+)
+from helpers.tiny import tiny_frames, tiny_image
+from helpers.wrapped import model_inputs, noise, plain, wrapped
 from hooked_mllm import ActivationPatch, Box, Frames, HeadAblation, Mask, Pages, SampleBatch, Steer
 from hooked_mllm.errors import InputError, LayoutError, UnsupportedModelError
 from hooked_mllm.families import Family, family_of

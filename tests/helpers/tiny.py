@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tiny_text import TEMPLATE, tiny_tokenizer
 from transformers import (
     GotOcr2ImageProcessor,
     InternVLConfig,
@@ -31,6 +30,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 from transformers.video_utils import VideoMetadata
+
+from helpers.tiny_text import TEMPLATE, tiny_tokenizer
 
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
 ALL_FAMILIES = (*FAMILIES, "qwen3_vl_moe")
