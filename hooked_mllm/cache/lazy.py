@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import NumericsError
-from hooked_mllm.wiring.blocks import head_results
+from hooked_mllm.wiring.results import head_results
 
 
 class GrowingKeys:

@@ -18,8 +18,8 @@ from hooked_mllm.cache.lazy import Entry, take, value_of
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
 from hooked_mllm.inputs.positions import Positions
-from hooked_mllm.wiring.blocks import head_results
 from hooked_mllm.wiring.norms import centred
+from hooked_mllm.wiring.results import head_results
 
 #: without the batch axis where the cache is read without it
 Stack: TypeAlias = Float[Tensor, "component *batch pos d_model"]

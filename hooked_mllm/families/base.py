@@ -1,145 +1,132 @@
-"""What one model family must say of itself: which module plays which part, and how pixels become tokens."""
+"""Family: what one model family must state. A family's file finds all that it needs here and in `geometry`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from hooked_mllm.errors import InputError, UnsupportedModelError
+from hooked_mllm.errors import UnsupportedModelError
+from hooked_mllm.families.counts import Rows as Rows
+from hooked_mllm.families.counts import counts_of as counts_of
+from hooked_mllm.families.counts import depth_of_states as depth_of_states
+from hooked_mllm.families.counts import placeholder_count as placeholder_count
+from hooked_mllm.families.counts import share_out as share_out
+from hooked_mllm.families.parts import QWEN_DECODER as QWEN_DECODER
+from hooked_mllm.families.parts import BlockParts as BlockParts
+from hooked_mllm.families.parts import TowerParts as TowerParts
+from hooked_mllm.families.parts import TowerSizes as TowerSizes
+from hooked_mllm.families.parts import decoder_sizes, projection_sizes
 from hooked_mllm.layout.items import Media, Patches, VisualItem
-
-#: ranges (start, stop) of rows of a vision tower
-Rows = list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class BlockParts:
-    """Module paths inside one transformer block, as dotted names relative to the block.
-
-    `q`, `k`, `v` name the modules whose output is the tensor before rotation; `qkv` replaces them where the projection
-    is fused. `pre` and `post` of the MLP: output of the first projection, input of the last one. `attn_gain` and
-    `mlp_gain` name per-channel gains that the block applies after attention and after the MLP (LayerScale).
-    """
-
-    ln1: str
-    attn: str
-    o: str
-    ln2: str
-    mlp: str
-    mlp_in: str
-    mlp_out: str
-    q: str | None = None
-    k: str | None = None
-    v: str | None = None
-    qkv: str | None = None
-    mlp_linear: str | None = None
-    attn_gain: str | None = None
-    mlp_gain: str | None = None
-
-
-@dataclass(frozen=True)
-class TowerParts:
-    """One stack of blocks: the module that holds them, their parts, and the shape of what flows through.
-
-    `packed`: hidden states are `[position, d_model]` with the images of the whole batch in one row, each image (each
-    frame) attending to itself alone. The hooks then show them as `[1, position, d_model]`.
-    """
-
-    root: str
-    blocks: str
-    block: BlockParts
-    causal: bool
-    packed: bool = False
-    softmax_float32: bool = True
-
-
-#: the decoder of Qwen2 and Qwen3 models; only the latter normalises q and k of each head
-QWEN_DECODER = TowerParts(
-    root="model.language_model",
-    blocks="model.language_model.layers",
-    block=BlockParts(
-        ln1="input_layernorm",
-        attn="self_attn",
-        q="self_attn.q_norm|self_attn.q_proj",
-        k="self_attn.k_norm|self_attn.k_proj",
-        v="self_attn.v_proj",
-        o="self_attn.o_proj",
-        ln2="post_attention_layernorm",
-        mlp="mlp",
-        mlp_in="mlp.gate_proj",
-        mlp_linear="mlp.up_proj",
-        mlp_out="mlp.down_proj",
-    ),
-    causal=True,
-)
 
 
 class Family(ABC):
-    """A model family: module names, what differs in the hooks, and the way from pixels to tokens.
+    """A model family: module names and sizes, what differs in its hook points, and the way from pixels to tokens.
 
-    A subclass lives in one file and is named in `registry.py`; nothing else knows it.
+    A subclass is one file of this folder and one line of `registry.py`. No other file contains facts of a family.
     """
 
     name: str
-    #: `config.model_type` of the checkpoints that this family serves
+    #: `config.model_type` of the checkpoints of this family
     model_types: tuple[str, ...]
-    #: names of the transformers classes, for messages
+    #: names of the transformers classes, for error messages
     model_classes: tuple[str, ...]
     text: TowerParts
     vision: TowerParts
     embed: str = "model.language_model.embed_tokens"
-    language_model: str = "model.language_model"
     ln_final: str = "model.language_model.norm"
     lm_head: str = "lm_head"
     #: the module whose output is `vision.hook_patch_embed`
     patch_embed: str
     projector: str
+    #: keyword arguments of the language model that hold the features which DeepStack adds after its first blocks, one
+    #: tensor a block, and the mask of visual positions
+    deepstack_arguments: tuple[str, str] | None = None
+
+    @property
+    def language_model(self) -> str:
+        """The module whose input is `hook_embed`."""
+        return self.text.root
 
     # -- sizes ---------------------------------------------------------------------------------------------------------
 
-    def text_config(self, config: Any) -> Any:
+    def text_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration of the language model."""
         return config.text_config
 
-    def vision_config(self, config: Any) -> Any:
+    def vision_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The configuration of the vision tower."""
         return config.vision_config
 
     @abstractmethod
-    def vision_heads(self, config: Any) -> int:
+    def vision_heads(self, config: PreTrainedConfig) -> int:
         """Attention heads in one block of the vision tower."""
 
-    def vision_depth(self, model: Any) -> int:
-        """How many blocks of the vision tower are on the way to the language model; later ones have no hook points."""
-        return len(model.get_submodule(self.vision.blocks))
+    def text_sizes(self, model: PreTrainedModel) -> TowerSizes:
+        """Heads and widths of the language model."""
+        return decoder_sizes(self.text_config(model.config))
 
-    def n_deepstack(self, model: Any) -> int:
-        """How many decoder blocks are followed by an addition of visual features (DeepStack)."""
+    def vision_sizes(self, model: PreTrainedModel) -> TowerSizes:
+        """Heads and widths of the vision tower, from the attention output projection of its first block.
+
+        Configurations do not agree on a name: `hidden_size` is the width of most towers, and the width after the
+        projector in Qwen2-VL, whose tower has `embed_dim`.
+
+        Raises:
+            UnsupportedModelError: If the projection does not state its sizes.
+        """
+        n_heads = self.vision_heads(model.config)
+        block = self.vision.modules(model)[0]
+        # [heads * d_head] -> [d_model]
+        d_in, d_model = projection_sizes(block.get_submodule(self.vision.block.path("o", block) or self.vision.block.o))
+        return TowerSizes(n_heads, n_heads, d_model, d_in // n_heads)
+
+    def vision_depth(self, model: PreTrainedModel) -> int:
+        """Number of vision blocks on the way to the language model; later ones have no hook points."""
+        return len(self.vision.modules(model))
+
+    def n_deepstack(self, model: PreTrainedModel) -> int:
+        """Number of decoder blocks after which visual features are added (DeepStack)."""
         return 0
 
-    # -- hooks ---------------------------------------------------------------------------------------------------------
+    def deepstack_of(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor], Tensor | None]:
+        """Features of DeepStack and mask of visual positions, from keyword arguments of the language model.
 
-    def patch_embed_value(self, output: Tensor) -> Tensor:
-        """`vision.hook_patch_embed` from the output of the module `patch_embed`, as `[batch, position, d_model]`."""
+        Args:
+            arguments: The keyword arguments of one call.
+
+        Returns:
+            Features `[visual d_model]` of each block, an empty list where there are none; the mask `[batch pos]`.
+        """
+        if self.deepstack_arguments is None:
+            return [], None
+        features, mask = (arguments.get(name) for name in self.deepstack_arguments)
+        return list(features or ()), mask
+
+    # -- hook points ---------------------------------------------------------------------------------------------------
+
+    def patch_embed_value(self, output: Float[Tensor, "..."]) -> Float[Tensor, "batch patch d_model"]:
+        """`vision.hook_patch_embed` from the output of the module `patch_embed`."""
         return output
 
-    def patch_embed_output(self, value: Tensor, output: Tensor) -> Tensor:
+    def patch_embed_output(
+        self, value: Float[Tensor, "batch patch d_model"], output: Float[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape"]:
         """The inverse of `patch_embed_value`, in the shape of `output`."""
         return value.reshape(output.shape)
 
     @abstractmethod
-    def vision_out_module(self) -> tuple[str, str]:
-        """Where `vision.hook_out` sits: a module path and whether its "input" or its "output" carries it."""
+    def vision_out_module(self) -> tuple[str, Literal["input", "output"]]:
+        """The module path and side ("input" or "output") that hold `vision.hook_out`."""
 
-    def vision_out_value(self, output: Any, model: Any) -> Tensor:
-        """`vision.hook_out` from what the module of `vision_out_module` takes or returns."""
+    def vision_out_value(self, output: Any, model: PreTrainedModel) -> Float[Tensor, "batch pos d_model"]:
+        """`vision.hook_out` from the input or output of the module of `vision_out_module`."""
         return output
 
-    def vision_out_replace(self, value: Tensor, output: Any, model: Any) -> Any:
-        """What that module must take or return for `vision.hook_out` to be `value`."""
+    def vision_out_replace(self, value: Float[Tensor, "batch pos d_model"], output: Any, model: PreTrainedModel) -> Any:
+        """The input or output of that module for which `vision.hook_out` is `value`."""
         return value
 
     # -- inputs --------------------------------------------------------------------------------------------------------
@@ -148,79 +135,38 @@ class Family(ABC):
     pixel_inputs: tuple[str, ...] = ("pixel_values", "pixel_values_videos")
 
     @abstractmethod
-    def visual_token_ids(self, config: Any) -> tuple[int, ...]:
+    def visual_token_ids(self, config: PreTrainedConfig) -> tuple[int, ...]:
         """Ids of the placeholders whose embeddings are replaced by visual features, one for each of `pixel_inputs`."""
 
-    def check_inputs(self, inputs: dict[str, Any], config: Any) -> None:  # noqa: B027 (most families have nothing to refuse)
-        """Raise `InputError` for inputs that the model would take and get wrong."""
+    def check_inputs(self, inputs: dict[str, Any], config: PreTrainedConfig) -> None:  # noqa: B027 (most need no check)
+        """Raise `InputError` for inputs that the model accepts and computes wrong results from."""
 
-    def reset(self, model: Any) -> None:  # noqa: B027 (most families keep nothing)
-        """Forget what the model keeps from one call to the next."""
+    def reset(self, model: PreTrainedModel) -> None:  # noqa: B027 (most models keep nothing)
+        """Clear what the model keeps from one call to the next."""
 
     @abstractmethod
-    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
-        """Which rows of the vision tower's activations belong to each sample of a batch.
+    def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
+        """The rows of the vision tower's activations that belong to each sample of a batch.
 
-        Rows are positions where the tower is packed, tiles or frames where it is not; images come before videos, as the
-        tower is called.
+        Rows are positions where the tower is packed, tiles or frames where it is not; images come before videos, in the
+        order in which the tower is called.
         """
 
     # -- pixels to tokens ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def visual_items(
-        self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
-        """Which pixels every visual token of one sample sees, one `VisualItem` per image or video in prompt order."""
+        """The pixels of every visual token of one sample, one `VisualItem` per image or video in prompt order."""
 
-    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
-        """Which pixels every position of the vision tower sees, of one image or video, in the order of the tower.
+    def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
+        """The pixels of every position of the vision tower, for one image or video, in the order of the tower.
 
         Raises:
-            UnsupportedModelError: where a family does not say.
+            UnsupportedModelError: If a family does not define it.
         """
-        raise UnsupportedModelError(f"The family {self.name!r} does not say which pixels a patch of its tower sees.")
-
-
-def share_out(sizes: Sequence[int], units: Sequence[int], due: Sequence[int], start: int = 0) -> list[Rows]:
-    """Give consecutive images to samples until each has the tokens that its prompt holds.
-
-    Args:
-        sizes: Rows of each image.
-        units: Tokens of each image.
-        due: Tokens of each sample.
-        start: The first row.
-
-    Raises:
-        InputError: when images and prompts do not match.
-    """
-    image, out = 0, []
-    for tokens in due:
-        first = start
-        while tokens > 0 and image < len(sizes):
-            tokens, start, image = tokens - units[image], start + sizes[image], image + 1
-        if tokens:
-            raise InputError(f"Images of {list(units)} tokens do not fill prompts with {list(due)} placeholders.")
-        out.append([(first, start)] if start > first else [])
-    return out
-
-
-def resolve(root: nn.Module, path: str) -> nn.Module:
-    """The submodule of `root` at a dotted path (`""` is `root` itself)."""
-    return root.get_submodule(path)
-
-
-def depth_of_states(layers: int | Sequence[int], n_blocks: int) -> int:
-    """Blocks that must have run for `hidden_states[layer]` of a tower, of one layer or of the last of several."""
-    indices = [layers] if isinstance(layers, int) else list(layers)
-    return max(i + n_blocks + 1 if i < 0 else i for i in indices)
-
-
-def counts_of(input_ids: Tensor, token: int) -> list[int]:
-    """How many positions of each sample hold `token`."""
-    return (input_ids == token).sum(1).tolist()
-
-
-def placeholder_count(input_ids: Tensor, ids: tuple[int, ...]) -> int:
-    """How many positions of `input_ids` hold one of `ids`."""
-    return int(torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).sum())
+        raise UnsupportedModelError(
+            f"The family {self.name!r} does not define which pixels a patch of its tower covers: override "
+            "`vision_patches`."
+        )

@@ -1,14 +1,16 @@
-"""The sizes of a model, in the field's names."""
+"""HookedConfig: the sizes of a model, in TransformerLens's names."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from hooked_mllm.families.base import Family
+from hooked_mllm.families.parts import projection_sizes
 
 
 @dataclass(frozen=True)
 class HookedConfig:
-    """Sizes of a model, in TransformerLens's names; a vision tower's carry `vision_`.
+    """Sizes of a model, in TransformerLens's names; those of the vision tower begin with `vision_`.
 
     Attributes:
         model_class: The transformers class.
@@ -41,23 +43,22 @@ class HookedConfig:
     vision_d_head: int
 
     @classmethod
-    def of(cls, model: Any, family: Family) -> "HookedConfig":
-        """Read the sizes off a transformers model."""
-        text, vision = family.text_config(model.config), family.vision_config(model.config)
-        heads = family.vision_heads(model.config)
+    def of(cls, model: PreTrainedModel, family: Family) -> "HookedConfig":
+        """Read the sizes of a transformers model."""
+        text, vision = family.text_sizes(model), family.vision_sizes(model)
         return cls(
             model_class=type(model).__name__,
             family=family.name,
-            n_layers=len(model.get_submodule(family.text.blocks)),
-            n_heads=text.num_attention_heads,
-            n_key_value_heads=text.num_key_value_heads,
-            d_model=text.hidden_size,
-            d_head=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            d_mlp=text.intermediate_size,
-            d_vocab=model.get_submodule(family.lm_head).weight.shape[0],
+            n_layers=len(family.text.modules(model)),
+            n_heads=text.n_heads,
+            n_key_value_heads=text.n_key_value_heads,
+            d_model=text.d_model,
+            d_head=text.d_head,
+            d_mlp=family.text_config(model.config).intermediate_size,
+            d_vocab=projection_sizes(model.get_submodule(family.lm_head))[1],
             n_deepstack=family.n_deepstack(model),
             vision_n_layers=family.vision_depth(model),
-            vision_n_heads=heads,
-            vision_d_model=vision.hidden_size,
-            vision_d_head=vision.hidden_size // heads,
+            vision_n_heads=vision.n_heads,
+            vision_d_model=vision.d_model,
+            vision_d_head=vision.d_head,
         )

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from hooked_mllm.errors import LayoutError
@@ -65,20 +67,20 @@ class InternVL(Family):
     projector = "model.multi_modal_projector"
     pixel_inputs = ("pixel_values",)  # frames are tiles like any other
 
-    def vision_heads(self, config: Any) -> int:
+    def vision_heads(self, config: PreTrainedConfig) -> int:
         return config.vision_config.num_attention_heads
 
-    def vision_depth(self, model: Any) -> int:
+    def vision_depth(self, model: PreTrainedModel) -> int:
         return depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
 
-    def vision_out_module(self) -> tuple[str, str]:
-        return "model.vision_tower", "output"
+    def vision_out_module(self) -> tuple[str, Literal["input", "output"]]:
+        return self.vision.root, "output"
 
-    def vision_out_value(self, output: Any, model: Any) -> Tensor:
+    def vision_out_value(self, output: Any, model: PreTrainedModel) -> Tensor:
         layer = model.config.vision_feature_layer
         return output.last_hidden_state if layer == -1 else output.hidden_states[layer]
 
-    def vision_out_replace(self, value: Tensor, output: Any, model: Any) -> Any:
+    def vision_out_replace(self, value: Tensor, output: Any, model: PreTrainedModel) -> Any:
         layer = model.config.vision_feature_layer
         if layer == -1:
             output.last_hidden_state = value
@@ -88,16 +90,16 @@ class InternVL(Family):
             output.hidden_states = tuple(states)
         return output
 
-    def visual_token_ids(self, config: Any) -> tuple[int, ...]:
+    def visual_token_ids(self, config: PreTrainedConfig) -> tuple[int, ...]:
         return (config.image_token_id,)
 
-    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
+    def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
         tiles = 0 if inputs.get("pixel_values") is None else len(inputs["pixel_values"])
         per_tile = config.image_seq_length
         return share_out([1] * tiles, [per_tile] * tiles, counts_of(inputs["input_ids"], config.image_token_id))
 
     def visual_items(
-        self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         patch = model_config.vision_config.patch_size
         patch = patch if isinstance(patch, int) else patch[0]
@@ -110,34 +112,35 @@ class InternVL(Family):
                 f"The prompt holds {len(lengths)} runs of placeholder tokens, but {len(images)} images and "
                 f"{n_runs - len(images)} frames of {len(videos)} videos need {n_runs}."
             )
-        items, taken, seen = [], 0, {"image": 0, "video": 0}
+        items, run, index = [], 0, {"image": 0, "video": 0}
         for m in media:
             kind = "image" if isinstance(m, ImageMedia) else "video"
             part = "image_processor" if kind == "image" else "video_processor"
             side = _tile_side(model_config, processor, part)
             n = int(side // patch * model_config.downsample_ratio)
             if isinstance(m, ImageMedia):
-                tiles = _whole_tiles(lengths[taken], n, f"Image {seen[kind]}")
-                items.append(image_item(seen[kind], m, _views(m, tiles, n, cell, side, processor, seen[kind])))
-                taken += 1
+                tiles = _whole_tiles(lengths[run], n, f"Image {index[kind]}")
+                items.append(image_item(index[kind], m, _views(m, tiles, n, cell, side, processor, index[kind])))
+                run += 1
             else:
-                for length in lengths[taken : taken + m.n_frames]:
+                for length in lengths[run : run + m.n_frames]:
                     if length != n * n:
                         raise LayoutError(
-                            f"A frame of video {seen[kind]} has {length} tokens, not {n * n} as expected."
+                            f"A frame of video {index[kind]} has {length} tokens in the prompt; expected {n * n}, one "
+                            f"tile of {side} x {side} pixels. Prepare the sample again with this processor."
                         )
                 boxes = grid_boxes(patch_cells(n, cell, side, m.width), patch_cells(n, cell, side, m.height))
-                items.append(video_item(seen[kind], m, boxes, frame_ranges(m.n_frames)))
-                taken += m.n_frames
-            seen[kind] += 1
+                items.append(video_item(index[kind], m, boxes, frame_ranges(m.n_frames)))
+                run += m.n_frames
+            index[kind] += 1
         return items
 
-    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
-        # the last tile of an image is its thumbnail, or the only one; those of a video are its frames
+    def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
+        # the last tile of an image is its thumbnail, or the only one; the tiles of a video are its frames
         per_tile = len(item) // item.n_frames if item.n_frames else int((item.views == item.views[-1]).sum())
         n, join = math.isqrt(per_tile), round(1 / config.downsample_ratio)
         cells = split_boxes(item.boxes.reshape(-1, n, n, 4), join)  # [tile row col row-in-token col-in-token 4]
-        patches = cells.swapaxes(2, 3).reshape(len(cells), -1, 4)
+        patches = rearrange(cells, "tile row col row_in col_in box -> tile (row row_in col col_in) box")
         cls = np.full((len(cells), 1, 4), np.nan)
         return Patches(np.concatenate([cls, patches], 1), item.frames[::per_tile], item.views[::per_tile])
 
@@ -145,7 +148,7 @@ class InternVL(Family):
 def _views(
     media: ImageMedia, tiles: int, n: int, cell: float | int, side: int, processor: Any, index: int
 ) -> list[tuple[View, Float[np.ndarray, "_ 4"]]]:
-    """The tiles of an image row by row, then its thumbnail; one tile alone is the whole image."""
+    """The tiles of an image row by row, then its thumbnail; a single tile is the whole image."""
     whole = grid_boxes(patch_cells(n, cell, side, media.width), patch_cells(n, cell, side, media.height))
     if tiles == 1:
         return [(View.WHOLE, whole)]
@@ -158,7 +161,7 @@ def _views(
             f"tiles make {cols} x {rows} and a thumbnail. Set min_patches and max_patches on the image processor "
             "itself, not in the call."
         )
-    # the picture is stretched over all tiles: each one shows an equal part of it
+    # the picture is stretched over all tiles: each shows an equal part of it
     width, height = media.width / cols, media.height / rows
     tile = grid_boxes(patch_cells(n, cell, side, width), patch_cells(n, cell, side, height))
     corner = [(c * width, r * height) for r in range(rows) for c in range(cols)]
@@ -167,19 +170,22 @@ def _views(
 
 def _whole_tiles(length: int, n: int, what: str) -> int:
     if length % (n * n):
-        raise LayoutError(f"{what} has {length} tokens, which is no multiple of the {n * n} of one tile.")
+        raise LayoutError(
+            f"{what} has {length} tokens in the prompt, which is no multiple of the {n * n} tokens of one tile. "
+            "Prepare the sample again with the processor of this checkpoint."
+        )
     return length // (n * n)
 
 
-def _run_lengths(input_ids: Tensor, token: int) -> list[int]:
-    """Lengths of the runs of placeholders: one for each image and each frame, for start and end tokens enclose them."""
-    found = (input_ids.reshape(-1) == token).to(torch.int8)
-    edge = torch.nn.functional.pad(found, (1, 1)).diff()
+def _run_lengths(input_ids: Int[Tensor, "..."], token: int) -> list[int]:
+    """Lengths of the runs of placeholders: one for each image and frame, as start and end tokens separate them."""
+    is_token = (input_ids.reshape(-1) == token).to(torch.int8)
+    edge = torch.nn.functional.pad(is_token, (1, 1)).diff()  # 1 where a run starts, -1 after its end
     return ((edge == -1).nonzero() - (edge == 1).nonzero())[:, 0].tolist()
 
 
-def _tile_side(config: Any, processor: Any, part: str) -> int:
-    """Pixels of a tile, each way: the processor's setting, or else the tower's."""
+def _tile_side(config: PreTrainedConfig, processor: Any, part: str) -> int:
+    """Width and height of a tile in pixels: the processor's setting, or else the tower's."""
     size = getattr(getattr(processor, part, None), "size", None)
     if size is not None:
         return square_side(size, f"{part} of InternVL")

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
 from hooked_mllm.errors import InputError, LayoutError
@@ -40,7 +42,7 @@ from hooked_mllm.layout.items import ImageMedia, Media, Patches, VideoMedia, Vie
 
 
 class LlavaOnevision(Family):
-    """LLaVA-OneVision as transformers runs it, over a Qwen2 language model."""
+    """LLaVA-OneVision, transformers' own class, over a Qwen2 language model."""
 
     name = "llava_onevision"
     model_types = ("llava_onevision",)
@@ -66,41 +68,40 @@ class LlavaOnevision(Family):
     patch_embed = "model.vision_tower.embeddings.patch_embedding"
     projector = "model.multi_modal_projector"
 
-    def vision_heads(self, config: Any) -> int:
+    def vision_heads(self, config: PreTrainedConfig) -> int:
         return config.vision_config.num_attention_heads
 
     def patch_embed_value(self, output: Tensor) -> Tensor:
-        return output.flatten(2).transpose(1, 2)
+        return rearrange(output, "batch d_model row col -> batch (row col) d_model")
 
     def patch_embed_output(self, value: Tensor, output: Tensor) -> Tensor:
-        return value.transpose(1, 2).reshape(output.shape)
+        return value.transpose(1, 2).reshape(output.shape)  # [batch patch d_model] -> [batch d_model row col]
 
-    def vision_depth(self, model: Any) -> int:
+    def vision_depth(self, model: PreTrainedModel) -> int:
         return depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
 
-    def vision_out_module(self) -> tuple[str, str]:
-        # The model picks hidden_states[vision_feature_layer] and drops CLS if asked to: what the projector takes is the
-        # result.
+    def vision_out_module(self) -> tuple[str, Literal["input", "output"]]:
+        # the model selects hidden_states[vision_feature_layer], without CLS if configured so, as the projector's input
         return self.projector, "input"
 
-    def visual_token_ids(self, config: Any) -> tuple[int, ...]:
+    def visual_token_ids(self, config: PreTrainedConfig) -> tuple[int, ...]:
         return config.image_token_id, config.video_token_id
 
-    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
+    def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
         from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
         tokens, start = inputs["input_ids"], 0
         out: list[Rows] = [[] for _ in range(len(tokens))]
         if inputs.get("pixel_values") is not None:
-            number = _images_of_samples(inputs, config)
+            image_counts = _images_of_samples(inputs, config)
             sizes = inputs["image_sizes"].tolist()
-            single = [n == 1 for n in number for _ in range(n)]
+            is_tiled = [n == 1 for n in image_counts for _ in range(n)]
             side = config.vision_config.image_size
             tiles = [
-                image_size_to_num_patches(size, config.image_grid_pinpoints, side) if alone else 1
-                for size, alone in zip(sizes, single, strict=True)
+                image_size_to_num_patches(size, config.image_grid_pinpoints, side) if tiled else 1
+                for size, tiled in zip(sizes, is_tiled, strict=True)
             ]
-            out = share_out(tiles, [1] * len(tiles), number)
+            out = share_out(tiles, [1] * len(tiles), image_counts)
             start = sum(tiles)
         if inputs.get("pixel_values_videos") is not None:
             videos, frames = inputs["pixel_values_videos"].shape[:2]
@@ -111,20 +112,23 @@ class LlavaOnevision(Family):
         return out
 
     def visual_items(
-        self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         vision = model_config.vision_config
         side, patch = vision.image_size, vision.patch_size
         images, videos = split_media(media)
         sizes = check_rows(inputs, "image_sizes", len(images), "images")
         counts = inputs.get("batch_num_images")
-        # as the model: an image alone in its group is tiled, one of several is padded to a square
+        # as in the model: a single image of a sample is tiled, one of several is padded to a square
         counts = [1] * len(images) if counts is None else torch.as_tensor(counts).reshape(-1).tolist()
         tiled = [n == 1 for n in counts for _ in range(n)]
         items = []
         for i, (m, (height, width)) in enumerate(zip(images, sizes, strict=True)):
             if (m.height, m.width) != (height, width):
-                raise LayoutError(f"Image {i} is {m.width} x {m.height}, but image_sizes says {width} x {height}.")
+                raise LayoutError(
+                    f"Image {i} is {m.width} x {m.height}, but image_sizes has {width} x {height}: pass the images in "
+                    "the order in which the processor received them."
+                )
             if tiled[i]:
                 parts = [(View.BASE, _whole(m, side, patch)), (View.HIGHRES, _highres(m, model_config))]
             else:
@@ -133,15 +137,16 @@ class LlavaOnevision(Family):
         pixels = inputs.get("pixel_values_videos")
         for i, m in enumerate(videos):
             if pixels is None or len(pixels) != len(videos) or pixels.shape[1] != m.n_frames:
-                found = None if pixels is None else tuple(pixels.shape[:2])
+                shape = None if pixels is None else tuple(pixels.shape[:2])
                 raise LayoutError(
                     f"pixel_values_videos must be [video frame ...] with {len(videos)} videos and the {m.n_frames} "
-                    f"frames of video {i}; got {found}."
+                    f"frames of video {i}; got {shape}. The processor must not sample the frames again "
+                    "(do_sample_frames=False)."
                 )
             items.append(video_item(i, m, _pooled(m, side, patch), frame_ranges(m.n_frames), newlines=1))
         return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
 
-    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
+    def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         if item.kind == "video":
             frames = frame_ranges(item.n_frames)
@@ -155,18 +160,18 @@ class LlavaOnevision(Family):
         return Patches(np.stack(boxes), np.full((len(views), 2), -1), np.array(views, np.int8))
 
 
-#: an original: all that has a width and a height
+#: an original picture: anything with a width and a height
 Sized = ImageMedia | VideoMedia | VisualItem
 
 
 def _whole(media: Sized, side: int, patch: int) -> Boxes:
-    """The picture squashed to a square of `side` pixels, its patches row by row."""
+    """The patches, row by row, of the picture resized to a square of `side` pixels without keeping its aspect."""
     n = side // patch
     return grid_boxes(patch_cells(n, patch, side, media.width), patch_cells(n, patch, side, media.height))
 
 
 def _pooled(media: VideoMedia, side: int, patch: int) -> Boxes:
-    """As `_whole`, the grid of n x n resampled to half, rounded up: each token stands for an equal part of it."""
+    """As `_whole`, with the n x n grid resampled to ceil(n / 2) each way: each token covers an equal part of it."""
     n = side // patch
     half = math.ceil(n / 2)
     size = n * patch / half
@@ -174,7 +179,7 @@ def _pooled(media: VideoMedia, side: int, patch: int) -> Boxes:
 
 
 def _padded_square(media: Sized, side: int, patch: int) -> Boxes:
-    """The picture centred in a square of its longer edge, which is resized to `side` pixels."""
+    """The patches of the picture centred in a square of its longer edge, which is resized to `side` pixels."""
     n, square = side // patch, max(media.width, media.height)
     x, y = (
         inside(patch_cells(n, patch, side, square) - (square - length) // 2, length)
@@ -185,7 +190,7 @@ def _padded_square(media: Sized, side: int, patch: int) -> Boxes:
 
 @dataclass(frozen=True)
 class _Canvas:
-    """The rectangle of tiles that a picture is fitted into: its size, and that of the picture on it, in pixels."""
+    """The rectangle of tiles into which a picture is resized: its size and that of the resized picture, in pixels."""
 
     width: int
     height: int
@@ -193,8 +198,8 @@ class _Canvas:
     shown_h: int
 
     @classmethod
-    def of(cls, media: Sized, config: Any) -> "_Canvas":
-        # The picture keeps its aspect and is centred: one axis fills the canvas, the other one is padded.
+    def of(cls, media: Sized, config: PreTrainedConfig) -> "_Canvas":
+        # the picture keeps its aspect and is centred: one axis fills the canvas, the other is padded
         height, width = select_best_resolution((media.height, media.width), config.image_grid_pinpoints)
         scale_w, scale_h = width / media.width, height / media.height
         shown_w = width if scale_w < scale_h else min(math.ceil(media.width * scale_h), width)
@@ -203,12 +208,12 @@ class _Canvas:
 
 
 def _on_picture(cells: Cells, canvas: int, shown: int, length: int) -> Cells:
-    """From pixels of the canvas to those of the original, cut off at its edges."""
+    """Cells in pixels of the original, clipped at its edges, from cells in pixels of the canvas."""
     return inside((cells - (canvas - shown) // 2) * (length / shown), length)
 
 
-def _tiles(media: Sized, config: Any) -> list[Boxes]:
-    """The patches of every tile, tiles and patches row by row."""
+def _tiles(media: Sized, config: PreTrainedConfig) -> list[Boxes]:
+    """The patches of every tile; tiles and patches are in row-major order."""
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
     canvas, n = _Canvas.of(media, config), side // patch
     x, y = (
@@ -221,12 +226,12 @@ def _tiles(media: Sized, config: Any) -> list[Boxes]:
     return [no_box(grid_boxes(col, row)) for row in y for col in x]
 
 
-def _highres(media: ImageMedia, config: Any) -> Boxes:
-    """The tiled grid without its padding, row by row, each row closed by a newline token."""
+def _highres(media: ImageMedia, config: PreTrainedConfig) -> Boxes:
+    """The tiled grid without its padding, row by row, with a newline token at the end of each row."""
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
     n, width, height, canvas = side // patch, media.width, media.height, _Canvas.of(media, config)
     rows, cols = canvas.height // side * n, canvas.width // side * n
-    # The model cuts the padding off in whole patches, so a patch may remain that sees nothing else.
+    # the model removes padding in whole patches, so a remaining patch may cover padding only
     cut_x = cut_y = 0
     if width / height > cols / rows:
         cut_y = (rows - int(round(height * (cols / width), 7))) // 2
@@ -247,24 +252,24 @@ def _highres(media: ImageMedia, config: Any) -> Boxes:
 
 
 def _across_tiles(cells: Cells, n: int, side: int, patch: int) -> Cells:
-    """From units of patches, `n` to a tile, to pixels of tiles `side` wide that may end in an unseen strip."""
+    """Cells in pixels of tiles `side` wide, from cells in patches, `n` a tile; a tile may end in an uncovered strip."""
     slack = 1e-9  # cells of a resampled grid end at fractions of a patch
-    first, last = np.floor(cells[:, 0] / n + slack), np.ceil(cells[:, 1] / n - slack) - 1
-    tile = np.stack([first, last], -1)
+    first_tile, last_tile = np.floor(cells[:, 0] / n + slack), np.ceil(cells[:, 1] / n - slack) - 1
+    tile = np.stack([first_tile, last_tile], -1)  # [cell 2]
     return tile * side + (cells - tile * n) * patch
 
 
-def _images_of_samples(inputs: Mapping[str, Any], config: Any) -> list[int]:
-    """How many images each sample of a batch has."""
-    has = [n > 0 for n in counts_of(inputs["input_ids"], config.image_token_id)]
-    number = inputs.get("batch_num_images")
-    counts = [1] * sum(has) if number is None else number.flatten().tolist()
-    if len(counts) != sum(has):
+def _images_of_samples(inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[int]:
+    """Number of images of each sample of a batch."""
+    has_images = [n > 0 for n in counts_of(inputs["input_ids"], config.image_token_id)]
+    per_prompt = inputs.get("batch_num_images")
+    counts = [1] * sum(has_images) if per_prompt is None else per_prompt.flatten().tolist()
+    if len(counts) != sum(has_images):
         counts = [n for n in counts if n]
-    if len(counts) != sum(has) or sum(counts) != len(inputs["image_sizes"]):
+    if len(counts) != sum(has_images) or sum(counts) != len(inputs["image_sizes"]):
         raise InputError(
-            f"{len(inputs['image_sizes'])} images for {sum(has)} samples that have any: `batch_num_images` must say "
-            "how many belong to each; the processor returns it."
+            f"{len(inputs['image_sizes'])} images for {sum(has_images)} samples with image placeholders: pass "
+            "`batch_num_images`, the number of images of each, which the processor returns."
         )
-    left = iter(counts)
-    return [next(left) if h else 0 for h in has]
+    remaining = iter(counts)
+    return [next(remaining) if has else 0 for has in has_images]

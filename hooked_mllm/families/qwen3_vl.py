@@ -1,10 +1,11 @@
 """Qwen3-VL, dense and mixture of experts: one packed vision tower, a 2 x 2 merger, DeepStack after the first blocks."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.base import (
@@ -32,7 +33,7 @@ from hooked_mllm.layout.items import Media, Patches, View, VisualItem
 
 
 class Qwen3VL(Family):
-    """Qwen3-VL as transformers runs it; the classes share their module names."""
+    """Qwen3-VL, transformers' own classes; they share their module names."""
 
     name = "qwen3_vl"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
@@ -56,44 +57,46 @@ class Qwen3VL(Family):
     )
     patch_embed = "model.visual.patch_embed"
     projector = "model.visual.merger"
+    deepstack_arguments = ("deepstack_visual_embeds", "visual_pos_masks")
 
-    def vision_heads(self, config: Any) -> int:
+    def vision_heads(self, config: PreTrainedConfig) -> int:
         return config.vision_config.num_heads
 
-    def n_deepstack(self, model: Any) -> int:
+    def n_deepstack(self, model: PreTrainedModel) -> int:
         return len(model.config.vision_config.deepstack_visual_indexes)
 
     def patch_embed_value(self, output: Tensor) -> Tensor:
-        return output[None]
+        return output[None]  # [patch d_model] -> [1 patch d_model]
 
-    def vision_out_module(self) -> tuple[str, str]:
+    def vision_out_module(self) -> tuple[str, Literal["input", "output"]]:
         return self.projector, "input"
 
-    def vision_out_value(self, output: Any, model: Any) -> Tensor:
-        return output[None]
+    def vision_out_value(self, output: Any, model: PreTrainedModel) -> Tensor:
+        return output[None]  # [pos d_model] -> [1 pos d_model]
 
-    def vision_out_replace(self, value: Tensor, output: Any, model: Any) -> Any:
+    def vision_out_replace(self, value: Tensor, output: Any, model: PreTrainedModel) -> Any:
         return value[0]
 
-    def visual_token_ids(self, config: Any) -> tuple[int, ...]:
+    def visual_token_ids(self, config: PreTrainedConfig) -> tuple[int, ...]:
         return config.image_token_id, config.video_token_id
 
-    def check_inputs(self, inputs: dict[str, Any], config: Any) -> None:
+    def check_inputs(self, inputs: dict[str, Any], config: PreTrainedConfig) -> None:
         if inputs.get("mm_token_type_ids") is not None or inputs.get("position_ids") is not None:
             return
         if inputs.get("input_ids") is not None and placeholder_count(
             inputs["input_ids"], self.visual_token_ids(config)
         ):
             raise InputError(
-                "Qwen3-VL needs `mm_token_type_ids` beside images or videos: without them `generate` silently uses "
-                "text positions for visual tokens. The processor returns them; pass everything that it returns, or use "
+                "Qwen3-VL needs `mm_token_type_ids` with images or videos: without them `generate` silently uses text "
+                "positions for visual tokens. The processor returns them; pass everything that it returns, or use "
                 "`model.prepare`."
             )
 
-    def reset(self, model: Any) -> None:
-        model.get_submodule("model").rope_deltas = None
+    def reset(self, model: PreTrainedModel) -> None:
+        backbone: Any = model.get_submodule("model")
+        backbone.rope_deltas = None  # otherwise the next text continuation is shifted
 
-    def vision_rows(self, inputs: Mapping[str, Any], config: Any) -> list[Rows]:
+    def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
         tokens = inputs["input_ids"]
         out: list[Rows] = [[] for _ in range(len(tokens))]
         start = 0
@@ -109,7 +112,7 @@ class Qwen3VL(Family):
         return out
 
     def visual_items(
-        self, model_config: Any, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         vision = model_config.vision_config
         merge, per_step = vision.spatial_merge_size, vision.temporal_patch_size
@@ -133,8 +136,8 @@ class Qwen3VL(Family):
             items.append(video_item(i, m, boxes, frames))
         return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
 
-    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
-        # the patches of a token stand side by side, for the merger joins neighbours of the packed row
-        boxes = split_boxes(item.boxes, config.vision_config.spatial_merge_size)
+    def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
+        # the patches of a token are neighbours in the packed row, where the merger joins them
+        boxes = split_boxes(item.boxes, config.vision_config.spatial_merge_size)  # [token row col 4]
         step = len(item) // len(np.unique(item.frames[:, 0]))  # tokens of an image, or of the frames that share tokens
         return Patches(boxes.reshape(len(item) // step, -1, 4), item.frames[::step], item.views[::step])

@@ -1,6 +1,4 @@
-"""The families this package knows, by `config.model_type`."""
-
-from typing import Any
+"""The supported families, by `config.model_type`."""
 
 from hooked_mllm.errors import UnsupportedModelError
 from hooked_mllm.families.base import Family
@@ -12,7 +10,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> Family:
-    """Make a family known under each of its `model_types`.
+    """Register a family under each of its `model_types`, and return it.
 
     Examples:
         >>> from hooked_mllm.families import Qwen3VL, register
@@ -28,11 +26,14 @@ for _family in (Qwen3VL(), LlavaOnevision(), InternVL()):
     register(_family)
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: object) -> Family:
     """The family of a transformers configuration.
 
+    Args:
+        config: The configuration, or any object with a `model_type`.
+
     Raises:
-        UnsupportedModelError: when no family has that `model_type`.
+        UnsupportedModelError: If no family has that `model_type`.
     """
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:

@@ -98,8 +98,12 @@ class ModuleHook:
         self.bindings.append(Binding(point, get, put))
 
     def watch(self, fn: Callable[[Call], None], points: list[HookPoint]) -> None:
-        """Call `fn` at every call of the module while one of `points` is in use."""
-        self.watchers.append((fn, points))
+        """Call `fn`, once and first, at every call of the module while one of `points` is in use."""
+        for known, known_points in self.watchers:
+            if known == fn:
+                known_points.extend(points)
+                return
+        self.watchers.append((fn, list(points)))
 
     @property
     def points(self) -> list[HookPoint]:

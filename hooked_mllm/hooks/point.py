@@ -245,8 +245,7 @@ class HookPoint:
             before = value.clone() if version is None and not handle.reads_only else None
             result = handle.fn(value, hook=self)
             if result is not None and result is not value:
-                self._check(result, value)
-                value, edited = result, True
+                value, edited = self._checked(result, value), True
             elif version is not None:
                 edited |= version != _version(value)
             elif before is not None:
@@ -264,17 +263,20 @@ class HookPoint:
         for handle in handles:
 
             def on_gradient(gradient: Tensor, handle: Handle = handle) -> Tensor | None:
-                result: Any = handle.fn(gradient, hook=self)
+                result: object = handle.fn(gradient, hook=self)
                 if isinstance(result, tuple) and len(result) == 1:
-                    (result,) = result  # the form that TransformerLens accepts
-                if result is not None:
-                    self._check(result, gradient)
-                return result
+                    result = result[0]  # the form that TransformerLens accepts
+                return None if result is None else self._checked(result, gradient)
 
             value.register_hook(on_gradient)
         return value
 
-    def _check(self, result: object, value: Tensor) -> None:
+    def _checked(self, result: object, value: Tensor) -> Tensor:
+        """What a hook returned.
+
+        Raises:
+            HookValueError: If it is no tensor of the shape, dtype and device of `value`.
+        """
         if not isinstance(result, Tensor):
             raise HookValueError(
                 f"A hook on {self.name} returned {type(result).__name__}; expected None or a tensor of shape "
@@ -290,6 +292,7 @@ class HookPoint:
                     f"A hook on {self.name} returned {quantity} {actual}; expected {expected}. Return a tensor like "
                     "the one received (`.to(activation)` sets dtype and device), or None to keep the activation."
                 )
+        return result
 
 
 def _version(tensor: Tensor) -> int | None:

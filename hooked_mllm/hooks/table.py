@@ -7,7 +7,9 @@ takes or returns is an entry with `carrier="computed"`, and its getter and sette
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
+
+from hooked_mllm.errors import HookValueError
 
 TowerName = Literal["text", "vision", "projector"]
 Side = Literal["input", "output"]
@@ -34,7 +36,7 @@ class PointSpec:
         in_block: Whether every block has one.
         carrier: Where the activation is read and written.
         argument: The keyword argument of the module that holds it; None for the first argument.
-        optional: Blocks without that module have no such point.
+        optional: Blocks without that module, or without that step, have no such point.
         in_place: The block reads the same tensor again after the module, so that an edit must be written into it.
         gain: The field of `BlockParts` that names a gain which the block multiplies the module's output by; where a
             family sets it, the activation is computed.
@@ -54,6 +56,13 @@ class PointSpec:
     in_place: bool = False
     gain: str | None = None
     aliases: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.part is None and self.carrier in ("module", "norm"):
+            raise HookValueError(
+                f"The entry of {self.suffix!r} is read at a module, so it needs a part: name the field of BlockParts "
+                "or the attribute of Family, or set another carrier."
+            )
 
     def name(self, tower: TowerName, layer: int | None = None) -> str:
         """The full name of the point.
@@ -127,7 +136,13 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
     # -- of every block ------------------------------------------------------------------------------------------------
     PointSpec("hook_resid_pre", STREAM, "residual stream entering the block", part="", side="input"),
     PointSpec("ln1.hook_scale", SCALE, "what the norm before attention divides by", part="ln1", carrier="norm"),
-    PointSpec("ln1.hook_normalized", STREAM, "its input divided by that, before the gain", part="ln1", carrier="norm"),
+    PointSpec(
+        "ln1.hook_normalized",
+        STREAM,
+        "the norm's input divided by it, before gain and bias",
+        part="ln1",
+        carrier="norm",
+    ),
     PointSpec("attn.hook_q", HEADS, "queries before rotation", part="q", aliases=("query",)),
     PointSpec("attn.hook_k", KEY_VALUE_HEADS, "keys before rotation", part="k", aliases=("key",)),
     PointSpec("attn.hook_v", KEY_VALUE_HEADS, "values", part="v", aliases=("value",)),
@@ -160,7 +175,13 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
         in_place=True,  # the block adds the MLP's output to the tensor that it passes to the norm
     ),
     PointSpec("ln2.hook_scale", SCALE, "what the norm before the MLP divides by", part="ln2", carrier="norm"),
-    PointSpec("ln2.hook_normalized", STREAM, "its input divided by that, before the gain", part="ln2", carrier="norm"),
+    PointSpec(
+        "ln2.hook_normalized",
+        STREAM,
+        "the norm's input divided by it, before gain and bias",
+        part="ln2",
+        carrier="norm",
+    ),
     PointSpec(
         "mlp.hook_pre",
         HIDDEN,
@@ -189,12 +210,12 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
         carrier="computed",
         optional=True,
     ),
-    # -- behind the blocks ---------------------------------------------------------------------------------------------
-    PointSpec("hook_out", STREAM, "what leaves the vision tower", towers=("vision",), in_block=False, carrier="family"),
+    # -- after the blocks ----------------------------------------------------------------------------------------------
+    PointSpec("hook_out", STREAM, "output of the vision tower", towers=("vision",), in_block=False, carrier="family"),
     PointSpec(
         "hook_in",
         "batch in d_in",
-        "what the projector takes",
+        "input of the projector",
         part="projector",
         side="input",
         towers=("projector",),
@@ -220,7 +241,7 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
     PointSpec(
         "ln_final.hook_normalized",
         STREAM,
-        "its input divided by that, before the gain",
+        "the norm's input divided by it, before gain and bias",
         part="ln_final",
         towers=("text",),
         in_block=False,
@@ -261,7 +282,7 @@ def split_name(name: str) -> tuple[TowerName, int | None, str]:
     if match is None:
         return "text", None, name
     tower, layer, suffix = match.groups()
-    return tower or "text", None if layer is None else int(layer), suffix
+    return cast(TowerName, tower or "text"), None if layer is None else int(layer), suffix
 
 
 def spec_of(name: str) -> PointSpec | None:

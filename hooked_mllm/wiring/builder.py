@@ -1,49 +1,60 @@
-"""Makes hook points and the junctions that carry them, and keeps the two in step."""
+"""Builder: makes hook points and the module hooks that serve them, and keeps the two in step."""
 
 from collections.abc import Callable
 
 from torch import nn
 
-from hooked_mllm.hooks.module_hook import Kind
-from hooked_mllm.hooks.module_hook import ModuleHook as Junction
+from hooked_mllm.hooks.module_hook import Kind, ModuleHook
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookRegistry
+from hooked_mllm.hooks.table import PointSpec, Side, TowerName
+from hooked_mllm.wiring.access import Access
+
+KINDS: dict[Side, Kind] = {"input": "pre", "output": "post"}
 
 
 class Builder:
-    """Where the wiring of a model is put together.
+    """Makes the hook points and module hooks of one model.
 
     Args:
-        registry: Takes every point that is made.
+        model: The model.
+        registry: Receives every point that is made.
     """
 
-    def __init__(self, registry: HookRegistry) -> None:
-        self.registry = registry
-        self.junctions: dict[tuple[int, Kind], Junction] = {}
+    def __init__(self, model: nn.Module, registry: HookRegistry) -> None:
+        self.model, self.registry = model, registry
+        self.module_hooks: dict[tuple[int, Kind], ModuleHook] = {}
         self._listeners: dict[str, list[Callable[[], None]]] = {}
 
-    def point(self, name: str, *, tower: str, block: int | None = None) -> HookPoint:
-        """A new point, known to the registry."""
-        return self.registry.add(
-            HookPoint(name, tower=tower, block=block, clock=self.registry.clock, on_change=self._changed)
-        )
+    def point(self, spec: PointSpec, tower: TowerName, layer: int | None = None) -> HookPoint:
+        """Make a hook point for an entry of the table, and register it."""
+        name, clock = spec.name(tower, layer), self.registry.clock
+        return self.registry.add(HookPoint(name, tower=tower, block=layer, clock=clock, on_change=self._changed))
 
-    def junction(self, module: nn.Module, kind: Kind) -> Junction:
-        """The junction on one side of a module, made on first use."""
-        key = (id(module), kind)
-        if key not in self.junctions:
-            self.junctions[key] = Junction(module, kind)
-        return self.junctions[key]
+    def module_hook(self, path: str, side: Side) -> ModuleHook:
+        """The module hook on one side of a module, made on first use.
+
+        Raises:
+            AttributeError: If the model has no module at `path`.
+        """
+        module, kind = self.model.get_submodule(path), KINDS[side]
+        return self.module_hooks.setdefault((id(module), kind), ModuleHook(module, kind))
+
+    def bind(self, point: HookPoint, access: Access) -> None:
+        """Let the module hook of an access run a point, and those of its watchers serve it."""
+        self.module_hook(access.path, access.side).bind(point, access.get, access.put)
+        for path, side, fn in access.watchers():
+            self.module_hook(path, side).watch(fn, [point])
 
     def on_change(self, point: HookPoint, listener: Callable[[], None]) -> None:
-        """Call `listener` whenever a hook is hung on `point` or taken off."""
+        """Call `listener` after every change of the hooks of `point`."""
         self._listeners.setdefault(point.name, []).append(listener)
 
     def finish(self) -> None:
-        """Tell every junction which points it must follow."""
-        for junction in self.junctions.values():
-            for point in (*(b.point for b in junction.bindings), *(p for _, ps in junction.watchers for p in ps)):
-                self.on_change(point, junction.refresh)
+        """Connect every module hook to its points, so that it is registered and removed as they need it."""
+        for module_hook in self.module_hooks.values():
+            for point in module_hook.points:
+                self.on_change(point, module_hook.refresh)
 
     def _changed(self, point: HookPoint) -> None:
         for listener in self._listeners.get(point.name, ()):

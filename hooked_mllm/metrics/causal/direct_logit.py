@@ -16,7 +16,7 @@ from hooked_mllm.heads import HeadScores, SampleScores
 from hooked_mllm.objectives import BoundObjective, LogitDifference
 from hooked_mllm.objectives.tokens import Tokens
 from hooked_mllm.storage import read_tensors, restoring, write_tensors
-from hooked_mllm.wiring.blocks import head_results
+from hooked_mllm.wiring.results import head_results
 
 KIND = "hooked_mllm.LogitDecomposition"
 

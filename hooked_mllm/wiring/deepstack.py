@@ -1,0 +1,106 @@
+"""DeepStack: the visual features that Qwen3-VL adds after its first decoder blocks, outside of any module."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_mllm.errors import HookValueError
+from hooked_mllm.families.base import Family
+from hooked_mllm.hooks.module_hook import Call
+from hooked_mllm.hooks.table import Side
+from hooked_mllm.wiring.access import Access, Watcher
+
+Features = Float[Tensor, "visual d_model"]
+
+
+class DeepStack:
+    """The features of the active run, and the mask of visual positions.
+
+    The list of features is an argument of the language model and is read after each block: a hook point replaces its
+    entry just before.
+
+    Args:
+        family: Names the language model, and its arguments.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.features: list[Features] | None = None
+        self.mask: Bool[Tensor, "batch pos"] | None = None
+        self.family = family
+
+    @contextmanager
+    def holding(self, features: list[Features], mask: Bool[Tensor, "batch pos"] | None) -> Iterator[list[Features]]:
+        """Provide features to blocks that run by themselves, for the body of a `with` statement.
+
+        Args:
+            features: One tensor a block; hooks replace entries of this list.
+            mask: The visual positions.
+        """
+        before = self.features, self.mask
+        self.features, self.mask = features or None, mask
+        try:
+            yield features
+        finally:
+            self.features, self.mask = before
+
+    def enter(self, call: Call) -> None:
+        """Take the features from a call of the language model."""
+        features, self.mask = self.family.deepstack_of(call.kwargs)
+        self.features = features or None
+        if self.features is not None and self.family.deepstack_arguments is not None:
+            call.set_argument(self.family.deepstack_arguments[0], self.features)  # a list of which entries are replaced
+
+    def leave(self, call: Call) -> None:
+        """Forget them after the call."""
+        self.features = self.mask = None
+
+
+@dataclass(frozen=True)
+class DeepStackFeatures(Access):
+    """`hook_deepstack` of one block: the features at visual positions, zero elsewhere."""
+
+    deepstack: DeepStack
+    path: str
+    layer: int
+    side: Side = "output"
+
+    @classmethod
+    def of(cls, deepstack: DeepStack | None, path: str, layer: int) -> "DeepStackFeatures | None":
+        """The access in one block; None for a block after which nothing is added."""
+        return None if deepstack is None else cls(deepstack, path, layer)
+
+    def watchers(self) -> list[Watcher]:
+        """Take the features when the language model is called."""
+        language_model = self.deepstack.family.language_model
+        return [(language_model, "input", self.deepstack.enter), (language_model, "output", self.deepstack.leave)]
+
+    def get(self, call: Call) -> Float[Tensor, "batch pos d_model"] | None:
+        """The features; None in a step without images, where nothing is added."""
+        features, mask = self.deepstack.features, self.deepstack.mask
+        if features is None or mask is None or self.layer >= len(features):
+            return None
+        hidden = call.main()
+        dense = torch.zeros_like(hidden)  # [batch pos d_model]
+        dense[mask.to(hidden.device)] = features[self.layer].to(hidden.device, hidden.dtype)
+        return dense
+
+    def put(self, call: Call, value: Float[Tensor, "batch pos d_model"]) -> None:
+        """Replace the features of this block.
+
+        Raises:
+            HookValueError: If `value` is not zero at a position without visual token.
+        """
+        features, mask = self.deepstack.features, self.deepstack.mask
+        assert features is not None and mask is not None  # `get` found them
+        mask = mask.to(value.device)
+        if bool((value[~mask] != 0).any()):
+            raise HookValueError(
+                f"A hook on blocks.{self.layer}.hook_deepstack wrote to positions that hold no visual token. DeepStack "
+                f"adds to visual positions only: edit blocks.{self.layer}.hook_resid_post or "
+                f"blocks.{self.layer + 1}.hook_resid_pre for others."
+            )
+        features[self.layer] = value[mask]  # [visual d_model]
