@@ -91,7 +91,7 @@ def heads_in_layer(
         ([4], [2, 7])
     """
     if isinstance(heads, Iterator):  # it can be read only once
-        heads = list(heads)
+        heads = cast(LayerHeadsLike, list(heads))
     numbers = _numbers(heads, shape[1])
     if numbers is not None:
         outside = [head for head in numbers if not -shape[1] <= head < shape[1]]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import AttentionMetric, Piece
 from hooked_mllm.storage import read_json, restoring, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:  # matplotlib is imported when something is drawn
+    Figure = Any
 
 KIND = "hooked_mllm.CoverageCurve"
 
@@ -50,11 +55,11 @@ class CoverageCurve:
             raise HeadError(f"The coverage of the top {k} heads was not computed; it was for k in {self.ks}.")
         return self.coverage[self.ks.index(k)]
 
-    def plot(self, **options: Any) -> Any:
-        """Draw the curve with `hooked_mllm.plots.coverage_curve`; returns a matplotlib Figure."""
+    def plot(self, *, title: str | None = None) -> Figure:
+        """Draw the curve with `hooked_mllm.plots.coverage_curve`."""
         from hooked_mllm.plots import coverage_curve
 
-        return coverage_curve(self, **options)
+        return coverage_curve(self) if title is None else coverage_curve(self, title=title)
 
     def save(self, path: str | Path) -> None:
         """Write the curve as JSON.

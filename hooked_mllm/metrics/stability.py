@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from torch import Tensor
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:  # matplotlib is imported when something is drawn
+    Figure = Any
 
 KIND = "hooked_mllm.Stability"
 
@@ -58,11 +63,11 @@ class Stability:
         """The mean correlation over all pairs of different tasks."""
         return float(np.mean([self.spearman[i, j] for i, j in combinations(range(len(self.tasks)), 2)]))
 
-    def plot(self, **options: Any) -> Any:
-        """Draw both parts of figure 5 with `hooked_mllm.plots.stability_map`; returns a matplotlib Figure."""
+    def plot(self, *, title: str | None = None) -> Figure:
+        """Draw both parts of figure 5 with `hooked_mllm.plots.stability_map`."""
         from hooked_mllm.plots import stability_map
 
-        return stability_map(self, **options)
+        return stability_map(self, title=title)
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON.

@@ -14,3 +14,4 @@ from hooked_mllm.plots.pair import pair as pair
 from hooked_mllm.plots.prefill import prefill as prefill
 from hooked_mllm.plots.scatter import scatter as scatter
 from hooked_mllm.plots.stability_map import stability_map as stability_map
+from hooked_mllm.plots.table_map import table_map as table_map

@@ -1,7 +1,7 @@
-"""What is left of a model as its heads are taken away."""
+"""What a model can still do as its heads are ablated."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,9 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import new_figure
-
-if TYPE_CHECKING:
-    from hooked_mllm.metrics import AblationCurveResult
+from hooked_mllm.plots.protocols import Curve, CurvesLike
 
 COLOURS = {"top": "#c8102e", "bottom": "#1f5fa8", "random": "#6b7280"}
 STYLES = ("-", "--", ":", "-.")
@@ -20,7 +18,7 @@ MARKED = 30
 
 
 def ablation_curves(
-    curves: Union["AblationCurveResult", Mapping[str, "AblationCurveResult"]],
+    curves: CurvesLike,
     *,
     chance: float | int | None = None,
     level: float | None = 0.95,
@@ -32,13 +30,13 @@ def ablation_curves(
     the seeds, each seed a thin line of its own, and ends where no control is left.
 
     Args:
-        curves: what `AblationCurve.run` returns, or label -> such a result, each drawn in a line style of its own.
-        chance: a dotted line at this height.
-        level: of the bands; None draws none.
-        title: above the curves; none by default.
+        curves: What `AblationCurve.run` returns, or label -> such a result, each drawn in a line style of its own.
+        chance: Height of a dotted line.
+        level: Level of the bands; None draws none.
+        title: Above the curves; none by default.
 
     Raises:
-        InputError: no curves, curves of different objectives, or more than four.
+        InputError: no curves, something else, curves of different objectives, or more than four.
 
     Examples:
         >>> import numpy as np
@@ -48,9 +46,12 @@ def ablation_curves(
         >>> ablation_curves(curve).axes[0].lines[0].get_ydata().tolist()
         [1.0, 0.5]
     """
-    shown = curves if isinstance(curves, Mapping) else {"": curves}
+    shown: Mapping[str, Curve] = curves if isinstance(curves, Mapping) else {"": curves}
     if not 0 < len(shown) <= len(STYLES):
         raise InputError(f"expected one to {len(STYLES)} curves to draw, got {len(shown)}")
+    for curve in shown.values():
+        if not isinstance(curve, Curve):
+            raise InputError(f"expected what AblationCurve.run returns, got {type(curve).__name__}")
     objectives = {curve.objective for curve in shown.values()}
     if len(objectives) > 1:
         raise InputError(f"expected curves of one objective, got {', '.join(sorted(objectives))}: draw them apart")
@@ -61,8 +62,8 @@ def ablation_curves(
             colour, mean = COLOURS[ranking], curve.mean(ranking)
             options: Any = {"color": colour, "linestyle": style}
             axes.plot(curve.ks, mean, marker="." if len(curve.ks) <= MARKED else None, **options)
-            if ranking == "random" and len(curve.per_sample[ranking]) > 1:
-                for values in curve.values[ranking]:
+            if ranking == "random" and len(curve.values[ranking]) > 1:
+                for values in curve.values[ranking]:  # [seed k]
                     axes.plot(curve.ks, values, linewidth=0.6, alpha=0.6, **options)
             if level is not None and curve.n_samples > 1:
                 low, high = curve.interval(ranking, level)
@@ -76,7 +77,7 @@ def ablation_curves(
     return figure
 
 
-def _legend(axes: Axes, shown: Mapping[str, "AblationCurveResult"], chance: float | int | None) -> None:
+def _legend(axes: Axes, shown: Mapping[str, Curve], chance: float | int | None) -> None:
     rankings = dict.fromkeys(ranking for curve in shown.values() for ranking in curve.rankings)
     entries = [Line2D([], [], color=COLOURS[ranking], label=f"{ranking} heads") for ranking in rankings]
     if len(shown) > 1:

@@ -1,7 +1,6 @@
 """Curves over the number of heads."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,10 +8,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import as_array, new_figure
+from hooked_mllm.plots.protocols import Coverage, CoverageLike
 
 
 def coverage_curve(
-    curves: Mapping[str, Any] | Any,
+    curves: Mapping[str, CoverageLike] | CoverageLike,
     ks: Sequence[int] | None = None,
     *,
     title: str = "Key Token Coverage of the top-k heads",
@@ -20,10 +20,10 @@ def coverage_curve(
     """Draw how much of the target a growing group of heads covers: KTC of the top k heads against k.
 
     Args:
-        curves: label -> curve, or one curve alone. A curve is what `KeyTokenCoverage` computes, or shares [k] from
+        curves: Label -> curve, or one curve alone. A curve is what `KeyTokenCoverage` computes, or shares [k] from
             0 to 1.
-        ks: the numbers of heads, for curves that do not bring their own; 1, 2, 3, ... by default.
-        title: above the curves.
+        ks: The numbers of heads, for curves without their own; 1, 2, 3, ... by default.
+        title: Above the curves.
 
     Raises:
         InputError: no curves, a curve that is not one-dimensional, of another length than `ks`, or outside [0, 1].
@@ -33,15 +33,14 @@ def coverage_curve(
         >>> len(figure.axes[0].lines)
         2
     """
-    if not isinstance(curves, Mapping):
-        curves = {"": curves}
-    if not curves:
+    shown: Mapping[str, CoverageLike] = curves if isinstance(curves, Mapping) else {"": curves}
+    if not shown:
         raise InputError("nothing to draw: expected at least one curve")
     figure = new_figure(5.0, 3.4)
     axes = figure.add_subplot()
-    for label, curve in curves.items():
-        own_ks = getattr(curve, "ks", ks)
-        shares = as_array(getattr(curve, "coverage", curve), f"curve {label!r}")
+    for label, curve in shown.items():
+        own_ks = curve.ks if isinstance(curve, Coverage) else ks
+        shares = as_array(curve.coverage if isinstance(curve, Coverage) else curve, f"curve {label!r}")
         if shares.ndim != 1 or shares.size == 0:
             raise InputError(f"curve {label!r}: expected shares [k], got shape {shares.shape}")
         if not ((shares >= 0) & (shares <= 1)).all():
@@ -54,6 +53,6 @@ def coverage_curve(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.grid(alpha=0.3)
-    if any(curves):
+    if any(shown):
         axes.legend(frameon=False)
     return figure

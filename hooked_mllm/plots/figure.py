@@ -1,22 +1,36 @@
 """What all plots share: a figure outside pyplot, and colours that fit the sign of the values."""
 
 import io
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.mathtext import MathTextParser
+from matplotlib.text import Text
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, NumericsError
+from hooked_mllm.plots.protocols import Numbers
 
 SEQUENTIAL, DIVERGING = "magma", "RdBu_r"
 
 
 class NotebookFigure(Figure):
-    """A figure that shows itself as the last value of a notebook cell, though pyplot does not know it."""
+    """A figure outside pyplot that a notebook displays as the last value of a cell.
+
+    Text between dollar signs that is no valid math, such as "$5 {to $6", is drawn as it is.
+    """
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw the figure."""
+        for text in self.findobj(Text):
+            if isinstance(text, Text) and not _is_drawable(text.get_text()):
+                text.set_parse_math(False)
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -24,19 +38,31 @@ class NotebookFigure(Figure):
         return buffer.getvalue()
 
 
+@lru_cache(maxsize=256)
+def _is_drawable(text: str) -> bool:
+    """Whether matplotlib can draw a text: one with dollar signs is read as math."""
+    if "$" not in text:
+        return True
+    try:
+        MathTextParser("path").parse(text)
+    except ValueError:
+        return False
+    return True
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure of `width` x `height` inches."""
     figure = NotebookFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def as_array(values: Any, what: str) -> np.ndarray:
-    """float64 on the CPU; NaN stands for "nothing here", an infinity is refused.
+def as_array(values: Numbers, what: str) -> np.ndarray:
+    """float64 on the CPU; NaN means that there is no value.
 
     Raises:
         InputError: not numbers.
-        NumericsError: an infinity, or no number at all.
+        NumericsError: an infinity.
     """
     if isinstance(values, Tensor):
         values = values.detach().double().cpu().numpy()

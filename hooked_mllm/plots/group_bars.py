@@ -1,7 +1,6 @@
 """Scores of groups of heads, side by side."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,10 +8,11 @@ from matplotlib.figure import Figure
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.ablation_curves import COLOURS
 from hooked_mllm.plots.figure import as_array, new_figure
+from hooked_mllm.plots.protocols import Numbers
 
 
 def group_bars(
-    groups: Mapping[str, Mapping[str, Any]],
+    groups: Mapping[str, Mapping[str, Numbers]],
     *,
     ylabel: str = "Key Token Ratio",
     title: str | None = None,
@@ -22,9 +22,9 @@ def group_bars(
     As figure 6b of arXiv:2606.05843, the Key Token Ratio of the top and the bottom heads of several models.
 
     Args:
-        groups: model -> group, such as "top 15" -> scores of its heads.
-        ylabel: what the scores are.
-        title: above the bars; none by default.
+        groups: Model -> group, such as "top 15" -> scores of its heads.
+        ylabel: What the scores are.
+        title: Above the bars; none by default.
 
     Raises:
         InputError: no models, models with different groups, or a group without heads.

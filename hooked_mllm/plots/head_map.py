@@ -1,7 +1,7 @@
 """Layer x head heat maps."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,15 +12,24 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.plots.figure import colour_scale, new_figure
+from hooked_mllm.plots.head_matrix import HeadMatrix, head_matrix
+from hooked_mllm.plots.protocols import HeadChoice, ScoresLike
 
 MARK = "#35ff6b"
 
 
+class Colours(NamedTuple):
+    """Ends of the colour scale and the colour map; None for the defaults of `colour_scale`."""
+
+    vmin: float | int | None = None
+    vmax: float | int | None = None
+    cmap: str | Colormap | None = None
+
+
 def head_map(
-    scores: HeadScores,
-    top: int | float | HeadSet | None = 10,
+    scores: ScoresLike,
+    top: HeadChoice | None = 10,
     *,
     title: str | None = None,
     vmin: float | int | None = None,
@@ -33,29 +42,33 @@ def head_map(
     stay grey.
 
     Args:
-        scores: [layer head].
-        top: how many heads to frame (int; all, if there are fewer), which share (float), which ones, or None.
-        title: above the map; the scores' name by default.
-        vmin: lower end of the colours.
-        vmax: upper end of the colours.
-        cmap: matplotlib colour map.
+        scores: Head scores, or plain numbers `[layer head]` (an array, a tensor or nested lists; NaN: not measured).
+        top: How many heads to frame (int; all, if there are fewer), which share (float), which ones ("L2H4", pairs, a
+            `HeadSet`, a boolean mask, or a list of these), or None.
+        title: Above the map; the scores' name by default.
+        vmin: Lower end of the colours.
+        vmax: Upper end of the colours.
+        cmap: Colour map of matplotlib.
 
     Raises:
         HeadError: `top` is a share outside [0, 1], or heads of a model of another shape.
+        InputError: scores that are no numbers `[layer head]`.
 
     Examples:
-        >>> figure = head_map(HeadScores([[0.1, 0.4], [0.3, 0.2]], name="RAM"), top=1)
+        >>> import numpy as np
+        >>> figure = head_map(np.array([[0.1, 0.4], [0.3, 0.2]]), top="L0H1", title="RAM")
         >>> figure.axes[0].get_title()
         'RAM'
     """
-    figure = new_figure(*_size(*scores.shape))
-    _draw(figure, figure.add_subplot(), scores, top, title, (vmin, vmax, cmap))
+    matrix = head_matrix(scores)
+    figure = new_figure(*_size(*matrix.shape))
+    _draw(figure, figure.add_subplot(), matrix, top, title, Colours(vmin, vmax, cmap))
     return figure
 
 
 def head_maps(
-    scores: Sequence[HeadScores],
-    top: int | float | HeadSet | None = 10,
+    scores: Sequence[ScoresLike],
+    top: HeadChoice | None = 10,
     *,
     titles: Sequence[str] | None = None,
     title: str | None = None,
@@ -65,68 +78,51 @@ def head_maps(
     As figure 4 of arXiv:2606.05843, where the maps of Retrieval Attention Mass and of the vision heads are compared.
 
     Args:
-        scores: [layer head] each.
-        top: in each map, how many of its own top heads to frame, which share, or which heads (in all maps the same).
-        titles: above each map; the scores' names by default.
-        title: above all maps; none by default.
+        scores: Head scores or plain numbers `[layer head]` each.
+        top: In each map, how many of its own top heads to frame, which share, or which heads (in all maps the same).
+        titles: Above each map; the scores' names by default.
+        title: Above all maps; none by default.
 
     Raises:
         InputError: no scores, or another number of titles.
         HeadError: scores of models of different shape, or as for `head_map`.
 
     Examples:
-        >>> ram = HeadScores([[0.1, 0.4], [0.3, 0.2]], name="RAM")
-        >>> figure = head_maps([ram, -ram], top=1, titles=["RAM", "turned around"])
+        >>> figure = head_maps([[[0.1, 0.4], [0.3, 0.2]], [[0.0, 0.1], [0.9, 0.2]]], top=1, titles=["RAM", "KTR"])
         >>> [axes.get_title() for axes in figure.axes[:2]]
-        ['RAM', 'turned around']
+        ['RAM', 'KTR']
     """
-    shown, names = list(scores), [one.name for one in scores] if titles is None else list(titles)
-    if not shown or len(names) != len(shown):
-        raise InputError(f"expected a title for each of one or more scores, got {len(names)} for {len(shown)}")
-    if len({one.shape for one in shown}) > 1:
-        raise HeadError(f"expected scores of one model, got shapes {', '.join(str(one.shape) for one in shown)}")
-    width, height = _size(*shown[0].shape)
-    figure = new_figure(width * len(shown), height + (0.3 if title else 0.0))
-    grid = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, one, name in zip(grid, shown, names, strict=True):
-        _draw(figure, axes, one, top, name, (None, None, None))
+    matrices = [head_matrix(item) for item in scores]
+    names = [matrix.name for matrix in matrices] if titles is None else list(titles)
+    if not matrices or len(names) != len(matrices):
+        raise InputError(f"expected a title for each of one or more scores, got {len(names)} for {len(matrices)}")
+    shapes = [matrix.shape for matrix in matrices]
+    if len(set(shapes)) > 1:
+        raise HeadError(f"expected scores of one model, got shapes {', '.join(map(str, shapes))}")
+    width, height = _size(*shapes[0])
+    figure = new_figure(width * len(matrices), height + (0.3 if title else 0.0))
+    grid = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, matrix, name in zip(grid, matrices, names, strict=True):
+        _draw(figure, axes, matrix, top, name, Colours())
     if title:
         figure.suptitle(title)
     return figure
 
 
 def _draw(
-    figure: Figure,
-    axes: Axes,
-    scores: HeadScores,
-    top: int | float | HeadSet | None,
-    title: str | None,
-    colours: tuple[Any, Any, Any],
+    figure: Figure, axes: Axes, matrix: HeadMatrix, top: HeadChoice | None, title: str | None, colours: Colours
 ) -> None:
-    values, (vmin, vmax, cmap) = scores.values.numpy(), colours
     axes.set_facecolor("0.8")
-    chosen, norm = colour_scale(values, vmin, vmax, cmap)
-    image = axes.imshow(values, cmap=chosen, norm=norm, aspect="equal", interpolation="nearest")
-    for layer, head in _marked(scores, top):
+    cmap, norm = colour_scale(matrix.values, *colours)
+    image = axes.imshow(matrix.values, cmap=cmap, norm=norm, aspect="equal", interpolation="nearest")
+    for layer, head in matrix.selected(top):
         frame = Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=MARK, linewidth=1.6)
         frame.set_path_effects([withStroke(linewidth=3.0, foreground="black")])  # to be seen on every colour
         axes.add_patch(frame)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
-    axes.set(xlabel="head", ylabel="layer", title=scores.name if title is None else title)
-    figure.colorbar(image, ax=axes, label=scores.name, shrink=0.9)
-
-
-def _marked(scores: HeadScores, top: int | float | HeadSet | None) -> HeadSet:
-    if isinstance(top, HeadSet):
-        if top.shape != scores.shape:
-            raise HeadError(f"the scores are {scores.shape} (layers, heads), the heads to frame {top.shape}")
-        return top
-    if top is None:
-        return scores.top(0)
-    if isinstance(top, int):
-        top = min(top, int(scores.measured.sum()))
-    return scores.top(top)
+    axes.set(xlabel="head", ylabel="layer", title=matrix.name if title is None else title)
+    figure.colorbar(image, ax=axes, label=matrix.name, shrink=0.9)
 
 
 def _size(n_layers: int, n_heads: int) -> tuple[float, float]:

@@ -1,23 +1,21 @@
 """Outlines of target regions."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 
-from hooked_mllm.layout import Box, Frames, Mask, Pages, Tube
-from hooked_mllm.layout.regions import Corners, corners
+from hooked_mllm.layout import Box, Frames, Mask, Pages, Region, Tube
+from hooked_mllm.layout.regions import Corners, as_regions, corners
+from hooked_mllm.plots.protocols import Pictured
 
 COLOUR = "#35ff6b"
 _EDGE: list[AbstractPathEffect] = [withStroke(linewidth=3.4, foreground="black")]
 
 
-def draw_targets(axes: Axes, sample: Any, image: int | None, video: int | None, frame: int) -> None:
+def draw_targets(axes: Axes, sample: Pictured, image: int | None, video: int | None, frame: int) -> None:
     """Outline what of the sample's target lies in this image, or in this frame of this video."""
-    targets = sample.target if isinstance(sample.target, list | tuple) else [sample.target]
-    for region in targets:
+    for region in [] if sample.target is None else as_regions(sample.target):
         if isinstance(region, Mask):
             if region.image == image:
                 _contour(axes, region.pixels)
@@ -28,7 +26,7 @@ def draw_targets(axes: Axes, sample: Any, image: int | None, video: int | None, 
             axes.add_patch(patch)
 
 
-def _box(region: Any, sample: Any, image: int | None, video: int | None, frame: int) -> Corners | None:
+def _box(region: Region, sample: Pictured, image: int | None, video: int | None, frame: int) -> Corners | None:
     if isinstance(region, Box):
         return corners(region) if region.image == image else None
     if isinstance(region, Pages):
@@ -37,12 +35,13 @@ def _box(region: Any, sample: Any, image: int | None, video: int | None, frame: 
         return corners((0, 0, *sample.images[image].size))
     if not isinstance(region, Frames | Tube) or region.video != video:
         return None
-    time, frames = sample.videos[video].times_s[frame], sample.videos[video].frames
+    clip = sample.videos[region.video]
+    time, frames = clip.times_s[frame], clip.frames
     if isinstance(region, Tube):
         return region.at(time)
     if (region.start_s is not None and time < region.start_s) or (region.end_s is not None and time > region.end_s):
         return None
-    return region.box or corners((0, 0, frames.shape[2], frames.shape[1]))
+    return corners((0, 0, frames.shape[2], frames.shape[1]) if region.box is None else region.box)
 
 
 def _contour(axes: Axes, pixels: np.ndarray) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,13 +11,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hooked_mllm.errors import InputError
+from hooked_mllm.layout import Box, Mask, Pages
+from hooked_mllm.layout.regions import as_regions
 from hooked_mllm.plots.figure import as_array, colour_scale, new_figure, plain_axes
 from hooked_mllm.plots.outline import draw_targets
+from hooked_mllm.plots.protocols import Numbers, Pictured
 
 
 def overlay(
-    sample: Any,
-    values: Any,
+    sample: Pictured,
+    values: Numbers,
     *,
     image: int | None = None,
     video: int | None = None,
@@ -37,18 +39,18 @@ def overlay(
     covers it by `opacity`. Pixels that no token sees keep the plain picture.
 
     Args:
-        sample: what `HookedMLLM.prepare` returned for one question.
+        sample: What `HookedMLLM.prepare` returned for one question.
         values: [pos], one number per position of the sample, such as a row of a pattern; NaN paints nothing.
-        image: number of the image; by default that of the target, or else the first.
-        video: number of the video, instead of an image.
-        frame: of a video, which of the frames given to the model.
-        view: of an image seen several times over (tiles and thumbnail), the view to paint; the finest by default.
-        target: outline the sample's target region.
-        title: above the picture.
-        vmin: lower end of the colours.
-        vmax: upper end of the colours.
-        cmap: matplotlib colour map.
-        opacity: of the largest value's colour, in (0, 1].
+        image: Number of the image; by default that of the target, or else the first.
+        video: Number of the video, instead of an image.
+        frame: Of a video, which of the frames given to the model.
+        view: Of an image seen several times over (tiles and thumbnail), the view to paint; the finest by default.
+        target: Outline the sample's target region.
+        title: Above the picture.
+        vmin: Lower end of the colours.
+        vmax: Upper end of the colours.
+        cmap: Colour map of matplotlib.
+        opacity: Of the largest value's colour, in (0, 1].
 
     Raises:
         InputError: the sample has no pictures, or opacity is out of range.
@@ -77,8 +79,8 @@ def overlay(
 
 
 def overlay_grid(
-    sample: Any,
-    values: Mapping[str, Any],
+    sample: Pictured,
+    values: Mapping[str, Numbers],
     *,
     image: int | None = None,
     video: int | None = None,
@@ -96,20 +98,20 @@ def overlay_grid(
     """Several `overlay`s of one picture side by side on one colour scale, such as the top heads'.
 
     Args:
-        sample: as for `overlay`.
-        values: title of each panel -> [pos].
-        image: number of the image; by default that of the target, or else the first.
-        video: number of the video, instead of an image.
-        frame: of a video, which of the frames given to the model.
-        view: of an image seen several times over, the view to paint; the finest by default.
-        target: outline the sample's target region.
-        columns: panels in a row, at most.
-        title: above all panels.
-        vmin: lower end of the colours of all panels.
-        vmax: upper end of the colours of all panels.
-        cmap: matplotlib colour map.
-        opacity: of the largest value's colour, in (0, 1].
-        panel: longer side of a panel, inches.
+        sample: As for `overlay`.
+        values: Title of each panel -> [pos].
+        image: Number of the image; by default that of the target, or else the first.
+        video: Number of the video, instead of an image.
+        frame: Of a video, which of the frames given to the model.
+        view: Of an image seen several times over, the view to paint; the finest by default.
+        target: Outline the sample's target region.
+        columns: Panels in a row, at most.
+        title: Above all panels.
+        vmin: Lower end of the colours of all panels.
+        vmax: Upper end of the colours of all panels.
+        cmap: Colour map of matplotlib.
+        opacity: Of the largest value's colour, in (0, 1].
+        panel: Longer side of a panel, inches.
 
     Raises:
         InputError: nothing to draw, no pictures, or columns or opacity out of range.
@@ -120,7 +122,7 @@ def overlay_grid(
         raise InputError("nothing to draw: expected at least one panel of values")
     if columns < 1 or not 0 < opacity <= 1:
         raise InputError(f"expected columns >= 1 and 0 < opacity <= 1, got {columns=}, {opacity=}")
-    image, video = which(sample, image, video)
+    image, video = picture_of(sample, image, video)
     painted = {
         name: sample.layout.to_image(as_array(v, f"values {name!r}"), image=image, video=video, frame=frame, view=view)
         for name, v in values.items()
@@ -138,7 +140,7 @@ def overlay_grid(
     for axes, (name, pixels) in zip(grid, painted.items(), strict=False):
         _draw(axes, picture, pixels, colours, norm, opacity)
         axes.set_title(name, fontsize="medium")
-        if target and sample.target is not None:
+        if target:
             draw_targets(axes, sample, image, video, frame)
     figure.colorbar(ScalarMappable(norm, colours), ax=list(grid[: len(painted)]), shrink=0.9, aspect=30)
     if title:
@@ -162,8 +164,8 @@ def _draw(
     plain_axes(axes)
 
 
-def which(sample: Any, image: int | None, video: int | None) -> tuple[int | None, int | None]:
-    """The picture asked for, or else the target's, or else the first.
+def picture_of(sample: Pictured, image: int | None, video: int | None) -> tuple[int | None, int | None]:
+    """(image, video): the specified picture, or else that of the target, or else the first.
 
     Raises:
         InputError: no sample, or one without pictures.
@@ -174,18 +176,16 @@ def which(sample: Any, image: int | None, video: int | None) -> tuple[int | None
         return image, video
     if not sample.images and not sample.videos:
         raise InputError("the sample has no images and no videos to paint on")
-    targets = sample.target if isinstance(sample.target, list | tuple) else [sample.target]
-    for region in targets:
-        if getattr(region, "image", None) is not None:
+    for region in [] if sample.target is None else as_regions(sample.target):
+        if isinstance(region, Box | Mask):
             return region.image, None
-        if getattr(region, "images", None):
-            return region.images[0], None
-        if getattr(region, "video", None) is not None:
-            return None, region.video
+        if isinstance(region, Pages):
+            return next(iter(region.images)), None
+        return None, region.video
     return (0, None) if sample.images else (None, 0)
 
 
-def _picture(sample: Any, image: int | None, video: int | None, frame: int) -> np.ndarray:
+def _picture(sample: Pictured, image: int | None, video: int | None, frame: int) -> np.ndarray:
     """Grey levels [height width] of the original; image, video and frame were checked by the layout."""
     if video is not None:
         return np.asarray(Image.fromarray(sample.videos[video].frames[frame]).convert("L"))

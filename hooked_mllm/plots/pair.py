@@ -1,19 +1,18 @@
 """A sample and its corrupted counterpart, side by side."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import new_figure, plain_axes
 from hooked_mllm.plots.outline import draw_targets
-from hooked_mllm.plots.overlay import which
+from hooked_mllm.plots.overlay import picture_of
+from hooked_mllm.plots.protocols import Pictured
 
 
 def pair(
-    clean: Any,
-    corrupted: Any,
+    clean: Pictured,
+    corrupted: Pictured,
     *,
     image: int | None = None,
     video: int | None = None,
@@ -25,14 +24,14 @@ def pair(
     """One picture of a sample and the same of its corrupted counterpart, each under its question.
 
     Args:
-        clean: the sample.
-        corrupted: what a corruption made of it.
-        image: number of the image; by default that of the target, or else the first.
-        video: number of the video, instead of an image.
-        frame: of a video, which of the frames given to the model.
-        target: outline the sample's target region.
-        title: above both.
-        panel: longer side of a picture, inches.
+        clean: The sample.
+        corrupted: What a corruption made of it.
+        image: Number of the image; by default that of the target, or else the first.
+        video: Number of the video, instead of an image.
+        frame: Of a video, which of the frames given to the model.
+        target: Outline the sample's target region.
+        title: Above both.
+        panel: Longer side of a picture, inches.
 
     Raises:
         InputError: something else than samples, or samples without this picture.
@@ -44,8 +43,8 @@ def pair(
         >>> len(pair(sample, corruptions.MeanRegion()(model, sample)).axes)
         2
     """
-    image, video = which(clean, image, video)
-    which(corrupted, image, video)
+    image, video = picture_of(clean, image, video)
+    picture_of(corrupted, image, video)
     shown = [_pixels(sample, image, video, frame) for sample in (clean, corrupted)]
     scale = panel / max(shown[0].shape[:2])
     height, width = (n * scale for n in shown[0].shape[:2])
@@ -53,11 +52,11 @@ def pair(
     for axes, sample, pixels, name in zip(
         figure.subplots(1, 2), (clean, corrupted), shown, ("clean", "corrupted"), strict=True
     ):
-        rows, columns = pixels.shape[:2]
+        height_px, width_px = pixels.shape[:2]
         # pixel i spans [i, i + 1], as in the layout's boxes
-        axes.imshow(pixels, extent=(0.0, float(columns), float(rows), 0.0), interpolation="nearest")
-        axes.set_title(f"{name}: {sample.question}", fontsize="medium", wrap=True)
-        if target and sample.target is not None:
+        axes.imshow(pixels, extent=(0.0, float(width_px), float(height_px), 0.0), interpolation="nearest")
+        axes.set_title(f"{name}: {sample.question}", fontsize="medium", wrap=True, parse_math=False)
+        if target:
             draw_targets(axes, sample, image, video, frame)
         plain_axes(axes)
     if title:
@@ -65,11 +64,13 @@ def pair(
     return figure
 
 
-def _pixels(sample: Any, image: int | None, video: int | None, frame: int) -> np.ndarray:
+def _pixels(sample: Pictured, image: int | None, video: int | None, frame: int) -> np.ndarray:
     try:
-        return sample.videos[video].frames[frame] if video is not None else np.asarray(sample.images[image])
+        if video is not None:
+            return sample.videos[video].frames[frame]
+        return np.asarray(sample.images[0 if image is None else image])
     except IndexError:
-        wanted = f"image {image}" if video is None else f"frame {frame} of video {video}"
+        absent = f"image {image}" if video is None else f"frame {frame} of video {video}"
         raise InputError(
-            f"There is no {wanted}: the sample has {len(sample.images)} images and {len(sample.videos)} videos."
+            f"There is no {absent}: the sample has {len(sample.images)} images and {len(sample.videos)} videos."
         ) from None

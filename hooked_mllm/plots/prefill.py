@@ -1,7 +1,6 @@
 """Latency of prefill against the length of the context."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,31 +9,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLoc
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import as_array, new_figure
+from hooked_mllm.plots.protocols import Numbers
+from hooked_mllm.plots.protocols import TimedVariants as TimedVariants
 
 COMPILED = ", rest compiled"
 
 
-@runtime_checkable
-class TimedVariants(Protocol):
-    """What `bench_prefill` returns, as far as it is drawn: variants, their titles, and the one to compare with."""
-
-    titles: dict[str, str]
-    settings: dict[str, Any]
-
-    @property
-    def base(self) -> str:
-        """The variant that others are compared with."""
-        ...
-
-    def times(self, variant: str) -> Mapping[int, Any]:
-        """Milliseconds of a variant by context length."""
-        ...
-
-
 def prefill(
-    times: TimedVariants | Mapping[str, Mapping[int, Any]], base: str | None = None, *, title: str | None = None
+    times: TimedVariants | Mapping[str, Mapping[int, Numbers]], base: str | None = None, *, title: str | None = None
 ) -> Figure:
-    """Draw latency against context length, and beside it the speedup over one of the curves.
+    """Draw latency against context length, and next to it the speedup over one of the curves.
 
     The form of figure 7 of arXiv:2606.05843.
 
@@ -86,7 +70,7 @@ def prefill(
         latency.plot(lengths, list(means.values()), label=label, **style)
         latency.fill_between(lengths, [r.min() for r in runs], [r.max() for r in runs], color=style["color"], alpha=0.2)
         shared = [n for n in lengths if n in times[base]]
-        ratios = [float(np.mean(times[base][n])) / means[n] for n in shared]
+        ratios = [float(as_array(times[base][n], f"times of {base!r}").mean()) / means[n] for n in shared]
         speedup.plot(shared, ratios, **style)
     latency.set(yscale="log", ylabel="milliseconds", title=title or "Prefill latency")
     speedup.set(ylabel=f"speedup over {base}", title=f"Speedup over {base}")

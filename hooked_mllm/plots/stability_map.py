@@ -1,6 +1,4 @@
-"""Stability across tasks: who agrees with whom, and on which heads."""
-
-from typing import TYPE_CHECKING
+"""Stability across tasks: which tasks agree, and on which heads."""
 
 import matplotlib
 import numpy as np
@@ -8,20 +6,22 @@ from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import SEQUENTIAL, new_figure
-
-if TYPE_CHECKING:
-    from hooked_mllm.metrics.stability import Stability
+from hooked_mllm.plots.protocols import StabilityLike, TaskAgreement
 
 
-def stability_map(stability: "Stability", *, title: str | None = None) -> Figure:
+def stability_map(stability: StabilityLike, *, title: str | None = None) -> Figure:
     """Draw (a) the Spearman matrix of the tasks and (b) in how many tasks each head is among the top.
 
     As figure 5 of arXiv:2606.05843.
 
     Args:
-        stability: what `hooked_mllm.metrics.stability` returns.
-        title: above both; none by default.
+        stability: What `hooked_mllm.metrics.stability` returns.
+        title: Above both; none by default.
+
+    Raises:
+        InputError: something else.
 
     Examples:
         >>> from hooked_mllm import HeadScores
@@ -30,6 +30,8 @@ def stability_map(stability: "Stability", *, title: str | None = None) -> Figure
         >>> [axes.get_title() for axes in stability_map(stability({"a": scores, "b": -scores})).axes[:2]]
         ['(a) Spearman correlation', '(b) tasks in which a head is in the top 5 %']
     """
+    if not isinstance(stability, TaskAgreement):
+        raise InputError(f"expected what hooked_mllm.metrics.stability returns, got {type(stability).__name__}")
     tasks, n = stability.tasks, len(stability.tasks)
     n_layers, n_heads = stability.counts.shape
     side = max(3.2, 0.8 * n + 1.2)

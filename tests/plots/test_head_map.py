@@ -1,3 +1,5 @@
+"""Heat maps of head scores: every value in its cell, the right heads framed."""
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -63,8 +65,37 @@ def test_all_zero_scores_draw():
 
 
 def test_heads_of_another_model():
-    with pytest.raises(HeadError, match=r"\(5, 7\).*\(2, 2\)"):
+    with pytest.raises(HeadError, match="model of 2 x 2 .* the map of scores has 5 x 7"):
         head_map(HeadScores(VALUES), HeadSet([(0, 0)], n_layers=2, n_heads=2))
+    with pytest.raises(HeadError, match="Layer 5 of head L5H0 is not there: layers are 0 to 4"):
+        head_map(VALUES, "L5H0")
+    for top in (True, "best", object()):
+        with pytest.raises(HeadError, match="Expected a head"):
+            head_map(VALUES, top)
+    with pytest.raises(InputError, match=r"scores of heads \[layer head\], got shape \(7,\)"):
+        head_map(VALUES[0])
+
+
+@pytest.mark.parametrize("top", ["L0H1, L4H6", (0, 1), [(0, 1), "L4H6"], "mask"], ids=str)
+def test_framed_heads_are_specified_in_any_way(top):
+    mask = np.zeros((5, 7), dtype=bool)
+    mask[2, 3] = True
+    expected = {"L0H1, L4H6": {(0, 1), (4, 6)}, (0, 1): {(0, 1)}, "mask": {(2, 3)}}
+    figure = head_map(VALUES, mask if top == "mask" else top)
+    assert framed(figure) == expected.get(top if not isinstance(top, list) else "L0H1, L4H6")
+
+
+def test_plain_numbers_are_drawn_like_scores():
+    values = VALUES.double().numpy().copy()
+    values[1] = np.nan  # not measured
+    scores = HeadScores(values, missing=[1], name="RAM")
+    for plain in (values, torch.from_numpy(values), values.tolist()):
+        for top in (4, 0.2, 100, 0):
+            figure = head_map(plain, top, title="RAM")
+            assert framed(figure) == framed(head_map(scores, top))
+            np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), values)
+    order = np.argsort(-np.where(np.isnan(values), -np.inf, values).ravel(), kind="stable")
+    assert framed(head_map(values, 4)) == {(int(i) // 7, int(i) % 7) for i in order[:4]}
 
 
 def test_nothing_global_is_left(tmp_path):

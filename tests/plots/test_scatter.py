@@ -1,3 +1,5 @@
+"""Scatter of two scores: every head a dot, the rank correlation that of SciPy."""
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -44,3 +46,12 @@ def test_what_cannot_be_drawn():
             scatter(x, x, label=label)
     assert not scatter(x, x, label=0).axes[0].texts
     assert len(scatter(x, x, label=99).axes[0].texts) == 12
+
+
+def test_plain_numbers_and_named_heads():
+    axes = scatter(VALUES[0], VALUES[1].tolist(), label="L1H2, L2H0").axes[0]
+    assert axes.get_title() == f"Spearman {spearmanr(VALUES[0].ravel(), VALUES[1].ravel()).statistic:.3f}, 12 heads"
+    assert [text.get_text() for text in axes.texts] == ["L1H2", "L2H0"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("x", "y")
+    with pytest.raises(HeadError, match="fewer than two"):
+        scatter(np.full((1, 2), [1.0, np.nan]), np.ones((1, 2)))

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+else:  # matplotlib is imported when something is drawn
+    Figure = Any
 
 KIND = "hooked_mllm.AblationCurve"
 
@@ -119,11 +124,13 @@ class AblationCurveResult:
         head = f"{'heads':>5}" + "".join(f"{name:>22}" for name in self.rankings)
         return "\n".join([head, *("".join(row) for row in zip(*columns, strict=True))])
 
-    def plot(self, **options: Any) -> Any:
-        """Draw the curves with `hooked_mllm.plots.ablation_curves`; returns a matplotlib Figure."""
+    def plot(
+        self, *, chance: float | int | None = None, level: float | None = 0.95, title: str | None = None
+    ) -> Figure:
+        """Draw the curves; the arguments are those of `hooked_mllm.plots.ablation_curves`."""
         from hooked_mllm.plots import ablation_curves
 
-        return ablation_curves(self, **options)
+        return ablation_curves(self, chance=chance, level=level, title=title)
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON.

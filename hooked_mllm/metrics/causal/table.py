@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +10,12 @@ from torch import Tensor
 
 from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.storage import described, read_tensors, restoring, write_tensors
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+else:  # matplotlib is imported when something is drawn
+    Colormap = Figure = Any
 
 KIND = "hooked_mllm.CausalTable"
 
@@ -74,11 +80,11 @@ class CausalTable:
             raise HeadError(f"No effect of layer {layer} at {place!r}: layers {self.layers}, places {self.places}.")
         return float(self.values[self.layers.index(layer), self.places.index(place)])
 
-    def plot(self, **options: Any) -> Any:
-        """Draw it: layers up, places across; see `plots.table_map`."""
-        from hooked_mllm.plots.table_map import table_map
+    def plot(self, *, title: str | None = None, cmap: str | Colormap | None = None) -> Figure:
+        """Draw it: layers up, positions or kinds of token across; see `hooked_mllm.plots.table_map`."""
+        from hooked_mllm.plots import table_map
 
-        return table_map(self, **options)
+        return table_map(self, title=title, cmap=cmap)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file.

@@ -1,0 +1,211 @@
+"""What plots draw: anything with these values and names. The classes of other rooms satisfy them without an import."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_mllm.display.head_names import HeadsLike
+from hooked_mllm.layout import Region, TokenLayout
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """Scores of attention heads, such as `HeadScores`."""
+
+    @property
+    def values(self) -> Tensor:
+        """`[layer head]`; NaN in layers that were not measured."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What the numbers are."""
+        ...
+
+    def top(self, k: int | float) -> Iterable[tuple[int, int]]:
+        """The `k` highest heads (int), or that share of them (float)."""
+        ...
+
+
+@runtime_checkable
+class Curve(Protocol):
+    """An objective against the number of heads ablated, such as `AblationCurveResult`."""
+
+    @property
+    def ks(self) -> Sequence[int]:
+        """Numbers of heads, ascending."""
+        ...
+
+    @property
+    def objective(self) -> str:
+        """Name of the objective."""
+        ...
+
+    @property
+    def rankings(self) -> Sequence[str]:
+        """The rankings measured: "top", "bottom", "random"."""
+        ...
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples."""
+        ...
+
+    @property
+    def values(self) -> Mapping[str, Float[np.ndarray, "seed k"]]:
+        """The mean over samples, by ranking."""
+        ...
+
+    def mean(self, ranking: str) -> Float[np.ndarray, " k"]:
+        """The mean over samples and seeds."""
+        ...
+
+    def interval(self, ranking: str, level: float = ...) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+        """Lower and upper ends for each k."""
+        ...
+
+
+@runtime_checkable
+class Coverage(Protocol):
+    """Coverage of the target against the number of heads, such as `CoverageCurve`."""
+
+    @property
+    def ks(self) -> Sequence[int]:
+        """Numbers of heads."""
+        ...
+
+    @property
+    def coverage(self) -> Sequence[float]:
+        """The share covered by each number of heads, 0 to 1."""
+        ...
+
+
+@runtime_checkable
+class Table(Protocol):
+    """Effects by layer and column, such as `CausalTable`."""
+
+    @property
+    def values(self) -> Tensor:
+        """`[layer column]`."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[int]:
+        """The layer of each row."""
+        ...
+
+    @property
+    def places(self) -> Sequence[str | int]:
+        """The position, or the kind of token, of each column."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What the numbers are."""
+        ...
+
+
+@runtime_checkable
+class TaskAgreement(Protocol):
+    """How alike the head scores of several tasks are, such as `Stability`."""
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of the tasks."""
+        ...
+
+    @property
+    def spearman(self) -> np.ndarray:
+        """Rank correlations `[task task]`."""
+        ...
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of tasks in which each head is among the top, `[layer head]`."""
+        ...
+
+    @property
+    def percentile(self) -> float:
+        """The percentile from which on a head is among the top."""
+        ...
+
+
+@runtime_checkable
+class TimedVariants(Protocol):
+    """What `bench_prefill` returns, as far as it is drawn: variants, their titles, and the one to compare with."""
+
+    titles: dict[str, str]
+    settings: dict[str, Any]
+
+    @property
+    def base(self) -> str:
+        """The variant that others are compared with."""
+        ...
+
+    def times(self, variant: str) -> Mapping[int, Sequence[float]]:
+        """Milliseconds of a variant by context length."""
+        ...
+
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from PIL.Image import Image
+
+    #: numbers as a tensor, an array or nested lists
+    Numbers = Tensor | ArrayLike
+    #: scores of heads, or plain numbers `[layer head]`
+    ScoresLike = Scores | Numbers
+    #: one ablation curve, or several by label
+    CurvesLike = Curve | Mapping[str, Curve]
+    #: one coverage curve, a measured one or shares `[k]`, or several by label
+    CoverageLike = Coverage | Numbers
+    StabilityLike = TaskAgreement
+    TableLike = Table
+    #: how many of the top heads (int), which share of them (float), or which heads
+    HeadChoice = int | float | HeadsLike
+
+    class Clip(Protocol):
+        """A video of a sample."""
+
+        @property
+        def frames(self) -> np.ndarray:
+            """RGB, `[frame height width channel]`."""
+            ...
+
+        @property
+        def times_s(self) -> Sequence[float]:
+            """The time of each frame in seconds."""
+            ...
+
+    class Pictured(Protocol):
+        """A prepared sample, such as `Sample`."""
+
+        @property
+        def layout(self) -> TokenLayout:
+            """What each position is, and which pixels it sees."""
+            ...
+
+        @property
+        def question(self) -> str:
+            """The question about the pictures."""
+            ...
+
+        @property
+        def images(self) -> Sequence[Image]:
+            """The images, in the order of the prompt."""
+            ...
+
+        @property
+        def videos(self) -> Sequence[Clip]:
+            """The videos, in the order of the prompt."""
+            ...
+
+        @property
+        def target(self) -> Region | Sequence[Region] | None:
+            """The region that the question is about."""
+            ...
+else:  # at run time anything, so that another value reaches the check whose error states what was expected
+    Numbers = ScoresLike = CurvesLike = CoverageLike = StabilityLike = TableLike = HeadChoice = Clip = Pictured = Any
