@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from hooked_mllm.storage.writing import as_path, write_atomically, write_text
 
 #: the entry of safetensors metadata that holds the header
 _HEADER = "hooked_mllm"
+#: how often a file that others replace meanwhile is read again
+_ATTEMPTS = 100
 _PICKLE = (b"\x80", b"PK\x03\x04")  # a bare pickle; torch.save's zip of one
 
 
@@ -63,24 +65,18 @@ def read_tensors(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str, T
         CacheFileError: If the file is missing, damaged, altered, a pickle, or of another kind.
     """
     path = as_path(path)
-    read_bytes(path, 0)
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            header = _check_kind(path, kinds, header)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        digest = header.pop("digest", None)
-        unchanged = digest is None or digest == _digest(header, tensors)
-    except CacheFileError:
-        raise
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise _unreadable(path, kinds, "safetensors", error) from None
-    if not unchanged:
-        raise CacheFileError(
-            f"{path} is damaged or was altered: its content does not match the digest that was written with it. "
-            "Write the file again."
-        )
-    return tensors, header
+    for _ in range(_ATTEMPTS):
+        with _opened(path) as file:
+            # safetensors opens the file twice by its name: if it is still this file, both were
+            try:
+                content = _load_tensors(path, kinds)
+            except CacheFileError:
+                if _is_at(path, file):
+                    raise
+            else:
+                if _is_at(path, file):
+                    return content
+    raise CacheFileError(f"{path} cannot be read: it was replaced in each of {_ATTEMPTS} attempts.")
 
 
 @contextmanager
@@ -172,8 +168,41 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _load_tensors(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            header = _check_kind(path, kinds, header)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        digest = header.pop("digest", None)
+        unchanged = digest is None or digest == _digest(header, tensors)
+    except CacheFileError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
+        raise _unreadable(path, kinds, "safetensors", error) from None
+    if not unchanged:
+        raise CacheFileError(
+            f"{path} is damaged or was altered: its content does not match the digest that was written with it. "
+            "Write the file again."
+        )
+    return tensors, header
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise CacheFileError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def _is_at(path: Path, file: BinaryIO) -> bool:
+    return os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def read_bytes(path: Path, n: int = -1) -> bytes:
@@ -182,11 +211,8 @@ def read_bytes(path: Path, n: int = -1) -> bytes:
     Raises:
         CacheFileError: If it cannot be read.
     """
-    try:
-        with path.open("rb") as file:
-            return file.read(n)
-    except OSError as error:
-        raise CacheFileError(f"{path} cannot be read: {error.strerror or error}.") from None
+    with _opened(path) as file:
+        return file.read(n)
 
 
 def _named(kinds: tuple[str, ...]) -> str:
