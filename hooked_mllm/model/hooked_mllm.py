@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hooked_mllm.contracts import Metric, ModelInfo
 from hooked_mllm.errors import InputError, UnsupportedModelError
@@ -75,9 +76,9 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         self.processor = processor
         self.name = name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
         self.revision = revision
-        self.wiring = wire(hf_model, self.family)
+        self.wiring = wire(cast(PreTrainedModel, hf_model), self.family)
         self.registry = self.wiring.registry
-        self.cfg = HookedConfig.of(hf_model, self.family)
+        self.cfg = HookedConfig.of(cast(PreTrainedModel, hf_model), self.family)
         if check:
             self.check()
 
@@ -267,7 +268,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             >>> int(sample.mask("target").sum())
             1
         """
-        return self._preparer(question, images, videos, **options)
+        return self._preparer(cast(str, question), images, videos, **options)
 
     def resolve(self, inputs: ModelInput) -> ResolvedInput:
         """Check model inputs of any accepted kind and move them to the model's device."""

@@ -187,48 +187,18 @@ class RunMethods:
 
     @overload
     def run_with_cache(
-        self,
-        inputs: ModelInput,
-        names_filter: NameFilter = None,
-        *,
-        return_logits: bool,
-        generate: None = None,
-        return_cache_object: Literal[True] = True,
-        **options: Any,
+        self, inputs: ModelInput, names_filter: NameFilter = None, *, return_logits: Literal[False], **options: Any
     ) -> tuple[Tensor | None, ActivationCache]: ...
 
     @overload
     def run_with_cache(
-        self,
-        inputs: ModelInput,
-        names_filter: NameFilter = None,
-        *,
-        generate: Mapping[str, Any],
-        return_cache_object: Literal[True] = True,
-        **options: Any,
+        self, inputs: ModelInput, names_filter: NameFilter = None, *, generate: Mapping[str, Any], **options: Any
     ) -> tuple[Tensor, GenerationCache]: ...
 
     @overload
     def run_with_cache(
-        self,
-        inputs: ModelInput,
-        names_filter: NameFilter = None,
-        *,
-        generate: None = None,
-        return_cache_object: Literal[False],
-        **options: Any,
-    ) -> tuple[Tensor | None, dict[str, Tensor]]: ...
-
-    @overload
-    def run_with_cache(
-        self,
-        inputs: ModelInput,
-        names_filter: NameFilter = None,
-        *,
-        generate: Mapping[str, Any],
-        return_cache_object: Literal[False],
-        **options: Any,
-    ) -> tuple[Tensor, list[dict[str, Tensor]]]: ...
+        self, inputs: ModelInput, names_filter: NameFilter = None, *, return_cache_object: bool, **options: Any
+    ) -> tuple[Any, Any]: ...
 
     def run_with_cache(
         self,
