@@ -4,7 +4,7 @@ What a cache computes when it is read is written as what it is computed from: q,
 of head results; and what several entries share, such as the keys of all steps of a generation, once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
 from hooked_mllm.families.base import Rows
+from hooked_mllm.inputs.positions import KindMasks, TokenKind
 from hooked_mllm.storage import read_tensors, ready, restoring, write_tensors
 
 FORMAT = "hooked_mllm.ActivationCache/2"
@@ -30,7 +31,7 @@ class CacheFields:
 
     entries: dict[str, Entry]
     n_layers: Mapping[str, int]
-    masks: Callable[[str], Tensor] | None
+    masks: KindMasks | None
     has_batch_dim: bool
     query_positions: Tensor | None
     key_positions: Tensor | None
@@ -115,7 +116,7 @@ def save_fields(caches: Sequence[CacheFields], path: Any, *, generation: bool = 
     write_tensors(path, FORMAT, writer.tensors, {"generation": generation, "steps": steps})
 
 
-def known_masks(masks: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+def known_masks(masks: KindMasks) -> Mapping[str, Tensor]:
     """The token kinds that a layout can name, as masks."""
     known = {}
     for kind in TOKEN_KINDS:
@@ -146,8 +147,8 @@ def load_fields(path: Any, *, generation: bool = False) -> list[CacheFields]:
 def _fields(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys]) -> CacheFields:
     mask_names, rows = header["masks"], header["vision_rows"]
 
-    def masks(kind: str) -> Tensor:
-        if kind not in mask_names:
+    def masks(kind: TokenKind) -> Tensor:
+        if not isinstance(kind, str) or kind not in mask_names:
             raise LayoutError(f"The file keeps no positions of kind {kind!r}; it has {', '.join(mask_names)}.")
         return tensors[mask_names[kind]]
 

@@ -6,7 +6,6 @@ sum to the residual stream at every position.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from hooked_mllm.cache.lazy import Entry, take, value_of
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
-from hooked_mllm.inputs.positions import Positions
+from hooked_mllm.inputs.positions import KindMasks, Positions
 from hooked_mllm.wiring.norms import centred
 from hooked_mllm.wiring.results import head_results
 
@@ -37,7 +36,7 @@ class ResidualTools(ABC):
     model: Model | None
     has_batch_dim: bool
     _n_layers: dict[str, int]
-    _masks: Callable[[str], Bool[Tensor, "batch pos"]] | None
+    _masks: KindMasks | None
 
     @abstractmethod
     def entry(self, key: Any) -> Entry:

@@ -1,7 +1,7 @@
 """Pairs of a clean and a corrupted sample: coerced and checked for positions that correspond."""
 
 from collections.abc import Iterable
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 
@@ -25,11 +25,11 @@ def as_pairs(pairs: Pairs) -> list[tuple[Sample | SampleBatch, Sample | SampleBa
         InputError: for none, or something else than pairs.
         LayoutError: for a pair whose token layouts differ, naming both.
     """
-    single = _is_pair(pairs)
-    if not single and (is_model_input(pairs) or isinstance(pairs, str) or not isinstance(pairs, Iterable)):
-        raise _no_pair(pairs)
+    candidates = (pairs,) if _is_pair(pairs) else pairs
+    if is_model_input(candidates) or isinstance(candidates, str) or not isinstance(candidates, Iterable):
+        raise _no_pair(candidates)
     checked = []
-    for pair in (pairs,) if single else pairs:
+    for pair in cast("Iterable[Any]", candidates):
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise _no_pair(pair)
         clean, corrupted = pair

@@ -117,10 +117,8 @@ def describe_positions(selected: Positions | None) -> Any:
     """
     if selected is None or isinstance(selected, str):
         return selected
-    if isinstance(selected, Region):
-        return repr(selected)
     if is_token_kind(selected):
-        return [repr(region) for region in selected]
+        return repr(selected) if isinstance(selected, Region) else [repr(region) for region in selected]
     if isinstance(selected, slice):
         return f"{selected.start}:{selected.stop}:{selected.step}"
     index = _tensor(selected)

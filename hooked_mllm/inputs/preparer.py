@@ -96,7 +96,7 @@ class Preparer:
     @overload
     def __call__(
         self,
-        question: Sequence[str],
+        question: list[str] | tuple[str, ...],
         images: Sequence[Images | None] | None = None,
         videos: Sequence[Videos | None] | None = None,
         system: str | Sequence[str | None] | None = None,

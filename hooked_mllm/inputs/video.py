@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -217,7 +217,7 @@ def as_video(
     if _is_pair(video):
         return Video.from_frames(video[0], fps=video[1])
     if isinstance(video, np.ndarray | Tensor) or (isinstance(video, Sequence) and not isinstance(video, bytes)):
-        return Video.from_frames(video, fps=fps)
+        return Video.from_frames(cast("FrameInput", video), fps=fps)
     raise InputError(
         "A video is a path, a Video, an array of frames with fps=, or a pair (frames, fps); got "
         f"{type(video).__name__}."

@@ -11,6 +11,7 @@ from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import key_mass, top_mask
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads.counting import share_count
+from hooked_mllm.inputs.positions import KindMasks
 from hooked_mllm.measuring.attention_rows import LayerRows
 from hooked_mllm.measuring.query_selection import QuerySelection, Selections
 from hooked_mllm.measuring.view_context import ViewContext
@@ -62,7 +63,7 @@ class AttentionView:
         k: Sequence[Float[Tensor, "batch kv_head key_pos d_head"]],
         mask: Sequence[MaskRows],
         scale: Sequence[float],
-        masks: Callable[[str], Bool[Tensor, "batch pos"]] | Selections,
+        masks: KindMasks | Selections,
         n_layers: int,
         max_bytes: int = MAX_BYTES,
         context: ViewContext | None = None,

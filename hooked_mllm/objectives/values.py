@@ -45,9 +45,9 @@ def objective_values(
     resolved = inputs if isinstance(inputs, ResolvedInput) else model.resolve(inputs)
     bound = objective
     if not isinstance(bound, BoundObjective):
-        known = corrupted is None or isinstance(corrupted, ResolvedInput)
-        other: Any = corrupted if known else model.resolve(corrupted)
-        bound = as_objective(objective).bind(model, resolved, other)
+        if corrupted is not None and not isinstance(corrupted, ResolvedInput):
+            corrupted = model.resolve(corrupted)
+        bound = as_objective(objective).bind(model, resolved, corrupted)
     if bound.objective.needs_clean and bound.clean is None:
         raise InputError(
             f"{bound.objective!r} compares with a clean run: bind it, give it that run's logits by `with_clean`, and "
