@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hooked_mllm.attention import statistics
+from hooked_mllm.attention import row_statistics
 from hooked_mllm.attention.row_statistics import (
     attention_rows,
     attention_scores,
@@ -35,7 +35,7 @@ def test_top_mask_takes_a_number_of_its_own_for_each_sample():
 @pytest.mark.parametrize("scale", [(0.5, 0.5), (0.5, 2.0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scores_are_at_least_float32_and_take_a_scale_per_layer(dtype, scale, copy_below, monkeypatch):
-    monkeypatch.setattr(statistics, "_COPY_BELOW", copy_below)
+    monkeypatch.setattr(row_statistics, "_COPY_BELOW", copy_below)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 3, 6, 5, 16, generator=generator).to(dtype)
     k = torch.randn(2, 3, 2, 7, 16, generator=generator).to(dtype)

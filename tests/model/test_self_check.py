@@ -8,11 +8,12 @@ import torch
 from helpers.tiny import ALL_FAMILIES, tiny_image, tiny_processor
 from helpers.tiny import FAMILIES as FAMILY_NAMES
 from helpers.wrapped import fresh, model_inputs, plain
-from hooked_mllm import HookedMLLM, checks
-from hooked_mllm.attention import engine
+from hooked_mllm import HookedMLLM
+from hooked_mllm.attention import site
 from hooked_mllm.errors import UnsupportedModelError
 from hooked_mllm.families import InternVL, LlavaOnevision, Qwen3VL
 from hooked_mllm.families.registry import FAMILIES
+from hooked_mllm.model import self_check
 
 
 def wired_as(monkeypatch, family):
@@ -68,11 +69,11 @@ def test_a_point_that_never_fires_is_found(monkeypatch):
 
 def test_hooked_attention_that_differs_is_found(monkeypatch):
     def another(module, base):
-        run = engine_implementation(module, base)
+        run = site_implementation(module, base)
         return lambda *args, **kwargs: (run(*args, **kwargs)[0] * (1 + 1e-3), None)
 
-    engine_implementation = engine.implementation
-    monkeypatch.setattr(engine, "implementation", another)
+    site_implementation = site.implementation
+    monkeypatch.setattr(site, "implementation", another)
     with pytest.raises(UnsupportedModelError, match=r"hooked logits differ from plain ones by up to \d.*check=False"):
         HookedMLLM.from_model(fresh("internvl"), tiny_processor("internvl"))
 
@@ -101,7 +102,7 @@ def test_a_processor_of_other_sizes_is_found():
 def test_a_layout_that_counts_otherwise_is_found(monkeypatch):
     model = HookedMLLM.from_model(fresh("qwen3_vl"), tiny_processor("qwen3_vl"))
     small, large = (model.prepare("What is this?", images=tiny_image(w, 24)) for w in (24, 32))
-    monkeypatch.setattr(checks, "probe", lambda _: (small.inputs, dataclasses.replace(small, layout=large.layout)))
+    monkeypatch.setattr(self_check, "probe", lambda _: (small.inputs, dataclasses.replace(small, layout=large.layout)))
     with pytest.raises(UnsupportedModelError, match="the layout counts 12 visual tokens, the model 9"):
         model.check()
 
