@@ -10,11 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
-from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
+from hooked_mllm.errors import HeadError, InputError, UnsupportedModelError
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.heads.head_set import parse_head
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
-from hooked_mllm.kernels.hybrid_attention.op import IMPLEMENTATIONS, head_numbers
+from hooked_mllm.kernels.hybrid_attention.op import head_numbers
+from hooked_mllm.kernels.implementations import Implementation, check_implementation
 
 
 @runtime_checkable
@@ -148,7 +149,7 @@ def run_hybrid(
     streaming: StreamingHeads,
     bounds: CausalBounds,
     scale: float,
-    implementation: str = "auto",
+    implementation: Implementation = "auto",
 ) -> Float[Tensor, "batch query head d_head"]:
     """Hybrid attention under a causal mask told in numbers: the one place where models, of whatever kind, run it.
 
@@ -205,13 +206,15 @@ class HybridAttention:
         'hybrid(1 heads dense, sink=4, window=16; sdpa)'
     """
 
-    def __init__(self, dense: Any, *, sink: int = 64, window: int = 1024, implementation: str = "auto") -> None:
+    def __init__(
+        self, dense: Any, *, sink: int = 64, window: int = 1024, implementation: Implementation = "auto"
+    ) -> None:
         self.dense = DenseHeads(dense)
         if type(sink) is not int or type(window) is not int or sink < 0 or window < 1:
             raise InputError(f"Expected whole numbers sink >= 0 and window >= 1; got {sink=}, {window=}.")
-        if implementation not in IMPLEMENTATIONS:
-            raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
-        self.sink, self.window, self.implementation = sink, window, implementation
+        check_implementation(implementation)
+        self.sink, self.window = sink, window
+        self.implementation: Implementation = implementation
         tell = getattr(self.dense.policy, "set_streaming", None)
         if tell is not None:
             tell(sink, window)

@@ -14,6 +14,7 @@ from hooked_mllm.attention.hybrid import HybridAttention
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
 from hooked_mllm.kernels.hybrid_attention.op import as_autocast, gradients
+from hooked_mllm.kernels.implementations import Implementation
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ REGISTERED: dict[str, RegisteredAttention] = {}
 
 
 def register_hybrid_attention(
-    name: str, heads: Any, *, sink: int = 64, window: int = 1024, implementation: str = "auto"
+    name: str, heads: Any, *, sink: int = 64, window: int = 1024, implementation: Implementation = "auto"
 ) -> None:
     """Register hybrid attention as an attention implementation of transformers, for any of its decoders.
 

@@ -1,1 +1,1 @@
-"""Kernels, each with its definition in plain torch beside it."""
+"""Triton kernels, each with its definition in plain torch."""

@@ -5,7 +5,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import torch
-from jaxtyping import Bool
+from einops import rearrange
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
@@ -58,3 +59,26 @@ def head_flags(heads: Iterable[int], n_heads: int, device: torch.device | str = 
     flags = torch.zeros(n_heads, dtype=torch.bool)
     flags[[*heads]] = True
     return flags.to(device)
+
+
+def visible_keys_at(
+    positions: Int[Tensor, "#batch query"],
+    n_keys: int,
+    dense: Bool[Tensor, " head"],
+    sink: int,
+    window: int,
+    start: Int[Tensor, " batch"],
+    end: Int[Tensor, " batch"],
+) -> Bool[Tensor, "batch head query key"]:
+    """The keys that each query of each head sees.
+
+    A query at position p sees key j iff `start <= j < end`, `j <= p`, and, unless the head is dense,
+    `j < start + sink` or `j > p - window`.
+    """
+    device = positions.device
+    key = torch.arange(n_keys, device=device)
+    position = rearrange(positions, "batch query -> batch 1 query 1")
+    first, last = (rearrange(bound.to(device), "batch -> batch 1 1 1") for bound in (start, end))
+    causal = (key <= position) & (key >= first) & (key < last)  # [batch 1 query key]
+    near = (key > position - window) | (key < first + sink)
+    return causal & (near | rearrange(dense.to(device), "head -> head 1 1"))

@@ -317,7 +317,7 @@ def test_the_public_function_and_bad_input():
     with pytest.raises(HookValueError, match="implementation"):
         attention_profile(q, k, places, implementation="cuda")
     if not GPU:
-        with pytest.MonkeyPatch.context() as context, pytest.raises(HookValueError, match="runs on a GPU; q is on cpu"):
+        with pytest.MonkeyPatch.context() as context, pytest.raises(HookValueError, match="run on a GPU; q is on cpu"):
             context.setenv("TRITON_INTERPRET", "0")
             attention_profile(q, k, places, implementation="triton")
     with pytest.raises(HookValueError, match="head dims"):

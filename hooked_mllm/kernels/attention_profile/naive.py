@@ -1,10 +1,13 @@
-"""The definition of the attention profile, in plain torch: for any device, with all rows in memory."""
+"""The definition of the attention profile in plain torch: on any device, with all attention rows in memory."""
 
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from hooked_mllm.kernels.streaming_window import head_flags, visible_keys_at
 
 #: the dense query heads of a layer, and the sink and the window of its other heads
 Streaming = tuple[Sequence[int], int, int]
@@ -18,20 +21,18 @@ def seen_keys(
     end: Int[Tensor, " batch"],
     streaming: Streaming | None,
 ) -> Bool[Tensor, "batch head query key"]:
-    """A query at position p sees key j iff `start <= j <= p`, `j < end`, and, in a streaming head, j is near.
+    """The keys that each query of each head sees; see `visible_keys_at`.
 
-    Near is `j < start + sink` or `j > p - window`.
+    Args:
+        places: The position of each query among the keys.
+        heads: Number of query heads.
+        keys: Number of keys.
+        start: The first real key of each sequence.
+        end: One past its last real key.
+        streaming: The layer's dense heads, sink and window; None if all heads are dense.
     """
-    key = torch.arange(keys, device=places.device)
-    place = places[:, None, :, None]
-    first, last = (bound.to(places.device)[:, None, None, None] for bound in (start, end))
-    seen = (key <= place) & (key >= first) & (key < last)
-    if streaming is None:
-        return seen.expand(-1, heads, -1, -1)
-    dense, sink, window = streaming
-    flags = torch.zeros(heads, 1, 1, dtype=torch.bool)
-    flags[list(dense)] = True
-    return seen & ((key > place - window) | (key < first + sink) | flags.to(places.device))
+    dense, sink, window = (range(heads), 0, 1) if streaming is None else streaming
+    return visible_keys_at(places, keys, head_flags(dense, heads), sink, window, start, end)
 
 
 def naive_attention_profile(
@@ -44,14 +45,18 @@ def naive_attention_profile(
     end: Int[Tensor, "layer batch"],
     streaming: Sequence[Streaming | None],
 ) -> Float[Tensor, "layer batch head key"]:
-    """`sum_i w_i softmax_j(s q_i k_j)` for each layer, in float32 at least; a row that sees nothing counts as 0."""
-    out = []
-    for number, (left, right) in enumerate(zip(q, k, strict=True)):
-        wide = torch.promote_types(left.dtype, torch.float32)
-        heads, keys = left.shape[1], right.shape[2]
-        right = right.to(wide).repeat_interleave(heads // right.shape[1], dim=1)
-        seen = seen_keys(places, heads, keys, start[number], end[number], streaming[number])
-        scores = (left.to(wide) @ right.transpose(2, 3) * scale[number]).masked_fill(~seen, -torch.inf)
-        rows = torch.where(seen.any(-1, keepdim=True), scores.softmax(-1), 0.0)
-        out.append((rows * weight[:, None, :, None].to(wide)).sum(2))
-    return torch.stack(out)
+    """`sum_i w_i softmax_j(s q_i k_j)` for each layer, in float32 or wider; 0 for a query without visible keys."""
+    profiles = []
+    for layer, (queries, keys) in enumerate(zip(q, k, strict=True)):
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        n_heads, n_keys = queries.shape[1], keys.shape[2]
+        # the query heads of a group read the same key-value head
+        keys = repeat(keys.to(dtype), "batch kv key d -> batch (kv group) key d", group=n_heads // keys.shape[1])
+        seen = seen_keys(places, n_heads, n_keys, start[layer], end[layer], streaming[layer])
+        scores = queries.to(dtype) @ keys.transpose(2, 3) * scale[layer]  # [batch head query key]
+        pattern = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        # the softmax of a row of minus infinities is NaN
+        pattern = torch.where(seen.any(-1, keepdim=True), pattern, 0.0)
+        weights = rearrange(weight, "batch query -> batch 1 query 1").to(dtype)
+        profiles.append((pattern * weights).sum(2))  # -> [batch head key]
+    return torch.stack(profiles)

@@ -1,37 +1,21 @@
-"""`attention_profile`: the public function, its checks, and the choice of how it runs."""
+"""`attention_profile`: the public function, its checks, and the choice of its implementation."""
 
-import os
 from collections.abc import Sequence
-from functools import lru_cache
-from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.errors import HeadError, HookValueError, InputError
+from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.kernels.attention_profile.naive import Streaming as Streaming
 from hooked_mllm.kernels.attention_profile.naive import naive_attention_profile
-
-IMPLEMENTATIONS = ("auto", "triton", "naive")
-HEAD_DIMS = (16, 256)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@lru_cache
-def has_triton() -> bool:
-    """Whether Triton is installed; some builds of torch come without."""
-    return find_spec("triton") is not None
-
-
-def kernel_fits(d_head: int, dtype: torch.dtype) -> bool:
-    """Whether Triton is there and the kernel takes heads of this width and dtype."""
-    return has_triton() and HEAD_DIMS[0] <= d_head <= HEAD_DIMS[1] and dtype in DTYPES
-
-
-def kernel_runs(device: torch.device) -> bool:
-    """Whether the kernel can run there: on a GPU, or anywhere under Triton's interpreter."""
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+from hooked_mllm.kernels.implementations import (
+    Implementation,
+    check_implementation,
+    check_triton,
+    kernel_fits,
+    kernel_runs,
+)
 
 
 def attention_profile(
@@ -44,25 +28,25 @@ def attention_profile(
     start: Int[Tensor, "*layer batch"] | None = None,
     end: Int[Tensor, "*layer batch"] | None = None,
     streaming: Sequence[Streaming | None] | None = None,
-    implementation: str = "auto",
+    implementation: Implementation = "auto",
 ) -> Float[Tensor, "layer batch head key"]:
-    r"""The mean attention row over chosen queries, of several layers at once, without the rows.
+    r"""The mean attention row over selected queries, of several layers at once, without the rows in memory.
 
     $$a[j] = \sum_{i\in Q} w_i\, \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big),\qquad w_i = 1/|Q|$$
 
     over the keys that each query sees: `start <= j <= p`, `j < end` for a query at position p; in a streaming head,
-    of these only `j < start + sink` and `j > p - window`. In float32. A row that sees nothing counts as 0; NaN and
-    infinity in q or k that a query sees make the whole profile of that head NaN.
+    of these only `j < start + sink` and `j > p - window`. Computed in float32. A query without visible keys counts as
+    0; NaN and infinity in q or k that a query sees make the whole profile of that head NaN.
 
-    On a GPU two passes over k in Triton, one launch each for all layers: beside the result they need two numbers a row.
-    The sum of $a$ over a set of keys is the mass on that set.
+    On a GPU, Triton makes two passes over k, one launch each for all layers; in addition to the result they need two
+    numbers per query and head. The sum of $a$ over a set of keys is the attention mass on that set.
 
     Args:
-        q: The chosen queries after position encoding, one tensor per layer, strided in any way; all of one shape.
+        q: The selected queries after position encoding, one tensor per layer, of any strides; all of one shape.
         k: All keys after position encoding, one tensor per layer, likewise.
         places: The position of each query among the keys.
-        weight: w; 0 fills up samples with fewer queries. 1/query by default.
-        scale: s, one for all layers or one for each; 1/sqrt(d_head) by default. Above 0.
+        weight: The weights w; 0 pads samples with fewer queries. 1/query by default.
+        scale: The factor s, one for all layers or one for each; 1/sqrt(d_head) by default. Above 0.
         start: The first real key of each sequence, for all layers or by layer.
         end: One past its last real key.
         streaming: For each layer None, or (dense heads, sink, window).
@@ -70,7 +54,7 @@ def attention_profile(
 
     Raises:
         InputError: for shapes, dtypes or devices that do not fit, or numbers out of range.
-        HeadError: for a dense head that q lacks.
+        HeadError: for a dense head that q does not have.
         HookValueError: for an unknown implementation, or "triton" where it cannot run.
 
     Source: arXiv:2606.05843 eq. 22.
@@ -98,35 +82,28 @@ def attention_profile(
     weight = torch.full_like(places, 1 / places.shape[1], dtype=torch.float32) if weight is None else weight
     if weight.shape != places.shape:
         raise InputError(f"`weight` is of the shape of `places`, {list(places.shape)}; got {list(weight.shape)}.")
-    if implementation == "naive" or (implementation == "auto" and not (q[0].is_cuda and _fits(q[0]))):
-        low = _filled(start, 0, n_layers, places)
-        return naive_attention_profile(q, k, scales, places, weight, low, _filled(end, n_keys, n_layers, places), heads)
-    if not _fits(q[0]):
-        raise HookValueError(
-            f"The Triton kernel takes head dims {HEAD_DIMS[0]} to {HEAD_DIMS[1]} in bfloat16, float16 or float32; got "
-            f"{q[0].shape[-1]} in {q[0].dtype}{'' if has_triton() else ', and Triton is not installed'}. "
-            "implementation='naive' takes any."
-        )
-    if not kernel_runs(q[0].device):
-        raise HookValueError(
-            f"The Triton kernel runs on a GPU; q is on {q[0].device}. implementation='naive' runs anywhere."
-        )
-    from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # needs a GPU's compiler
+    fits = kernel_fits(q[0].shape[-1], q[0].dtype)
+    if implementation == "naive" or (implementation == "auto" and not (q[0].is_cuda and fits)):
+        starts, ends = _by_layer(start, 0, n_layers, places), _by_layer(end, n_keys, n_layers, places)
+        return naive_attention_profile(q, k, scales, places, weight, starts, ends, heads)
+    check_triton(q[0], fits, kernel_runs(q[0].device))
+    from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # imports Triton
 
     return triton_attention_profile(q, k, scales, places, weight, start, end, heads)
 
 
-def _fits(q: Tensor) -> bool:
-    return kernel_fits(q.shape[-1], q.dtype)
-
-
-def _filled(bound: Tensor | None, number: int, n_layers: int, places: Tensor) -> Tensor:
+def _by_layer(
+    bound: Int[Tensor, "*layer batch"] | None, default: int, n_layers: int, places: Int[Tensor, "batch query"]
+) -> Int[Tensor, "layer batch"]:
     if bound is None:
-        bound = torch.full((len(places),), number, device=places.device)
+        bound = torch.full((len(places),), default, device=places.device)
     return bound.expand(n_layers, len(places))
 
 
-def _check(q: Sequence[Tensor], k: Sequence[Tensor], places: Tensor, implementation: str) -> tuple[int, int, int]:
+def _check(
+    q: Sequence[Tensor], k: Sequence[Tensor], places: Int[Tensor, "batch query"], implementation: Implementation
+) -> tuple[int, int, int]:
+    """Check shapes, dtypes and devices; the numbers of layers, sequences and keys."""
     if not q or len(q) != len(k):
         raise InputError(f"Expected q and k of the same one or more layers; got {len(q)} and {len(k)}.")
     a, b = q[0], k[0]
@@ -141,8 +118,7 @@ def _check(q: Sequence[Tensor], k: Sequence[Tensor], places: Tensor, implementat
                 raise InputError("All layers have one shape, and all of q and k one dtype and one device.")
     if tuple(places.shape) != (a.shape[0], a.shape[2]) or 0 in (*a.shape, *b.shape):
         raise InputError(f"`places` is [batch query] of q, {[a.shape[0], a.shape[2]]}; got {list(places.shape)}.")
-    if implementation not in IMPLEMENTATIONS:
-        raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
+    check_implementation(implementation)
     return len(q), b.shape[0], b.shape[2]
 
 

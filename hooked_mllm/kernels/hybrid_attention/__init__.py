@@ -1,4 +1,4 @@
-"""Head-level hybrid attention: some heads dense, the others streaming; see README.md beside this file."""
+"""Head-level hybrid attention: some heads dense, the others streaming; see README.md."""
 
 from importlib import import_module
 from typing import Any
@@ -11,7 +11,7 @@ from hooked_mllm.kernels.hybrid_attention.op import hybrid_attention as hybrid_a
 
 
 def __getattr__(name: str) -> Any:
-    """`heads_from_gates` moved to `hooked_mllm.heads`; code that imports it from here keeps working."""
+    """`heads_from_gates` of `hooked_mllm.heads`, under its earlier address."""
     if name == "heads_from_gates":
         return import_module("hooked_mllm.heads").heads_from_gates
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

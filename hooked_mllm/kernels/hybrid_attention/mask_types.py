@@ -1,7 +1,7 @@
-"""A layer's dense heads, sink and window from Block-Sparse-Attention's mask types."""
+"""Block-Sparse-Attention's mask types as dense heads, sink and window of a layer."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ DENSE, STREAMING = 0, -1
 
 
 class HeadPattern(NamedTuple):
-    """The arguments of `hybrid_attention` that a layer's mask types stand for."""
+    """The arguments of `hybrid_attention` that a layer's mask types represent."""
 
     dense: tuple[int, ...]
     sink: int
@@ -28,16 +28,16 @@ def pattern_from_mask_types(
     """A layer's dense heads, sink and window from Block-Sparse-Attention's mask types.
 
     Type 0 is a dense head, -1 a streaming one. Types above 0 are heads with a block mask of their own, which
-    `hybrid_attention` has not. The window of both counts the query's own position.
+    `hybrid_attention` does not support. Both libraries count the query's own position as part of the window.
 
-    Sizes are tokens, as of "exact" streaming. With `block` they are blocks of so many tokens, whose window ends at the
-    border of a block: it is then between (local - 1) * block + 1 and local * block keys wide, depending on the query's
-    place in its block. The window here is local * block for all, which holds every key of theirs and a few more.
+    Sizes are tokens, as in "exact" streaming, or with `block` blocks of that size. There, the window ends at the border
+    of a block and is between (local - 1) * block + 1 and local * block keys wide, depending on the query's position in
+    its block. The window here is local * block for every query, which contains all of those keys and a few more.
 
     Args:
         head_mask_type: One integer for each query head of the layer.
-        streaming_info: Sink and local sizes of the heads one after the other, `[2 * head]` or `[head, 2]`; those of
-            heads that do not stream are not read.
+        streaming_info: Sink and local size of each head, `[2 * head]` or `[head, 2]`; those of heads that do not stream
+            are ignored.
         block: The size of a block, 128 in that library; None if sizes are tokens.
 
     Raises:
@@ -65,24 +65,24 @@ def pattern_from_mask_types(
     sparse = ((types > DENSE) | (types < STREAMING)).nonzero().flatten().tolist()
     if sparse:
         raise HeadError(
-            f"Heads {sparse} have mask types {types[sparse].tolist()}: hybrid attention knows 0 (dense) and -1 "
-            "(streaming), no block masks. Make such heads dense, or keep that library for them."
+            f"Heads {sparse} have mask types {types[sparse].tolist()}: hybrid attention supports 0 (dense) and -1 "
+            "(streaming), no block masks. Make such heads dense, or use Block-Sparse-Attention for them."
         )
-    found = {tuple(pair) for pair in sizes.reshape(-1, 2)[types == STREAMING].tolist()}
-    if len(found) > 1:
-        raise InputError(f"Streaming heads of a layer share one sink and one window here; got {sorted(found)}.")
-    sink, local = found.pop() if found else (0, 1)
+    streaming = {tuple(pair) for pair in sizes.reshape(-1, 2)[types == STREAMING].tolist()}
+    if len(streaming) > 1:
+        raise InputError(f"Streaming heads of a layer share one sink and one window here; got {sorted(streaming)}.")
+    sink, local = streaming.pop() if streaming else (0, 1)
     if sink < 0 or local < 1:
         raise InputError(f"Expected a sink of at least 0 and a local size of at least 1; got {sink} and {local}.")
     size = 1 if block is None else block
     return HeadPattern(tuple((types == DENSE).nonzero().flatten().tolist()), sink * size, local * size)
 
 
-def _integers(name: str, values: Any) -> Tensor:
+def _integers(name: str, values: Tensor | Iterable[int]) -> Tensor:
     try:
-        found = torch.as_tensor(values if isinstance(values, Tensor) else list(values)).detach().cpu()
+        tensor = torch.as_tensor(values if isinstance(values, Tensor) else list(values)).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"`{name}` must hold integers; got something else: {error}.") from None
-    if found.numel() and (found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool):
-        raise InputError(f"`{name}` must hold integers; got {found.dtype}.")
-    return found.long()
+        raise InputError(f"`{name}` must contain integers; they cannot be read: {error}.") from None
+    if tensor.numel() and (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool):
+        raise InputError(f"`{name}` must contain integers; got {tensor.dtype}.")
+    return tensor.long()

@@ -1,8 +1,11 @@
-"""The definition of hybrid attention, in plain torch: for any device, and for gradients."""
+"""The definition of hybrid attention and its gradients in plain torch, on any device."""
 
 import torch
+from einops import rearrange, reduce, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from hooked_mllm.kernels.streaming_window import visible_keys_at
 
 
 def visible_keys(
@@ -15,18 +18,21 @@ def visible_keys(
     end: Int[Tensor, " batch"],
     offset: int | None = None,
 ) -> Bool[Tensor, "batch head query key"]:
-    r"""Which keys each query of each head sees.
+    r"""The keys that each query of each head sees; see `visible_keys_at`.
 
-    Query i stands at position p = i + offset, by default i + kv_length - q_length, and sees key j iff
-    `start <= j < end`, `j <= p`, and, unless the head is dense, `j < start + sink` or `j > p - window`.
+    Args:
+        dense: True at the dense heads.
+        q_length: Number of queries.
+        kv_length: Number of keys.
+        sink: First keys that the other heads see.
+        window: Last keys that they see, the query's own included.
+        start: The first real key of each sequence.
+        end: One past its last real key.
+        offset: Position of the first query; by default that which puts the last query at the last key.
     """
-    key = torch.arange(kv_length, device=dense.device)
     offset = kv_length - q_length if offset is None else offset
-    place = torch.arange(q_length, device=dense.device)[:, None] + offset
-    first, last = (x.to(dense.device)[:, None, None] for x in (start, end))
-    causal = (key <= place) & (key >= first) & (key < last)
-    near = (key > place - window) | (key < first + sink)
-    return causal[:, None] & (near[:, None] | dense[None, :, None, None])
+    positions = torch.arange(offset, offset + q_length, device=dense.device)[None]  # [1 query]
+    return visible_keys_at(positions, kv_length, dense, sink, window, start, end)
 
 
 def naive_hybrid_attention(
@@ -41,38 +47,50 @@ def naive_hybrid_attention(
     end: Int[Tensor, " batch"],
     chunk: int = 1024,
 ) -> tuple[Float[Tensor, "batch head query d_head"], Float[Tensor, "batch head query"]]:
-    """Hybrid attention and the log-sum-exp of its scores; rows that see nothing are 0 and minus infinity.
+    """Hybrid attention and the log-sum-exp of its scores; queries without visible keys have 0 and minus infinity.
 
-    Computed in float32 at least, `chunk` queries at a time.
+    Computed in float32 or wider, `chunk` queries at a time.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    keys, values = (x.to(wide).repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out, lse = [], []
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    keys, values = (_per_query_head(x.to(dtype), q.shape[1]) for x in (k, v))
+    z, lse = [], []
     for low in range(0, q.shape[2], chunk):
-        part = q[:, :, low : low + chunk].to(wide)
-        weights, total = _weights(part, keys, dense, low - q.shape[2], sink, window, scale, start, end)
-        out.append((weights @ values).to(q.dtype))
-        lse.append(total)
-    return torch.cat(out, dim=2), torch.cat(lse, dim=2)
+        queries = q[:, :, low : low + chunk].to(dtype)
+        offset = low + k.shape[2] - q.shape[2]  # the last query is at the last key
+        pattern, chunk_lse = _pattern(queries, keys, dense, offset, sink, window, scale, start, end)
+        z.append((pattern @ values).to(q.dtype))
+        lse.append(chunk_lse)
+    return torch.cat(z, dim=2), torch.cat(lse, dim=2)
 
 
-def _weights(
-    q: Tensor,
-    keys: Tensor,
-    dense: Tensor,
-    before_end: int,
+def _per_query_head(
+    x: Float[Tensor, "batch kv_head key d_head"], n_heads: int
+) -> Float[Tensor, "batch head key d_head"]:
+    """Keys or values, copied for every query head of a group."""
+    return repeat(x, "batch kv key d -> batch (kv group) key d", group=n_heads // x.shape[1])
+
+
+def query_major(z: Float[Tensor, "batch head query d_head"]) -> Float[Tensor, "batch head query d_head"]:
+    """The same values, contiguous as `[batch query head d_head]`: what the output projection reads."""
+    return z.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _pattern(
+    q: Float[Tensor, "batch head query d_head"],
+    keys: Float[Tensor, "batch head key d_head"],
+    dense: Bool[Tensor, " head"],
+    offset: int,
     sink: int,
     window: int,
     scale: float,
-    start: Tensor,
-    end: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Softmax weights of queries, the first of which stands `-before_end` keys before the end, and the log-sum-exp."""
-    n_keys = keys.shape[2]
-    seen = visible_keys(dense.to(q.device), q.shape[2], n_keys, sink, window, start, end, n_keys + before_end)
+    start: Int[Tensor, " batch"],
+    end: Int[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch head query key"], Float[Tensor, "batch head query"]]:
+    """Attention weights of queries from position `offset` on, and the log-sum-exp of their scores."""
+    seen = visible_keys(dense.to(q.device), q.shape[2], keys.shape[2], sink, window, start, end, offset)
     scores = (q @ keys.transpose(2, 3) * scale).masked_fill_(~seen, -torch.inf)
-    blind = ~seen.any(-1, keepdim=True)
-    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0), scores.logsumexp(-1)
+    empty = ~seen.any(-1, keepdim=True)  # the softmax of such a row would be NaN
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0), scores.logsumexp(-1)
 
 
 def naive_gradients(
@@ -89,28 +107,31 @@ def naive_gradients(
     dlse: Float[Tensor, "batch head query"] | None = None,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The gradients of `naive_hybrid_attention`, written out, for they need no more memory than `chunk` rows.
+    r"""The gradients of `naive_hybrid_attention`, written out: they need the memory of `chunk` rows, autograd all.
 
     With $P = \mathrm{softmax}(s\,QK^\top)$ and $dP = dZ\,V^\top$: $dV = P^\top dZ$, $dS = P \circ (dP -
-    \mathrm{rowsum}(P \circ dP) + d\,\mathrm{lse})$, $dQ = s\,dS\,K$, $dK = s\,dS^\top Q$; in float32 at least.
+    \mathrm{rowsum}(P \circ dP) + d\,\mathrm{lse})$, $dQ = s\,dS\,K$, $dK = s\,dS^\top Q$; in float32 or wider.
     """
-    groups, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
-    keys, values = (x.to(wide).repeat_interleave(groups, dim=1) for x in (k, v))
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    keys, values = (_per_query_head(x.to(dtype), q.shape[1]) for x in (k, v))
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(keys), torch.zeros_like(values)
     for low in range(0, q.shape[2], chunk):
         part = slice(low, low + chunk)
-        queries = q[:, :, part].to(wide)
-        weights, _ = _weights(queries, keys, dense, low - q.shape[2], sink, window, scale, start, end)
-        inner = torch.zeros_like(weights)
+        queries = q[:, :, part].to(dtype)
+        offset = low + k.shape[2] - q.shape[2]
+        pattern, _ = _pattern(queries, keys, dense, offset, sink, window, scale, start, end)
+        inner = torch.zeros_like(pattern)  # dP - rowsum(P * dP) + dlse: [batch head query key]
         if dz is not None:
-            dout = dz[:, :, part].to(wide)
-            dv += weights.transpose(2, 3) @ dout
-            inner = dout @ values.transpose(2, 3)
-            inner -= (weights * inner).sum(-1, keepdim=True)
+            dz_part = dz[:, :, part].to(dtype)
+            dv += pattern.transpose(2, 3) @ dz_part
+            inner = dz_part @ values.transpose(2, 3)
+            inner -= (pattern * inner).sum(-1, keepdim=True)
         if dlse is not None:
-            inner += dlse[:, :, part, None].to(wide)
-        dscores = weights * inner * scale
+            inner += rearrange(dlse[:, :, part].to(dtype), "batch head query -> batch head query 1")
+        dscores = pattern * inner * scale
         dq[:, :, part] = (dscores @ keys).to(q.dtype)
         dk += dscores.transpose(2, 3) @ queries
-    dk, dv = (x.unflatten(1, (-1, groups)).sum(2).to(k.dtype) for x in (dk, dv))
+    # the gradient of a shared key-value head is the sum over the query heads of its group
+    group_sum = "batch (kv group) key d -> batch kv key d"
+    dk, dv = (reduce(x, group_sum, "sum", kv=k.shape[1]).to(k.dtype) for x in (dk, dv))
     return dq, dk, dv

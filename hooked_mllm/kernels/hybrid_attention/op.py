@@ -1,24 +1,41 @@
-"""`hybrid_attention`: the public op, its registration with torch, and the choice of how it runs."""
+"""`hybrid_attention`: the public op, its registration with torch, and the choice of its implementation."""
 
 import math
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.errors import HeadError, HookValueError, InputError
-from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients, naive_hybrid_attention
+from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients, naive_hybrid_attention, query_major
+from hooked_mllm.kernels.implementations import Implementation, check_implementation, check_triton, supported
 
-#: from this many queries on, dense heads go through SDPA (measured on an H200; below, one launch for all is faster)
+#: from this number of queries on, SDPA computes dense heads (measured on an H200; below, one launch for all is faster)
 SDPA_FROM = 24576
-IMPLEMENTATIONS = ("auto", "triton", "naive")
-HEAD_DIMS = (16, 256)
+#: how the op runs: the definition, one launch for all heads, or dense heads by SDPA
+Route = Literal["naive", "triton", "sdpa"]
 _noticed: set[str] = set()
+
+
+@overload
+def hybrid_attention(
+    q: Tensor, k: Tensor, v: Tensor, dense: Iterable[int], *, sink: int = 64, window: int = 1024,
+    scale: float | None = None, start: Tensor | None = None, end: Tensor | None = None,
+    return_lse: Literal[False] = False, implementation: Implementation = "auto", causal: bool = True,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def hybrid_attention(
+    q: Tensor, k: Tensor, v: Tensor, dense: Iterable[int], *, sink: int = 64, window: int = 1024,
+    scale: float | None = None, start: Tensor | None = None, end: Tensor | None = None,
+    return_lse: Literal[True], implementation: Implementation = "auto", causal: bool = True,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def hybrid_attention(
@@ -33,7 +50,7 @@ def hybrid_attention(
     start: Int[Tensor, " batch"] | None = None,
     end: Int[Tensor, " batch"] | None = None,
     return_lse: bool = False,
-    implementation: str = "auto",
+    implementation: Implementation = "auto",
     causal: bool = True,
 ) -> Any:
     r"""Causal attention in which some heads see everything before them and the others a sink and a window.
@@ -41,13 +58,13 @@ def hybrid_attention(
     $$z_i = \sum_{j \in V_h(i)} \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big) v_j,\qquad
     V_h(i) = \{j \le i\} \text{ or } \{j \le i : j < \text{sink or } j > i - \text{window}\}$$
 
-    With more keys than queries, the last query stands at the last key (a chunk of a prompt and its cache). Inputs may
-    be strided in any way; the result is contiguous as `[batch query head d_head]`. Rows that see no key are 0.
+    With more keys than queries, the last query is at the last key (a chunk of a prompt and its cache). Inputs may have
+    any strides; the result is contiguous as `[batch query head d_head]`. Queries without visible keys have z = 0.
 
-    "auto" takes the Triton kernels on a GPU: one launch for both kinds of head. From 24,576 queries on, and where all
-    heads are dense, dense heads go through torch's SDPA instead, which is faster there. Elsewhere, and for what the
-    kernels do not take, it is the torch definition, with a notice. Gradients are those of the definition: correct, and
-    with the memory of chunks of N x N scores.
+    "auto" selects the Triton kernels on a GPU: one launch for both kinds of head. From 24,576 queries on, and where all
+    heads are dense, torch's SDPA computes the dense heads instead, which is faster there. Elsewhere, and for inputs
+    that the kernels do not support, the torch definition runs, with a warning. Gradients are those of the definition:
+    correct, and with the memory of chunks of N x N scores.
 
     Args:
         q: Queries after position encoding.
@@ -55,17 +72,17 @@ def hybrid_attention(
         v: Values.
         dense: Query heads that see everything before them.
         sink: First keys that the other heads see.
-        window: Last keys that they see, the query's own among them.
-        scale: s, not negative; 1/sqrt(d_head) by default.
+        window: Last keys that they see, the query's own included.
+        scale: The factor s, above 0; 1/sqrt(d_head) by default.
         start: The first real key of each sequence (left padding before it).
         end: One past the last real key (right padding from it on).
         return_lse: Also return the log-sum-exp of each row's scores, float32 `[batch head query]`.
         implementation: "auto", "triton" or "naive".
-        causal: There is no other kind here; False is an error that says what to use.
+        causal: Must be True: other attention is not supported, and the error names the function to use.
 
     Raises:
         InputError: for shapes, dtypes or devices that do not fit, numbers out of range, or `causal=False`.
-        HeadError: for a head that q lacks.
+        HeadError: for a head that q does not have.
         HookValueError: for an unknown implementation, or "triton" where it cannot run.
 
     Source: arXiv:2606.05843, algorithm 3; streaming heads: arXiv:2309.17453, arXiv:2410.10819.
@@ -77,23 +94,23 @@ def hybrid_attention(
     """
     if not causal:
         raise InputError(
-            "hybrid_attention is causal: sinks and windows are told from the left. For attention both ways use "
-            "torch.nn.functional.scaled_dot_product_attention."
+            "hybrid_attention is causal: sinks and windows are defined from left to right. For bidirectional attention "
+            "use torch.nn.functional.scaled_dot_product_attention."
         )
     q, k, v = as_autocast(q, k, v)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     heads = _check(q, k, v, dense, sink, window, factor, start, end, implementation)
-    how = _choose(implementation, q, len(heads))
-    z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, factor, start, end, return_lse, how)
+    route = _select_route(implementation, q, len(heads))
+    z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, factor, start, end, return_lse, route)
     return (z, lse) if return_lse else z
 
 
 def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype in which `torch.autocast` hands them to torch's own attention; as they are where it is off."""
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    """Cast q, k and v as `torch.autocast` does for torch's own attention; unchanged where autocast is off."""
+    device_type = q.device.type
+    if not torch.is_autocast_enabled(device_type) or q.dtype == torch.float64:
         return q, k, v
-    dtype: Any = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(device_type)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
@@ -107,7 +124,7 @@ def _check(
     scale: float,
     start: Tensor | None,
     end: Tensor | None,
-    implementation: str,
+    implementation: Implementation,
 ) -> list[int]:
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise InputError(
@@ -122,37 +139,36 @@ def _check(
             f"{k.device}, {v.device}."
         )
     if not q.dtype.is_floating_point:
-        raise InputError(f"q, k and v must hold floating-point numbers; got {q.dtype}.")
+        raise InputError(f"q, k and v must contain floating-point numbers; got {q.dtype}.")
     if sink < 0 or window < 1:
         raise InputError(f"Expected sink >= 0 and window >= 1; got {sink=}, {window=}.")
     if not 0 < scale < math.inf:
         raise InputError(f"scale must be a number above 0; got {scale}.")
     for name, bound in (("start", start), ("end", end)):
         if bound is not None and bound.shape != (q.shape[0],):
-            raise InputError(f"`{name}` is one number a sequence, [{q.shape[0]}]; got {tuple(bound.shape)}.")
+            raise InputError(f"`{name}` is one number per sequence, [{q.shape[0]}]; got {tuple(bound.shape)}.")
         if bound is not None and (bound.dtype.is_floating_point or bound.dtype == torch.bool):
-            raise InputError(f"`{name}` counts positions: it must hold integers; got {bound.dtype}.")
-    if implementation not in IMPLEMENTATIONS:
-        raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
+            raise InputError(f"`{name}` is a position and must contain integers; got {bound.dtype}.")
+    check_implementation(implementation)
     return head_numbers(dense, q.shape[1])
 
 
-def head_numbers(dense: Any, n_heads: int) -> list[int]:
+def head_numbers(dense: object, n_heads: int) -> list[int]:
     """Query heads in order, each once.
 
     Raises:
         HeadError: for anything but numbers from 0 to `n_heads` - 1.
     """
-    given = list(dense) if isinstance(dense, Iterable) and getattr(dense, "ndim", 1) == 1 else None
-    if given is not None and not all(type(head) is int for head in given):  # compiled code goes no further
-        right = all(hasattr(h, "__index__") and "bool" not in str(getattr(h, "dtype", type(h))) for h in given)
-        given = [operator.index(head) for head in given] if right and not _floats(given) else None
-    if given is None:
+    numbers = list(dense) if isinstance(dense, Iterable) and getattr(dense, "ndim", 1) == 1 else None
+    if numbers is not None and not all(type(number) is int for number in numbers):  # torch.compile traces only ints
+        integers = all(hasattr(n, "__index__") and "bool" not in str(getattr(n, "dtype", type(n))) for n in numbers)
+        numbers = [operator.index(n) for n in numbers] if integers and not _has_floats(numbers) else None
+    if numbers is None:
         raise HeadError(
-            f"Expected numbers of query heads from 0 to {n_heads - 1}, such as (0, 5); got {dense!r}. Of a mask take "
+            f"Expected numbers of query heads from 0 to {n_heads - 1}, such as (0, 5); got {dense!r}. For a mask, use "
             "`mask.nonzero().flatten()`."
         )
-    heads = sorted(set(given))
+    heads = sorted(set(numbers))
     if heads and not 0 <= heads[0] <= heads[-1] < n_heads:
         raise HeadError(
             f"Dense heads {heads} are out of range: q has heads 0 to {n_heads - 1}. Do they belong to another model?"
@@ -160,25 +176,16 @@ def head_numbers(dense: Any, n_heads: int) -> list[int]:
     return heads
 
 
-def _floats(given: list[Any]) -> bool:
-    return any(isinstance(h, Tensor) and h.is_floating_point() for h in given)
+def _has_floats(numbers: Sequence[object]) -> bool:
+    return any(isinstance(number, Tensor) and number.is_floating_point() for number in numbers)
 
 
-def _choose(implementation: str, q: Tensor, n_dense: int) -> str:
-    least, most = HEAD_DIMS
-    fits = least <= q.shape[-1] <= most and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+def _select_route(implementation: Implementation, q: Tensor, n_dense: int) -> Route:
+    fits = supported(q.shape[-1], q.dtype)
     if implementation == "naive":
         return "naive"
     if implementation == "triton":
-        if not fits:
-            raise HookValueError(
-                f"The Triton kernels take head dims {least} to {most} in bfloat16, float16 or float32; got "
-                f"{q.shape[-1]} in {q.dtype}. implementation='naive' takes any."
-            )
-        if not q.is_cuda:
-            raise HookValueError(
-                f"The Triton kernels run on a GPU; q is on {q.device}. implementation='naive' runs anywhere."
-            )
+        check_triton(q, fits, q.is_cuda)
         return "triton"
     if q.is_cuda and fits:
         by_sdpa = q.dtype != torch.float32 and (q.shape[2] >= SDPA_FROM or n_dense == q.shape[1])
@@ -186,11 +193,12 @@ def _choose(implementation: str, q: Tensor, n_dense: int) -> str:
     why = f"head dim {q.shape[-1]}, {q.dtype}" if q.is_cuda else f"on {q.device.type}"
     if why not in _noticed and not torch.compiler.is_compiling():
         _noticed.add(why)
-        warnings.warn(f"hybrid_attention runs its torch definition ({why}): correct, not fast.", stacklevel=3)
+        warnings.warn(f"hybrid_attention runs its torch definition ({why}): correct, but slow.", stacklevel=3)
     return "naive"
 
 
-# a table of heads is kept from call to call: none may be made in the memory of a graph that torch.compile records
+# tables of heads are cached between calls and must not be allocated in the memory pool of a CUDA graph, which
+# torch.compile would do without this tag
 @torch.library.custom_op("hooked_mllm::hybrid_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
     q: Tensor,
@@ -205,25 +213,21 @@ def _op(
     with_lse: bool,
     how: str,
 ) -> tuple[Tensor, Tensor]:
-    sink, window = _within(q, k, sink, window)
+    """`hybrid_attention` by the `Route` that `how` names, and the log-sum-exp, which is empty without `with_lse`."""
+    sink, window = _clip_sizes(q, k, sink, window)
     start, end = _bounds(q, k, start, end, how)
     if how == "naive":
         assert start is not None and end is not None
-        with torch.autocast(q.device.type, enabled=False):  # or float32 scores would be rounded
+        with torch.autocast(q.device.type, enabled=False):  # autocast would round the float32 scores
             z, lse = naive_hybrid_attention(q, k, v, _flags(dense, q), sink, window, scale, start, end)
-        return _laid_out(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
+        return query_major(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
     from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention  # Triton may be missing on CPUs
 
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current one
-        z, rows = triton_hybrid_attention(
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current device
+        z, lse = triton_hybrid_attention(
             q, k, v, tuple(dense), sink, window, scale, start, end, with_lse, sdpa=how == "sdpa"
         )
-    return z, q.new_empty(0, dtype=torch.float32) if rows is None else rows
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    """`[batch head query d_head]`, in memory `[batch query head d_head]`: what the output projection reads."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return z, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _flags(dense: list[int], q: Tensor) -> Tensor:
@@ -232,13 +236,15 @@ def _flags(dense: list[int], q: Tensor) -> Tensor:
     return flags.to(q.device)
 
 
-def _within(q: Tensor, k: Tensor, sink: int, window: int) -> tuple[int, int]:
-    """The same kinds of heads in numbers that kernels can hold."""
+def _clip_sizes(q: Tensor, k: Tensor, sink: int, window: int) -> tuple[int, int]:
+    """Sink and window with the same effect, small enough for the kernels' 32-bit integers."""
     return min(sink, k.shape[2]), min(window, q.shape[2] + k.shape[2])
 
 
-def _bounds(q: Tensor, k: Tensor, start: Any, end: Any, how: str) -> tuple[Tensor | None, Tensor | None]:
-    """Within the keys that are there: of the padding of a whole prompt, what concerns the part read so far."""
+def _bounds(
+    q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None, how: str
+) -> tuple[Int[Tensor, " batch"] | None, Int[Tensor, " batch"] | None]:
+    """Start and end clipped to the keys: those of a whole prompt may be given for its first chunks."""
     if how != "naive" and start is None and end is None:
         return None, None
     n, like = len(q), {"dtype": torch.int32, "device": q.device}
@@ -249,11 +255,12 @@ def _bounds(q: Tensor, k: Tensor, start: Any, end: Any, how: str) -> tuple[Tenso
 
 @_op.register_fake
 def _(q, k, v, dense, sink, window, scale, start, end, with_lse, how):
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-    return out, q.new_empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32)
+    # [batch query head d_head] in memory, as of the kernels
+    z = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+    return z, q.new_empty(q.shape[:3] if with_lse else (0,), dtype=torch.float32)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, dense, sink, window, scale, start, end, _, _ = inputs
     ctx.save_for_backward(q, k, v, start, end)
     ctx.settings = (dense, sink, window, scale)
@@ -273,8 +280,8 @@ def gradients(
     dz: Tensor | None,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the op, for ops that hold it: autograd records nothing within them."""
-    sink, window = _within(q, k, sink, window)
+    """The gradients of the op, for custom ops that call it: autograd records nothing inside them."""
+    sink, window = _clip_sizes(q, k, sink, window)
     start, end = _bounds(q, k, start, end, "naive")
     assert start is not None and end is not None
     with torch.autocast(q.device.type, enabled=False):
@@ -285,6 +292,7 @@ def _backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Any, ..
     q, k, v, start, end = ctx.saved_tensors
     dlse = None if dlse is None or not dlse.numel() else dlse
     dense, sink, window, scale = ctx.settings
+    # none for the eight arguments after q, k and v
     return (*gradients(q, k, v, dense, sink, window, scale, start, end, dz, dlse), *[None] * 8)
 
 

@@ -1,48 +1,53 @@
-"""Which heads go together in a tile, and in which order tiles run."""
+"""Groups the heads that share a tile, and orders the tiles."""
 
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Int32
 from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """Groups of heads that share keys and kind, as rows `[key-value head, number, head, head, ...]`.
+    """Groups of heads that share keys and kind.
 
-    Dense groups come first, because they are the longest work, then whole groups that stream, then parts of groups.
+    Dense groups come first, because they take longest, then streaming groups of all heads of a key-value head, then
+    smaller ones.
+
+    Attributes:
+        rows: A row for each group: key-value head, number of heads, the heads, zeros.
+        n_dense: Number of dense groups.
+        n_whole: Number of streaming groups that contain all heads of their key-value head.
+        most: The largest number of heads in a dense and in a streaming group.
     """
 
-    rows: Tensor
+    rows: Int32[Tensor, "group entry"]
     n_dense: int
     n_whole: int
     most: tuple[int, int]
 
     @property
     def n_streaming(self) -> int:
-        """Groups, whole or not, whose heads stream."""
+        """Number of streaming groups, whole or not."""
         return len(self.rows) - self.n_dense
 
 
 @lru_cache(maxsize=4096)
 def plan(dense: tuple[int, ...], n_heads: int, n_kv_heads: int, device: torch.device) -> Plan:
-    """The plan for a layer.
-
-    Rows are int32, on the device; `most` is the largest number of heads in a dense and in a streaming group.
-    """
+    """The plan of a layer with these dense heads, on the device."""
     size = n_heads // n_kv_heads
-    chosen = set(dense)
+    dense_heads = set(dense)
     rows: list[list[int]] = []
     most: list[int] = []
     counts: list[int] = []
-    for kind in (True, False):
-        found = []
+    for kind in (True, False):  # dense, then streaming
+        groups = []
         for kv in range(n_kv_heads):
-            heads = [h for h in range(kv * size, (kv + 1) * size) if (h in chosen) == kind]
+            heads = [head for head in range(kv * size, (kv + 1) * size) if (head in dense_heads) == kind]
             if heads:
-                found.append([kv, len(heads), *heads, *[0] * (size - len(heads))])
-        found.sort(key=lambda row: -row[1])
-        most.append(max((row[1] for row in found), default=0))
-        counts.append(len(found) if kind else sum(row[1] == size for row in found))
-        rows += found
+                groups.append([kv, len(heads), *heads, *[0] * (size - len(heads))])
+        groups.sort(key=lambda row: -row[1])
+        most.append(max((row[1] for row in groups), default=0))
+        counts.append(len(groups) if kind else sum(row[1] == size for row in groups))
+        rows += groups
     return Plan(torch.tensor(rows, dtype=torch.int32).to(device), counts[0], counts[1], (most[0], most[1]))
