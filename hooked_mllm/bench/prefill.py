@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hooked_mllm.bench.check import check_at_length, check_variants
+from hooked_mllm.bench.choices import RUNS, WARM_UP
 from hooked_mllm.bench.compiled import CompiledBlocks
 from hooked_mllm.bench.record import Cell, PrefillRecord, provenance
 from hooked_mllm.bench.timing import clock_name, failure, milliseconds, peak_memory, used_devices
@@ -18,8 +19,6 @@ from hooked_mllm.bench.variants import Variant
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.storage import ready
-
-WARM_UP, RUNS = 2, 5
 
 
 @torch.no_grad()

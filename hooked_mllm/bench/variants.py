@@ -10,25 +10,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from hooked_mllm.attention.registered import register_hybrid_attention
+from hooked_mllm.bench.choices import BACKENDS
 from hooked_mllm.bench.compiled import CompiledBlocks, text_backbone
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.heads import HeadSet
 
 #: the implementation that leaves attention out
 REMOVED = "hooked_bench_removed"
-#: what `--backends` takes, and what each one is called in tables
-BACKENDS = {
-    "cudnn": "cuDNN",
-    "flash": "FlashAttention-2",
-    "sdpa": "SDPA, torch's choice",
-    "eager": "eager",
-    "hybrid": "hybrid, {} dense",
-    "removed": "attention removed",
-    "cudnn-compiled": "cuDNN, rest compiled",
-    "sdpa-compiled": "SDPA, rest compiled",
-    "hybrid-compiled": "hybrid, {} dense, rest compiled",
-    "removed-compiled": "attention removed, rest compiled",
-}
 _ON_GPU = ("cudnn", "flash", "hybrid", "cudnn-compiled", "hybrid-compiled", "removed", "removed-compiled")
 _ON_CPU = ("sdpa", "hybrid", "removed")
 _PINNED = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}

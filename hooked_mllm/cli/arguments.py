@@ -2,7 +2,14 @@
 
 import argparse
 
-import torch
+#: the checkpoint of `hooked-mllm score` without arguments
+TOY = "toy-qwen3-vl"
+#: what `--metric` accepts, and the class of `hooked_mllm.metrics`
+METRICS = {"ram": "RetrievalAttentionMass", "ktr": "KeyTokenRatio", "vision-mass": "VisionMass"}
+#: what `--data` accepts
+DATA_FORMS = "toy, refcocog:FOLDER, refcocog:FOLDER:SPLIT_BY or refcocog:FOLDER:SPLIT_BY:SPLIT"
+#: what `--dtype` accepts
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def count(text: str, least: int = 1) -> int:
@@ -34,11 +41,22 @@ def tokens(text: str) -> int:
 
 
 def torch_device(text: str) -> str:
-    """A torch device that is there."""
+    """A torch device of this machine."""
+    import torch  # here and not above: `--help` and `--version` need none of it
+
     try:
-        found = torch.device(text)
+        device = torch.device(text)
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a torch device, such as cpu or cuda:0") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise argparse.ArgumentTypeError(f"{text!r} was asked for, but torch sees no CUDA device here")
     return text
+
+
+def device_and_dtype(arguments: argparse.Namespace) -> tuple[str, str]:
+    """`--device` and `--dtype`, or their defaults: cuda where there is a GPU, bfloat16 there, float32 on a CPU."""
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    default = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+    return device, getattr(arguments, "dtype", None) or default

@@ -3,50 +3,40 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hooked_mllm import plots
+from hooked_mllm.bench.choices import BACKENDS, SIZES
 from hooked_mllm.bench.compiled import text_backbone
-from hooked_mllm.bench.configs import SIZES, random_text_model
+from hooked_mllm.bench.configs import random_text_model
 from hooked_mllm.bench.kernel import bench_kernel, kernel_table
-from hooked_mllm.bench.prefill import RUNS, WARM_UP, bench_prefill, choose_heads
+from hooked_mllm.bench.prefill import bench_prefill, choose_heads
 from hooked_mllm.bench.record import PrefillRecord
 from hooked_mllm.bench.table import table
-from hooked_mllm.bench.variants import BACKENDS, Variant, default_backends, prefill_variants
-from hooked_mllm.cli.arguments import count, tokens, torch_device
+from hooked_mllm.bench.variants import Variant, default_backends, prefill_variants
+from hooked_mllm.cli.arguments import device_and_dtype
 from hooked_mllm.cli.files import folder, loading_bar
 from hooked_mllm.errors import InputError
 from hooked_mllm.model.loading import load_model
 from hooked_mllm.storage import write_figure
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NEED_GPU = ("cudnn", "flash", "cudnn-compiled")
 _NOT_THE_KERNEL = "On a {}, hybrid is its torch definition: its times say nothing about the kernel."
-_CONTEXTS = [8192, 16384, 32768, 65536, 131072]
-
-
-def add_to(commands: Any) -> None:
-    """The commands and their options."""
-    bench = commands.add_parser("bench", help="time attention and prefill", description="Time attention and prefill.")
-    kinds = bench.add_subparsers(dest="kind", required=True)
-    _add_prefill(kinds)
-    _add_kernel(kinds)
 
 
 def prefill(arguments: argparse.Namespace) -> None:
     """Load or make the model, compare, time, save, draw and print: what `hooked-mllm bench prefill` does."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = device_and_dtype(arguments)
     kind = torch.device(device).type
     backends = _backends(arguments.backends, kind)
     out = folder(arguments.out) / "prefill.json"
     picture = out.with_suffix(".png")
     if out.exists() and not arguments.resume:
         raise InputError(f"{out} is there already: --resume continues it; or give another --out.")
-    text, name, numbers = _text_model(arguments, device)
+    text, name, numbers = _text_model(arguments, device, dtype)
     shape = text.config.num_hidden_layers, text.config.num_attention_heads
     heads = choose_heads(numbers, *shape, arguments.heads, arguments.seed)
     how: dict[str, Any] = {"sink": arguments.sink, "window": arguments.window}
@@ -100,12 +90,12 @@ def _so_far(out: Path, contexts: Sequence[int], variants: Sequence[Variant]) -> 
     return f"{done} of {len(asked)} lengths are in {out}: the same command with --resume goes on."
 
 
-def _text_model(arguments: argparse.Namespace, device: str) -> tuple[Any, str, list[int]]:
+def _text_model(arguments: argparse.Namespace, device: str, dtype: str) -> tuple[Any, str, list[int]]:
     """The text decoder, what it is called, and the numbers of dense heads."""
     if arguments.device_map is not None and arguments.device is not None:
         raise InputError("Give --device or --device-map, not both.")
     where: dict[str, Any] = {"device": device} if arguments.device_map is None else {"device_map": arguments.device_map}
-    where["dtype"] = _DTYPES[arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")]
+    where["dtype"] = getattr(torch, dtype)
     if arguments.config is not None:
         text = random_text_model(arguments.config, seed=arguments.seed, **where)
         numbers = list(SIZES[arguments.config].dense)
@@ -130,7 +120,7 @@ def draw(record: PrefillRecord, path: Path) -> bool:
 def kernel(arguments: argparse.Namespace) -> None:
     """Compare, time, save and print: what `hooked-mllm bench kernel` does."""
     out = folder(arguments.out) / "kernel.json"
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = device_and_dtype(arguments)
     found = bench_kernel(
         arguments.tokens,
         dense=arguments.dense,
@@ -151,54 +141,3 @@ def kernel(arguments: argparse.Namespace) -> None:
         print(_NOT_THE_KERNEL.format(kind.upper()) + flex, end="\n\n")
     print(kernel_table(found))
     print(out)
-
-
-def _parser(kinds: Any, name: str, what: str, run: Any) -> Any:
-    parser = kinds.add_parser(
-        name,
-        help=what,
-        description=f"{what[0].upper()}{what[1:]}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.set_defaults(run=run, prog=parser.prog)
-    return parser
-
-
-def _common(add: Any) -> None:
-    add("--sink", type=partial(count, least=0), default=64, help="first tokens that streaming heads see")
-    add("--window", type=count, default=1024, help="last tokens that streaming heads see")
-    add("--device", type=torch_device, help="torch device (cuda if there is one, else cpu)")
-    add("--seed", type=int, default=0, help="of random heads, token ids and weights")
-    add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")
-
-
-def _add_prefill(kinds: Any) -> None:
-    parser = _parser(kinds, "prefill", "time the prefill of a whole text decoder under several attentions", prefill)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="a checkpoint's folder, hub id, or a bundled toy: its text decoder")
-    source.add_argument("--config", choices=list(SIZES), help="a published size with random weights")
-    add = parser.add_argument
-    add("--contexts", type=tokens, nargs="+", default=_CONTEXTS, help="lengths, such as 8k 131072")
-    add("--dense", type=partial(count, least=0), nargs="+", help="numbers of dense heads (of --config: the paper's)")
-    add("--heads", type=Path, help="saved head scores: dense are the top ones (else random heads)")
-    add("--backends", nargs="+", choices=list(BACKENDS), metavar="NAME", help=f"of {', '.join(BACKENDS)}")
-    add("--runs", type=count, default=RUNS, help="timed forwards of each variant at each length")
-    add("--warm-up", type=count, default=WARM_UP, help="forwards before them")
-    add("--dtype", choices=list(_DTYPES), help="of the weights (float32 on a CPU, else bfloat16)")
-    add("--device-map", choices=["auto", "balanced"], help="spread the layers over all GPUs")
-    add("--resume", action="store_true", help="continue the record that is there: finished cells are left out")
-    add("--quiet", action="store_true", help="no progress bar")
-    _common(add)
-
-
-def _add_kernel(kinds: Any) -> None:
-    parser = _parser(kinds, "kernel", "time the hybrid attention op alone against other kernels", kernel)
-    add = parser.add_argument
-    add("--tokens", type=tokens, nargs="+", default=[8192, 32768, 131072], help="lengths, such as 8k 131072")
-    add("--dense", type=partial(count, least=0), default=4, help="dense heads")
-    add("--heads", type=count, default=32, help="query heads")
-    add("--kv-heads", type=count, default=8, help="key-value heads")
-    add("--d-head", type=count, default=128, help="width of a head")
-    add("--rounds", type=count, default=7, help="readings of each variant")
-    add("--skip-flex", action="store_true", help="without FlexAttention")
-    _common(add)

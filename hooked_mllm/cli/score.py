@@ -5,14 +5,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hooked_mllm import metrics, plots
-from hooked_mllm.cli.arguments import count, torch_device
+from hooked_mllm.cli.arguments import DATA_FORMS, METRICS, device_and_dtype
 from hooked_mllm.cli.files import folder, loading_bar
 from hooked_mllm.datasets import RefCOCOg
 from hooked_mllm.errors import InputError
@@ -20,14 +17,6 @@ from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.model.hooked_mllm import HookedMLLM
 from hooked_mllm.storage import write_figure
 from hooked_mllm.toys import VisualRetrieval, bundled
-
-TOY = "toy-qwen3-vl"
-METRICS: dict[str, Callable[[], metrics.HeadMetric]] = {
-    "ram": metrics.RetrievalAttentionMass,
-    "ktr": metrics.KeyTokenRatio,
-    "vision-mass": metrics.VisionMass,
-}
-DATA_FORMS = "toy, refcocog:FOLDER, refcocog:FOLDER:SPLIT_BY or refcocog:FOLDER:SPLIT_BY:SPLIT"
 
 
 @dataclass(frozen=True)
@@ -41,13 +30,13 @@ class Source:
 
 def score(arguments: argparse.Namespace) -> None:
     """Measure, save, draw and print: what `hooked-mllm score` does."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = arguments.dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
+    device, dtype = device_and_dtype(arguments)
     source = _source(arguments)
     out = folder(arguments.out)
     with loading_bar(not arguments.quiet):
         model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
-    scores = model.measure(_Counted(source, model), METRICS[arguments.metric](), progress=not arguments.quiet)
+    metric: metrics.HeadMetric = getattr(metrics, METRICS[arguments.metric])()
+    scores = model.measure(_Counted(source, model), metric, progress=not arguments.quiet)
     scores.provenance.update(dataset=source.name, seed=arguments.seed)
     scores.save(out / "scores")
     top = scores.top(min(arguments.top, int(scores.measured.sum())))
@@ -132,26 +121,3 @@ def _refcocog_parts(rest: str) -> tuple[str, str, str]:
 def _shortened(text: str, limit: int = 80) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def add_to(commands: Any) -> None:
-    """The command and its options."""
-    command = commands.add_parser(
-        "score",
-        help="score every attention head and draw where the best ones look",
-        description="Score every attention head. Without arguments: the bundled toy model on its own task.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = command.add_argument
-    add("--model", default=TOY, help="folder, hub id, or a bundled toy")
-    add("--data", help=f"{DATA_FORMS} (for a toy: toy)")
-    add("--metric", choices=sorted(METRICS), default="ram", help="what to score heads by")
-    add("--samples", type=count, default=32, help="samples at most")
-    add("--top", type=count, default=8, help="heads to list, frame and draw")
-    add("--pictures", type=partial(count, least=0), default=3, help="samples to paint the top heads' attention on")
-    add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (float32 on a CPU, else bfloat16)")
-    add("--device", type=torch_device, help="torch device (cuda if there is one, else cpu)")
-    add("--seed", type=int, default=0, help="of the choice of samples")
-    add("--quiet", action="store_true", help="no progress bar")
-    command.set_defaults(run=score, prog=command.prog)
