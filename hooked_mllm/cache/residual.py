@@ -16,6 +16,7 @@ from torch import Tensor
 from hooked_mllm.cache.lazy import Entry, take, value_of
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
+from hooked_mllm.heads import head_name
 from hooked_mllm.inputs.positions import KindMasks, Positions
 from hooked_mllm.wiring.norms import centred
 from hooked_mllm.wiring.results import head_results
@@ -232,7 +233,7 @@ class ResidualTools(ABC):
         for l in range(stop):
             result = self._need("result", l) if ("result", l) in self else self._results(l)
             results += list(rearrange(result, "batch pos head d_model -> head batch pos d_model"))
-            labels += [f"L{l}H{head}" for head in range(result.shape[2])]
+            labels += [head_name(l, head) for head in range(result.shape[2])]
         if incl_remainder:
             whole = self._stream(stop)
             results.append(whole - torch.stack(results).sum(0) if results else whole)

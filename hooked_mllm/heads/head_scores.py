@@ -3,7 +3,7 @@
 import random as random_module
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -33,8 +33,11 @@ from hooked_mllm.storage import (
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
-else:  # matplotlib is imported when something is drawn
-    Colormap = Figure = Any
+
+    #: an argument that `check_scores` checks
+    ScoresInput: TypeAlias = "HeadScores"
+else:  # matplotlib is imported when something is drawn; scores may be anything, so that the check reports it
+    Colormap = Figure = ScoresInput = Any
 
 KIND = "hooked_mllm.HeadScores"
 
@@ -131,7 +134,7 @@ class HeadScores(Arithmetic, Grouping):
             drawn += candidates[: len(heads)]
         return self._set(drawn)
 
-    def spearman(self, other: "HeadScores") -> float:
+    def spearman(self, other: ScoresInput) -> float:
         """Spearman rank correlation over the heads that both measured (ties share their mean rank).
 
         Raises:
@@ -151,7 +154,7 @@ class HeadScores(Arithmetic, Grouping):
         result: Any = spearmanr(own_values.numpy(), other_values.numpy())
         return float(result.statistic)
 
-    def overlap(self, other: "HeadScores", k: int | float) -> float:
+    def overlap(self, other: ScoresInput, k: int | float) -> float:
         """The share of the top `k` heads that is also in the other's top `k`, from 0 to 1.
 
         Raises:
@@ -300,6 +303,23 @@ class HeadScores(Arithmetic, Grouping):
         order = torch.sort(flat, descending=descending, stable=True).indices
         order = order[~flat[order].isnan()]
         return self._set((int(i) // self.n_heads, int(i) % self.n_heads) for i in order)
+
+
+def check_scores(scores: ScoresInput, what: str) -> "HeadScores":
+    """The same scores.
+
+    Args:
+        scores: The argument.
+        what: What needs it, for the error message.
+
+    Raises:
+        HeadError: for something else than `HeadScores`.
+    """
+    if not isinstance(scores, HeadScores):
+        raise HeadError(
+            f"{what} needs HeadScores, such as `model.measure(samples, metric)` returns; got {type(scores).__name__}."
+        )
+    return scores
 
 
 def _stem(path: str | Path) -> Path:

@@ -36,6 +36,19 @@ def check_head(head: Any, n_layers: int, n_heads: int) -> tuple[int, int]:
     return check_in_range(*read_head(head), (n_layers, n_heads))
 
 
+def heads_by_layer(heads: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    """The heads of each layer that has any, layers and heads in ascending order.
+
+    Examples:
+        >>> heads_by_layer([(3, 1), (2, 5), (2, 4)])
+        {2: (4, 5), 3: (1,)}
+    """
+    layers: dict[int, list[int]] = {}
+    for layer, head in sorted(heads):
+        layers.setdefault(layer, []).append(head)
+    return {layer: tuple(inside) for layer, inside in layers.items()}
+
+
 class HeadSet:
     """An immutable set of (layer, head), in the order in which they were given, for a model of one shape.
 
@@ -117,10 +130,7 @@ class HeadSet:
     @property
     def by_layer(self) -> dict[int, tuple[int, ...]]:
         """The heads of each layer that has any, layers and heads in ascending order."""
-        layers: dict[int, list[int]] = {}
-        for layer, head in sorted(self):
-            layers.setdefault(layer, []).append(head)
-        return {layer: tuple(heads) for layer, heads in layers.items()}
+        return heads_by_layer(self)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -68,6 +68,29 @@ def parse_heads(
     return parsed
 
 
+def parse_head_set(heads: HeadsLike, what: str) -> HeadSet:
+    """Heads that state the shape of their model: a `HeadSet`, a boolean mask `[layer head]`, or a list with one.
+
+    Args:
+        heads: The heads.
+        what: What takes them, for the error message.
+
+    Raises:
+        HeadError: for heads without a shape, or something else than heads.
+
+    Examples:
+        >>> parse_head_set([[False, True], [False, False]], "A ranking")
+        HeadSet(1 of 2 x 2: L0H1)
+    """
+    parsed = parse_heads(heads)
+    if not isinstance(parsed, HeadSet):
+        raise HeadError(
+            f"{what} needs heads that state the shape of their model: a HeadSet such as `scores.top(20)`, or a boolean "
+            f"mask [layer head]; got {', '.join(head_names(parsed)) or 'no head'}."
+        )
+    return parsed
+
+
 def heads_in_layer(
     heads: LayerHeadsLike, layer: int, shape: tuple[int, int], *, whose: str = "this model"
 ) -> list[int]:

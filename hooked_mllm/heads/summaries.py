@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads.head_scores import HeadScores
+from hooked_mllm.heads.head_scores import HeadScores, ScoresInput, check_scores
 from hooked_mllm.heads.sample_scores import SampleScores
 
 #: numbers drawn at a time, so that the resampled means of a large model stay small
@@ -95,7 +95,7 @@ class Overlap:
         return float(self.matrix[~np.eye(len(self.matrix), dtype=bool)].mean())
 
 
-def pairwise_overlap(rankings: Sequence[HeadScores], k: int | float) -> Overlap:
+def pairwise_overlap(rankings: Sequence[ScoresInput], k: int | float) -> Overlap:
     """The overlap of the top `k` heads between all pairs of scores, such as those of several seeds.
 
     Raises:
@@ -109,7 +109,8 @@ def pairwise_overlap(rankings: Sequence[HeadScores], k: int | float) -> Overlap:
     """
     if len(rankings) < 2:
         raise InputError(f"An overlap needs two rankings at least; got {len(rankings)}.")
-    return Overlap(np.array([[one.overlap(other, k) for other in rankings] for one in rankings]), k)
+    scores = [check_scores(ranking, "An overlap") for ranking in rankings]
+    return Overlap(np.array([[row.overlap(column, k) for column in scores] for row in scores]), k)
 
 
 def overlap_across_seeds(

@@ -10,6 +10,7 @@ from torch import Tensor
 from hooked_mllm.cache import ActivationCache
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError
+from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.inputs.resolve import ModelInputs
@@ -26,6 +27,7 @@ from hooked_mllm.interventions.base import (
 from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions, first_edited
 from hooked_mllm.interventions.reference import HeadReference, head_reference
 from hooked_mllm.interventions.source import Source
+from hooked_mllm.kernels.streaming_window import head_flags
 
 MODES = ("zero", "mean", "resample", "uniform", "scale")
 
@@ -45,7 +47,8 @@ class HeadAblation(Intervention):
     | `uniform` | the mean of v over the keys that the query sees (attention spread evenly) |
 
     Args:
-        heads: A HeadSet, pairs (layer, head), or names such as "L20H15"; query heads of `tower`.
+        heads: "L20H15", "L20H15, L3H2", a pair (20, 15), a `HeadSet`, a boolean mask `[layer head]`, or a list of
+            these; query heads of `tower`.
         mode: What z becomes.
         phase: "prefill" (the prompt's positions), "decode" (generated tokens), or "both".
         positions: Only these positions of the prompt: a token kind, a mask, indices, an index, a slice.
@@ -72,7 +75,7 @@ class HeadAblation(Intervention):
 
     def __init__(
         self,
-        heads: Any,
+        heads: HeadsLike,
         *,
         mode: str,
         phase: Phase,
@@ -130,7 +133,7 @@ class HeadAblation(Intervention):
     def reference(
         model: Model,
         samples: ModelInputs,
-        heads: Any,
+        heads: HeadsLike,
         *,
         positions: Positions | None = None,
         tower: Tower = "text",
@@ -164,7 +167,7 @@ class HeadAblation(Intervention):
         """What it does, as values that JSON can hold."""
         told: dict[str, Any] = {
             "intervention": "HeadAblation",
-            "heads": _named(self.heads),
+            "heads": head_names(self.heads),
             "mode": self.mode,
             "phase": self.phase,
             "positions": describe_positions(self.positions),
@@ -179,15 +182,15 @@ class HeadAblation(Intervention):
 
     def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer that has heads of the set."""
-        chosen = heads_of(self.heads, model, self.tower)
+        head_set = heads_of(self.heads, model, self.tower)
         if isinstance(self.source, HeadReference):
-            self.source.check(chosen, self.tower)
+            self.source.check(head_set, self.tower)
         elif isinstance(self.source, Tensor):
             self._check_means(model)
         edited = EditedPositions(model, self.positions, self.phase, self.tower)
         prefix = "" if self.tower == "text" else f"{self.tower}."
         point = "attn_scores" if self.mode == "uniform" else "z"
-        for layer, inside in chosen.by_layer.items():
+        for layer, inside in head_set.by_layer.items():
             name = f"{prefix}blocks.{layer}.attn.hook_{point}"
             yield (
                 name,
@@ -208,8 +211,8 @@ class HeadAblation(Intervention):
             if mask is None:
                 return None
             # [batch pos] and [head] -> [batch pos head]
-            chosen = mask[:, :, None] & _flags(inside, z.shape[2], z.device)
-            return torch.where(chosen[..., None], new(z, mask, hook), z)
+            ablated = mask[:, :, None] & head_flags(inside, z.shape[2], z.device)
+            return torch.where(ablated[..., None], new(z, mask, hook), z)
 
         def new(z: Tensor, mask: Tensor, hook: HookPoint) -> Tensor:
             if self.mode == "zero":
@@ -238,28 +241,17 @@ def _uniform(edited: EditedPositions, inside: tuple[int, ...]) -> Edit:
         if mask is None:
             return None
         # [batch query] and [head] -> [batch head query]
-        chosen = mask[:, None, :] & _flags(inside, scores.shape[1], scores.device)[:, None]
+        ablated = mask[:, None, :] & head_flags(inside, scores.shape[1], scores.device)[:, None]
         visible = scores > torch.finfo(scores.dtype).min
-        return scores.masked_fill(chosen[..., None] & visible, 0.0)
+        return scores.masked_fill(ablated[..., None] & visible, 0.0)
 
     return edit
-
-
-def _flags(inside: tuple[int, ...], count: int, device: torch.device) -> Tensor:
-    flags = torch.zeros(count, dtype=torch.bool)
-    flags[list(inside)] = True
-    return flags.to(device)
 
 
 def _draw(seed: int | None, n: int, batch: int, length: int, offset: int) -> Tensor:
     """Which token each position takes: by seed, sample and position, so that decoding steps go on where they were."""
     rows = [np.random.default_rng([seed or 0, sample]).integers(n, size=offset + length) for sample in range(batch)]
     return torch.from_numpy(np.stack(rows)[:, offset:])
-
-
-def _named(heads: Any) -> list[str]:
-    pairs = [h.strip() for h in heads.split(",")] if isinstance(heads, str) else heads
-    return [h if isinstance(h, str) else f"L{h[0]}H{h[1]}" for h in pairs]
 
 
 def _described(source: Any) -> Any:

@@ -3,19 +3,26 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from hooked_mllm.contracts import Model
+from hooked_mllm.display.head_names import whole_number
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
-from hooked_mllm.heads import HeadSet
+from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
+from hooked_mllm.heads.parsing import Pairs
 from hooked_mllm.hooks import Handle, HookPoint
 
 #: "prefill", "decode" or "both"; a plain string, so that another one is refused with a list of these
 Phase = str
 #: "text" or "vision"
 Tower = str
+if TYPE_CHECKING:
+    #: one layer or several, by number
+    LayersLike = int | Iterable[int]
+else:  # at run time anything, so that another value reaches the check whose error states what was expected
+    LayersLike = Any
 #: takes an activation and its hook point; None leaves the activation
 Edit = Callable[[Tensor, HookPoint], Tensor | None]
 
@@ -138,43 +145,72 @@ def tower_shape(model: Model, tower: str) -> tuple[int, int]:
     return (cfg.n_layers, cfg.n_heads) if tower == "text" else (cfg.vision_n_layers, cfg.vision_n_heads)
 
 
-def keep_heads(heads: Any) -> Any:
-    """Heads as given, safe to read more than once; an empty set is refused."""
-    kept = heads if isinstance(heads, HeadSet | str) else tuple(heads)
-    if len(kept) == 0:
-        raise HeadError("The set of heads is empty: an intervention needs at least one head, such as [(20, 15)].")
-    return kept
+def keep_heads(heads: HeadsLike) -> HeadSet | Pairs:
+    """The heads of an intervention, before its model is known.
+
+    Raises:
+        HeadError: for something else than heads, or no head.
+    """
+    return parse_heads(heads, allow_empty=False)
 
 
-def heads_of(heads: Any, model: Model, tower: str) -> HeadSet:
+def heads_of(heads: HeadsLike, model: Model, tower: str) -> HeadSet:
     """Heads as a set that fits a tower of the model.
 
     Raises:
         HeadError: for a head that the tower lacks, or a set made for a model of another shape.
     """
-    n_layers, n_heads = tower_shape(model, tower)
-    if isinstance(heads, HeadSet):
-        if heads.shape != (n_layers, n_heads):
-            raise HeadError(
-                f"These heads belong to a tower of {heads.n_layers} x {heads.n_heads} (layers x heads); the {tower} "
-                f"tower of this model has {n_layers} x {n_heads}."
-            )
-        return heads
-    if isinstance(heads, str):
-        return HeadSet.parse(heads, n_layers=n_layers, n_heads=n_heads)
-    return HeadSet(heads, n_layers=n_layers, n_heads=n_heads)
+    return parse_heads(heads, tower_shape(model, tower), whose=f"the {tower} tower of this model")
 
 
-def layers_of(layers: int | Iterable[int], count: int, tower: str) -> list[int]:
+def keep_head_numbers(heads: LayersLike) -> tuple[int, ...]:
+    """Heads by number, the same in every layer.
+
+    Raises:
+        HeadError: for something else, or no head.
+    """
+    numbers = _whole_numbers(heads)
+    if numbers is None:
+        raise HeadError(
+            f"Expected heads by number, such as 4 or [4, 5]; got {heads!r}. Heads of one layer, such as 'L2H4', go to "
+            "HeadPatch."
+        )
+    if not numbers:
+        raise HeadError("The set of heads is empty: leave heads out for all of them.")
+    return numbers
+
+
+def keep_layers(layers: LayersLike) -> int | tuple[int, ...]:
+    """Layers as they were specified, safe to read more than once.
+
+    Raises:
+        HookValueError: for something else than layers by number.
+    """
+    numbers = _whole_numbers(layers)
+    if numbers is None:
+        raise HookValueError(f"Expected layers by number, such as 3 or [3, 4]; got {layers!r}.")
+    return numbers[0] if whole_number(layers) is not None else numbers
+
+
+def layers_of(layers: LayersLike, count: int, tower: str) -> list[int]:
     """Layers by number, negative ones counted from the end.
 
     Raises:
         HookNameError: for none, or one that the tower lacks.
+        HookValueError: for something else than layers by number.
     """
-    asked = [layers] if isinstance(layers, int) else list(layers)
-    if not asked:
+    kept = keep_layers(layers)
+    numbers = kept if isinstance(kept, tuple) else (kept,)
+    if not numbers:
         raise HookNameError("The set of layers is empty: an intervention needs at least one.")
-    for layer in asked:
+    for layer in numbers:
         if not -count <= layer < count:
             raise HookNameError(f"Layer {layer} is out of range: the {tower} tower has {count} blocks.")
-    return sorted({layer % count for layer in asked})
+    return sorted({layer % count for layer in numbers})
+
+
+def _whole_numbers(values: object) -> tuple[int, ...] | None:
+    """One integer or several, as ints; None for anything else."""
+    items = values if isinstance(values, Iterable) and not isinstance(values, str) else [values]
+    numbers = [whole_number(item) for item in items] if getattr(items, "ndim", 1) else [whole_number(values)]
+    return None if None in numbers else tuple(number for number in numbers if number is not None)

@@ -1,6 +1,6 @@
 """AttentionKnockout: forbid queries to see keys, before the softmax."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,19 +8,23 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, LayoutError
+from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
+    LayersLike,
     Phase,
     Tower,
     heads_of,
     keep_heads,
+    keep_layers,
     layers_of,
     tower_shape,
 )
 from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions
+from hooked_mllm.kernels.streaming_window import head_flags
 
 
 class AttentionKnockout(Intervention):
@@ -31,7 +35,7 @@ class AttentionKnockout(Intervention):
     query.
 
     Args:
-        heads: The heads in which it is forbidden; or
+        heads: The heads in which it is forbidden, in any way that `HeadAblation` accepts; or
         layers: the layers, in all of their heads. One of the two.
         queries: Positions of the prompt that may not look; None for all.
         keys: Positions of the prompt that may not be seen.
@@ -54,12 +58,12 @@ class AttentionKnockout(Intervention):
 
     def __init__(
         self,
-        heads: Any = None,
+        heads: HeadsLike | None = None,
         queries: Positions | None = None,
         keys: Positions | None = None,
         *,
         phase: Phase,
-        layers: int | Iterable[int] | None = None,
+        layers: LayersLike | None = None,
         tower: Tower = "text",
     ) -> None:
         if (heads is None) == (layers is None):
@@ -69,14 +73,14 @@ class AttentionKnockout(Intervention):
         check_edited_positions(queries, phase, tower)
         check_edited_positions(keys, "prefill", tower)
         self.heads = None if heads is None else keep_heads(heads)
-        self.layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
+        self.layers = None if layers is None else keep_layers(layers)
         self.queries, self.keys, self.phase, self.tower = queries, keys, phase, tower
 
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""
         where: dict[str, Any] = {"layers": [self.layers] if isinstance(self.layers, int) else self.layers}
         if self.heads is not None:
-            where = {"heads": [h if isinstance(h, str) else f"L{h[0]}H{h[1]}" for h in _listed(self.heads)]}
+            where = {"heads": head_names(self.heads)}
         elif not isinstance(self.layers, int) and self.layers is not None:
             where = {"layers": list(self.layers)}
         return {
@@ -103,10 +107,6 @@ class AttentionKnockout(Intervention):
             yield f"{prefix}blocks.{layer}.attn.hook_attn_scores", _knock_out(queries, keys, inside)
 
 
-def _listed(heads: Any) -> Iterable[Any]:
-    return [h.strip() for h in heads.split(",")] if isinstance(heads, str) else heads
-
-
 def _knock_out(queries: EditedPositions, keys: EditedPositions, inside: tuple[int, ...]) -> Edit:
     def edit(scores: Tensor, hook: HookPoint) -> Tensor | None:
         batch, n_heads, q_length, kv_length = scores.shape
@@ -119,8 +119,7 @@ def _knock_out(queries: EditedPositions, keys: EditedPositions, inside: tuple[in
             raise LayoutError(f"{hook.name} holds {kv_length} keys, fewer than the {prompt} tokens of the prompt.")
         key_mask = torch.zeros(batch, kv_length, dtype=torch.bool, device=scores.device)
         key_mask[:, :prompt] = keys.prompt_mask(batch, prompt, scores.device)
-        flags = torch.zeros(n_heads, dtype=torch.bool, device=scores.device)
-        flags[list(inside)] = True
+        flags = head_flags(inside, n_heads, scores.device)
         lowest = torch.finfo(scores.dtype).min
         # [head], [batch query] and [batch key] -> [batch head query key]
         blocked = flags[:, None, None] & query_mask[:, None, :, None] & key_mask[:, None, None, :]

@@ -1,33 +1,35 @@
 """Patching: put activations of another run, or tensors, in place of a run's own."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
-from hooked_mllm.cache.keys import ATTENTION, full_name
+from hooked_mllm.cache.keys import full_name
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
+from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.hooks.table import is_quadratic, spec_of
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
+    LayersLike,
     Tower,
     check_choice,
     heads_of,
+    keep_head_numbers,
     keep_heads,
+    keep_layers,
     layers_of,
     tower_shape,
 )
 from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions, first_edited
 from hooked_mllm.interventions.source import Source, source_of
-
-#: sites whose axes are [batch head query key]; other sites with heads are [batch pos head ...]
-SQUARE = ("hook_pattern", "hook_attn_scores")
-KEY_VALUE = ("hook_k", "hook_v", "hook_rot_k")
+from hooked_mllm.kernels.streaming_window import head_flags
 
 
 class ActivationPatch(Intervention):
@@ -68,8 +70,8 @@ class ActivationPatch(Intervention):
         site: str,
         source: Any,
         *,
-        layers: int | Iterable[int] | None = None,
-        heads: int | Iterable[int] | None = None,
+        layers: LayersLike | None = None,
+        heads: LayersLike | None = None,
         positions: Positions | None = None,
         source_positions: Positions | None = None,
         tower: Tower = "text",
@@ -82,10 +84,8 @@ class ActivationPatch(Intervention):
         check_edited_positions(positions, "prefill", "vision" if kind == "projector" else tower)
         self.site, self.whole, self.tower, self.kind = site, whole, tower, kind
         self.given = source_of(source)
-        self.layers = layers if layers is None or isinstance(layers, int) else tuple(layers)
-        self.heads = None if heads is None else ((heads,) if isinstance(heads, int) else tuple(heads))
-        if self.heads == ():
-            raise HeadError("The set of heads is empty: leave heads out to patch all of them.")
+        self.layers = None if layers is None else keep_layers(layers)
+        self.heads = None if heads is None else keep_head_numbers(heads)
         self.positions, self.source_positions = positions, source_positions
         if source_positions is not None and positions is None:
             raise HookValueError("source_positions= says which positions of the source `positions=` take: give both.")
@@ -177,11 +177,11 @@ class ActivationPatch(Intervention):
     def _heads_at(self, name: str, model: Model) -> tuple[int, ...] | None:
         if self.heads is None:
             return None
-        suffix = name.rpartition(".")[2]
-        if suffix.removeprefix("hook_") not in ATTENTION:
+        spec = spec_of(name)
+        if spec is None or not spec.has_heads:
             raise HookValueError(f"{name} has no heads to choose from: leave heads out.")
         _, n_heads = tower_shape(model, self.tower)
-        few = self.tower == "text" and suffix in KEY_VALUE
+        few = self.tower == "text" and spec.has_key_value_heads
         n_heads, what = (model.cfg.n_key_value_heads, "key-value heads") if few else (n_heads, "heads")
         for head in self.heads:
             if not 0 <= head < n_heads:
@@ -193,7 +193,8 @@ class HeadPatch(Intervention):
     """Put the z that heads gave in another run in place of the one that they give in this.
 
     Args:
-        heads: A HeadSet, pairs (layer, head), or names such as "L20H15".
+        heads: "L20H15", "L20H15, L3H2", a pair (20, 15), a `HeadSet`, a boolean mask `[layer head]`, or a list of
+            these.
         source: The cache of another run, with z of their layers; or a mapping of layers to `[batch pos head d_head]`,
             or one such tensor where all heads are in one layer.
         positions: Only these positions of the prompt.
@@ -216,7 +217,7 @@ class HeadPatch(Intervention):
 
     def __init__(
         self,
-        heads: Any,
+        heads: HeadsLike,
         source: Any,
         *,
         positions: Positions | None = None,
@@ -241,10 +242,9 @@ class HeadPatch(Intervention):
 
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""
-        heads = [h.strip() for h in self.heads.split(",")] if isinstance(self.heads, str) else self.heads
         told = {
             "intervention": "HeadPatch",
-            "heads": [h if isinstance(h, str) else f"L{h[0]}H{h[1]}" for h in heads],
+            "heads": head_names(self.heads),
             "positions": describe_positions(self.positions),
             "source": _described(self.given),
             "tower": self.tower,
@@ -268,7 +268,7 @@ class HeadPatch(Intervention):
 
 
 def _patch(source: Source, name: str, heads: tuple[int, ...] | None) -> Edit:
-    square = name.endswith(SQUARE)
+    square = is_quadratic(name)  # [batch head query key]; other sites with heads are [batch pos head ...]
     axis = 2 if square else 1
 
     def edit(x: Tensor, hook: HookPoint) -> Tensor | None:
@@ -278,8 +278,7 @@ def _patch(source: Source, name: str, heads: tuple[int, ...] | None) -> Edit:
         value = source.fit(name, x, mask, axis)
         chosen = mask.view(*mask.shape, *[1] * (x.dim() - 2)) if axis == 1 else mask[:, None, :, None]
         if heads is not None:
-            flags = torch.zeros(x.shape[1 if square else 2], dtype=torch.bool, device=x.device)
-            flags[list(heads)] = True
+            flags = head_flags(heads, x.shape[1 if square else 2], x.device)
             chosen = chosen & (flags[:, None, None] if square else flags.view(-1, *[1] * (x.dim() - 3)))
         return torch.where(chosen, value, x)
 

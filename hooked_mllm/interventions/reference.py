@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookValueError, InputError
-from hooked_mllm.heads import HeadSet
+from hooked_mllm.heads import HeadSet, HeadsLike
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, each_sample, no_sample
@@ -94,7 +94,7 @@ class _Sum:
 def head_reference(
     model: Model,
     samples: ModelInputs,
-    heads: Any,
+    heads: HeadsLike,
     *,
     positions: Positions | None = None,
     tower: str = "text",

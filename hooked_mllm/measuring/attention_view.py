@@ -10,6 +10,7 @@ from torch import Tensor
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import key_mass, top_mask
 from hooked_mllm.errors import InputError, NumericsError
+from hooked_mllm.heads import head_name
 from hooked_mllm.heads.counting import share_count
 from hooked_mllm.inputs.positions import KindMasks
 from hooked_mllm.measuring.attention_rows import LayerRows
@@ -315,7 +316,7 @@ class AttentionView:
         bad = ~torch.stack(self._sums).isfinite().all(0)
         if bool(bad.any()):
             found = bad.nonzero().tolist()
-            names = ", ".join(f"L{self.layers[layer]}H{head} (sample {sample})" for layer, sample, head in found[:4])
+            names = ", ".join(f"{head_name(self.layers[l], head)} (sample {sample})" for l, sample, head in found[:4])
             raise NumericsError(
                 f"The attention of {len(found)} heads is not finite, first at {names}. The q or k of these layers hold "
                 "NaN or infinity: half precision overflowed before the attention (load the model in bfloat16 or "

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads import HeadScores, HeadsLike
+from hooked_mllm.heads.parsing import parse_head_set
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import AttentionMetric, Piece
 from hooked_mllm.storage import read_json, restoring, write_json
@@ -98,7 +99,7 @@ class KeyTokenCoverage(AttentionMetric):
     minimum per token gives the coverage for all k. Averaged over samples.
 
     Args:
-        ranking: Head scores, best first, or a `HeadSet` in the order of a ranking.
+        ranking: Head scores, best first, or a `HeadSet` in the order of a ranking (or a boolean mask `[layer head]`).
         ks: Numbers of heads to report; every one from 1 to the length of the ranking by default.
         share: Share of the sequence that counts as most attended.
         queries: Name of the mask of query tokens.
@@ -107,7 +108,7 @@ class KeyTokenCoverage(AttentionMetric):
         A `CoverageCurve`.
 
     Raises:
-        HeadError: for an empty ranking, or a k beyond its length.
+        HeadError: for an empty ranking, something else than scores or heads, or a k beyond its length.
         InputError: on `update`, if a sample has no target or no question.
 
     Source: arXiv:2606.05843 eq. 24 and 25, figure 6c.
@@ -124,14 +125,15 @@ class KeyTokenCoverage(AttentionMetric):
 
     def __init__(
         self,
-        ranking: HeadScores | HeadSet,
+        ranking: HeadScores | HeadsLike,
         *,
         ks: Sequence[int] | None = None,
         share: float = 0.05,
         queries: str = "question",
     ) -> None:
         super().__init__()
-        self.ranking = ranking.ranking if isinstance(ranking, HeadScores) else ranking
+        scored = isinstance(ranking, HeadScores)
+        self.ranking = ranking.ranking if scored else parse_head_set(ranking, "A coverage curve")
         n = len(self.ranking)
         if not n:
             raise HeadError("The ranking is empty: there is no head whose coverage could be measured.")

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads import HeadSet
+from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Stability:
         )
 
 
-def stability(scores_by_task: Mapping[str, HeadScores], percentile: float | int = 95.0) -> Stability:
+def stability(scores_by_task: Mapping[str, ScoresInput], percentile: float | int = 95.0) -> Stability:
     r"""Compare the head scores of several tasks: rank correlations, and the heads that all of them find.
 
     $$M_t[l,h] = \big[s_t[l,h] \ge P_{95}(s_t)\big],\qquad \mathrm{Count}[l,h] = \sum_t M_t[l,h]$$
@@ -148,8 +149,9 @@ def stability(scores_by_task: Mapping[str, HeadScores], percentile: float | int 
         raise InputError(f"Stability compares two tasks at least; got {list(scores_by_task) or 'none'}.")
     if not 0 <= percentile <= 100:
         raise InputError(f"percentile must be from 0 to 100; got {percentile!r}.")
-    tasks, scores = tuple(scores_by_task), list(scores_by_task.values())
-    for task, one in scores_by_task.items():
+    tasks = tuple(scores_by_task)
+    scores = [check_scores(item, "A comparison of tasks") for item in scores_by_task.values()]
+    for task, one in zip(tasks, scores, strict=True):
         if one.shape != scores[0].shape or one.missing != scores[0].missing:
             raise HeadError(
                 f"The scores of {task!r} are {one.shape} (layers, heads) without layers {list(one.missing)}, those of "
@@ -166,5 +168,5 @@ def stability(scores_by_task: Mapping[str, HeadScores], percentile: float | int 
         torch.stack(masks).sum(0),
         tuple(float(np.percentile(one.values[one.measured].numpy(), percentile)) for one in scores),
         float(percentile),
-        {task: {"name": one.name, "provenance": one.provenance} for task, one in scores_by_task.items()},
+        {task: {"name": one.name, "provenance": one.provenance} for task, one in zip(tasks, scores, strict=True)},
     )

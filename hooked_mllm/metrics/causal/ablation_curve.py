@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
-from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads import HeadSet
 from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 from hooked_mllm.inputs.positions import Positions
 from hooked_mllm.inputs.resolve import ModelInputs, each_prepared, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -93,7 +94,7 @@ class AblationCurve:
 
     def __init__(
         self,
-        scores: HeadScores,
+        scores: ScoresInput,
         ks: Sequence[int | float] | None = None,
         *,
         mode: str = "zero",
@@ -104,6 +105,7 @@ class AblationCurve:
         exclude_ranked: bool = True,
         reference: HeadReference | Tensor | None = None,
     ) -> None:
+        check_scores(scores, "An ablation curve")
         check_choice("mode", mode, MODES)
         check_choice("phase", phase, ("prefill", "decode", "both"))
         for ranking in rankings:

@@ -13,7 +13,7 @@ from hooked_mllm.heads.sample_scores import SampleScores
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples
 from hooked_mllm.interventions import HeadAblation, HeadReference
-from hooked_mllm.interventions.base import check_choice, layers_of
+from hooked_mllm.interventions.base import LayersLike, check_choice, keep_layers, layers_of
 from hooked_mllm.metrics.causal.swept import Job, SweptMetric
 from hooked_mllm.objectives import as_objective
 from hooked_mllm.storage import ready
@@ -64,7 +64,7 @@ class AblationEffect(SweptMetric):
         mode: str,
         phase: str,
         positions: Positions | None = None,
-        layers: int | Sequence[int] | None = None,
+        layers: LayersLike | None = None,
         reference: HeadReference | Tensor | None = None,
         factor: float | int | None = None,
     ) -> None:
@@ -72,7 +72,8 @@ class AblationEffect(SweptMetric):
         check_choice("phase", phase, ("prefill", "decode", "both"))
         if positions is not None and phase == "decode":
             raise HookValueError("`positions` are those of the prompt, and phase='decode' leaves the prompt alone.")
-        self.mode, self.phase, self.positions, self.layers = mode, phase, positions, layers
+        self.mode, self.phase, self.positions = mode, phase, positions
+        self.layers = None if layers is None else keep_layers(layers)
         self.reference, self.factor = reference, factor
         self._ablation((0, 0), None)  # refuses arguments that contradict each other
 

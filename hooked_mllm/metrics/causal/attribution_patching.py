@@ -15,6 +15,7 @@ from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.inputs.positions import Positions
 from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.interventions.base import LayersLike
 from hooked_mllm.metrics.causal.gradients import Products, activations, between, entrances
 from hooked_mllm.metrics.causal.patching_effect import PatchingEffect, kinds_of
 from hooked_mllm.metrics.causal.swept import Job
@@ -80,7 +81,7 @@ class AttributionPatching(PatchingEffect):
         direction: str = "denoising",
         by: str | None = None,
         positions: Positions | None = None,
-        layers: int | Sequence[int] | None = None,
+        layers: LayersLike | None = None,
         normalise: bool = True,
         integrated: int | None = None,
     ) -> None:

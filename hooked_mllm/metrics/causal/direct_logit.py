@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import as_samples_or_pairs
 from hooked_mllm.errors import HeadError, NumericsError
-from hooked_mllm.heads import HeadScores, SampleScores
+from hooked_mllm.heads import HeadScores, SampleScores, head_name
 from hooked_mllm.objectives import BoundObjective, LogitDifference
 from hooked_mllm.objectives.tokens import Tokens
 from hooked_mllm.storage import read_tensors, restoring, write_tensors
@@ -184,7 +184,7 @@ def _attribute(model: Model, sample: Any, bound: BoundObjective) -> tuple[tuple[
     for layer in range(model.cfg.n_layers):
         o_proj, z = model.output_projection(layer), cache["z", layer].float()
         heads = head_results(z, o_proj, z.device).unbind(-2)
-        terms |= {f"L{layer}H{head}": result for head, result in enumerate(heads)}
+        terms |= {head_name(layer, head): result for head, result in enumerate(heads)}
         if o_proj.bias is not None:
             rest[f"{layer}_attn_bias"] = o_proj.bias.to(z).expand_as(heads[0])
         rest[f"{layer}_mlp_out"] = cache["mlp_out", layer].float()

@@ -17,7 +17,7 @@ from hooked_mllm.heads import HeadScores
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.interventions import ActivationPatch
-from hooked_mllm.interventions.base import check_choice, layers_of
+from hooked_mllm.interventions.base import LayersLike, check_choice, keep_layers, layers_of
 from hooked_mllm.metrics.causal.swept import Job, SweptMetric
 from hooked_mllm.metrics.causal.table import CausalTable
 from hooked_mllm.storage import ready
@@ -81,7 +81,7 @@ class PatchingEffect(SweptMetric):
         direction: str = "denoising",
         by: str | None = None,
         positions: Positions | None = None,
-        layers: int | Sequence[int] | None = None,
+        layers: LayersLike | None = None,
         normalise: bool = True,
     ) -> None:
         check_choice("site", site, (*QUERY_SITES, *KEY_VALUE_SITES, *STREAM_SITES))
@@ -96,7 +96,8 @@ class PatchingEffect(SweptMetric):
                 f"`positions` go with by='head' or 'layer'; by={by!r} goes through the positions itself."
             )
         self.site, self.direction, self.by = site, direction, by
-        self.positions, self.layers, self.normalise = positions, layers, normalise
+        self.layers = None if layers is None else keep_layers(layers)
+        self.positions, self.normalise = positions, normalise
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""

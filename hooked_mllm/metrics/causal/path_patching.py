@@ -12,7 +12,8 @@ from hooked_mllm.cache.keys import full_name
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import as_pairs
 from hooked_mllm.errors import HeadError
-from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names
+from hooked_mllm.heads.parsing import Pairs
 from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.interventions import ActivationPatch, HeadPatch
 from hooked_mllm.interventions.base import check_choice, heads_of, keep_heads
@@ -42,7 +43,8 @@ class PathPatching(SweptMetric):
     With `receivers="logits"`, run 2 goes on to the logits and is the answer: the sender's direct effect.
 
     Args:
-        receivers: Heads that receive, as a HeadSet, pairs or names; or "logits".
+        receivers: Heads that receive: a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask `[layer head]`, or a list of
+            these; or "logits".
         inputs: Which of their inputs are patched: "q", "k", "v". Key and value belong to the whole key-value head.
         direction: "noising" (base: clean; an effect of 1 loses the clean result) or "denoising" (base: corrupted).
         freeze_mlps: Hold MLPs in run 2 at the base's outputs as well.
@@ -69,7 +71,7 @@ class PathPatching(SweptMetric):
 
     def __init__(
         self,
-        receivers: Any,
+        receivers: HeadsLike,
         *,
         inputs: Sequence[str] = INPUTS,
         direction: str = "noising",
@@ -80,16 +82,16 @@ class PathPatching(SweptMetric):
         self.inputs = (inputs,) if isinstance(inputs, str) else tuple(inputs)
         for each in self.inputs or ("",):
             check_choice("inputs", each, INPUTS)
-        self.receivers = receivers if isinstance(receivers, str) and receivers == "logits" else keep_heads(receivers)
+        to_logits = isinstance(receivers, str) and receivers == "logits"
+        self.receivers: HeadSet | Pairs | str = "logits" if to_logits else keep_heads(receivers)
         self.direction, self.freeze_mlps, self.normalise = direction, freeze_mlps, normalise
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
         told = {"direction": self.direction, "freeze_mlps": self.freeze_mlps, "normalise": self.normalise}
-        if self.receivers == "logits":
-            return {"receivers": "logits", **told}
-        names = [h if isinstance(h, str) else f"L{h[0]}H{h[1]}" for h in self.receivers]
-        return {"receivers": names, "inputs": list(self.inputs), **told}
+        if isinstance(self.receivers, str):
+            return {"receivers": self.receivers, **told}
+        return {"receivers": head_names(self.receivers), "inputs": list(self.inputs), **told}
 
     def run(
         self,

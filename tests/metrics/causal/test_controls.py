@@ -61,5 +61,5 @@ def test_heads_that_were_not_measured_are_not_drawn():
 
 
 def test_heads_of_another_model():
-    with pytest.raises(HeadError, match=r"\(5, 8\).*\(1, 2\)"):
+    with pytest.raises(HeadError, match=r"model of 1 x 2 \(layers x heads\); .* has 5 x 8"):
         random_control(SCORES, HeadSet([(0, 0)], n_layers=1, n_heads=2), 0)
