@@ -7,10 +7,9 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import check_pair
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.sample import Prepares, Sample, SampleBatch
 
 
 class Corruption(ABC):
@@ -42,12 +41,12 @@ class Corruption(ABC):
     same_length: bool = True
 
     @overload
-    def __call__(self, model: Model, sample: Sample) -> Sample: ...
+    def __call__(self, model: Prepares, sample: Sample) -> Sample: ...
 
     @overload
-    def __call__(self, model: Model, sample: SampleBatch) -> SampleBatch: ...
+    def __call__(self, model: Prepares, sample: SampleBatch) -> SampleBatch: ...
 
-    def __call__(self, model: Model, sample: Sample | SampleBatch) -> Sample | SampleBatch:
+    def __call__(self, model: Prepares, sample: Sample | SampleBatch) -> Sample | SampleBatch:
         """The corrupted counterpart of a sample, or of each sample of a batch.
 
         Args:
@@ -85,7 +84,7 @@ class Corruption(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
 
-def prepared_again(model: Model, sample: Sample, changes: dict[str, Any]) -> Sample:
+def prepared_again(model: Prepares, sample: Sample, changes: dict[str, Any]) -> Sample:
     """The sample as `prepare` makes it with `changes`, on the same device and in the same dtype.
 
     Args:

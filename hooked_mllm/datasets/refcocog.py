@@ -14,9 +14,9 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from hooked_mllm.contracts import Model
 from hooked_mllm.datasets.plain_pickle import load_plain_pickle
 from hooked_mllm.errors import InputError, nearest
+from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.layout.regions import Box
 
 QUESTION = "Where is {expression}?"
@@ -168,7 +168,7 @@ class RefCOCOg(Sequence[ReferringExpression]):
         missing = f", {self.n_missing} left out without their photograph" if self.n_missing else ""
         return f"RefCOCOg({str(self.folder)!r}, {self.split_by!r}, {self.split!r}: {len(self)} expressions{missing})"
 
-    def samples(self, model: Model) -> Iterator[Any]:
+    def samples(self, model: Prepares) -> Iterator[Sample]:
         """Each record as the model's own sample, prepared when its turn comes (photographs are large)."""
         for record in self:
             yield model.prepare(record.question, images=record.images, target=record.target, id=record.id)

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
+from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.text import shortened
 from hooked_mllm.errors import InputError, LayoutError
+from hooked_mllm.inputs.describe import media_html, tensors_html
 from hooked_mllm.inputs.positions import TokenKind
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Region, TokenLayout
@@ -134,6 +137,16 @@ class Sample:
         name = "" if self.id is None else f"{self.id}: "
         return f"Sample({name}{self.question!r}, {self.layout!r})"
 
+    def _repr_html_(self) -> str:
+        facts = {"question": self.question, "answer": self.answer, "target": self.target}
+        return html_block(
+            f"Sample{'' if self.id is None else f' {self.id}'}: {len(self)} tokens",
+            media_html(self.images, self.videos),
+            html_table([(k, shortened(str(v), 2000)) for k, v in facts.items() if v is not None], named=True),
+            self.layout.html_table(),
+            tensors_html(self.inputs),
+        )
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SampleBatch:
@@ -214,6 +227,29 @@ class SampleBatch:
     def __repr__(self) -> str:
         lengths = ", ".join(str(len(s)) for s in self.samples)
         return f"SampleBatch({len(self)} samples of {lengths} tokens, padded on the {self.padding_side})"
+
+    def _repr_html_(self) -> str:
+        most = 50
+        facts = [
+            (i, s.id or "", len(s), len(s.images), len(s.videos), shortened(s.question), shortened(s.answer or ""))
+            for i, s in enumerate(self.samples[:most])
+        ]
+        header = ("sample", "id", "tokens", "images", "videos", "question", "answer")
+        return html_block(
+            f"SampleBatch: {len(self)} samples, padded on the {self.padding_side}",
+            html_table(facts, header, align="><>>>", named=True),
+            tensors_html(self.inputs),
+            note=f"the first {most} are shown" if len(self) > most else "",
+        )
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """An object that makes samples: a `HookedMLLM`, or another with its `prepare`."""
+
+    def prepare(self, question: str, images: Any = None, videos: Any = None, **options: Any) -> Sample:
+        """A sample of one question."""
+        ...
 
 
 def moved(

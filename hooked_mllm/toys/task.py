@@ -3,14 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
+from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.layout.regions import Box, Frames
 from hooked_mllm.toys.render import CELL, GRID, draw
 from hooked_mllm.toys.vocabulary import COLORS, FILLER, SHAPES, TEMPLATES
@@ -76,21 +76,21 @@ class Retrieval(ABC, Generic[ExampleT]):
         """Example `index`: the first question of scene `index`."""
 
     @abstractmethod
-    def prepared(self, model: Model, example: ExampleT, answer: bool = False) -> Any:
+    def prepared(self, model: Prepares, example: ExampleT, answer: bool = False) -> Sample:
         """The example as the model's own sample, with its answer appended to the prompt if asked for."""
 
     def examples(self, n: int, start: int = 0) -> Iterator[ExampleT]:
         """Examples `start` to `start + n - 1`."""
         return (self.example(i) for i in range(start, start + n))
 
-    def samples(self, model: Model, n: int, start: int = 0, answer: bool = False) -> list[Any]:
+    def samples(self, model: Prepares, n: int, start: int = 0, answer: bool = False) -> list[Sample]:
         """The same examples as the model's own samples, through `model.prepare`.
 
         Args:
-            model: a `HookedMLLM`, or anything with its `prepare`.
-            n: how many.
-            start: index of the first.
-            answer: append the answer to the prompt as well.
+            model: A `HookedMLLM`, or another object with its `prepare`.
+            n: Number of samples.
+            start: Index of the first.
+            answer: Append the answer to the prompt as well.
         """
         return [self.prepared(model, e, answer) for e in self.examples(n, start)]
 
@@ -180,7 +180,7 @@ class VisualRetrieval(Retrieval[Example]):
             ),
         )
 
-    def prepared(self, model: Model, example: Example, answer: bool = False) -> Any:
+    def prepared(self, model: Prepares, example: Example, answer: bool = False) -> Sample:
         """The example as the model's own sample, with its answer appended to the prompt if asked for."""
         return model.prepare(
             example.question,

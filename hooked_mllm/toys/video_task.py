@@ -1,12 +1,11 @@
 """Synthetic retrieval from a short video: find the one moment that shows a shape, and name its colour."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
+from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout.regions import Frames
 from hooked_mllm.toys.render import FRAMES, VIDEO_CELL, VIDEO_GRID, draw_moments
@@ -121,7 +120,7 @@ class VideoRetrieval(Retrieval[VideoExample]):
             id=name,
         )
 
-    def prepared(self, model: Model, example: VideoExample, answer: bool = False) -> Any:
+    def prepared(self, model: Prepares, example: VideoExample, answer: bool = False) -> Sample:
         """The example as the model's own sample, with its answer appended to the prompt if asked for."""
         return model.prepare(
             example.question,

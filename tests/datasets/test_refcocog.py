@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hooked_mllm import HookedMLLM
 from hooked_mllm.datasets import RefCOCOg
 from hooked_mllm.errors import InputError
 
@@ -199,17 +200,20 @@ def test_bad_refs(folder, bad):
 
 
 def test_samples_are_prepared_one_at_a_time():
-    class Model:
-        calls = 0
+    class Counter:
+        def __init__(self):
+            self.model = HookedMLLM.from_pretrained("toy-qwen3-vl", check=False)
+            self.calls = 0
 
         def prepare(self, question, images, target, id):
             self.calls += 1
-            return question, images[0].size, target, id
+            return self.model.prepare(question, images=images, target=target, id=id)
 
-    model, data = Model(), RefCOCOg(DATA, "sample", "test")
-    first = next(data.samples(model))
-    assert model.calls == 1
-    assert first == (data[0].question, (data[0].width, data[0].height), data[0].target, data[0].id)
+    counter, data = Counter(), RefCOCOg(DATA, "sample", "test")
+    sample, record = next(data.samples(counter)), data[0]
+    assert counter.calls == 1
+    assert (sample.question, sample.target, sample.id) == (record.question, record.target, record.id)
+    assert sample.images[0].size == (record.width, record.height)
 
 
 def test_reading_is_quiet_when_complete():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hooked_mllm import HookedMLLM
 from hooked_mllm.errors import InputError
 from hooked_mllm.toys import VisualRetrieval
 from hooked_mllm.toys.render import BACKGROUND, COLOR_JITTER, NOISE, sprites
@@ -138,16 +139,25 @@ def test_an_impossible_scene_is_refused():
 
 def test_samples_go_through_prepare():
     class Recorder:
-        def prepare(self, question, **kwargs):
-            return question, kwargs
+        """Passes its arguments to a model's `prepare`, and keeps them."""
 
-    task = VisualRetrieval(pages=2, filler=4)
-    (question, given), _ = task.samples(Recorder(), 2, start=9)
+        def __init__(self):
+            self.model = HookedMLLM.from_pretrained("toy-qwen3-vl", check=False)
+            self.calls = []
+
+        def prepare(self, question, **kwargs):
+            self.calls.append((question, kwargs))
+            return self.model.prepare(question, **kwargs)
+
+    task, recorder = VisualRetrieval(pages=2, filler=4), Recorder()
+    samples = task.samples(recorder, 2, start=9)
     example = task.example(9)
-    assert question == example.question
+    assert [sample.id for sample in samples] == [example.id, task.example(10).id]
+    question, given = recorder.calls[0]
+    assert question == samples[0].question == example.question
     assert len(given["images"]) == 2
     assert given["system"] == example.system
     assert given["target"] == example.target
     assert given["answer"] is None
     assert given["id"] == example.id
-    assert task.samples(Recorder(), 1, answer=True)[0][1]["answer"] == task.example(0).answer
+    assert task.samples(recorder, 1, answer=True)[0].answer == task.example(0).answer
