@@ -11,10 +11,8 @@ from torch import Tensor
 from hooked_mllm.attention.site import AttentionCall, AttentionSite
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, take, value_of
 from hooked_mllm.hooks.point import Handle, HookPoint
+from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.wiring.model import Wiring
-
-#: hooks whose activations are queries by keys
-QUADRATIC = ("hook_attn_scores", "hook_pattern")
 
 #: positions of each sample, -1 where a sample has fewer than the others
 Index: TypeAlias = Int[Tensor, "batch n"]
@@ -157,7 +155,7 @@ class Capture:
         self._store(hook.name, self._moved(self._sliced(x, hook)))
 
     def _keep_gradient(self, x: Tensor, *, hook: HookPoint) -> None:
-        x = self._selected_rows(x, hook) if hook.name.endswith(QUADRATIC) else self._sliced(x, hook)
+        x = self._selected_rows(x, hook) if is_quadratic(hook.name) else self._sliced(x, hook)
         self.gradients.setdefault(hook.name + "_grad", []).append(self._moved(x))
 
     def _keep_rows(self, x: Tensor, *, hook: HookPoint) -> None:

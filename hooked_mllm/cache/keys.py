@@ -1,37 +1,27 @@
-"""Short names of cached activations: `("pattern", 3)`, `("vision", "z", 2)`, `"embed"`; TransformerLens's aliases."""
+"""Keys of a cache: `("pattern", 3)`, `("vision", "z", 2)`, `"embed"`, and TransformerLens's aliases, as hook names."""
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from hooked_mllm.errors import HookNameError, nearest
+from hooked_mllm.hooks.table import TowerName, specs
 
-ALIASES = {
-    "attn": "pattern",
-    "attn_logits": "attn_scores",
-    "key": "k",
-    "query": "q",
-    "value": "v",
-    "mlp_pre": "pre",
-    "mlp_mid": "mid",
-    "mlp_post": "post",
-}
+#: TransformerLens's names of the part of a block, as the third entry of a key
 LAYER_TYPES = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}
-ATTENTION = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
-MLP = ("pre", "pre_linear", "post")
 _SHORT = re.compile(r"^(?P<name>[a-z_]+?)(?P<layer>-?\d+)(?P<type>[a-z]+\d?)?$")
+_GRADIENT = "_grad"
 
 
-def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
-    """The hook name that a cache key means.
+def full_name(key: object, n_layers: Mapping[str, int]) -> str:
+    """The hook name of a cache key; short names are those of the table of hook points.
 
     Args:
         key: A hook name, or `(name, layer)`, `(name, layer, part)`, `("vision", name, layer, ...)`, `("projector",
             name)`.
-        n_layers: Blocks by tower ("text", "vision"), for layers counted from the end.
+        n_layers: Number of blocks by tower ("text", "vision"), for layers counted from the end.
 
     Raises:
-        HookNameError: for a key of another form, or a layer that the tower lacks.
+        HookNameError: For a key of another form, or a layer that the tower lacks.
 
     Examples:
         >>> full_name(("z", -1), {"text": 4, "vision": 2})
@@ -40,66 +30,86 @@ def full_name(key: Any, n_layers: Mapping[str, int]) -> str:
         'vision.blocks.0.ln1.hook_scale'
     """
     if isinstance(key, str):
-        short = _SHORT.match(key)
         if "." in key or key.startswith("hook_"):
             return key
-        if short is not None and short["name"] not in ("ln",):
-            parts = (short["name"], int(short["layer"]), *([short["type"]] if short["type"] else []))
-            return full_name(parts, n_layers)
-        return _unlayered(key)
-    asked: Any = key
-    tower, prefix = "text", ""
-    if isinstance(key, tuple) and key and key[0] in ("vision", "text", "projector"):
-        tower, prefix = str(key[0]), "" if key[0] == "text" else f"{key[0]}."
-        key = key[1:]
-    known = isinstance(key, tuple) and len(key) > 0 and all(k is None or isinstance(k, str | int) for k in key)
-    if not known or (tower == "projector" and len(key) > 1):
-        raise HookNameError(
-            "A cache key is a hook name or a tuple such as ('pattern', 3), ('scale', 3, 'ln1'), ('vision', 'z', 2) or "
-            f"('projector', 'out'); got {asked!r}."
-        )
-    if len(key) == 1 or (len(key) == 2 and key[1] is None):
-        name = str(key[0])
-        return f"{prefix}hook_{name}" if prefix else _unlayered(name)
-    whole: list[Any] = [*key, None]
-    name, layer, kind = str(whole[0]), whole[1], whole[2]
+        short = _SHORT.match(key)
+        if short is None or short["name"] == "ln":
+            return _outside_blocks(key, "text")
+        part = (short["type"],) if short["type"] else ()
+        return full_name((short["name"], int(short["layer"]), *part), n_layers)
+    tower, entries = _tower_and_entries(key)
+    if len(entries) == 1 or (len(entries) == 2 and entries[1] is None):
+        return _outside_blocks(str(entries[0]), tower)
+    name, layer, part = (*entries, None)[:3]
     if not isinstance(layer, int):
         raise HookNameError(f"The layer of a cache key is a number; got {layer!r} in {key!r}.")
     count = n_layers[tower]
     if not -count <= layer < count:
         raise HookNameError(f"Layer {layer} is out of range: the {tower} tower has {count} blocks (0 to {count - 1}).")
-    gradient = "_grad" if name.endswith("_grad") else ""
-    name = ALIASES.get(name.removesuffix("_grad"), name.removesuffix("_grad"))
-    return f"{prefix}blocks.{layer % count}.{_inside(name, kind)}{gradient}"
+    name, gradient = _split_gradient(str(name))
+    prefix = "" if tower == "text" else f"{tower}."
+    return f"{prefix}blocks.{layer % count}.{_suffix_in_block(name, part)}{gradient}"
 
 
-def _unlayered(name: str) -> str:
-    gradient = "_grad" if name.endswith("_grad") else ""
-    name = name.removesuffix("_grad")
-    if name in ("scale", "normalized"):
-        return f"ln_final.hook_{name}{gradient}"
-    return f"hook_{name}{gradient}"
+def _tower_and_entries(key: object) -> tuple[TowerName, tuple[str | int | None, ...]]:
+    """The tower of a tuple, and its other entries.
 
-
-def _inside(name: str, kind: Any) -> str:
-    if isinstance(kind, str):
-        kind = LAYER_TYPES.get(kind, kind)
-        return f"{kind}.hook_{name}" if kind else f"hook_{name}"
-    if name in ATTENTION:
-        return f"attn.hook_{name}"
-    if name in MLP:
-        return f"mlp.hook_{name}"
-    if name in ("scale", "normalized"):
+    Raises:
+        HookNameError: If the key is no tuple of names and layers.
+    """
+    tower: TowerName = "text"
+    entries: tuple[object, ...] = key if isinstance(key, tuple) else ()
+    if entries and entries[0] in ("vision", "text", "projector"):
+        tower, entries = entries[0], entries[1:]
+    plain = tuple(entry for entry in entries if entry is None or isinstance(entry, str | int))
+    if not entries or len(plain) < len(entries) or (tower == "projector" and len(entries) > 1):
         raise HookNameError(
-            f"{name!r} is ambiguous in a block: say ('{name}', layer, 'ln1') or ('{name}', layer, 'ln2')."
+            "A cache key is a hook name or a tuple such as ('pattern', 3), ('scale', 3, 'ln1'), ('vision', 'z', 2) or "
+            f"('projector', 'out'); got {key!r}."
         )
-    return f"hook_{name}"
+    return tower, plain
 
 
-def missing(name: str, present: Mapping[str, Any], key: Any) -> HookNameError:
-    """The error for a name that the cache does not hold."""
+def _split_gradient(name: str) -> tuple[str, str]:
+    """The name of an activation, and "_grad" if its gradient is meant."""
+    return name.removesuffix(_GRADIENT), _GRADIENT if name.endswith(_GRADIENT) else ""
+
+
+def _outside_blocks(name: str, tower: TowerName) -> str:
+    """The hook name of a short name that belongs to no block."""
+    name, gradient = _split_gradient(name)
+    names = [spec.name(tower) for spec in specs(tower, in_block=False) if name == spec.short]
+    prefix = "" if tower == "text" else f"{tower}."
+    return (names[0] if names else f"{prefix}hook_{name}") + gradient
+
+
+def _suffix_in_block(name: str, part: str | int | None) -> str:
+    """The suffix of a hook name in a block.
+
+    Raises:
+        HookNameError: If several parts of the block have a point of that name, and the key names none of them.
+    """
+    matches = [spec for spec in specs(in_block=True) if name == spec.short or name in spec.aliases]
+    short = matches[0].short if matches else name
+    if isinstance(part, str):
+        part = LAYER_TYPES.get(part, part)
+        return f"{part}.hook_{short}" if part else f"hook_{short}"
+    if len(matches) > 1:
+        forms = " or ".join(f"({name!r}, layer, {spec.group!r})" for spec in matches)
+        raise HookNameError(f"{name!r} is ambiguous in a block: write {forms}.")
+    return matches[0].suffix if matches else f"hook_{name}"
+
+
+def missing(name: str, present: Mapping[str, object], key: object) -> HookNameError:
+    """The error for a name that the cache does not hold.
+
+    Args:
+        name: The full name.
+        present: What the cache holds.
+        key: The key that was asked for.
+    """
     asked = "" if key == name else f" (asked as {key!r})"
     return HookNameError(
         f"The cache does not hold {name!r}{asked}. {nearest(name, present)} It holds {len(present)} activations; "
-        "`print(cache)` lists them, and `names_filter=` says what a run keeps."
+        "`print(cache)` lists them, and `names_filter=` selects what a run keeps."
     )

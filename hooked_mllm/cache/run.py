@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from hooked_mllm.cache.activation_cache import ActivationCache
-from hooked_mllm.cache.capture import QUADRATIC, Capture, CaptureOptions
+from hooked_mllm.cache.capture import Capture, CaptureOptions
 from hooked_mllm.cache.generation import GenerationCache
 from hooked_mllm.cache.lazy import Entry
 from hooked_mllm.contracts import Model
@@ -18,6 +18,7 @@ from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.families.base import Rows
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
+from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.inputs.positions import MappingMasks, Positions, TokenKind
 from hooked_mllm.inputs.resolve import ResolvedInput
 
@@ -171,7 +172,7 @@ def _gradient_points(points: list[HookPoint], request: CacheRequest) -> list[Hoo
     if not request.incl_bwd:
         return []
     if request.names_filter is None:
-        return [p for p in points if not p.name.endswith((*QUADRATIC, "hook_result"))]
+        return [p for p in points if not is_quadratic(p.name) and not p.name.endswith("hook_result")]
     return points
 
 

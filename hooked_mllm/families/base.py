@@ -167,6 +167,5 @@ class Family(ABC):
             UnsupportedModelError: If a family does not define it.
         """
         raise UnsupportedModelError(
-            f"The family {self.name!r} does not define which pixels a patch of its tower covers: override "
-            "`vision_patches`."
+            f"The family {self.name!r} does not say which pixels a patch of its tower sees: override `vision_patches`."
         )

@@ -171,7 +171,7 @@ def _views(
 def _whole_tiles(length: int, n: int, what: str) -> int:
     if length % (n * n):
         raise LayoutError(
-            f"{what} has {length} tokens in the prompt, which is no multiple of the {n * n} tokens of one tile. "
+            f"{what} has {length} tokens in the prompt, which is no multiple of the {n * n} of one tile. "
             "Prepare the sample again with the processor of this checkpoint."
         )
     return length // (n * n)

@@ -126,7 +126,7 @@ class LlavaOnevision(Family):
         for i, (m, (height, width)) in enumerate(zip(images, sizes, strict=True)):
             if (m.height, m.width) != (height, width):
                 raise LayoutError(
-                    f"Image {i} is {m.width} x {m.height}, but image_sizes has {width} x {height}: pass the images in "
+                    f"Image {i} is {m.width} x {m.height}, but image_sizes says {width} x {height}: pass the images in "
                     "the order in which the processor received them."
                 )
             if tiled[i]:

@@ -64,7 +64,7 @@ class PointSpec:
                 "or the attribute of Family, or set another carrier."
             )
 
-    def name(self, tower: TowerName, layer: int | None = None) -> str:
+    def name(self, tower: TowerName, layer: int | str | None = None) -> str:
         """The full name of the point.
 
         Examples:

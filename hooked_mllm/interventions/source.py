@@ -9,6 +9,7 @@ from torch import Tensor
 from hooked_mllm.cache import ActivationCache, GenerationCache
 from hooked_mllm.cache.lazy import value_of
 from hooked_mllm.errors import HookedMLLMError, HookValueError, LayoutError
+from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, resolve_positions
 from hooked_mllm.interventions.edited_positions import EditedPositions
 
@@ -54,7 +55,7 @@ class Source:
         value = self.value(name).to(x)
         inputs = self.edited.inputs
         batch = x.shape[0] if inputs is None else inputs.batch
-        square = name.endswith(("hook_pattern", "hook_attn_scores"))
+        square = is_quadratic(name)
         self._check_shape(name, value, x, axis, batch, square)
         if square and value.shape[-1] < x.shape[-1]:  # keys of a static cache, or generated since: the patch has none
             empty = 0.0 if name.endswith("pattern") else torch.finfo(x.dtype).min

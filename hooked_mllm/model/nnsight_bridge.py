@@ -159,7 +159,7 @@ class NNsightModel(NNsight):
         if side is None:
             other = " A pattern can also be read from a cache: cache.pattern(...)." if "pattern" in name else ""
             raise HookNameError(
-                f"No module takes or returns {name!r}, so nnsight does not serve it. Name it where the trace is "
+                f"No module takes or returns {name!r}, so nnsight has no place for it. Name it where the trace is "
                 f"opened, and its hook point serves it: model.nnsight.trace(inputs, hooks={name!r}).{other} "
                 f"{nearest(name, self.names)} `model.nnsight.names` lists the names that need no `hooks=`."
             )
