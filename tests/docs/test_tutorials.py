@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 PLANTED = {(2, 4), (2, 5), (2, 6), (2, 7)}
 

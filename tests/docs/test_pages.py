@@ -10,7 +10,7 @@ import pytest
 
 import hooked_mllm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MODULES = sorted(m.name for m in pkgutil.walk_packages(hooked_mllm.__path__, "hooked_mllm."))
