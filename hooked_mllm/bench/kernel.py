@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -195,13 +196,20 @@ def _flex(n: int, heads: int, chosen: list[int], sink: int, window: int, device:
     """FlexAttention with the mask of hybrid attention."""
     flags = torch.zeros(heads, dtype=torch.bool, device=device)
     flags[chosen] = True
-
-    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        return (j <= i) & (flags[h] | (j < sink) | (j > i - window))
-
+    mask = hybrid_mask(flags, sink, window)
     blocks: Any = torch.compile(create_block_mask)(mask, None, heads, n, n, device=device)
     run: Any = torch.compile(flex_attention)
     return lambda q, k, v: run(q, k, v, block_mask=blocks, enable_gqa=True)
+
+
+def hybrid_mask(dense: Bool[Tensor, " head"], sink: int, window: int) -> Callable[..., Tensor]:
+    """The mask of hybrid attention as FlexAttention takes it: a function of batch, head, query and key indices."""
+
+    @no_type_check  # FlexAttention counts the arguments, which the wrapper of a checked function does not show
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (dense[head] | (key < sink) | (key > query - window))
+
+    return visible
 
 
 def _timed(variants: dict[str, Callable[[], Tensor]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,9 @@
 import json
+import math
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from hooked_mllm.bench import bench_kernel
 from hooked_mllm.bench import kernel as module
@@ -59,6 +61,26 @@ def test_no_ratio_where_outputs_differ(monkeypatch, tmp_path):
 def test_heads_that_cannot_be():
     with pytest.raises(InputError, match="5 dense of 4 heads"):
         bench_kernel([64], **{**SMALL, "dense": 5})
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_takes_the_mask_of_hybrid_attention():
+    """Under the type checks of the tests too, where FlexAttention could not count a checked function's arguments."""
+    n, sink, window = 20, 2, 5
+    dense = [False, True, False, True]
+    mask = module.hybrid_mask(torch.tensor(dense), sink, window)
+    index = [torch.arange(size) for size in (1, 4, n, n)]
+    batch, head, query, key = torch.meshgrid(*index, indexing="ij")  # each [batch head query key]
+    want = [[[k <= q and (flag or k < sink or k > q - window) for k in range(n)] for q in range(n)] for flag in dense]
+    assert mask(batch, head, query, key)[0].tolist() == want
+
+    blocks = create_block_mask(mask, None, 4, n, n, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
+    z = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
+    scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(2, 1)) / 8**0.5
+    pattern = scores.masked_fill(~torch.tensor(want), -math.inf).softmax(-1)
+    torch.testing.assert_close(z, pattern @ v.repeat_interleave(2, 1))
 
 
 @pytest.mark.gpu
