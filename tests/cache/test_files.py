@@ -1,5 +1,6 @@
 """Cache files: what was written is what is read, what is shared is written once, and nothing else is read at all."""
 
+import errno
 import json
 import pickle
 
@@ -11,9 +12,10 @@ from safetensors.torch import save_file
 from helpers.cache_witness import batch, close, film, hooked, sample, text_sample
 from helpers.tiny import tiny_model
 from hooked_mllm import ActivationCache, HookedMLLM
-from hooked_mllm.cache import GenerationCache, files
+from hooked_mllm.cache import GenerationCache
 from hooked_mllm.cache.lazy import LazyPattern, LazyResult
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, InputError, LayoutError
+from hooked_mllm.storage import files
 
 
 def same(a, b) -> None:
@@ -166,18 +168,18 @@ def spoil(kind: str, path, cache) -> None:
 
 
 KINDS = {
-    "pickle": "never read",
-    "old pickle": "never read",
-    "torch.save": "never read",
-    "other safetensors": "not one that `cache.save` wrote",
-    "other header": "not one that `cache.save` wrote",
+    "pickle": "is a pickle, which this library never loads",
+    "old pickle": "is a pickle, which this library never loads",
+    "torch.save": "is a pickle, which this library never loads",
+    "other safetensors": "holds something else; expected 'hooked_mllm.ActivationCache/1'",
+    "other header": "holds something else; expected 'hooked_mllm.ActivationCache/1'",
     "other format": r"ActivationCache/99'; expected 'hooked_mllm.ActivationCache/1",
     "cut": "damaged",
     "empty": "damaged",
     "scrambled": "damaged",
     "text": "damaged",
-    "missing": "No cache file",
-    "folder": "No cache file",
+    "missing": "cannot be read: No such file",
+    "folder": "cannot be read: Is a directory",
     "tensors gone": "damaged",
 }
 
@@ -187,7 +189,7 @@ def test_what_is_not_a_cache_file_is_refused_and_not_run(kind, message, tmp_path
     _, cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"), "blocks.*")
     path = tmp_path / "cache"
     spoil(kind, path, cache)
-    for load in (ActivationCache.load, *([] if kind == "tensors gone" else [GenerationCache.load])):
+    for load in (ActivationCache.load, GenerationCache.load):
         with pytest.raises(CacheFileError, match=message) as caught:
             load(path)
         assert str(path) in str(caught.value) and isinstance(caught.value, HookedMLLMError)
@@ -200,15 +202,66 @@ class Bomb:
 
 def test_a_pickle_is_not_run(tmp_path):
     (tmp_path / "c").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CacheFileError, match="never read"):
+    with pytest.raises(CacheFileError, match="never loads"):
         ActivationCache.load(tmp_path / "c")
+
+
+# -- altered files ---------------------------------------------------------------------------------------------------
+
+ALTERED = {"causal": False, "window": 3, "q_offset": 2, "kv_length": 7, "scale": 2.0, "segments": [4, 4]}
+
+
+def alter(path, *, digest: bool, **values) -> None:
+    """Another value in the header of every pattern; `digest` says whether the file keeps its digest."""
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["hooked_mllm"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    patterns = [e for step in header["steps"] for e in step["entries"].values() if e["kind"] == "pattern"]
+    assert patterns
+    for entry in patterns:
+        entry.update(values)
+    if not digest:
+        del header["digest"]
+    save_file(tensors, path, metadata={"hooked_mllm": json.dumps(header)})
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_an_altered_mask_is_rejected(family, name, tmp_path):
+    _, cache = hooked(family).run_with_cache(sample(family), "*hook_pattern")
+    cache.save(tmp_path / "c")
+    alter(tmp_path / "c", digest=True, **{name: ALTERED[name]})
+    with pytest.raises(CacheFileError, match="does not match the digest"):
+        ActivationCache.load(tmp_path / "c")
+
+
+def test_an_altered_step_of_a_generation_is_rejected(tmp_path):
+    _, steps = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"), "*hook_pattern", generate={"max_new_tokens": 2})
+    steps.save(tmp_path / "g")
+    alter(tmp_path / "g", digest=True, causal=False)
+    with pytest.raises(CacheFileError, match="does not match the digest"):
+        GenerationCache.load(tmp_path / "g")
+
+
+def test_files_of_earlier_versions_have_no_digest(tmp_path):
+    _, cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"))
+    cache.save(tmp_path / "c")
+    alter(tmp_path / "c", digest=False)
+    same(ActivationCache.load(tmp_path / "c"), cache)
+    for name, value in (("window", 0), ("window", -3), ("q_offset", -1), ("q_offset", 10**6), ("streaming", {})):
+        cache.save(tmp_path / "c")
+        alter(tmp_path / "c", digest=False, **{name: value})
+        with pytest.raises(CacheFileError, match="is damaged"):
+            ActivationCache.load(tmp_path / "c")
 
 
 # -- writing whole or not at all -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_a_save_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(errno.ENOSPC, "No space left on device"), CacheFileError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
+def test_a_save_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch, error, raised):
     _, cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"), "blocks.*")
     path = tmp_path / "cache"
 
@@ -220,12 +273,26 @@ def test_a_save_that_is_interrupted_leaves_what_was_there(tmp_path, monkeypatch,
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", half)
-        with pytest.raises(type(error)):
+        with pytest.raises(raised):
             cache.save(path)
     assert list(tmp_path.iterdir()) == []
     cache.save(path)
     before = path.read_bytes()
     monkeypatch.setattr(files, "save_file", half)
-    with pytest.raises(type(error)):
+    with pytest.raises(raised):
         cache.save(path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_the_folder_is_made_or_the_path_is_rejected_before_tensors_are_copied(tmp_path, monkeypatch):
+    _, cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"), "blocks.*hook_z")
+    cache.save(str(tmp_path / "new" / "folder" / "c"))
+    same(ActivationCache.load(str(tmp_path / "new" / "folder" / "c")), cache)
+    monkeypatch.setattr("hooked_mllm.cache.files._Writer", lambda: pytest.fail("tensors were gathered"))
+    (tmp_path / "file").write_text("kept")
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "c", "a part of the path is a file")):
+        for save in (cache.save, GenerationCache([cache]).save):
+            with pytest.raises(CacheFileError, match=message):
+                save(path)
+    with pytest.raises(InputError, match=r"Expected the path of a file.*got 3\."):
+        cache.save(3)

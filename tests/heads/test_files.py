@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from hooked_mllm.errors import CacheFileError
+from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.storage import write_atomically
 
 
 def sample_scores():
@@ -59,7 +58,10 @@ def test_a_file_of_another_kind_is_named(tmp_path):
     content = json.loads((tmp_path / "scores.json").read_text())
     for change, message in (
         ({"kind": "curve"}, "holds curve; expected a hooked_mllm.HeadScores"),
-        ({"name": None}, "damaged"),
+        ({"name": None}, "damaged: expected a text as its name"),
+        ({"provenance": "toy"}, "damaged: expected a text as its name and a mapping as its provenance"),
+        ({"missing": [7]}, "damaged: Missing layer 7"),
+        ({"counts": [["many"]]}, "damaged"),
         ({"values": [[0.5]]}, "damaged"),
         ({"values": "many"}, "damaged"),
     ):
@@ -73,17 +75,25 @@ def test_a_file_of_another_kind_is_named(tmp_path):
         HeadScores.load(tmp_path / "absent")
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    path = tmp_path / "scores.json"
-    path.write_text("old")
+@pytest.mark.parametrize("blocked", ["scores.json", "scores.safetensors"])
+def test_both_paths_are_checked_before_one_is_written(tmp_path, blocked):
+    (tmp_path / blocked).mkdir()
+    with pytest.raises(CacheFileError, match=f"{blocked} cannot be written: it is a folder"):
+        sample_scores().save(tmp_path / "scores")
+    assert [p.name for p in tmp_path.iterdir()] == [blocked]
+    for path in ("", "."):
+        with pytest.raises(InputError, match="Expected the path of a file"):
+            sample_scores().save(path)
 
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["scores.json"]
+def test_altered_scores_are_rejected(tmp_path):
+    sample_scores().save(tmp_path / "scores")
+    path = tmp_path / "scores.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CacheFileError, match="does not match the digest"):
+        HeadScores.load(path)
 
 
 def test_provenance_that_is_no_json_is_refused_before_anything_is_written(tmp_path):

@@ -129,10 +129,14 @@ def test_a_file_of_an_older_version_is_refused(tmp_path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     del header["identity"]
     save_file(tensors, path, metadata={"hooked_mllm": json.dumps({**header, "format": "hooked_mllm.measure/2"})})
-    with pytest.raises(CacheFileError, match="measure/2', expected 'hooked_mllm.measure/3'.*older.*use another file"):
+    with pytest.raises(CacheFileError, match="measure/2'; expected 'hooked_mllm.measure/3'.*use another file"):
         run(checkpoint=path)
     save_file(tensors, path, metadata={"hooked_mllm": json.dumps(header)})
-    with pytest.raises(CacheFileError, match="not a checkpoint of `measure`"):
+    with pytest.raises(CacheFileError, match="does not match the digest"):
+        run(checkpoint=path)
+    del header["digest"]  # as before there were digests
+    save_file(tensors, path, metadata={"hooked_mllm": json.dumps(header)})
+    with pytest.raises(CacheFileError, match="damaged: the field 'identity' is missing"):
         run(checkpoint=path)
 
 

@@ -1,5 +1,6 @@
 """`measure` against patterns reduced by hand, in any grouping, stopped and resumed, alone and in two processes."""
 
+import errno
 import math
 
 import pytest
@@ -212,6 +213,9 @@ def test_nothing_to_measure(family):
     for nothing in ([], iter([])):
         with pytest.raises(InputError, match="empty"):
             run(family, nothing, VisionMass())
+    for wrong in (iter(["a text"]), iter([sample(family), None])):
+        with pytest.raises(InputError, match=r"for sample \d; got (str|NoneType)\. `model\.prepare"):
+            run(family, wrong, VisionMass())
     for wrong in ([], [VisionMass], VisionMass):
         with pytest.raises(InputError, match=r"Expected a metric or several"):
             run(family, sample(family), wrong)
@@ -337,7 +341,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     assert path.read_bytes() == before
     for damage in (b"", b"\x80\x04junk", before[: len(before) // 2]):
         path.write_bytes(damage)
-        with pytest.raises(CacheFileError, match="not a checkpoint"):
+        with pytest.raises(CacheFileError, match=r"state is (damaged|a pickle).*expected 'hooked_mllm.measure/3'"):
             run(family, samples, VisionMass(), checkpoint=path)
     hooked(family).run_with_cache(samples[0], "hook_embed")[1].save(path)
     with pytest.raises(CacheFileError, match="expected 'hooked_mllm.measure/3'"):
@@ -345,8 +349,6 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 
 def test_a_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    import hooked_mllm.measuring.checkpoint as module
-
     path = tmp_path / "state"
     run("qwen3_vl", four("qwen3_vl")[:1], VisionMass(), checkpoint=path)
     before = path.read_bytes()
@@ -355,12 +357,25 @@ def test_a_state_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert name != str(path)
         with open(name, "wb") as file:  # noqa: PTH123
             file.write(b"half")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("hooked_mllm.storage.files.save_file", half)
+    with pytest.raises(CacheFileError, match="state cannot be written: the disk is full"):
         run("qwen3_vl", four("qwen3_vl"), VisionMass(), checkpoint=path, save_every=1)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+def test_the_checkpoint_can_be_written_or_nothing_is_measured(tmp_path):
+    def stop():
+        pytest.fail("a sample was prepared")
+        yield
+
+    (tmp_path / "file").write_text("kept")
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "state", "a part of the path is a file")):
+        with pytest.raises(CacheFileError, match=f"cannot be written: .*{message}"):
+            run("qwen3_vl", stop(), VisionMass(), checkpoint=path)
+    run("qwen3_vl", four("qwen3_vl")[:1], VisionMass(), checkpoint=str(tmp_path / "new" / "folder" / "state"))
+    assert [p.name for p in (tmp_path / "new" / "folder").iterdir()] == ["state"]
 
 
 # -- several processes -----------------------------------------------------------------------------------------------

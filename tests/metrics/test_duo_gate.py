@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, BatchFeature
 from transformers.masking_utils import eager_mask
 
 from helpers.intervention_witness import batch, sample
@@ -169,7 +169,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
         again = DuoGate(**SMALL).run(model, items, checkpoint=path, progress=False)
     assert len(calls) == 4 + SMALL["steps"] - 3  # three steps were kept
     assert again == due
-    with pytest.raises(CacheFileError, match="made with other lr, samples"):
+    with pytest.raises(CacheFileError, match=r"another run: it differs in lr \(.* in the file, 0.2 now\), samples"):
         DuoGate(**{**SMALL, "lr": 0.2}).run(model, items[:1], checkpoint=path, progress=False)
     path.write_bytes(b"none of that")
     with pytest.raises(CacheFileError, match="damaged"):
@@ -211,7 +211,11 @@ def test_inputs_that_do_not_do():
         DuoGate(**SMALL).run(model, [])
     with pytest.raises(LayoutError, match="question"):
         DuoGate(**SMALL).run(model, inputs, progress=False)
-    assert DuoGate(**SMALL, positions="last").run(model, inputs, progress=False).shape == (LAYERS, 2)
+    gates = [
+        DuoGate(**SMALL, positions="last").run(model, samples, progress=False)
+        for samples in (sample("qwen3_vl", 0), inputs, BatchFeature(inputs), iter([inputs]))
+    ]
+    assert gates[0].shape == (LAYERS, 2) and all(torch.equal(g.values, gates[0].values) for g in gates)
 
 
 def test_a_hook_that_takes_the_place_of_the_gates():
