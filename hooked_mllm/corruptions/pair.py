@@ -6,7 +6,7 @@ from typing import Any, TypeGuard, cast
 import torch
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.inputs.resolve import ModelInput, each_sample, is_model_input, no_sample
+from hooked_mllm.inputs.resolve import ModelInput, check_model_input, each_element, is_model_input, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 
 #: a clean sample and its corrupted counterpart, or batches of them
@@ -52,14 +52,7 @@ def as_samples_or_pairs(items: Any, purpose: str = "run") -> list[tuple[ModelInp
         InputError: for none, or something else.
     """
     single = is_model_input(items) or _is_pair(items)
-    if not single:
-        each_sample(items)  # raises for what holds no inputs
-    collected: list[tuple[ModelInput, ModelInput | None]] = []
-    for item in (items,) if single else items:
-        if _is_pair(item):
-            collected.append((item[0], item[1]))
-        else:
-            collected += [(source, None) for source in each_sample([item])]
+    collected = list(each_element((items,) if single else items, _sample_or_pair))
     if not collected:
         raise no_sample(purpose)
     return collected
@@ -108,6 +101,10 @@ def check_pair(clean: Any, corrupted: Any) -> None:
         f"The pair does not correspond: {difference}. Clean: {layout!r}. Corrupted: {other!r}. Pictures of one size "
         "and questions of the same number of tokens give layouts that do."
     )
+
+
+def _sample_or_pair(value: Any, name: str) -> tuple[ModelInput, ModelInput | None]:
+    return value if _is_pair(value) else (check_model_input(value, name), None)
 
 
 def _is_pair(value: Any) -> TypeGuard[tuple[ModelInput, ModelInput]]:

@@ -173,7 +173,7 @@ class MappingMasks:
 # -- resolving -----------------------------------------------------------------------------------------------------
 
 
-def _resolved(selected: Positions, batch: int, length: int | None, masks: KindMasks | None) -> Tensor:
+def _resolved(selected: Any, batch: int, length: int | None, masks: KindMasks | None) -> Tensor:
     """A mask `[batch pos]`, or indices `[batch n]` from 0; on the CPU, checked."""
     if isinstance(selected, slice):
         return _of_slice(selected, length).expand(batch, -1)
@@ -200,7 +200,7 @@ def _of_slice(selected: slice, length: int | None) -> Int[Tensor, " n"]:
     return torch.tensor(index)
 
 
-def _checked_mask(mask: Tensor, selected: Positions, batch: int, length: int | None) -> Bool[Tensor, "batch pos"]:
+def _checked_mask(mask: Tensor, selected: Any, batch: int, length: int | None) -> Bool[Tensor, "batch pos"]:
     # [pos] -> [batch pos]
     each = mask.expand(batch, -1) if mask.dim() == 1 else mask
     if each.dim() != 2 or each.shape[0] != batch or (length is not None and each.shape[1] != length):
@@ -214,7 +214,7 @@ def _checked_mask(mask: Tensor, selected: Positions, batch: int, length: int | N
     return each
 
 
-def _checked_indices(index: Tensor, selected: Positions, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
+def _checked_indices(index: Tensor, selected: Any, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
     if index.numel() > 2 and index.shape[-1] == length and bool(((index == 0) | (index == 1)).all()):
         raise _error(selected, "zeros and ones, one for each position, read like a mask: give mask.bool().")
     # one index, or [n] for all samples -> [batch n]

@@ -1,8 +1,8 @@
 """What a model can be called with, one input or several: coerced here, checked, and moved to the model's device."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from hooked_mllm.layout import TokenLayout
 ModelInput = Sample | SampleBatch | Mapping[str, Any]
 #: one model input, or several: a list, or an iterator that makes them as they are needed
 ModelInputs = ModelInput | Iterable[ModelInput]
+
+T = TypeVar("T")
 
 _ADVICE = "`model.prepare(question, images=...)` makes a sample."
 
@@ -45,14 +47,7 @@ def each_sample(samples: ModelInputs) -> Iterator[ModelInput]:
     Raises:
         InputError: for anything else, or (when reached) an element that is none of these.
     """
-    if is_model_input(samples):
-        return iter((samples,))
-    if isinstance(samples, str | bytes | Tensor | np.ndarray) or not isinstance(samples, Iterable):
-        raise InputError(
-            "Expected a Sample, a SampleBatch, a mapping of model inputs, or an iterable of these; got "
-            f"{type(samples).__name__}. {_ADVICE}"
-        )
-    return (check_model_input(sample, f"sample {number}") for number, sample in enumerate(samples))
+    return _each_sample(samples)
 
 
 def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
@@ -65,7 +60,7 @@ def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
     Raises:
         InputError: for none, or as `each_sample` does.
     """
-    collected = list(each_sample(samples))
+    collected = list(_each_sample(samples))
     if not collected:
         raise no_sample(purpose)
     return collected
@@ -77,7 +72,7 @@ def each_prepared(samples: ModelInputs) -> Iterator[Sample]:
     Raises:
         InputError: as `each_sample` does, or (when reached) for a mapping, which has no layout.
     """
-    return (sample for source in each_sample(samples) for sample in prepared_samples(source))
+    return (sample for source in _each_sample(samples) for sample in prepared_samples(source))
 
 
 def sample_count(samples: ModelInputs) -> int | None:
@@ -85,6 +80,24 @@ def sample_count(samples: ModelInputs) -> int | None:
     if is_model_input(samples):
         return 1
     return len(samples) if isinstance(samples, Sized) else None
+
+
+def each_element(samples: Any, check: Callable[[Any, str], T]) -> Iterator[T]:
+    """Elements of an iterable one after another, each checked when it is reached.
+
+    Args:
+        samples: An iterable.
+        check: Takes an element and its name in a message; returns the element, or raises.
+
+    Raises:
+        InputError: for what is no iterable of model inputs.
+    """
+    if isinstance(samples, str | bytes | Tensor | np.ndarray) or not isinstance(samples, Iterable):
+        raise InputError(
+            "Expected a Sample, a SampleBatch, a mapping of model inputs, or an iterable of these; got "
+            f"{type(samples).__name__}. {_ADVICE}"
+        )
+    return (check(sample, f"sample {number}") for number, sample in enumerate(samples))
 
 
 def no_sample(purpose: str) -> InputError:
@@ -108,6 +121,10 @@ def check_model_input(value: Any, name: str = "") -> ModelInput:
         f"Expected a Sample, a SampleBatch or a mapping of model inputs{f' for {name}' if name else ''}; got "
         f"{type(value).__name__}. {_ADVICE}"
     )
+
+
+def _each_sample(samples: Any) -> Iterator[ModelInput]:
+    return iter((samples,)) if is_model_input(samples) else each_element(samples, check_model_input)
 
 
 # -- the contents of one input -------------------------------------------------------------------------------------

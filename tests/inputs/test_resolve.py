@@ -10,7 +10,17 @@ from transformers import BatchFeature, DynamicCache
 from helpers.tiny import tiny_frames, tiny_image, tiny_inputs
 from helpers.wrapped import in_place, model_inputs, plain, wrapped
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.inputs.resolve import resolve_input
+from hooked_mllm.inputs.resolve import (
+    as_samples,
+    each_prepared,
+    each_sample,
+    is_model_input,
+    resolve_input,
+    sample_count,
+    samples_of,
+    sequence_count,
+    tensors_of,
+)
 from hooked_mllm.inputs.sample import SampleBatch
 from hooked_mllm.metrics import MMRetHeads, NullQuery, VisionMass
 
@@ -185,3 +195,79 @@ def test_a_cache_of_keys_excuses_missing_pixels():
         last = {"input_ids": inputs["input_ids"][:, -2:], "attention_mask": inputs["attention_mask"]}
         rest = model({**last, "past_key_values": past}, use_cache=True)
     torch.testing.assert_close(rest, whole[:, -2:], atol=1e-4, rtol=1e-4)
+
+
+# -- one input or several ------------------------------------------------------------------------------------------
+
+
+def test_what_is_one_input_and_what_is_several(family):
+    model = wrapped(family)
+    sample = model.prepare("What is it?", images=tiny_image())
+    batch = SampleBatch.collate([sample, sample])
+    feature = BatchFeature(dict(batch.inputs))
+    for single in (sample, batch, dict(sample.inputs), feature):
+        assert is_model_input(single) and sample_count(single) == 1
+        assert len(as_samples(single)) == 1 and as_samples(single)[0] is single
+        assert [id(s) for s in each_sample([single, sample])] == [id(single), id(sample)]
+    several = [sample, batch, feature]
+    assert not is_model_input(several) and sample_count(several) == 3 and sample_count(iter(several)) is None
+    for collection in (several, tuple(several), iter(several), dict(enumerate(several)).values()):
+        assert [id(s) for s in as_samples(collection)] == [id(s) for s in several]
+    assert [sequence_count(s) for s in several] == [1, 2, 2]
+    assert [samples_of(s) for s in several] == [(sample,), (sample, sample), ()]
+    assert [tensors_of(s) for s in several] == [sample.inputs, batch.inputs, feature]
+
+
+def test_samples_are_made_as_they_are_needed():
+    made = []
+
+    def source():
+        for number in range(3):
+            made.append(number)
+            yield {"input_ids": torch.tensor([[40 + number]])}
+
+    samples = each_sample(source())
+    assert made == []
+    assert int(next(samples)["input_ids"]) == 40 and made == [0]
+
+
+def test_batches_are_taken_apart_where_layouts_are_needed():
+    one, two = (wrapped("internvl").prepare(text) for text in ("a", "b"))
+    assert list(each_prepared([one, SampleBatch.collate([two, one]), two])) == [one, two, one, two]
+    assert list(each_prepared(two)) == [two]
+    with pytest.raises(InputError, match="Expected samples, as .*got BatchFeature. A plain mapping .* no token layout"):
+        list(each_prepared([one, BatchFeature(dict(two.inputs))]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [("text", "str"), (b"a", "bytes"), (None, "NoneType"), (3, "int"), (torch.zeros(2), "Tensor"), (len, "builtin_")],
+    ids=repr,
+)
+def test_what_holds_no_inputs_is_refused_at_once(wrong, name):
+    message = f"^Expected a Sample, a SampleBatch, a mapping of model inputs, or an iterable of these; got {name}"
+    for coerce in (each_sample, as_samples, each_prepared):
+        with pytest.raises(InputError, match=f"{message}.*`model.prepare"):
+            inspect.unwrap(coerce)(wrong)
+    for elements in ([wrong], [{"input_ids": torch.tensor([[40]])}, wrong]):
+        with pytest.raises(InputError, match=f"mapping of model inputs for sample {len(elements) - 1}; got {name}"):
+            inspect.unwrap(as_samples)(elements)
+
+
+def test_no_sample_is_refused():
+    for nothing in ([], iter(()), {}.values()):
+        with pytest.raises(InputError, match="^There is no sample to count: `samples` is empty.$"):
+            as_samples(nothing, "count")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 3)}, r"`inputs_embeds` must be a tensor \[batch pos d_model\].*got \(1, 3\)"),
+        ({"input_ids": 3}, r"`input_ids` must be a tensor \[batch pos\].*got int"),
+        ({}, "hold no `input_ids`; they hold nothing"),
+    ],
+)
+def test_sequences_that_cannot_be_counted(inputs, message):
+    with pytest.raises(InputError, match=message):
+        sequence_count(inputs)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BatchFeature
 
 from helpers.eager_reference import Reference
 from helpers.intervention_witness import GREEDY, batch, close, o_proj, real, sample, z_replaced
@@ -95,6 +96,16 @@ def test_mean_is_that_of_the_tokens_of_the_reference_samples(family):
         with model.intervene(HeadAblation(CHOSEN, mode="mean", phase="prefill", reference=given)):
             close(model(inputs), expected)
     assert not torch.allclose(expected, model(inputs), atol=0.01)
+
+
+@torch.no_grad()
+def test_a_reference_of_what_a_processor_returns(family):
+    model, inputs = wrapped(family), batch(family, seed=3)
+    expected = HeadAblation.reference(model, inputs, CHOSEN).mean
+    feature = BatchFeature(dict(inputs.inputs))
+    for samples in (feature, [feature], iter([inputs])):
+        reference = HeadAblation.reference(model, samples, CHOSEN)
+        assert reference.n_samples == 2 and torch.equal(reference.mean.nan_to_num(), expected.nan_to_num())
 
 
 @torch.no_grad()

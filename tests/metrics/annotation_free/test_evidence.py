@@ -214,8 +214,18 @@ def test_refusals(family):
         next(GradientAgreement().targets(model, sample, share=0.0))
     with pytest.raises(InputError, match="without answer="):
         GradientAgreement().run(model, prepared(family, answer="red"), progress=False)
-    with pytest.raises(InputError, match="one by one"):
-        GradientAgreement().run(model, [SampleBatch.collate([sample])], progress=False)
+    with pytest.raises(InputError, match="Expected samples.*got dict"):
+        GradientAgreement().run(model, sample.inputs, progress=False)
+
+
+def test_samples_of_a_batch_are_scored_like_samples_by_themselves(family):
+    model, samples = hooked(family), [prepared(family, 0), prepared(family, 1)]
+    expected = GradientAgreement().run(model, samples, progress=False)
+    found = GradientAgreement().run(model, SampleBatch.collate(samples), progress=False)
+    assert torch.equal(found.values, expected.values) and found.provenance["n_samples"] == 2
+    masks = [sample.target_mask for sample in GradientAgreement().targets(model, [SampleBatch.collate(samples)])]
+    for mask, sample in zip(masks, GradientAgreement().targets(model, samples), strict=True):
+        assert torch.equal(mask, sample.target_mask)
 
 
 def test_log_odds_of_a_sure_model_keep_their_gradient():

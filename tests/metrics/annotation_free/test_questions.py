@@ -65,6 +65,19 @@ def test_paraphrase_consistency(family):
     np.testing.assert_allclose(found.values, np.mean(due, axis=0), atol=1e-5)
 
 
+def test_samples_of_a_batch_are_asked_like_samples_by_themselves(family):
+    model, samples = hooked(family), prepared(family)
+    metric = ParaphraseConsistency(wordings=3)
+
+    def inputs(several):
+        groups = [*QuestionContrast.groups(model, several, n=2), *metric.groups(model, several, wordings, n=2)]
+        return [group.inputs["input_ids"] for group in groups]
+
+    expected = inputs(samples)
+    for several in (SampleBatch.collate(samples), [samples[0], SampleBatch.collate(samples[1:])]):
+        assert all(torch.equal(a, b) for a, b in zip(inputs(several), expected, strict=True))
+
+
 def test_questions_are_drawn_by_seed_and_never_ones_own(family):
     model, samples = hooked(family), prepared(family)
 
@@ -125,8 +138,8 @@ def test_refusals(family):
         next(ParaphraseConsistency(wordings=3).groups(model, samples, lambda q: [q, q, "so"], n=1))
     with pytest.raises(InputError, match="without answer="):
         next(QuestionContrast.groups(model, prepared(family, answer="red"), n=1))
-    with pytest.raises(InputError, match="one by one"):
-        next(QuestionContrast.groups(model, [SampleBatch.collate(samples)], n=1))
+    with pytest.raises(InputError, match="Expected samples.*got dict"):
+        next(QuestionContrast.groups(model, [samples[0].inputs], n=1))
     with pytest.raises(InputError, match="needs two questions"):
         model.measure(samples[0], QuestionContrast(), progress=False)
     with pytest.raises(InputError, match="differ before their questions"):

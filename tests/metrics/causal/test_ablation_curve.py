@@ -9,7 +9,7 @@ import torch
 from helpers.intervention_witness import QUESTIONS, z_replaced
 from helpers.tiny import HEAD_DIM, HEADS, tiny_image
 from helpers.wrapped import LAYERS, noise, wrapped
-from hooked_mllm import HeadAblation, HeadScores, HookedMLLM
+from hooked_mllm import HeadAblation, HeadScores, HookedMLLM, SampleBatch
 from hooked_mllm.errors import CacheFileError, HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.metrics import AblationCurve
 from hooked_mllm.objectives import AnswerLogProb, KLDivergence
@@ -196,13 +196,26 @@ def test_settings_that_cannot_be(options, error, message):
         AblationCurve(SCORES, **options)
 
 
+def test_samples_of_batches_are_run_like_samples_by_themselves(samples):
+    model, each = wrapped("internvl"), samples("internvl")
+    curve = AblationCurve(SCORES, ks=[0, 2], rankings=["top"])
+    options = {"objective": AnswerLogProb(), "progress": False, "batch_size": 2}
+    expected = curve.run(model, each, **options)
+    batches = SampleBatch.collate(each), [SampleBatch.collate(each[:2], "right"), each[2]], iter(each)
+    for several in batches:
+        found = curve.run(model, several, **options)
+        np.testing.assert_array_equal(found.per_sample["top"], expected.per_sample["top"])
+        assert found.provenance["sample_ids"] == ["s0", "s1", "s2"]
+
+
 def test_runs_that_cannot_be(samples):
     model, curve = wrapped("qwen3_vl"), AblationCurve(SCORES, ks=[0, 2])
     bare = model.prepare(QUESTIONS[0], images=tiny_image())
     with pytest.raises(InputError, match="`samples` is empty"):
         curve.run(model, [])
-    with pytest.raises(InputError, match="Expected samples.*got dict"):
-        curve.run(model, [dict(bare.inputs)])
+    for mapping in (dict(bare.inputs), [dict(bare.inputs)]):
+        with pytest.raises(InputError, match="Expected samples.*got dict"):
+            curve.run(model, mapping)
     with pytest.raises(InputError, match="GreedyAccuracy reads the answer's tokens"):
         curve.run(model, bare, progress=False)
     with pytest.raises(InputError, match="phase='decode' takes heads away at the answer's positions"):

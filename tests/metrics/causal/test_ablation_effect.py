@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import BatchFeature
 
 from helpers.intervention_witness import batch, o_proj, sample
 from helpers.tiny import FAMILIES, HEAD_DIM, HEADS, tiny_image
@@ -53,6 +54,20 @@ def test_every_head_of_unequal_samples(family):
     mean = effect.run(wrapped(family), list(inputs), objective=DIFFERENCE, progress=False)
     assert torch.allclose(mean.values, want.mean(-1), atol=1e-5)
     assert mean.provenance["n_samples"] == 2 and mean.provenance["objective"]["objective"] == "LogitDifference"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_inputs_as_a_processor_returns_them(family):
+    """A mapping of several sequences has an effect for each; alone, in a list and in an iterator."""
+    model, inputs = wrapped(family), batch(family)
+    effect, options = AblationEffect(mode="zero", phase="both", layers=1), {"objective": DIFFERENCE, "progress": False}
+    want = effects(family, inputs.inputs, lambda logits: logits[:, -1, 5] - logits[:, -1, 9]).permute(2, 0, 1)[:, 1]
+    feature = BatchFeature(dict(inputs.inputs))
+    for samples in (feature, dict(feature), [feature], iter([feature])):
+        got = effect.run(model, samples, per_sample=True, **options)
+        assert torch.allclose(got.values[:, 1], want, atol=1e-5) and got.provenance["n_samples"] == 2
+    mixed = effect.run(model, [feature, inputs[0], inputs], per_sample=True, **options)
+    assert torch.allclose(mixed.values[:, 1], want[[0, 1, 0, 0, 1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "both"])
@@ -161,7 +176,7 @@ def test_bad_input():
         AblationEffect(mode="remove", phase="both")
     with pytest.raises(HookValueError, match="positions"):
         AblationEffect(mode="zero", phase="decode", positions="question")
-    with pytest.raises(InputError, match="empty"):
+    with pytest.raises(InputError, match="There is no sample to run: `samples` is empty"):
         AblationEffect(mode="zero", phase="both").run(model, [], objective=DIFFERENCE)
     with pytest.raises(InputError, match="no answer"):
         AblationEffect(mode="zero", phase="decode").run(model, one, objective=DIFFERENCE, progress=False)

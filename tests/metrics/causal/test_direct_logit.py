@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BatchFeature
 
 from helpers.intervention_witness import batch, sample
 from helpers.tiny import HEAD_DIM, HEADS, tiny_processor
@@ -115,6 +116,18 @@ def test_saved_and_read_again(tmp_path):
     (tmp_path / "b").write_bytes(b"\x80\x04")
     with pytest.raises(CacheFileError, match="pickle"):
         LogitDecomposition.load(tmp_path / "b")
+
+
+def test_one_input_several_and_pairs(family):
+    model, two = wrapped(family), batch(family)
+    metric = DirectLogitAttribution(CORRECT, wrong=WRONG)
+    expected = metric.decompose(model, list(two), progress=False).values
+    feature = BatchFeature(dict(two.inputs))
+    for samples in (two, feature, [feature], iter(two), [(two[0], two[1]), two[1]], ((two[0], two[1]), two[1])):
+        found = metric.decompose(model, samples, progress=False).values
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    # a tuple of two samples is one pair, of which the first is attributed
+    np.testing.assert_allclose(metric.decompose(model, (two[0], two[1]), progress=False).values, expected[:, :1])
 
 
 def test_what_is_refused():

@@ -233,3 +233,13 @@ def test_a_resumed_measurement_takes_up_the_same_pairs(family, tmp_path):
     whole = model.measure(pairs, MMRetHeads(), progress=False)
     assert torch.equal(resumed.values, whole.values)
     assert resumed.provenance["shared_prefix"] == {"reused": 1, "whole": 0}
+
+
+def test_samples_of_a_batch_are_paired_like_samples_by_themselves(family):
+    model, samples = hooked(family), [plain_sample(family, 0), plain_sample(family, 1)]
+    expected = list(NullQuery().pairs(model, samples))
+    for several in (SampleBatch.collate(samples), [SampleBatch.collate(samples)], iter(samples)):
+        for pair, other in zip(NullQuery().pairs(model, several), expected, strict=True):
+            assert torch.equal(pair.inputs["input_ids"], other.inputs["input_ids"]) and pair.prefix == other.prefix
+    with pytest.raises(InputError, match="Expected samples.*got dict"):
+        next(NullQuery().pairs(model, samples[0].inputs))
