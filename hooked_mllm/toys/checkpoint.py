@@ -1,4 +1,4 @@
-"""The checkpoints that come with the package, by name."""
+"""The bundled checkpoints, by name."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ def bundled() -> tuple[str, ...]:
 
 
 def path(name: str) -> Path:
-    """The folder of a bundled checkpoint, as `from_pretrained` takes it.
+    """The folder of a bundled checkpoint, for `from_pretrained`.
 
     Raises:
-        InputError: no checkpoint of that name comes with the package.
+        InputError: the package contains no checkpoint of that name.
 
     Examples:
         >>> path("toy-qwen3-vl").name
@@ -35,9 +35,9 @@ def path(name: str) -> Path:
 
 
 def resolve(name_or_path: str) -> str:
-    """The folder of a bundled checkpoint when `name_or_path` names one, else `name_or_path` unchanged.
+    """The folder of a bundled checkpoint if `name_or_path` is the name of one, else `name_or_path` unchanged.
 
-    A folder of that name in the working directory does not hide the bundled one.
+    The bundled checkpoint takes precedence over a folder of the same name in the working directory.
 
     Examples:
         >>> resolve("Qwen/Qwen3-VL-4B-Instruct")

@@ -1,6 +1,6 @@
-"""The architectures of the toys: 6 text layers of 8 heads on 4 kv heads, under the vision tower of each family."""
+"""The architectures of the toys: 6 text layers of 8 heads on 4 kv heads, with the vision tower of each family."""
 
-from typing import Any
+from typing import Any, Literal
 
 from transformers import (
     InternVLConfig,
@@ -16,7 +16,7 @@ from hooked_mllm.toys.vocabulary import PAD_TOKEN, TURN_END, VISUAL_TOKENS
 PATCH, MERGE = CELL // 2, 2
 TILE = PAGE // 2
 LLAVA_PINPOINTS = [[PAGE * rows, PAGE * cols] for rows in (1, 2) for cols in (1, 2)]
-# far above the usual 0.02: at this width the task is not learnt from smaller weights
+#: much larger than the usual 0.02: at this width the task is not learnt from smaller weights
 INIT = 0.08
 LLAVA_INIT = 0.07
 
@@ -31,7 +31,14 @@ def build_config(tokenizer: PreTrainedTokenizerBase, family: str = "qwen3_vl") -
     return {"qwen3_vl": _qwen3_vl, "llava_onevision": _llava_onevision, "internvl": _internvl}[family](tokenizer)
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, hidden: int, mlp: int, init: float, **more) -> dict:
+def _text(
+    tokenizer: PreTrainedTokenizerBase,
+    hidden: int,
+    mlp: int,
+    init: float,
+    model_type: Literal["qwen2", "qwen3"] | None = None,
+) -> dict[str, Any]:
+    """The text config that all families share."""
     ids = tokenizer.get_vocab()
     return {
         "vocab_size": len(tokenizer),
@@ -47,7 +54,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, hidden: int, mlp: int, init: float
         "pad_token_id": ids[PAD_TOKEN],
         "bos_token_id": None,
         "eos_token_id": ids[TURN_END],
-        **more,
+        **({} if model_type is None else {"model_type": model_type}),
     }
 
 
@@ -58,7 +65,7 @@ def _id(tokenizer: PreTrainedTokenizerBase, family: str, name: str) -> int:
 def _qwen3_vl(tokenizer: PreTrainedTokenizerBase) -> Qwen3VLConfig:
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
     return Qwen3VLConfig(
-        text_config=_text(tokenizer, 64, 128, INIT, rope_parameters=rope),
+        text_config={**_text(tokenizer, 64, 128, INIT), "rope_parameters": rope},
         vision_config={
             "depth": 3,
             "hidden_size": 64,
@@ -100,13 +107,13 @@ def _llava_onevision(tokenizer: PreTrainedTokenizerBase) -> LlavaOnevisionConfig
         vision_aspect_ratio="anyres_max_9",
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
-        **_started(LLAVA_INIT),
+        **_initializer_range(LLAVA_INIT),
         tie_word_embeddings=False,
     )
 
 
-def _started(init: float) -> dict[str, Any]:
-    """`initializer_range`, which these configurations take though their signatures do not name it."""
+def _initializer_range(init: float) -> dict[str, Any]:
+    """A setting that the configurations accept, although it is not in their signatures."""
     return {"initializer_range": init}
 
 
@@ -129,6 +136,6 @@ def _internvl(tokenizer: PreTrainedTokenizerBase) -> InternVLConfig:
         downsample_ratio=1 / MERGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-        **_started(INIT),
+        **_initializer_range(INIT),
         tie_word_embeddings=False,
     )

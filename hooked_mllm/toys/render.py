@@ -1,9 +1,10 @@
-"""Drawing pages (6 x 6 cells of 16 px) and videos (3 x 3 cells of 32 px): coloured shapes on grey noise."""
+"""Draws pages (6 x 6 cells of 16 px) and videos (3 x 3 cells of 32 px): coloured shapes on grey noise."""
 
 from functools import cache
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 
 from hooked_mllm.toys.vocabulary import COLORS, SHAPES
 
@@ -23,8 +24,10 @@ COLOR_JITTER = 14
 _OVERSAMPLE = 4
 
 
-def _inside(name: str, x: Float[np.ndarray, " *points"], y: Float[np.ndarray, " *points"]) -> np.ndarray:
-    """Which points of the square [-1, 1]^2 (y downwards) belong to the shape."""
+def _inside(
+    name: str, x: Float[np.ndarray, " *points"], y: Float[np.ndarray, " *points"]
+) -> Bool[np.ndarray, " *points"]:
+    """True at the points of the square [-1, 1]^2 (y downwards) that belong to the shape."""
     ax, ay = np.abs(x), np.abs(y)
     radius, angle = np.hypot(x, y), np.arctan2(x, -y)
     box = np.maximum(ax, ay) <= 0.92
@@ -77,16 +80,18 @@ def _inside(name: str, x: Float[np.ndarray, " *points"], y: Float[np.ndarray, " 
 def sprites(scale: int = 1) -> Float[np.ndarray, "shape variant row col"]:
     """Coverage in [0, 1] of every shape in every size and shift, antialiased, in cells of 16 px times `scale`."""
     side = CELL * scale
+    # centres of subpixels, measured from the centre of the cell
     steps = ((np.arange(side * _OVERSAMPLE) + 0.5) / _OVERSAMPLE - side / 2) / scale
-    py, px = np.meshgrid(steps, steps, indexing="ij")
+    y, x = np.meshgrid(steps, steps, indexing="ij")
     bank = np.empty((len(SHAPES), VARIANTS, side, side), np.float32)
-    for s, name in enumerate(SHAPES):
-        for v in range(VARIANTS):
-            radius = RADII[v % len(RADII)]
-            dx = SHIFTS[v // len(RADII) % len(SHIFTS)]
-            dy = SHIFTS[v // (len(RADII) * len(SHIFTS))]
-            fine = _inside(name, (px - dx) / radius, (py - dy) / radius).astype(np.float32)
-            bank[s, v] = fine.reshape(side, _OVERSAMPLE, side, _OVERSAMPLE).mean(axis=(1, 3))
+    for shape, name in enumerate(SHAPES):
+        for variant in range(VARIANTS):
+            radius = RADII[variant % len(RADII)]
+            dx = SHIFTS[variant // len(RADII) % len(SHIFTS)]
+            dy = SHIFTS[variant // (len(RADII) * len(SHIFTS))]
+            inside = _inside(name, (x - dx) / radius, (y - dy) / radius).astype(np.float32)
+            # a pixel's coverage is the mean of its subpixels
+            bank[shape, variant] = reduce(inside, "(row i) (col j) -> row col", "mean", i=_OVERSAMPLE, j=_OVERSAMPLE)
     return bank
 
 
@@ -99,19 +104,20 @@ def draw(
 ) -> UInt8[np.ndarray, "page 96 96 3"]:
     """Draw object i, shape `shapes[i]` in colour `colors[i]`, into cell `cells[i]`; everything else is grey noise.
 
-    Cells are counted page by page, row by row. Size, shift, shade and noise come from `rng`.
+    Cells are numbered page by page, row by row. Size, shift, shade and noise are drawn from `rng`.
 
     Examples:
         >>> rng = np.random.default_rng(0)
         >>> draw(rng, 1, np.array([6]), np.array([0]), np.array([35])).shape  # a red star, bottom right
         (1, 96, 96, 3)
     """
+    # [cell row col channel], noise first, so that it is added to the objects too
     canvas = rng.integers(-NOISE, NOISE + 1, (pages * GRID * GRID, CELL, CELL, 3), dtype=np.int16)
     noise = canvas[cells].astype(np.float32)
     canvas += BACKGROUND
-    blend = _painted(rng, sprites(), shapes, colors) + noise
-    canvas[cells] = np.clip(np.rint(blend), 0, 255).astype(np.int16)
-    return _assembled(canvas, GRID)
+    objects = _paint(rng, sprites(), shapes, colors) + noise
+    canvas[cells] = np.clip(np.rint(objects), 0, 255).astype(np.int16)
+    return _assemble(canvas, GRID)
 
 
 def draw_moments(
@@ -121,33 +127,39 @@ def draw_moments(
     colors: Int[np.ndarray, " object"],
     cells: Int[np.ndarray, " object"],
 ) -> UInt8[np.ndarray, "frame 96 96 3"]:
-    """As `draw`, on 3 x 3 cells of 32 px, every moment in two frames that differ in their noise alone.
+    """As `draw`, on 3 x 3 cells of 32 px, with two frames per moment that differ only in their noise.
 
-    Cells are counted moment by moment, row by row.
+    Cells are numbered moment by moment, row by row.
 
     Examples:
         >>> rng = np.random.default_rng(0)
         >>> draw_moments(rng, 4, np.array([6]), np.array([0]), np.array([9])).shape  # a red star, second moment
         (8, 96, 96, 3)
     """
-    flat = np.full((moments * VIDEO_GRID**2, VIDEO_CELL, VIDEO_CELL, 3), BACKGROUND, np.float32)
-    flat[cells] = _painted(rng, sprites(VIDEO_SCALE), shapes, colors)
-    still = flat.reshape(moments, 1, -1, *flat.shape[1:])
-    noise = rng.integers(-NOISE, NOISE + 1, (moments, FRAMES, *still.shape[2:]), dtype=np.int16)
-    canvas = np.clip(np.rint(still + noise), 0, 255).astype(np.uint8)
-    return _assembled(canvas.reshape(-1, *flat.shape[1:]), VIDEO_GRID)
+    canvas = np.full((moments * VIDEO_GRID**2, VIDEO_CELL, VIDEO_CELL, 3), BACKGROUND, np.float32)
+    canvas[cells] = _paint(rng, sprites(VIDEO_SCALE), shapes, colors)
+    moment = rearrange(canvas, "(moment cell) row col channel -> moment 1 cell row col channel", moment=moments)
+    noise = rng.integers(-NOISE, NOISE + 1, (moments, FRAMES, *moment.shape[2:]), dtype=np.int16)
+    frames = np.clip(np.rint(moment + noise), 0, 255).astype(np.uint8)
+    cells_of_frames = rearrange(frames, "moment frame cell row col channel -> (moment frame cell) row col channel")
+    return _assemble(cells_of_frames, VIDEO_GRID)
 
 
-def _painted(rng: np.random.Generator, bank: np.ndarray, shapes: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """One cell an object, without noise: `[object row col channel]`."""
+def _paint(
+    rng: np.random.Generator,
+    bank: Float[np.ndarray, "shape variant row col"],
+    shapes: Int[np.ndarray, " object"],
+    colors: Int[np.ndarray, " object"],
+) -> Float[np.ndarray, "object row col 3"]:
+    """The cell of each object, without noise."""
     alpha = bank[shapes, rng.integers(0, VARIANTS, len(shapes))][..., None]
     shade = np.array(list(COLORS.values()), np.float32)[colors]
     shade = shade + rng.integers(-COLOR_JITTER, COLOR_JITTER + 1, shade.shape)
     return alpha * shade[:, None, None] + (1 - alpha) * BACKGROUND
 
 
-def _assembled(cells: np.ndarray, grid: int) -> UInt8[np.ndarray, "picture 96 96 3"]:
+def _assemble(cells: Shaped[np.ndarray, "cell row col 3"], grid: int) -> UInt8[np.ndarray, "picture 96 96 3"]:
     """Pictures of grid x grid cells, from their cells in reading order."""
-    side = cells.shape[1]
-    tiles = cells.astype(np.uint8).reshape(-1, grid, grid, side, side, 3)
-    return np.ascontiguousarray(tiles.transpose(0, 1, 3, 2, 4, 5)).reshape(-1, PAGE, PAGE, 3)
+    # joined row by row of cells
+    to_pictures = "(picture y x) row col channel -> picture (y row) (x col) channel"
+    return np.ascontiguousarray(rearrange(cells.astype(np.uint8), to_pictures, y=grid, x=grid))

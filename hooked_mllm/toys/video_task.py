@@ -9,22 +9,25 @@ from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout.regions import Frames
 from hooked_mllm.toys.render import FRAMES, VIDEO_CELL, VIDEO_GRID, draw_moments
-from hooked_mllm.toys.task import SPLITS, Retrieval, Scene, Split, Turn
-from hooked_mllm.toys.vocabulary import COLORS, FILLER, SHAPES, TEMPLATES
+from hooked_mllm.toys.task import SPLITS, Retrieval, Scene, Split
+from hooked_mllm.toys.vocabulary import COLORS, SHAPES
 
 MOMENTS = (2, 3, 4)
 MOMENT_S = 1.0
-# keeps the videos' random numbers apart from those of the pages
+#: a part of the seed, so that videos and pages have different random numbers
 _VIDEO = 7
 
 
 @dataclass(frozen=True)
 class VideoExample:
-    """One question as `HookedMLLM.prepare` takes it: video, `system` (the filler), question, answer, target."""
+    """One question, as arguments of `HookedMLLM.prepare`: video, question, answer, target, and the filler as `system`.
+
+    Without filler words `system` is None, the argument of `prepare` for a prompt without a system text.
+    """
 
     video: Video
     question: str
-    system: str
+    system: str | None
     answer: str
     target: Frames
     shape: str
@@ -32,20 +35,20 @@ class VideoExample:
 
 
 class VideoRetrieval(Retrieval[VideoExample]):
-    """One moment in a short video, without end: example i of a seed is always the same one.
+    """A retrieval task on short videos, of unlimited size: example i of a seed is always the same.
 
-    A video has `moments` of one second, two frames of 96 x 96 px each, which differ in their noise alone. Every moment
-    shows `shapes` of 20 shapes, each in one of 8 colours, in 3 x 3 cells of 32 px; no shape comes in two moments.
-    `filler` random words follow, then the question for the colour of one shape. Chance is 1/8. The target is the
+    A video has `moments` of one second, two frames of 96 x 96 px each, which differ only in their noise. Every moment
+    shows `shapes` of 20 shapes, each in one of 8 colours, in 3 x 3 cells of 32 px; no shape is in two moments.
+    `filler` random words follow, then the question about the colour of one shape. Chance is 1/8. The target is the
     shape's cell in the two frames of its moment: in `toy-qwen3-vl`, which merges two frames, 2 x 2 tokens; in
     `toy-llava-onevision` and `toy-internvl`, one token of each frame.
 
     Args:
-        seed: which sequence of examples. The splits never share one, whatever the seeds.
-        moments: seconds of video, at least 1.
-        filler: words between the video and the question.
-        split: "test" (the default) is never trained on; "train" is what `examples/train_toy.py` draws from.
-        shapes: shapes a moment, 1 to 9, and no more than 20 in all.
+        seed: Seed of the sequence of examples. Splits never share examples, whatever their seeds.
+        moments: Seconds of video, at least 1.
+        filler: Words between the video and the question.
+        split: "test" (the default) is never trained on; `examples/train_toy.py` draws from "train".
+        shapes: Shapes per moment, 1 to 9, and at most 20 in total.
 
     Raises:
         InputError: moments < 1, filler < 0, an unknown split, or `shapes` out of range.
@@ -66,8 +69,8 @@ class VideoRetrieval(Retrieval[VideoExample]):
         super().__init__(seed, filler, split)
         if not 1 <= shapes <= VIDEO_GRID**2 or moments * shapes > len(SHAPES):
             raise InputError(
-                f"expected 1 <= shapes <= {VIDEO_GRID**2} a moment and at most {len(SHAPES)} in all, for no shape "
-                f"comes twice; got {shapes=} in each of {moments} moments"
+                f"expected 1 <= shapes <= {VIDEO_GRID**2} per moment and at most {len(SHAPES)} in total, because no "
+                f"shape is used twice; got {shapes=} in each of {moments} moments"
             )
         self.moments, self.shapes = moments, shapes
 
@@ -78,32 +81,18 @@ class VideoRetrieval(Retrieval[VideoExample]):
         )
 
     def scene(self, index: int, turns: int = 1) -> Scene:
-        """Scene `index` with its first `turns` questions (each about another shape)."""
-        n, cells = self.moments * self.shapes, VIDEO_GRID**2
+        """Scene `index` with its first `turns` questions (each about a different shape)."""
+        n, part_cells = self.moments * self.shapes, VIDEO_GRID**2
         if index < 0 or not 1 <= turns <= n:
             raise InputError(f"expected index >= 0 and 1 <= turns <= {n}, got {index=}, {turns=}")
         rng = np.random.default_rng([SPLITS[self.split], _VIDEO, self.seed, index])
         shapes = rng.permutation(len(SHAPES))[:n]
         colors = rng.integers(0, len(COLORS), n)
-        places = np.concatenate([m * cells + rng.permutation(cells)[: self.shapes] for m in range(self.moments)])
-        asked, templates = rng.permutation(n), rng.integers(0, len(TEMPLATES), n)
-        filler = rng.integers(0, len(FILLER), self.filler)
-        names = tuple(COLORS)
-        return Scene(
-            pixels=draw_moments(rng, self.moments, shapes, colors, places),
-            system=" ".join(FILLER[w] for w in filler),
-            turns=tuple(
-                Turn(
-                    question=TEMPLATES[templates[t]].format(SHAPES[shapes[o]]),
-                    answer=names[colors[o]],
-                    shape=SHAPES[shapes[o]],
-                    target=_region(*divmod(int(places[o]), cells)),
-                    part=int(places[o]) // cells,
-                    cell=int(places[o]) % cells,
-                )
-                for t, o in enumerate(asked[:turns])
-            ),
-        )
+        in_moment = (rng.permutation(part_cells)[: self.shapes] for _ in range(self.moments))
+        cells = np.concatenate([moment * part_cells + drawn for moment, drawn in enumerate(in_moment)])
+        # the words are drawn before the pixels
+        system, questions = self._script(rng, shapes, colors, cells, part_cells, _region, turns)
+        return Scene(draw_moments(rng, self.moments, shapes, colors, cells), system, questions)
 
     def example(self, index: int) -> VideoExample:
         """Example `index`: the first question of scene `index`."""
@@ -113,7 +102,7 @@ class VideoRetrieval(Retrieval[VideoExample]):
         return VideoExample(
             video=Video.from_frames(scene.pixels, fps=FRAMES / MOMENT_S),
             question=turn.question,
-            system=scene.system,
+            system=scene.system or None,
             answer=turn.answer,
             target=_region(turn.part, turn.cell),
             shape=turn.shape,
@@ -121,11 +110,11 @@ class VideoRetrieval(Retrieval[VideoExample]):
         )
 
     def prepared(self, model: Prepares, example: VideoExample, answer: bool = False) -> Sample:
-        """The example as the model's own sample, with its answer appended to the prompt if asked for."""
+        """The example as a `Sample` of the model, with its answer appended to the prompt if `answer`."""
         return model.prepare(
             example.question,
             videos=example.video,
-            system=example.system or None,
+            system=example.system,
             answer=example.answer if answer else None,
             target=example.target,
             id=example.id,
@@ -136,5 +125,5 @@ def _region(moment: int, cell: int) -> Frames:
     row, col = divmod(cell, VIDEO_GRID)
     corner = (col * VIDEO_CELL, row * VIDEO_CELL, (col + 1) * VIDEO_CELL, (row + 1) * VIDEO_CELL)
     start = moment * MOMENT_S
-    # to the last frame of the moment: both ends belong to the region
+    # the end is the time of the moment's last frame: both ends belong to the region
     return Frames(start, start + MOMENT_S * (FRAMES - 1) / FRAMES, box=corner)

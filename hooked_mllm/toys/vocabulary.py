@@ -1,4 +1,4 @@
-"""The words of the synthetic task, and the word-level tokenizer that reads them."""
+"""The words of the synthetic tasks, and their word-level tokenizer."""
 
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -33,7 +33,7 @@ SPECIAL_TOKENS = (
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", VISION_START, VISION_END, "<|vision_pad|>",
     IMAGE_TOKEN, VIDEO_TOKEN, UNKNOWN,
 )  # fmt: skip
-# the names by which the processor of the family asks its tokenizer for them
+#: attributes of the tokenizer that the processor of the family reads
 VISUAL_TOKENS = {
     "qwen3_vl": {
         "image_token": IMAGE_TOKEN,
@@ -60,10 +60,11 @@ def special_tokens(family: str = "qwen3_vl") -> tuple[str, ...]:
 
 def words() -> list[str]:
     """Every plain word of the vocabulary, each once, in a fixed order."""
-    asked = [w for t in TEMPLATES for w in t.lower().replace("?", " ?").replace(".", " .").split() if w != "{}"]
-    # the digits and brackets are those of the processor's video time stamps, "<0.5 seconds>"
+    questions = " ".join(TEMPLATES).lower().replace("?", " ?").replace(".", " .")
+    # digits, brackets and "seconds" are for the processor's video time stamps, "<0.5 seconds>"
     marks = ["system", "user", "assistant", "<", ">", "seconds", ",", ":", "!", *"0123456789"]
-    return list(dict.fromkeys([*marks, *asked, *COLORS, *SHAPES, *FILLER]))
+    question_words = [word for word in questions.split() if word != "{}"]
+    return list(dict.fromkeys([*marks, *question_words, *COLORS, *SHAPES, *FILLER]))
 
 
 def vocabulary(family: str = "qwen3_vl") -> list[str]:

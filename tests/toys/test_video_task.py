@@ -96,7 +96,7 @@ def test_the_places_of_pages_are_counted_like_their_boxes():
         ({"moments": 0}, "expected moments >= 1"),
         ({"filler": -1}, "expected moments >= 1"),
         ({"shapes": 10, "moments": 1}, "expected 1 <= shapes <= 9"),
-        ({"shapes": 6, "moments": 4}, "at most 20 in all"),
+        ({"shapes": 6, "moments": 4}, "at most 20 in total"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, message):
