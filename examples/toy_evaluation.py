@@ -48,7 +48,7 @@ class Witness:
         for e in examples:
             shown = ["video"] if isinstance(e, VideoExample) else ["image"] * len(e.images)
             content = [*({"type": kind} for kind in shown), {"type": "text", "text": e.question}]
-            messages = [{"role": "system", "content": e.system}, {"role": "user", "content": content}]
+            messages = [{"role": "system", "content": e.system or ""}, {"role": "user", "content": content}]
             texts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         given: dict = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
         films, paged = video_arguments(examples), [[*e.images] for e in examples if isinstance(e, Example)]

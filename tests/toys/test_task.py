@@ -101,7 +101,7 @@ def test_questions_filler_and_answers_use_the_whole_range():
     words = [e.system.split() for e in examples]
     assert {len(w) for w in words} == {5}
     assert {w for line in words for w in line} == set(FILLER)
-    assert VisualRetrieval(filler=0).example(0).system == ""
+    assert VisualRetrieval(filler=0).example(0).system is None  # what `prepare` takes for no system text
 
 
 def test_turns_of_a_scene_ask_for_different_shapes_and_begin_with_the_example():
