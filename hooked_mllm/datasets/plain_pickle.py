@@ -1,4 +1,4 @@
-"""Pickles that hold data and nothing else: no class, no function, no code."""
+"""Reads pickles of plain data: no class, no function, no code."""
 
 import io
 import pickle
@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from hooked_mllm.errors import InputError
 
-# what a damaged stream can raise besides UnpicklingError
+#: what a damaged stream can raise
 _DAMAGED = (
     pickle.UnpicklingError,
     AttributeError,
@@ -23,22 +23,22 @@ _DAMAGED = (
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler without globals: every opcode that runs code first has to look a callable up, and can't."""
+    """An unpickler without globals: opcodes that run code look up a callable first, and every look-up raises."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"it names {module}.{name}, and code is never loaded")
 
-    def persistent_load(self, pid: Any) -> NoReturn:
+    def persistent_load(self, pid: object) -> NoReturn:
         raise pickle.UnpicklingError(f"it refers to an object outside the file ({pid!r})")
 
 
 def load_plain_pickle(path: str | Path) -> Any:
-    """Read a pickle of dicts, lists, tuples, strings, numbers and None, of Python 2 or 3; refuse anything else.
+    """Read a pickle of dicts, lists, tuples, strings, numbers and None, of Python 2 or 3.
 
-    Python 2 strings are read as UTF-8, or as Latin-1 where that fails.
+    Python 2 strings are decoded as UTF-8, or as Latin-1 where that fails.
 
     Raises:
-        InputError: the file is missing, is not a pickle, is cut short, or holds any other kind of object.
+        InputError: the file is missing, is not a pickle, is truncated, or contains an object of another kind.
 
     Examples:
         >>> import pickle, tempfile, pathlib

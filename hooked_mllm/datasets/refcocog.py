@@ -21,27 +21,27 @@ from hooked_mllm.layout.regions import Box
 
 QUESTION = "Where is {expression}?"
 _REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
-# where the releases and the tools built on them keep the photographs, below the folder of the annotations
+#: folders of the photographs in the releases and the tools built on them, relative to the annotations
 _IMAGE_FOLDERS = ("images", "images/mscoco/images", "../images/mscoco/images", ".")
 
 
 @dataclass(frozen=True)
 class ReferringExpression:
-    """One expression about one box of one photograph, as `HookedMLLM.prepare` takes it.
+    """One expression about one box of one photograph, with the arguments of `HookedMLLM.prepare`.
 
     Attributes:
-        path: the photograph.
-        expression: the words of the annotator, as published.
-        question: the expression in the reader's question template.
-        target: the box, in pixels of the photograph.
-        width: of the photograph, pixels.
-        height: of the photograph, pixels.
+        path: The photograph.
+        expression: The words of the annotator, as published.
+        question: The expression in the reader's question template.
+        target: The box, in pixels of the photograph.
+        width: Width of the photograph in pixels.
+        height: Height of the photograph in pixels.
         category: COCO category of the object.
-        split: of the reference, e.g. "val".
-        image_id: COCO's.
-        ann_id: COCO's, of the object.
-        ref_id: RefCOCOg's, of the object as it was referred to.
-        sent_id: RefCOCOg's, of this expression.
+        split: Split of the reference, e.g. "val".
+        image_id: COCO's id of the photograph.
+        ann_id: COCO's id of the object.
+        ref_id: RefCOCOg's id of the reference to the object.
+        sent_id: RefCOCOg's id of this expression.
         id: "refcocog/<splitBy>/<split>/<sent_id>".
     """
 
@@ -61,10 +61,10 @@ class ReferringExpression:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The photograph, decoded to RGB now.
+        """The photograph, decoded to RGB at each access.
 
         Raises:
-            InputError: the file does not decode, or its size is not the one the annotations give.
+            InputError: the file cannot be decoded, or its size differs from that in the annotations.
         """
         try:
             with Image.open(self.path) as image:
@@ -73,7 +73,7 @@ class ReferringExpression:
             raise InputError(f"cannot decode {self.path}: {error}") from error
         if picture.size != (self.width, self.height):
             raise InputError(
-                f"{self.path} is {picture.width} x {picture.height} px, its annotation says {self.width} x "
+                f"{self.path} is {picture.width} x {picture.height} px, but its annotation has {self.width} x "
                 f"{self.height}: the boxes would be wrong. Use the photographs at their published size"
             )
         return [picture]
@@ -82,23 +82,23 @@ class ReferringExpression:
 class RefCOCOg(Sequence[ReferringExpression]):
     """The published RefCOCOg files: `instances.json`, `refs(<split_by>).p` and the COCO photographs.
 
-    One record an expression, in the order of the file. Boxes join on `ann_id` and are turned from COCO's
-    x, y, width, height into corners. The pickle is read without loading any code. Photographs are found by
-    `instances.json`'s file name, below `images/` or where `images` says; expressions whose photograph is not there
-    are left out, counted in `n_missing`, and reported by one warning.
+    One record for each expression, in the order of the file. Boxes are matched by `ann_id` and converted from COCO's
+    x, y, width, height to corners. The pickle is read without loading any code. Photographs are looked up by the file
+    name in `instances.json`, below `images/` or in `images`; expressions with a missing photograph are left out,
+    counted in `n_missing`, and reported by one warning.
 
     Args:
-        folder: holds `instances.json` and `refs(<split_by>).p`.
+        folder: Folder of `instances.json` and `refs(<split_by>).p`.
         split_by: "umd" (train, val, test with disjoint photographs; the usual one) or "google" (train, val).
         split: "train", "val" or "test"; None for all.
-        max_samples: at most so many expressions.
-        seed: shuffle before cutting to `max_samples`; None keeps the order of the file.
-        question: template with `{expression}`, from which a final period is dropped.
-        images: folder of the photographs, with or without `train2014/` below it.
+        max_samples: Maximum number of expressions.
+        seed: Seed of a shuffle before `max_samples` is applied; None keeps the order of the file.
+        question: Template with `{expression}`, from which a final period is removed.
+        images: Folder of the photographs, with or without `train2014/` below it.
 
     Raises:
-        InputError: a file is missing or not what it should be, the split is unknown, a reference has no annotation,
-            or not one photograph is there.
+        InputError: a file is missing or damaged, the split is unknown, a reference has no annotation, or all
+            photographs are missing.
 
     Examples:
         ```python
@@ -138,9 +138,9 @@ class RefCOCOg(Sequence[ReferringExpression]):
             records += _records(ref, tables, path, split_by, question)
         if not records:
             raise InputError(
-                f"none of the {len(self.missing_images)} photographs of {self.folder} is there, e.g. "
+                f"none of the {len(self.missing_images)} photographs of {self.folder} exists, e.g. "
                 f"{min(self.missing_images, default='(no reference at all)')}. Looked in {finder.where()}; "
-                f"pass images= with the folder that holds train2014/"
+                f"pass images= with the folder that contains train2014/"
             )
         if self.n_missing:
             warnings.warn(self._report(len(records)), stacklevel=2)
@@ -169,14 +169,14 @@ class RefCOCOg(Sequence[ReferringExpression]):
         return f"RefCOCOg({str(self.folder)!r}, {self.split_by!r}, {self.split!r}: {len(self)} expressions{missing})"
 
     def samples(self, model: Prepares) -> Iterator[Sample]:
-        """Each record as the model's own sample, prepared when its turn comes (photographs are large)."""
+        """The samples of a model, one by one: photographs are large."""
         for record in self:
             yield model.prepare(record.question, images=record.images, target=record.target, id=record.id)
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """`instances.json`, by id."""
+    """The tables of `instances.json`, by id."""
 
     file: Path
     images: dict[int, dict[str, Any]]
@@ -186,7 +186,7 @@ class _Tables:
     @classmethod
     def read(cls, file: Path) -> "_Tables":
         if not file.is_file():
-            raise InputError(f"{file} is missing. A RefCOCOg folder holds instances.json and refs(umd).p")
+            raise InputError(f"{file} is missing. A RefCOCOg folder contains instances.json and refs(umd).p")
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             return cls(
@@ -202,14 +202,16 @@ class _Tables:
             ) from error
 
     def image(self, ref: dict[str, Any]) -> dict[str, Any]:
+        """The image of a reference."""
         return self._row(self.images, "image", ref["image_id"], ref, ("file_name", "width", "height"))
 
     def annotation(self, ref: dict[str, Any]) -> dict[str, Any]:
+        """The annotation of a reference."""
         row = self._row(self.annotations, "annotation", ref["ann_id"], ref, ("bbox", "image_id", "category_id"))
         if row["image_id"] != ref["image_id"]:
             raise InputError(
-                f"reference {ref['ref_id']} is about image {ref['image_id']}, its annotation {ref['ann_id']} about "
-                f"image {row['image_id']}: {self.file} and the refs file do not belong together"
+                f"reference {ref['ref_id']} is of image {ref['image_id']}, its annotation {ref['ann_id']} of image "
+                f"{row['image_id']}: {self.file} and the refs file do not belong together"
             )
         return row
 
@@ -220,18 +222,19 @@ class _Tables:
                 f"reference {ref['ref_id']} needs {kind} {key}, which {self.file} does not have: "
                 f"the two files must come from the same release"
             )
-        if lacking := [f for f in fields if f not in row]:
-            raise InputError(f"{kind} {key} of {self.file} lacks {', '.join(lacking)}")
+        if missing := [field for field in fields if field not in row]:
+            raise InputError(f"{kind} {key} of {self.file} has no {', '.join(missing)}")
         return row
 
 
 class _ImageFinder:
-    """Photographs by COCO file name, with or without the folder of their COCO split in between."""
+    """Finds photographs by COCO file name, with or without a folder of their COCO split."""
 
     def __init__(self, folder: Path, images: Path | None) -> None:
         self.roots = [images] if images is not None else [folder / name for name in _IMAGE_FOLDERS]
 
     def find(self, name: str) -> Path | None:
+        """The path of a photograph, or None."""
         split = re.match(r"COCO_([a-z]+\d{4})_", name)
         below = (f"{split[1]}/{name}", name) if split else (name,)
         for root in self.roots:
@@ -241,6 +244,7 @@ class _ImageFinder:
         return None
 
     def where(self) -> str:
+        """The folders that are searched, for a message."""
         return ", ".join(str(root) for root in self.roots)
 
 
@@ -249,24 +253,27 @@ def _read_refs(folder: Path, split_by: str, split: str | None) -> list[dict[str,
         raise InputError(f"{folder} is not a folder. Expected RefCOCOg's: instances.json, refs(umd).p and images/")
     file = folder / f"refs({split_by}).p"
     if not file.is_file():
-        there = sorted(p.name[5:-3] for p in folder.glob("refs(*).p"))
+        available = sorted(p.name[5:-3] for p in folder.glob("refs(*).p"))
         raise InputError(
-            f"{file} is missing. {nearest(split_by, there)} This folder has split_by: {', '.join(there) or 'none'}"
+            f"{file} is missing. {nearest(split_by, available)} This folder has split_by: "
+            f"{', '.join(available) or 'none'}"
         )
     refs = load_plain_pickle(file)
     if not isinstance(refs, list) or not refs:
-        raise InputError(f"{file} should hold a list of references, it holds {type(refs).__name__}")
+        raise InputError(f"{file} should contain a list of references; it contains {type(refs).__name__}")
     for i, ref in enumerate(refs):
-        lacking = [k for k in _REF_KEYS if k not in ref] if isinstance(ref, dict) else _REF_KEYS
-        if lacking:
-            found = f"a {type(ref).__name__} without {', '.join(lacking)}"
-            raise InputError(f"reference {i} of {file} should be a dict with {', '.join(_REF_KEYS)}; it is {found}")
+        missing = [key for key in _REF_KEYS if key not in ref] if isinstance(ref, dict) else _REF_KEYS
+        if missing:
+            raise InputError(
+                f"reference {i} of {file} should be a dict with {', '.join(_REF_KEYS)}; it is a {type(ref).__name__} "
+                f"without {', '.join(missing)}"
+            )
     if split is None:
         return refs
     counts = Counter(str(ref["split"]) for ref in refs)
     if split not in counts:
-        have = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
-        raise InputError(f"{file} has no split {split!r}. It has {have}")
+        available = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
+        raise InputError(f"{file} has no split {split!r}. It has {available}")
     return [ref for ref in refs if ref["split"] == split]
 
 
@@ -302,7 +309,7 @@ def _corners(annotation: dict[str, Any], image: dict[str, Any]) -> Box:
     if len(annotation["bbox"]) != 4:
         raise InputError(f"annotation {annotation['id']}: expected bbox (x, y, w, h), got {annotation['bbox']}")
     x, y, w, h = (float(v) for v in annotation["bbox"])
-    # COCO rounds to 0.01 px, so that x + w can pass the edge by as much
+    # COCO rounds to 0.01 px, so that x + w can exceed the edge by that
     x1, y1 = min(x + w, image["width"]), min(y + h, image["height"])
     x0, y0 = max(x, 0.0), max(y, 0.0)
     if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 <= x0 or y1 <= y0:
@@ -317,6 +324,6 @@ def _check_template(question: str) -> None:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(question) if name is not None]
     except ValueError as error:
-        raise InputError(f"the question template {question!r} does not parse: {error}") from error
+        raise InputError(f"the question template {question!r} cannot be parsed: {error}") from error
     if set(fields) != {"expression"}:
         raise InputError(f"expected a question template with {{expression}} and no other field, got {question!r}")

@@ -170,7 +170,7 @@ def test_photograph_of_another_size(folder):
     file = folder / "images/train2014/COCO_train2014_000000000529.jpg"
     Image.new("RGB", (20, 10)).save(file)
     record = next(r for r in RefCOCOg(folder, "sample", "test") if r.image_id == 529)
-    with pytest.raises(InputError, match=r"is 20 x 10 px, its annotation says \d+ x \d+"):
+    with pytest.raises(InputError, match=r"is 20 x 10 px, but its annotation has \d+ x \d+"):
         record.images
     file.write_bytes(b"not a picture")
     with pytest.raises(InputError, match="cannot decode"):
