@@ -188,7 +188,7 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
 def _mask(spec: dict[str, Any], tensors: dict[str, Tensor]) -> MaskRows:
     dense, padding = (None if spec[k] is None else tensors[spec[k]] for k in ("dense", "padding"))
     window, q_offset, streaming = spec["window"], spec.get("q_offset"), spec.get("streaming")
-    # files of earlier versions have no digest that tells of changed numbers
+    # files of earlier versions have no digest, which would show changed numbers
     if (window is not None and window < 1) or not 0 <= (q_offset or 0) <= spec["kv_length"]:
         raise ValueError(f"a mask over {spec['kv_length']} keys cannot have window={window}, q_offset={q_offset}")
     return MaskRows(

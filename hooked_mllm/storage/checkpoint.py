@@ -14,7 +14,7 @@ from hooked_mllm.storage.files import from_lists, read_bytes, read_json, read_te
 from hooked_mllm.storage.writing import ready
 
 #: characters of a setting that an error shows
-_SHOWN = 60
+_SHOWN = 40
 
 
 class Checkpoint:
