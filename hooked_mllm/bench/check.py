@@ -1,19 +1,21 @@
-"""Outputs are compared before anything is timed.
+"""Compares outputs before anything is timed.
 
-Two comparisons at a short length. In every layer, the variant's attention against softmax written out in float32, on
-the same q, k and v, so that errors cannot hide behind the layers or grow through them. And the model's last hidden
-state against that of the model run on the written-out attention, which also covers compiled blocks. There, rounding
-adds up over layers, so transformers' eager attention says how much of it is usual.
+Two comparisons are made at a short length. In every layer, the variant's attention is compared with a softmax written
+out in float32, on the same q, k and v, so that errors are neither hidden nor amplified by later layers. The last hidden
+state is compared with that of the model with the written-out attention, which also covers compiled blocks. There,
+rounding accumulates over layers; the limit follows from the error of transformers' eager attention.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.backends import implementation
@@ -25,18 +27,25 @@ from hooked_mllm.kernels.hybrid_attention import hybrid_attention
 WITNESS = "hooked_bench_witness"
 #: the relative error allowed in one layer's attention, by dtype
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-#: that of the last hidden state: times what transformers' eager attention has, or times the limit above if that is more
+#: the error allowed in the last hidden state: so many times that of eager attention, or the limit above if that is more
 TIMES_EAGER = 3
 
 
 @dataclass
 class Witness:
-    """Runs an attention implementation beside its definition, and goes on with the definition's result."""
+    """Runs an attention implementation and its definition on the same inputs; the model uses the definition's result.
+
+    Attributes:
+        variant: The variant whose attention is compared.
+        errors: The relative error of each layer.
+    """
 
     variant: Variant
     errors: list[float] = field(default_factory=list)
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         """The attention of one layer."""
         z, _ = implementation(module, self.variant.attention)(module, q, k, v, mask, **kwargs)
         layer: Any = module.layer_idx
@@ -44,74 +53,89 @@ class Witness:
         self.errors.append(relative_error(z, want))
         return want.to(q.dtype), None
 
-    def defined(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Causal attention, written out: `[batch query head d_head]`, float32."""
-        variant, n = self.variant, q.shape[2]
-        j, i = torch.arange(n, device=q.device), torch.arange(n, device=q.device)[:, None]
-        causal = j <= i
-        near = causal & ((j < variant.sink) | (j > i - variant.window))
-        group = q.shape[1] // k.shape[1]
-        dense = range(q.shape[1]) if variant.dense is None else variant.dense.by_layer.get(layer, ())
-        out = torch.empty(q.shape[0], n, q.shape[1], v.shape[3], dtype=torch.float32, device=q.device)
-        for head in range(q.shape[1]):
-            scores = q[:, head].float() @ k[:, head // group].float().transpose(1, 2) * scale
+    def defined(
+        self,
+        layer: int,
+        q: Float[Tensor, "batch head query d_head"],
+        k: Float[Tensor, "batch kv_head query d_head"],
+        v: Float[Tensor, "batch kv_head query d_head"],
+        scale: float,
+    ) -> Float[Tensor, "batch query head d_head"]:
+        """Causal attention, written out in float32, head by head."""
+        variant, n_heads = self.variant, q.shape[1]
+        key = torch.arange(q.shape[2], device=q.device)
+        query = rearrange(key, "query -> query 1")
+        causal = key <= query
+        near = causal & ((key < variant.sink) | (key > query - variant.window))
+        group = n_heads // k.shape[1]
+        dense = range(n_heads) if variant.dense is None else variant.dense.by_layer.get(layer, ())
+        z = []
+        for head in range(n_heads):
+            scores = q[:, head].float() @ k[:, head // group].float().transpose(1, 2) * scale  # [batch query key]
             seen = causal if head in dense else near
-            out[:, :, head] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, head // group].float()
-        return out
+            z.append(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, head // group].float())
+        return torch.stack(z, dim=2)
 
 
-def largest_error(x: Tensor, y: Tensor, rows: int = 1024) -> float:
-    """The largest relative error of any head in any run of queries: a wrong tile is not lost among right ones.
+def largest_error(
+    x: Float[Tensor, "batch head query d_head"], y: Float[Tensor, "batch head query d_head"], rows: int = 1024
+) -> float:
+    """The largest relative error of any head in any chunk of queries, which shows a single wrong tile.
 
     Args:
-        x: `[batch head query d_head]`.
-        y: What it should be, likewise.
-        rows: Queries in a run.
+        x: The output.
+        y: The expected output.
+        rows: Queries of a chunk.
     """
-    worst = 0.0
-    for a, b in zip(x.split(rows, dim=2), y.split(rows, dim=2), strict=True):
-        b = b.double()
-        worst = max(worst, float(((a.double() - b).norm(dim=(2, 3)) / b.norm(dim=(2, 3))).max()))
-    return worst
+    largest = 0.0
+    for output, expected in zip(x.split(rows, dim=2), y.split(rows, dim=2), strict=True):
+        expected = expected.double()
+        errors = (output.double() - expected).norm(dim=(2, 3)) / expected.norm(dim=(2, 3))  # [batch head]
+        largest = max(largest, float(errors.max()))
+    return largest
 
 
-def relative_error(x: Tensor, y: Tensor) -> float:
-    """The norm of the difference over that of y, in float64."""
+def relative_error(x: Float[Tensor, "*axes"], y: Float[Tensor, "*axes"]) -> float:
+    """The norm of the difference divided by the norm of y, in float64."""
     y = y.double()
     return float((x.double() - y).norm() / y.norm())
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """The device of the token embeddings, where inputs go."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
 def check_variants(
-    model: Any, variants: Sequence[Variant], compiled: CompiledBlocks | None, length: int, seed: int = 0
+    model: PreTrainedModel, variants: Sequence[Variant], compiled: CompiledBlocks | None, length: int, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Compare every variant that computes attention with the definition.
 
     Args:
         model: A text decoder.
-        variants: The ways to run it.
+        variants: The variants.
         compiled: Its compiled blocks, for those variants that run them.
-        length: Tokens; longer than sink and window together, or no key is hidden from a streaming head.
-        seed: Of the token ids.
+        length: Number of tokens; more than sink and window together, or streaming heads see every key.
+        seed: Seed of the token ids.
 
     Returns:
-        What was compared: for each variant, its largest error in a layer and that of the last hidden state.
+        For each variant, its largest error in a layer and that of the last hidden state.
 
     Raises:
-        NumericsError: if one of them is wrong.
+        NumericsError: if an error exceeds its limit.
     """
-    place = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(place)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(input_device(model))
     layer_limit = LIMITS[model.dtype]
     eager = Variant("eager", "eager", "eager")
     model_limit = TIMES_EAGER * max(_errors(model, eager, None, tokens)[1], layer_limit)
-    found = []
+    checks = []
     for variant in variants:
         if not variant.exact:
             continue
         in_layer, at_end = _errors(model, variant, compiled, tokens)
-        row = {"variant": variant.name, "length": length, "layer": in_layer, "last_hidden_state": at_end}
-        found.append({**row, "limits": [layer_limit, model_limit]})
+        errors = {"variant": variant.name, "length": length, "layer": in_layer, "last_hidden_state": at_end}
+        checks.append({**errors, "limits": [layer_limit, model_limit]})
         for what, error, limit in (
             ("attention in some layer", in_layer, layer_limit),
             ("the last hidden state", at_end, model_limit),
@@ -121,28 +145,32 @@ def check_variants(
                     f"{variant.title}: {what} differs from the definition by {error:.2g} at {length} tokens (relative; "
                     f"at most {limit:.2g} in {str(model.dtype).removeprefix('torch.')}), so nothing is timed."
                 )
-    return found
+    return checks
 
 
-def check_at_length(model: Any, variants: Sequence[Variant], length: int, seed: int = 0) -> list[dict[str, Any]]:
+def check_at_length(
+    model: PreTrainedModel, variants: Sequence[Variant], length: int, seed: int = 0
+) -> list[dict[str, Any]]:
     """Compare hybrid attention at a timed length with one launch of the kernel, which was compared at the short one.
 
-    Long prompts take another way through the op, dense heads by SDPA on streams of their own. One layer of each
-    variant, that with most dense heads, on random q, k and v. On a GPU; elsewhere all lengths go one way.
+    For long prompts on a GPU, the op computes dense heads by SDPA on separate CUDA streams. Compared is one layer of
+    each variant, that with the most dense heads, on random q, k and v. On other devices nothing is compared: the op
+    does the same at every length.
 
     Raises:
         NumericsError: if they differ.
     """
-    config, found = model.config, []
-    place = model.get_input_embeddings().weight.device
+    config, device = model.config, input_device(model)
     hybrids = {v.attention: v for v in variants if v.dense is not None}
-    if place.type != "cuda" or not hybrids:
-        return found
+    if device.type != "cuda" or not hybrids:
+        return []
+    checks = []
     n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    generator = torch.Generator(place).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     shapes = [(1, length, heads, width) for heads in (n_heads, n_kv, n_kv)]
-    q, k, v = (torch.randn(s, generator=generator, device=place, dtype=model.dtype).transpose(1, 2) for s in shapes)
+    # [batch query head d_head] -> [batch head query d_head], with the strides of transformers' projections
+    q, k, v = (torch.randn(s, generator=generator, device=device, dtype=model.dtype).transpose(1, 2) for s in shapes)
     for variant in hybrids.values():
         assert variant.dense is not None
         dense = max(variant.dense.by_layer.values(), key=len, default=())
@@ -152,30 +180,34 @@ def check_at_length(model: Any, variants: Sequence[Variant], length: int, seed: 
             hybrid_attention(q, k, v, dense, **sizes, implementation="triton"),
         )
         limit = LIMITS[model.dtype]
-        found.append({"variant": variant.name, "length": length, "one_launch": error, "limits": [limit]})
+        checks.append({"variant": variant.name, "length": length, "one_launch": error, "limits": [limit]})
         if not error < limit:
             raise NumericsError(
                 f"{variant.title}: at {length} tokens, hybrid attention differs from one launch of its kernel by "
-                f"{error:.2g} in some head and place (relative; at most {limit:.2g}), so nothing is timed there."
+                f"{error:.2g} in some head and chunk of queries (relative; at most {limit:.2g}), so nothing is timed."
             )
-    return found
+    return checks
 
 
-def _errors(model: Any, variant: Variant, compiled: CompiledBlocks | None, tokens: Tensor) -> tuple[float, float]:
+def _errors(
+    model: PreTrainedModel, variant: Variant, compiled: CompiledBlocks | None, tokens: Int[Tensor, "1 pos"]
+) -> tuple[float, float]:
     """The largest error in a layer, and that of the last hidden state."""
     witness = Witness(variant)
-    with _running(witness) as name, replace(variant, attention=name, compiled=False).on(model):
+    with _active(witness) as name, replace(variant, attention=name, compiled=False).on(model):
         want = model(input_ids=tokens, use_cache=False).last_hidden_state
     with variant.on(model, compiled):
         got = model(input_ids=tokens, use_cache=False).last_hidden_state
     return max(witness.errors), relative_error(got, want)
 
 
+#: the witnesses whose attention is active, the innermost last
 _CURRENT: list[Witness] = []
 
 
 @contextmanager
-def _running(witness: Witness) -> Any:
+def _active(witness: Witness) -> Iterator[str]:
+    """Within it, attention by the name that it returns is that of the witness."""
     _CURRENT.append(witness)
     try:
         yield WITNESS
@@ -188,6 +220,7 @@ def _witness(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _witness_mask(**arguments: Any) -> Any:
+    """The mask of the variant's own attention."""
     build: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(_CURRENT[-1].variant.attention)
     return None if build is None else build(**arguments)
 

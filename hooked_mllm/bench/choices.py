@@ -1,14 +1,15 @@
-"""What a benchmark can run: sizes of text decoders and attention backends, without an import of torch."""
+"""The choices of a benchmark, sizes of text decoders and attention backends, without an import of torch."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
-#: forwards before timing, and timed ones
+#: forward passes before timing, and timed ones
 WARM_UP, RUNS = 2, 5
-#: what `--backends` takes, and what each one is called in tables
+#: the choices of `--backends`, with their titles in tables
 BACKENDS = {
     "cudnn": "cuDNN",
     "flash": "FlashAttention-2",
@@ -35,7 +36,14 @@ class TextSize:
 
     Attributes:
         kind: Its transformers class: the text model of Qwen3-VL, Qwen3 (InternVL3.5) or Qwen2 (LLaVA-OneVision).
-        dense: Numbers of dense heads to try: table 2 of the paper, where it has this model.
+        layers: Number of layers.
+        heads: Query heads per layer.
+        kv_heads: Key-value heads per layer.
+        d_head: Width of a head.
+        hidden: Width of the residual stream.
+        mlp: Width of the MLP's hidden layer.
+        vocabulary: Number of tokens.
+        dense: Default numbers of dense heads: those of table 2 of the paper, if it contains this model.
     """
 
     kind: Literal["qwen3_vl", "qwen3", "qwen2"]
@@ -48,12 +56,12 @@ class TextSize:
     vocabulary: int
     dense: tuple[int, ...]
 
-    def config(self) -> Any:
+    def config(self) -> "PreTrainedConfig":
         """The transformers configuration."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
         more: dict[str, Any] = {"head_dim": self.d_head}
         if self.kind == "qwen2":
-            more = {}  # d_head is hidden / heads there
+            more = {}  # it has no setting: d_head is hidden / heads
         if self.kind == "qwen3_vl":
             half = self.d_head // 2
             side = half * 20 // 64
@@ -85,7 +93,7 @@ class TextSize:
         return getattr(transformers, configuration), getattr(transformers, model)
 
 
-#: arXiv:2606.05843 has no InternVL3.5; it is tried with the numbers of Qwen3-VL-8B, whose shape it shares
+#: arXiv:2606.05843 has no InternVL3.5; its numbers of dense heads are those of Qwen3-VL-8B, which has the same shape
 SIZES: dict[str, TextSize] = {
     "qwen3-vl-8b": TextSize("qwen3_vl", 36, 32, 8, 128, 4096, 12288, 151936, (20, 30, 50, 100, 150, 250)),
     "qwen3-vl-32b": TextSize("qwen3_vl", 64, 64, 8, 128, 5120, 25600, 151936, (50, 100, 150, 200, 250, 300)),

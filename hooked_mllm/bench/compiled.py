@@ -1,25 +1,28 @@
-"""Everything but attention, compiled: what is left of prefill once attention is cheap.
+"""Compiles everything but attention, which dominates prefill once attention is cheap.
 
-Without attention's N x N, a decoder block at long context is matrix products, which run at the card's rate, and
-elementwise steps (norms, rotary position encoding, the MLP's activation, residual sums), each of which reads and writes
-whole activations. `torch.compile` joins the latter into few passes over memory.
+Without attention's N x N, a decoder block at long context consists of matrix products, which run at the GPU's peak
+rate, and elementwise steps (norms, rotary position encoding, the MLP's activation, residual sums), each of which reads
+and writes whole activations. `torch.compile` fuses the latter into few passes over memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.backends import implementation
+from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, UnsupportedModelError
 
-#: the attention implementation of compiled blocks: the model's own, called between two compiled pieces
+#: a backend of `torch.compile`: its name, or a function of a graph and its inputs
+CompileBackend = str | Callable[..., Any]
+#: the attention implementation of compiled blocks: it calls the model's own between two compiled pieces
 OUTSIDE = "outside_graph"
-#: what that is, by the identity of the configuration
+#: the model's own attention implementation, by the identity of the configuration
 _BASES: dict[int, str] = {}
 _MISSING: Any = object()
 
@@ -40,53 +43,59 @@ AttentionInterface.register(OUTSIDE, _outside)
 AttentionMaskInterface.register(OUTSIDE, _outside_mask)
 
 
-def text_backbone(model: Any) -> Any:
+def text_backbone(model: nn.Module | Model) -> PreTrainedModel:
     """The text decoder of a transformers model or a HookedMLLM: it has `embed_tokens`, `layers` and `norm`.
 
     Raises:
         UnsupportedModelError: if there is none.
     """
-    found: Any = getattr(model, "hf_model", model)
-    if not hasattr(found, "layers") and hasattr(found, "get_decoder"):
-        found = found.get_decoder()
-    if not isinstance(getattr(found, "layers", None), nn.ModuleList) or not hasattr(found, "embed_tokens"):
+    decoder: Any = getattr(model, "hf_model", model)
+    if not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):
+        decoder = decoder.get_decoder()
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "embed_tokens"):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no text decoder with `embed_tokens` and `layers`; expected a transformers "
-            "decoder such as Qwen3Model, a model that holds one, or a HookedMLLM."
+            "decoder such as Qwen3Model, a model that contains one, or a HookedMLLM."
         )
-    return found
+    return decoder
 
 
 class CompiledBlocks:
-    """The decoder blocks of one model, compiled while the context is entered; it may be entered again and again.
+    """A context manager that compiles the decoder blocks of one model; it may be entered repeatedly.
+
+    Args:
+        model: A model, as of `compile_blocks`, and the arguments that follow.
+        backend: Backend of `torch.compile`.
+        dynamic: Whether `torch.compile` treats lengths as dynamic.
 
     Attributes:
         text: The text decoder.
     """
 
-    def __init__(self, model: Any, *, backend: Any = "inductor", dynamic: bool | None = True) -> None:
+    def __init__(
+        self, model: nn.Module | Model, *, backend: CompileBackend = "inductor", dynamic: bool | None = True
+    ) -> None:
         self.text = text_backbone(model)
         self._stack: ExitStack | None = None
-        self._patches: list[tuple[nn.Module, str, Any]] = []
-        for block in self.text.layers:
+        self._patches: list[tuple[nn.Module, str, object]] = []
+        for block in cast(nn.ModuleList, self.text.layers):
             if any(p.is_meta for p in block.parameters()):
                 raise UnsupportedModelError(
                     "Blocks whose weights are offloaded cannot be compiled: give every layer a GPU in device_map."
                 )
-            # accelerate keeps a module's own forward there and moves inputs around it
-            hooked = [m for m in block.modules() if hasattr(m, "_hf_hook")]
-            forward = "_old_forward" if block in hooked else "forward"
-            own = getattr(block, forward)
-            self._patches.append((block, forward, torch.compile(own, backend=backend, dynamic=dynamic)))
-            # inside a block, nothing moves any more
-            self._patches += [(m, "forward", m._old_forward) for m in hooked if m is not block]
+            # accelerate moves inputs in a forward of its own and keeps the module's as `_old_forward`
+            hooked = [module for module in block.modules() if hasattr(module, "_hf_hook")]
+            name = "_old_forward" if block in hooked else "forward"
+            self._patches.append((block, name, torch.compile(getattr(block, name), backend=backend, dynamic=dynamic)))
+            # inputs are moved at the block, so modules inside it run their own forward
+            self._patches += [(module, "forward", module._old_forward) for module in hooked if module is not block]
 
     def __enter__(self) -> "CompiledBlocks":
         config = self.text.config
         if config._attn_implementation == OUTSIDE:
-            raise InputError("The blocks of this model run compiled already.")
+            raise InputError("The blocks of this model are compiled already.")
         with ExitStack() as stack:
-            # beyond the limit, torch would quietly run uncompiled
+            # at the limit, torch would otherwise run uncompiled without an error
             limits = {"recompile_limit": 32, "fail_on_recompile_limit_hit": True}
             stack.enter_context(torch._dynamo.config.patch(limits))
             stack.enter_context(_outside_graph(config))
@@ -102,24 +111,27 @@ class CompiledBlocks:
         stack.close()
 
 
-def compile_blocks(model: Any, *, backend: Any = "inductor", dynamic: bool | None = True) -> CompiledBlocks:
-    """The decoder blocks of a model, to be run compiled: norms, projections, rotary encoding, MLP and residual sums.
+def compile_blocks(
+    model: nn.Module | Model, *, backend: CompileBackend = "inductor", dynamic: bool | None = True
+) -> CompiledBlocks:
+    """Compile the decoder blocks of a model: norms, projections, rotary encoding, MLP and residual sums.
 
-    Attention stays outside of the compiled code: it runs as whatever implementation the model is set to, between two
-    compiled pieces, so that any implementation works (SDPA pinned to a kernel, hybrid attention with other heads in
-    every layer). All blocks share the code of one. Results differ from uncompiled ones by rounding: joined steps keep
-    float32 where the model rounds in between.
+    Attention is not compiled. The implementation that the model is set to runs between two compiled pieces, so that any
+    is supported (SDPA pinned to a kernel, hybrid attention with different heads in every layer). All blocks share one
+    compiled code. Results differ from uncompiled ones by rounding: fused steps keep float32 where the model rounds in
+    between.
 
     It is meant for plain forward passes: hooks on modules inside a block slow it down or are compiled in.
 
     Args:
-        model: A transformers decoder (the text model of Qwen3-VL, Qwen3, Qwen2 and others built alike), a model that
-            holds one, or a HookedMLLM.
-        backend: Of `torch.compile`.
-        dynamic: Of `torch.compile`; True compiles once for all lengths, None once for the first and once for others.
+        model: A transformers decoder (the text model of Qwen3-VL, Qwen3, Qwen2 and others of the same structure), a
+            model that contains one, or a HookedMLLM.
+        backend: Backend of `torch.compile`.
+        dynamic: The argument of `torch.compile`: True compiles once for all lengths, None once for the first length and
+            once for others.
 
     Returns:
-        A context manager; within it the blocks run compiled. It may be entered again, and then compiles nothing anew.
+        A context manager; within it the blocks run compiled. Entered again, it compiles nothing again.
 
     Raises:
         UnsupportedModelError: for a model without a text decoder, or with offloaded weights.
@@ -138,7 +150,8 @@ def compile_blocks(model: Any, *, backend: Any = "inductor", dynamic: bool | Non
 
 
 @contextmanager
-def _outside_graph(config: Any) -> Iterator[None]:
+def _outside_graph(config: PreTrainedConfig) -> Iterator[None]:
+    """Within it, the model's own attention implementation is called outside the compiled pieces."""
     base = config._attn_implementation or "eager"
     _BASES[id(config)] = base
     config._attn_implementation = OUTSIDE
@@ -149,7 +162,7 @@ def _outside_graph(config: Any) -> Iterator[None]:
         del _BASES[id(config)]
 
 
-def _restore(module: nn.Module, name: str, value: Any) -> None:
+def _restore(module: nn.Module, name: str, value: object) -> None:
     if value is _MISSING:
         delattr(module, name)
     else:

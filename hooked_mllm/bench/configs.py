@@ -1,11 +1,20 @@
-"""Text decoders of published sizes with random weights: what a forward pass costs does not depend on the weights."""
+"""Text decoders of published sizes with random weights: the time of a forward pass does not depend on the weights."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
+from transformers import PreTrainedModel
 
 from hooked_mllm.bench.choices import SIZES, TextSize
 from hooked_mllm.errors import InputError, nearest
+
+#: the device of each module, by name
+Devices = dict[str, str | int | torch.device]
+if TYPE_CHECKING:
+    #: how accelerate spreads layers over GPUs
+    DeviceMap = Literal["auto", "balanced"]
+else:  # at run time a plain string, checked by the command line
+    DeviceMap = str
 
 
 def random_text_model(
@@ -13,17 +22,17 @@ def random_text_model(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
-    device_map: str | None = None,
+    device_map: DeviceMap | None = None,
     seed: int = 0,
-) -> Any:
-    """A transformers text decoder of a published size with random weights, made where they stay.
+) -> PreTrainedModel:
+    """A transformers text decoder of a published size with random weights, which are initialized on their device.
 
     Args:
-        size: A name of `SIZES`, or a size of your own.
-        dtype: Of the weights.
-        device: Where the model is made.
+        size: A name of `SIZES`, or a custom size.
+        dtype: Dtype of the weights.
+        device: Device of the weights.
         device_map: "auto" or "balanced": spread the layers over all GPUs instead (needs `accelerate`).
-        seed: Of the weights.
+        seed: Seed of the weights.
 
     Raises:
         InputError: for an unknown name.
@@ -38,9 +47,9 @@ def random_text_model(
             raise InputError(f"No size {size!r}; expected one of {', '.join(SIZES)}. {nearest(size, SIZES)}".rstrip())
         size = SIZES[size]
     model = size.empty(dtype)
-    places: dict[str, Any] = {"": device} if device_map is None else _spread(model, dtype)
-    for name, place in places.items():
-        model.get_submodule(name).to_empty(device=place)
+    devices: Devices = {"": device} if device_map is None else _balanced_devices(model, dtype)
+    for name, module_device in devices.items():
+        model.get_submodule(name).to_empty(device=module_device)
     for name, parameter in model.named_parameters():
         generator = torch.Generator(parameter.device).manual_seed(seed)
         seed += 1
@@ -49,18 +58,18 @@ def random_text_model(
                 parameter.fill_(1.0)
             else:
                 parameter.normal_(std=0.02, generator=generator)
-    place = places["rotary_emb" if "rotary_emb" in places else ""]
-    model.rotary_emb = type(model.rotary_emb)(model.config).to(place)  # its buffers are no weights
+    # the buffers of the rotary encoding are computed, not drawn
+    model.rotary_emb = type(model.rotary_emb)(model.config).to(devices["rotary_emb" if "rotary_emb" in devices else ""])
     model = model.eval().requires_grad_(False)
     if device_map is not None:
         from accelerate import dispatch_model
 
-        model = dispatch_model(model, device_map=places)
+        model = cast(PreTrainedModel, dispatch_model(model, device_map=devices))
     return model
 
 
-def _spread(model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Which device each part goes to: layers whole, weights even."""
+def _balanced_devices(model: PreTrainedModel, dtype: torch.dtype) -> Devices:
+    """The device of each module: whole layers, with weights spread evenly."""
     try:
         from accelerate import infer_auto_device_map
         from accelerate.utils import get_balanced_memory
@@ -68,7 +77,7 @@ def _spread(model: Any, dtype: torch.dtype) -> dict[str, Any]:
         raise InputError("--device-map needs accelerate: pip install 'hooked-mllm[accelerate]'") from error
     whole: list[str] = list(model._no_split_modules or ())
     memory = get_balanced_memory(model, dtype=dtype, no_split_module_classes=whole)
-    places = dict(infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=whole))
-    if "disk" in places.values() or ("cpu" in places.values() and torch.cuda.is_available()):
-        raise InputError("The weights do not fit the GPUs that are here.")
-    return places
+    devices = dict(infer_auto_device_map(model, max_memory=memory, dtype=dtype, no_split_module_classes=whole))
+    if "disk" in devices.values() or ("cpu" in devices.values() and torch.cuda.is_available()):
+        raise InputError("The weights do not fit into the memory of the available GPUs.")
+    return devices

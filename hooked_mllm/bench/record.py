@@ -1,4 +1,4 @@
-"""What a prefill benchmark found, on disk: every raw time and what it was measured on."""
+"""The record of a prefill benchmark on disk: every raw time, settings, versions and hardware."""
 
 import platform
 import statistics
@@ -20,17 +20,17 @@ KIND = "hooked_mllm prefill benchmark"
 
 @dataclass
 class Cell:
-    """One variant at one length.
+    """The times of one variant at one length.
 
     Attributes:
-        context: Tokens.
-        variant: Its key.
-        ms: Milliseconds of every timed forward.
-        failed: Why there are none, such as "out of memory".
-        peak_gib: The most memory allocated on the fullest GPU, weights included.
-        added_gib: How much of that the forward pass added.
-        first_s: Seconds of the first warm-up forward: compilation is in it.
-        session: Which run of the command measured it, from 0; only cells of one session took turns.
+        context: Number of tokens.
+        variant: Key of the variant.
+        ms: Milliseconds of every timed forward pass.
+        failed: The reason why there are none, such as "out of memory".
+        peak_gib: Peak of the memory allocated on the fullest GPU, weights included.
+        added_gib: The part of that which the forward pass allocated.
+        first_s: Seconds of the first warm-up forward pass, compilation included.
+        session: Number of the run of the command, from 0; variants are interleaved within a session only.
     """
 
     context: int
@@ -44,12 +44,12 @@ class Cell:
 
     @property
     def mean(self) -> float:
-        """The arithmetic mean of the timed forwards."""
+        """The arithmetic mean of the timed forward passes."""
         return statistics.fmean(self.ms)
 
     @property
     def spread(self) -> float:
-        """The standard deviation over the timed forwards."""
+        """The standard deviation over the timed forward passes."""
         return statistics.stdev(self.ms) if len(self.ms) > 1 else 0.0
 
 
@@ -58,10 +58,10 @@ class PrefillRecord:
     """Times of variants at lengths.
 
     Args:
-        settings: What was asked for; a record is continued only under the same settings.
-        sessions: Versions, devices and command of every run that added to it.
-        titles: Variant -> its name in tables.
-        checks: What was compared before timing.
+        settings: Settings of the benchmark; a record is continued only under the same settings.
+        sessions: Versions, devices and command of every run that added cells.
+        titles: Variant -> its title in tables.
+        checks: The comparisons made before timing.
         cells: The times.
     """
 
@@ -72,7 +72,7 @@ class PrefillRecord:
     cells: list[Cell] = field(default_factory=list)
 
     def cell(self, context: int, variant: str) -> Cell | None:
-        """What is known of a variant at a length."""
+        """The cell of a variant at a length; None if it was not measured."""
         return next((c for c in self.cells if (c.context, c.variant) == (context, variant)), None)
 
     @property
@@ -82,21 +82,21 @@ class PrefillRecord:
 
     @property
     def base(self) -> str:
-        """The variant that others are compared with: cuDNN, or SDPA where it was not timed."""
+        """The variant that others are compared with: cuDNN, or SDPA if cuDNN was not timed."""
         return "cudnn" if "cudnn" in self.titles else "sdpa"
 
     def times(self, variant: str) -> dict[int, list[float]]:
-        """The timed forwards of a variant, by length; lengths at which it failed are left out."""
+        """Milliseconds of the timed forward passes of a variant, by length; lengths at which it failed are left out."""
         cells = (self.cell(context, variant) for context in self.contexts)
         return {cell.context: cell.ms for cell in cells if cell is not None and cell.ms}
 
     def speedup(self, context: int, variant: str, base: str) -> float | None:
-        """Mean time of `base` over that of `variant`; None if one of them is not there."""
-        one, other = self.cell(context, variant), self.cell(context, base)
-        return other.mean / one.mean if one and other and one.ms and other.ms else None
+        """Mean time of `base` divided by that of `variant`; None if one of them was not timed."""
+        cell, base_cell = self.cell(context, variant), self.cell(context, base)
+        return base_cell.mean / cell.mean if cell and base_cell and cell.ms and base_cell.ms else None
 
     def add(self, cells: Sequence[Cell]) -> None:
-        """Take up finished cells."""
+        """Add finished cells."""
         self.cells.extend(cells)
         self.cells.sort(key=lambda cell: cell.context)
 
@@ -121,21 +121,21 @@ class PrefillRecord:
             return cls(**{**content, "cells": [Cell(**cell) for cell in content["cells"]]})
 
     def continued(self, settings: Mapping[str, Any]) -> "PrefillRecord":
-        """This record, to be added to under `settings`.
+        """This record with `settings` added, so that cells can be added.
 
         Raises:
-            InputError: if they are others than its own.
+            InputError: if they contradict its own.
         """
         shared = (settings.keys() & self.settings.keys()) - {"heads"}
-        other = sorted(key for key in shared if self.settings[key] != settings[key])
-        heads, more = self.settings.get("heads", {}), settings.get("heads", {})
-        other += [f"{k} dense heads" for k in heads if k in more and heads[k] != more[k]]
-        if other:
+        changed = sorted(key for key in shared if self.settings[key] != settings[key])
+        heads, new_heads = self.settings.get("heads", {}), settings.get("heads", {})
+        changed += [f"{k} dense heads" for k in heads if k in new_heads and heads[k] != new_heads[k]]
+        if changed:
             raise InputError(
-                f"The record that is there was made under other settings ({', '.join(other)}), so it cannot be "
-                "continued: give another --out, or the same settings."
+                f"The existing record has other settings ({', '.join(changed)}), so it cannot be continued: give "
+                "another --out, or the same settings."
             )
-        self.settings = {**settings, **self.settings, "heads": {**heads, **more}}
+        self.settings = {**settings, **self.settings, "heads": {**heads, **new_heads}}
         return self
 
 
@@ -155,7 +155,7 @@ def provenance(devices: Sequence[torch.device]) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Of a package that not every platform has."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

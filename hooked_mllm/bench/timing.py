@@ -1,19 +1,18 @@
-"""One forward pass against the clock."""
+"""Time and memory of one forward pass."""
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 
 def used_devices(model: torch.nn.Module) -> list[torch.device]:
     """The devices of a model's parameters, in order of appearance."""
-    return list(dict.fromkeys(p.device for p in model.parameters()))
+    return list(dict.fromkeys(parameter.device for parameter in model.parameters()))
 
 
 def clock_name(devices: Sequence[torch.device]) -> str:
-    """How `milliseconds` reads time on these devices."""
+    """The clock that `milliseconds` uses on these devices."""
     if devices[0].type == "cuda" and len(devices) == 1:
         return "CUDA events"
     return "perf_counter, all devices synchronised"
@@ -26,11 +25,11 @@ def synchronise(devices: Sequence[torch.device]) -> None:
             torch.cuda.synchronize(device)
 
 
-def milliseconds(run: Callable[[], Any], devices: Sequence[torch.device]) -> float:
+def milliseconds(run: Callable[[], object], devices: Sequence[torch.device]) -> float:
     """The time of one call, synchronised before and after.
 
-    By CUDA events on one GPU. On several, an event sees one stream of one GPU, so the host's clock is read instead, as
-    on a CPU.
+    By CUDA events on one GPU. An event measures one stream of one GPU, so on several GPUs, as on a CPU, the host's
+    clock is used.
     """
     synchronise(devices)
     if devices[0].type == "cuda" and len(devices) == 1:
@@ -48,14 +47,17 @@ def milliseconds(run: Callable[[], Any], devices: Sequence[torch.device]) -> flo
 
 
 def failure(error: RuntimeError) -> str | None:
-    """Why a variant cannot be timed, if that is no reason to stop: no memory, or no kernel in a pinned backend."""
+    """The reason why a variant cannot be timed: no memory, or no kernel in a pinned backend; None for other errors."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return "no such kernel" if "No available kernel" in str(error) else None
 
 
-def peak_memory(run: Callable[[], Any], devices: Sequence[torch.device]) -> tuple[float, float] | None:
-    """Run once; the most GiB that were allocated on the fullest GPU, and how much of it the run added."""
+def peak_memory(run: Callable[[], object], devices: Sequence[torch.device]) -> tuple[float, float] | None:
+    """Run once; the largest number of GiB allocated on the fullest GPU, and how many of them the run added.
+
+    None without a GPU.
+    """
     gpus = [device for device in devices if device.type == "cuda"]
     if not gpus:
         run()
