@@ -27,6 +27,9 @@ CASES = {
     "sink beyond the sequence": dict(batch=1, heads=4, kv=2, queries=4, keys=50, streaming=((), 99, 2)),
     "forty heads": dict(batch=1, heads=36, kv=4, queries=2, keys=33, layers=1, streaming=((33, 35), 2, 4)),
 }
+if GPU:
+    CASES["1000"] = dict(batch=2, heads=8, kv=2, queries=64, keys=1000, padded=True, uneven=True)
+    CASES["1023"] = dict(batch=1, heads=8, kv=2, queries=64, keys=1023, streaming=((0, 5), 64, 200))
 
 
 @pytest.mark.parametrize("case", CASES)
