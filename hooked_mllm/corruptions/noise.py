@@ -18,8 +18,8 @@ class ImageNoise(Corruption):
 
     Args:
         std: Standard deviation, in pixel values of 0 to 255.
-        region: Where: None for all pictures whole, "target", or a region or several.
-        seed: Which noise. Samples with other questions or pictures get other noise from one seed.
+        region: The pixels to change: None for all pictures whole, "target", or a region or several.
+        seed: Seed of the noise. Samples with other questions or pictures get other noise from one seed.
 
     Raises:
         InputError: for a std that is not positive, or a seed that is no integer from 0.

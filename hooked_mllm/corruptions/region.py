@@ -1,4 +1,4 @@
-"""Corruptions that take away what a region shows: BlurRegion and MeanRegion."""
+"""BlurRegion and MeanRegion: corruptions that remove the content of a region."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from hooked_mllm.corruptions.pixels import Where, check_where, describe_where, e
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Sample
 
-#: a Gaussian is cut off at so many standard deviations
+#: standard deviations at which the Gaussian is cut off
 REACH = 4.0
 
 
@@ -18,12 +18,12 @@ class BlurRegion(Corruption):
     r"""Blur the target's pixels with a Gaussian; all other pixels stay.
 
     The picture is convolved with $e^{-(x^2 + y^2) / 2 \sigma^2}$, its edges repeated outwards, and the region takes the
-    result: what it shows is smeared, and what surrounds it bleeds in.
+    result, in which its surroundings are mixed in at the border.
 
     Args:
         sigma: Standard deviation, in pixels of the original.
-        region: What is blurred: "target", a region or several, or None for all pictures whole. Of a video, `Frames` and
-            `Tube` blur the frames that they hold.
+        region: The pixels to blur: "target", a region or several, or None for all pictures whole. Of a video, `Frames`
+            and `Tube` blur the frames that they hold.
 
     Raises:
         InputError: for a sigma that is not positive; when called, for a sample without a target.
@@ -52,7 +52,7 @@ class BlurRegion(Corruption):
 
     def _blur(self, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
         reach = int(REACH * self.sigma + 0.5)
-        # no more of a large picture than the blur can see
+        # of a large picture only the part that the result depends on
         window = tuple(slice(max(0, a - reach), b + reach) for a, b in (_extent(mask.any(1)), _extent(mask.any(0))))
         out = pixels.copy()
         out[window] = gaussian_filter(pixels[window], (self.sigma, self.sigma, 0), mode="nearest", truncate=REACH)
@@ -67,11 +67,11 @@ def _extent(flags: Any) -> tuple[int, int]:
 class MeanRegion(Corruption):
     """Replace the target's pixels by one colour, the mean of the rest of the picture; all other pixels stay.
 
-    The mean of the region itself would keep some of what it shows. Where the region is the whole picture there is no
+    The mean of the region itself would keep some of its content. Where the region is the whole picture there is no
     rest, and the colour is the picture's own mean. Of a video, each frame has its own.
 
     Args:
-        region: What is replaced: "target", a region or several, or None for all pictures whole.
+        region: The pixels to replace: "target", a region or several, or None for all pictures whole.
         of: "rest" for the mean of the pixels outside the region, "region" for that of those inside.
 
     Raises:
@@ -89,7 +89,7 @@ class MeanRegion(Corruption):
 
     def __init__(self, region: Where = "target", of: str = "rest") -> None:
         if of not in ("rest", "region"):
-            raise InputError(f"of is 'rest' or 'region': whose mean colour the region takes; got {of!r}.")
+            raise InputError(f"of is 'rest' or 'region', the pixels whose mean colour is taken; got {of!r}.")
         self.region, self.of = check_where(region), of
 
     def describe(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.families.base import Family
@@ -140,7 +141,7 @@ class MappingMasks:
 
     inputs: Mapping[str, Any]
     family: Family
-    config: Any
+    config: PreTrainedConfig
 
     def __call__(self, kind: TokenKind) -> Bool[Tensor, "batch pos"]:
         """The mask of one kind, on the device of the inputs.

@@ -17,7 +17,7 @@ from hooked_mllm.families.base import Family
 from hooked_mllm.inputs import images as pictures
 from hooked_mllm.inputs import video as clips
 from hooked_mllm.inputs.images import Images
-from hooked_mllm.inputs.prompt import ChatTemplate, Tokenizer, check_text, refuse_special, render, token_spans
+from hooked_mllm.inputs.prompt import ChatTemplate, Tokenizer, check_special, check_text, render, token_spans
 from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, Target, is_per_token
 from hooked_mllm.inputs.video import Number, Video, Videos
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
@@ -251,8 +251,8 @@ class Preparer:
         for name, text in (("system prompt", system), ("answer", answer)):
             if text is not None:
                 check_text(name, text)
-        refuse_special(question, "question", self.tokenizer, placeholders)
-        refuse_special(system or "", "system prompt", self.tokenizer, placeholders)
+        check_special(question, "question", self.tokenizer, placeholders)
+        check_special(system or "", "system prompt", self.tokenizer, placeholders)
 
     def _process(
         self, text: str, shown: Sequence[Image.Image], films: Sequence[Video], kwargs: Mapping[str, Any]

@@ -134,7 +134,7 @@ def check_text(what: str, text: Any) -> None:
         raise InputError(f"The {what} is empty: give a text with one visible character at least.")
 
 
-def refuse_special(text: str, what: str, tokenizer: Tokenizer, placeholders: Sequence[str] = ()) -> None:
+def check_special(text: str, what: str, tokenizer: Tokenizer, placeholders: Sequence[str] = ()) -> None:
     """Reject a text that holds a special token, which would change the prompt's meaning.
 
     Args:

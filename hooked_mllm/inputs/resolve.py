@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.families.base import Family
@@ -259,7 +260,9 @@ class ResolvedInput:
             )
 
 
-def resolve_input(source: ModelInput, family: Family, config: Any, device: torch.device | str | None) -> ResolvedInput:
+def resolve_input(
+    source: ModelInput, family: Family, config: PreTrainedConfig, device: torch.device | str | None
+) -> ResolvedInput:
     """Check one model input and move it to the model's device.
 
     Args:
@@ -299,7 +302,7 @@ def check_maker(source: Sample | SampleBatch, family: Family) -> None:
             )
 
 
-def check_mapping(inputs: dict[str, Any], family: Family, config: Any) -> None:
+def check_mapping(inputs: dict[str, Any], family: Family, config: PreTrainedConfig) -> None:
     """Reject a mapping that the model would take and get wrong.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class _Held(NamedTuple):
 
 
 def named_queries(metrics: Iterable[Any]) -> tuple[str, ...] | None:
-    """The query tokens whose rows the metrics read, if all of them say so in an attribute `queries`."""
+    """The query tokens whose rows the metrics read, if all of them name theirs in an attribute `queries`."""
     names: dict[str, None] = {}
     for metric in metrics:
         queries = getattr(metric, "queries", None)
@@ -61,9 +62,9 @@ def named_queries(metrics: Iterable[Any]) -> tuple[str, ...] | None:
 
 
 class _Collector:
-    """Holds back q and k of consecutive layers and hands them to the metrics as one view.
+    """Collects q and k of consecutive layers, and passes them to the metrics as one view.
 
-    Of q only the rows that the metrics read, where they name them.
+    Of q it keeps only the rows that the metrics read, where these name them.
     """
 
     def __init__(self, metrics: Sequence[Metric], n_layers: int, inputs: ResolvedInput, group_bytes: int) -> None:
@@ -72,7 +73,7 @@ class _Collector:
         self.held: list[_Held] = []
         self.views: list[AttentionView] = []
         self._bytes = self._each = 0
-        #: the residual stream entering a layer, where a metric asks for it
+        #: the residual stream entering a layer, where a metric reads it
         self.residual: dict[int, Tensor] = {}
         self._selections: dict[torch.device, Selections] = {}  # resolved once a sample, for they may wait for a device
         self._chosen: list[tuple[str, QuerySelection]] | None = None
@@ -159,6 +160,25 @@ def fingerprint(inputs: ModelInput) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass
+class _Facts:
+    """What is known of the samples that were measured, for the provenance of results."""
+
+    ids: list[str] = field(default_factory=list)
+    templates: set[str] = field(default_factory=set)
+    #: batches with a shared prefix, by whether it was run once
+    prefixes: dict[str, int] = field(default_factory=lambda: {"reused": 0, "whole": 0})
+
+    def add(self, inputs: ResolvedInput) -> None:
+        self.ids += [name for name in inputs.ids if name is not None]
+        self.templates |= {sample.template for sample in inputs.samples if sample.template}
+
+    def provenance(self) -> dict[str, Any]:
+        facts = {"sample_ids": self.ids, "templates": sorted(self.templates)}
+        facts |= {"shared_prefix": self.prefixes} if any(self.prefixes.values()) else {}
+        return {name: value for name, value in facts.items() if value}
+
+
 def measure(
     model: Model,
     samples: ModelInputs,
@@ -170,36 +190,23 @@ def measure(
     group_bytes: int = GROUP_BYTES,
 ) -> Any:
     """Score attention heads over samples; see `HookedMLLM.measure`."""
-    several = not _is_metric(metrics) and isinstance(metrics, Sequence)
-    chosen: list[Metric] = list(metrics) if several else [metrics]  # type: ignore[arg-type,list-item]
-    if not chosen or not all(map(_is_metric, chosen)):
-        raise InputError(
-            f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of "
-            "your own subclasses metrics.HeadMetric."
-        )
+    metric_list = _metric_list(metrics)
     sources, total = each_sample(samples), sample_count(samples)
-    for metric in chosen:
+    for metric in metric_list:
         metric.setup(model.info)
-    state = MeasureCheckpoint(checkpoint, chosen, {} if checkpoint is None else identity_of(model))
+    state = MeasureCheckpoint(checkpoint, metric_list, {} if checkpoint is None else identity_of(model))
     state.load()
-    skip, ids, templates, seen = list(state.done), [], set(), 0
-    prefix = {"reused": 0, "whole": 0}
+    measured, facts, count = list(state.done), _Facts(), 0
     pending: list[AttentionView] = []
     bar = tqdm(total=total, desc="measuring heads", unit="sample", disable=not progress)
     try:
         for number, source in enumerate(sources):
-            seen = number + 1
+            count = number + 1
             name = fingerprint(source) if checkpoint is not None else ""
-            shared = source if isinstance(source, SharedPrefix) else None
-            if shared is not None and reasons_to_run_whole(model, shared, chosen):
-                shared = None
-            if shared is not None:
-                check_maker(shared, model.family)
-            inputs = model.resolve(source) if shared is None else shared.resolved(model.device)
-            ids += [i for i in inputs.ids if i is not None]
-            templates |= {sample.template for sample in inputs.samples if sample.template}
-            if number < len(skip):
-                if skip[number] != name:
+            inputs, shared = _resolved(model, source, metric_list)
+            facts.add(inputs)
+            if number < len(measured):
+                if measured[number] != name:
                     raise CacheFileError(
                         f"{checkpoint} has sample {number} with other contents than this run: it is the checkpoint "
                         "of another data set or order."
@@ -207,13 +214,13 @@ def measure(
                 bar.update()
                 continue
             if isinstance(source, SharedPrefix):
-                prefix["whole" if shared is None else "reused"] += 1
-            views = _one(model, inputs, chosen, group_bytes, shared)
+                facts.prefixes["whole" if shared is None else "reused"] += 1
+            views = _one(model, inputs, metric_list, group_bytes, shared)
             _check(pending)  # one sample late, so that the device is never waited for in between
             pending = views
             state.finished(name)
             bar.update()
-            if checkpoint is not None and (number + 1) % save_every == 0:
+            if checkpoint is not None and count % save_every == 0:
                 _check(pending)
                 state.save()
         _check(pending)
@@ -223,21 +230,38 @@ def measure(
         raise
     finally:
         bar.close()
-    if seen < len(skip):
+    if count < len(measured):
         raise CacheFileError(
-            f"{checkpoint} holds {len(skip)} samples; this run has {seen}: it is the checkpoint of a larger data "
+            f"{checkpoint} holds {len(measured)} samples; this run has {count}: it is the checkpoint of a larger data "
             "set. Use another file."
         )
     if not state.done:
         raise no_sample("measure")
     state.save()
-    results = [metric.compute() for metric in chosen]
+    results = [metric.compute() for metric in metric_list]
     for result in results:
         if isinstance(result, HeadScores):
-            runs = prefix if any(prefix.values()) else None
-            facts = {"sample_ids": ids, "templates": sorted(templates), "shared_prefix": runs}
-            result.provenance.update({k: v for k, v in facts.items() if v})
-    return results if several else results[0]
+            result.provenance.update(facts.provenance())
+    return results[0] if _is_metric(metrics) else results
+
+
+def _metric_list(metrics: Any) -> list[Metric]:
+    several = not _is_metric(metrics) and isinstance(metrics, Sequence)
+    metric_list: list[Any] = list(metrics) if several else [metrics]
+    if not metric_list or not all(map(_is_metric, metric_list)):
+        raise InputError(
+            f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of "
+            "your own subclasses metrics.HeadMetric."
+        )
+    return metric_list
+
+
+def _resolved(model: Model, source: ModelInput, metrics: Sequence[Metric]) -> tuple[ResolvedInput, SharedPrefix | None]:
+    """An input on the model's device; and the batch itself, if its shared prefix can be run once."""
+    if isinstance(source, SharedPrefix) and not reasons_to_run_whole(model, source, metrics):
+        check_maker(source, model.family)
+        return source.resolved(model.device), source
+    return model.resolve(source), None
 
 
 def _check(views: list[AttentionView]) -> None:
@@ -257,13 +281,13 @@ def _one(
     collector = _Collector(metrics, model.cfg.n_layers, inputs, group_bytes)
     sites = model.wiring.text
     taken = []
-    hung = []
+    residual_hooks = []
     try:
         if shared is not None:
             run_shared(model, shared, collector)
             return collector.views
         if any(getattr(metric, "needs_residual", False) for metric in metrics):
-            hung = model.registry.attach("blocks.*.hook_resid_pre", collector.keep_residual, reads_only=True)
+            residual_hooks = model.registry.attach("blocks.*.hook_resid_pre", collector.keep_residual, reads_only=True)
         for site in sites:
             site.add_tap(collector)
             taken.append(site)
@@ -276,5 +300,5 @@ def _one(
     finally:
         for site in taken:
             site.remove_tap(collector)
-        model.registry.detach(hung)
+        model.registry.detach(residual_hooks)
     return collector.views

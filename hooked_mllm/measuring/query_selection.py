@@ -99,8 +99,8 @@ class QuerySelection:
         """
         if self.lowest < first:
             raise InputError(
-                f"Some of the {self.label} query tokens stand before position {first}, in a shared prefix of which "
-                "only the keys were kept. Name the query tokens in the metric's attribute `queries`, or measure on "
+                f"Some of the {self.label} query tokens lie before position {first}, in a shared prefix of which only "
+                "the keys were kept. Name the query tokens in the metric's attribute `queries`, or measure on "
                 "plain batches (for NullQuery, reuse_prefix=False)."
             )
 

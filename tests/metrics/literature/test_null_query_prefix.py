@@ -187,7 +187,7 @@ def test_metrics_that_read_the_prefix_run_whole(family):
     model.measure(pair, untold, progress=False)
     compare(untold, family, pair.samples)
     told_wrong = Rows("text", told="question")
-    with pytest.raises(InputError, match="'text' query tokens stand before position"):
+    with pytest.raises(InputError, match="'text' query tokens lie before position"):
         model.measure(pair, told_wrong, progress=False)
     assert not any(site.taps for site in model.wiring.text)
     sink = Rows()
