@@ -106,7 +106,7 @@ def missing(name: str, present: Mapping[str, object], key: object) -> HookNameEr
     Args:
         name: The full name.
         present: What the cache holds.
-        key: The key that was asked for.
+        key: The key that was read.
     """
     asked = "" if key == name else f" (asked as {key!r})"
     return HookNameError(

@@ -156,11 +156,11 @@ class Family(ABC):
 
     @abstractmethod
     def visual_items(
-        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         """The pixels of every visual token of one sample, one `VisualItem` per image or video in prompt order."""
 
-    def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
+    def vision_patches(self, item: VisualItem, config: Any) -> Patches:
         """The pixels of every position of the vision tower, for one image or video, in the order of the tower.
 
         Raises:

@@ -23,7 +23,7 @@ class HookedConfig:
         d_mlp: Width of the MLP's hidden layer.
         d_vocab: Size of the vocabulary (rows of the unembedding).
         n_deepstack: Blocks after which visual features are added.
-        vision_n_layers: Blocks of the vision tower whose output the language model sees.
+        vision_n_layers: Blocks of the vision tower on the way to the language model.
         vision_n_heads, vision_d_model, vision_d_head: The same of the vision tower.
     """
 

@@ -99,11 +99,11 @@ class InternVL(Family):
         return share_out([1] * tiles, [per_tile] * tiles, counts_of(inputs["input_ids"], config.image_token_id))
 
     def visual_items(
-        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         patch = model_config.vision_config.patch_size
         patch = patch if isinstance(patch, int) else patch[0]
-        cell = patch / model_config.downsample_ratio  # pixels of a tile that one token sees, each way
+        cell = patch / model_config.downsample_ratio  # width and height of one token in pixels of its tile
         lengths = _run_lengths(inputs["input_ids"], model_config.image_token_id)
         images, videos = split_media(media)
         n_runs = len(images) + sum(m.n_frames for m in videos)
@@ -146,7 +146,7 @@ class InternVL(Family):
 
 
 def _views(
-    media: ImageMedia, tiles: int, n: int, cell: float | int, side: int, processor: Any, index: int
+    media: ImageMedia, tiles: int, n: int, cell: float | int, side: int, processor: object, index: int
 ) -> list[tuple[View, Float[np.ndarray, "_ 4"]]]:
     """The tiles of an image row by row, then its thumbnail; a single tile is the whole image."""
     whole = grid_boxes(patch_cells(n, cell, side, media.width), patch_cells(n, cell, side, media.height))
@@ -184,7 +184,7 @@ def _run_lengths(input_ids: Int[Tensor, "..."], token: int) -> list[int]:
     return ((edge == -1).nonzero() - (edge == 1).nonzero())[:, 0].tolist()
 
 
-def _tile_side(config: PreTrainedConfig, processor: Any, part: str) -> int:
+def _tile_side(config: PreTrainedConfig, processor: object, part: str) -> int:
     """Width and height of a tile in pixels: the processor's setting, or else the tower's."""
     size = getattr(getattr(processor, part, None), "size", None)
     if size is not None:

@@ -107,12 +107,12 @@ class LlavaOnevision(Family):
             videos, frames = inputs["pixel_values_videos"].shape[:2]
             placeholders = counts_of(tokens, config.video_token_id)
             each = sum(placeholders) // videos
-            rows = share_out([frames] * videos, [each] * videos, placeholders, start)
-            out = [a + b for a, b in zip(out, rows, strict=True)]
+            ranges = share_out([frames] * videos, [each] * videos, placeholders, start)
+            out = [a + b for a, b in zip(out, ranges, strict=True)]
         return out
 
     def visual_items(
-        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         vision = model_config.vision_config
         side, patch = vision.image_size, vision.patch_size
@@ -230,14 +230,14 @@ def _highres(media: ImageMedia, config: PreTrainedConfig) -> Boxes:
     """The tiled grid without its padding, row by row, with a newline token at the end of each row."""
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
     n, width, height, canvas = side // patch, media.width, media.height, _Canvas.of(media, config)
-    rows, cols = canvas.height // side * n, canvas.width // side * n
+    n_rows, n_cols = canvas.height // side * n, canvas.width // side * n
     # the model removes padding in whole patches, so a remaining patch may cover padding only
     cut_x = cut_y = 0
-    if width / height > cols / rows:
-        cut_y = (rows - int(round(height * (cols / width), 7))) // 2
+    if width / height > n_cols / n_rows:
+        cut_y = (n_rows - int(round(height * (n_cols / width), 7))) // 2
     else:
-        cut_x = (cols - int(round(width * (rows / height), 7))) // 2
-    kept_w, kept_h = cols - 2 * cut_x, rows - 2 * cut_y
+        cut_x = (n_cols - int(round(width * (n_rows / height), 7))) // 2
+    kept_w, kept_h = n_cols - 2 * cut_x, n_rows - 2 * cut_y
     out_w, out_h = kept_w, kept_h
     most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(kept_h * kept_w / (most * n**2))

@@ -106,13 +106,13 @@ class Qwen3VL(Family):
                 continue
             patches = grid.prod(1).tolist()
             units = [n // config.vision_config.spatial_merge_size**2 for n in patches]
-            rows = share_out(patches, units, counts_of(tokens, token), start)
-            out = [a + b for a, b in zip(out, rows, strict=True)]
+            ranges = share_out(patches, units, counts_of(tokens, token), start)
+            out = [a + b for a, b in zip(out, ranges, strict=True)]
             start += sum(patches)
         return out
 
     def visual_items(
-        self, model_config: PreTrainedConfig, processor: Any, inputs: dict[str, Tensor], media: Media
+        self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
         vision = model_config.vision_config
         merge, per_step = vision.spatial_merge_size, vision.temporal_patch_size

@@ -1,12 +1,12 @@
-"""Which position of a vision tower sees what: the layout of its activations, for one sample."""
+"""VisionLayout: the pixels of each position of a vision tower's activations, for one sample."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.families.base import Family
@@ -14,7 +14,7 @@ from hooked_mllm.layout.find import find_item, find_view
 from hooked_mllm.layout.items import Patches, View, VisualItem
 from hooked_mllm.layout.kinds import Kind
 from hooked_mllm.layout.layout import TokenLayout
-from hooked_mllm.layout.regions import Number
+from hooked_mllm.layout.regions import Number, RegionInput
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class VisionLayout:
 
     Attributes:
         layout: A `TokenLayout` of them, row after row.
-        tile: The number of the tile that a position lies in, among those of its image; -1 elsewhere.
+        tile: Number of the tile of each position, among those of its image; -1 outside of tiles.
         shape: Rows and positions of an activation.
     """
 
@@ -32,14 +32,21 @@ class VisionLayout:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, family: Family, config: Any, layout: TokenLayout) -> "VisionLayout":
-        """The positions that make the visual tokens of a sample.
+    def of(cls, family: Family, config: PreTrainedConfig, layout: TokenLayout) -> "VisionLayout":
+        """The positions from which the visual tokens of a sample are computed.
+
+        Args:
+            family: The model's family.
+            config: The model's configuration.
+            layout: The token layout of the sample.
 
         Raises:
-            LayoutError: for a sample without pictures.
+            LayoutError: For a sample without images and videos.
         """
         if not layout.items:
-            raise LayoutError("This input has no image and no video: its vision tower does not run.")
+            raise LayoutError(
+                "This input has no image and no video, so its vision tower does not run: pass a sample with one."
+            )
         patches = [family.vision_patches(item, config) for item in layout.items]
         items = tuple(_item(i, p) for i, p in zip(layout.items, patches, strict=True))
         number = np.repeat(np.arange(len(items), dtype=np.int32), [len(i) for i in items])
@@ -58,7 +65,7 @@ class VisionLayout:
 
     def select(
         self,
-        region: Any = None,
+        region: RegionInput | None = None,
         *,
         image: int | None = None,
         video: int | None = None,
@@ -66,38 +73,39 @@ class VisionLayout:
         tile: int | None = None,
         min_overlap: Number = 0.0,
     ) -> Bool[Tensor, "row pos"]:
-        """Positions by what they see; see `HookedMLLM.vision_positions`."""
+        """A mask of positions by the pixels that they cover; see `HookedMLLM.vision_positions`."""
         layout = self.layout
-        found = layout.pixels if region is None else layout.region(region, image, video, min_overlap)
-        chosen = range(len(layout.items))
+        mask = layout.pixels if region is None else layout.region(region, image, video, min_overlap)  # [pos]
+        items = range(len(layout.items))
         if image is not None or video is not None:
-            chosen = [find_item(layout.items, image, video)]
-            found = found & (layout.item == chosen[0])
+            items = [find_item(layout.items, image, video)]
+            mask = mask & (layout.item == items[0])
         if view is not None:
-            named = [i for i in chosen if (layout.items[i].views == View.__members__.get(view.upper(), -1)).any()]
-            found = found & (layout.view == find_view(layout.items[(named or chosen)[0]], view))
+            with_view = [i for i in items if (layout.items[i].views == View.__members__.get(view.upper(), -1)).any()]
+            mask = mask & (layout.view == find_view(layout.items[(with_view or items)[0]], view))
         if tile is not None:
-            inside = torch.isin(layout.item, torch.tensor([*chosen]))
-            count = int(self.tile[inside].max()) + 1
+            of_items = torch.isin(layout.item, torch.tensor([*items]))
+            count = int(self.tile[of_items].max()) + 1
             if not 0 <= tile < count:
                 have = f"they have tiles 0 to {count - 1}" if count else "they are not cut into tiles"
-                names = ", ".join(layout.items[i].name for i in chosen)
+                names = ", ".join(layout.items[i].name for i in items)
                 raise LayoutError(f"There is no tile {tile} in {names}: {have}.")
-            found = found & (self.tile == tile)
-        if not found.any():
+            mask = mask & (self.tile == tile)
+        if not mask.any():
             raise LayoutError(f"No position of the vision tower sees {region!r} in {view=}, {tile=}.")
-        return found.reshape(self.shape)
+        return mask.reshape(self.shape)  # [pos] -> [row pos]
 
 
 def _item(item: VisualItem, patches: Patches) -> VisualItem:
-    """An image or video with the tower's positions in place of its tokens."""
+    """An image or video of which the tower's positions replace the tokens."""
     width = patches.boxes.shape[1]
-    boxes = patches.boxes.reshape(-1, 4)
+    boxes = patches.boxes.reshape(-1, 4)  # [row pos 4] -> [row * pos 4]
     views = np.where(np.isnan(boxes[:, 0]), np.int8(View.NONE), patches.views.repeat(width))
     frames = patches.frames.repeat(width, axis=0)
     return VisualItem(item.kind, item.index, item.width, item.height, boxes, frames, views, item.times_s)
 
 
 def _tiles(patches: Patches) -> Int[np.ndarray, " pos"]:
+    """The number of the tile of each position."""
     tiled = np.isin(patches.views, (View.TILE, View.HIGHRES))
     return np.where(tiled, tiled.cumsum() - 1, -1).repeat(patches.boxes.shape[1])

@@ -4,7 +4,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from hooked_mllm.errors import HookNameError, HookValueError, nearest
 from hooked_mllm.hooks.point import Clock, Direction, Directions, Handle, HookFunction, HookPoint
@@ -16,9 +16,18 @@ if TYPE_CHECKING:
     NameFilter = NameSelector | Iterable[NameSelector] | None
     #: pairs of a name filter and a hook, as `run_with_hooks` takes them
     HookList = Iterable[tuple[NameFilter, HookFunction]]
-else:  # wider at run time, so that other values reach the checks whose errors say what is expected
+else:  # wider at run time, so that other values reach the checks whose errors state what is expected
     NameFilter = str | re.Pattern[str] | Callable[[str], bool] | HookPoint | Iterable[Any] | None
     HookList = Iterable[Any]
+
+
+class HookOptions(TypedDict, total=False):
+    """The options of `HookPoint.add_hook`, which describes them."""
+
+    is_permanent: bool
+    level: int | None
+    prepend: bool
+    reads_only: bool
 
 
 class HookRegistry:
@@ -146,7 +155,7 @@ class HookRegistry:
     # -- adding and removing ---------------------------------------------------------------------------------------
 
     def attach(
-        self, names: NameFilter, fn: HookFunction, dir: Direction = "fwd", **how: Any
+        self, names: NameFilter, fn: HookFunction, dir: Direction = "fwd", **how: Unpack[HookOptions]
     ) -> list[tuple[HookPoint, Handle]]:
         """Register a hook on every selected point; after an error on none of them.
 

@@ -117,7 +117,7 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
     PointSpec(
         "hook_embed",
         STREAM,
-        "token embeddings, the visual features in their places",
+        "token embeddings, with the visual features at visual positions",
         part="language_model",
         side="input",
         argument="inputs_embeds",

@@ -5,7 +5,7 @@ A hook point with `carrier="computed"` in the table is served by the class that 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 from einops import rearrange
 from jaxtyping import Float
@@ -104,7 +104,7 @@ class HeadResults(Access):
 
     def put(self, call: Call, value: Float[Tensor, "batch pos head d_model"]) -> None:
         """Let the projection return the sum over heads, plus its bias."""
-        out, bias = value.sum(-2), cast(Any, call.module).bias  # [batch pos d_model]
+        out, bias = value.sum(-2), cast(Tensor | None, call.module.bias)  # [batch pos d_model], [d_model]
         call.set_main(remove_batch_axis(out if bias is None else out + bias, self.packed))
 
 

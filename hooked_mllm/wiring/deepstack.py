@@ -95,7 +95,7 @@ class DeepStackFeatures(Access):
             HookValueError: If `value` is not zero at a position without visual token.
         """
         features, mask = self.deepstack.features, self.deepstack.mask
-        assert features is not None and mask is not None  # `get` found them
+        assert features is not None and mask is not None  # `get` returned a value
         mask = mask.to(value.device)
         if bool((value[~mask] != 0).any()):
             raise HookValueError(

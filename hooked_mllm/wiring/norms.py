@@ -1,13 +1,21 @@
 """`hook_scale` and `hook_normalized` of RMSNorm and LayerNorm, in TransformerLens's names."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_mllm.hooks.module_hook import Call
+
+
+class RMSNorm(Protocol):
+    """An RMSNorm of transformers."""
+
+    variance_epsilon: float
+    weight: Tensor
+
 
 Wide = Float[Tensor, "*axes d_model"]
 Scale = Float[Tensor, "*axes 1"]
@@ -19,13 +27,13 @@ def centred(norm: nn.Module, x: Wide) -> Wide:
     return x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x
 
 
-def scale_of(norm: Any, x: Wide) -> Scale:
+def scale_of(norm: nn.Module, x: Wide) -> Scale:
     r"""$\sqrt{\overline{x^2} + \epsilon}$ of the centred input, in float32."""
-    eps = norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon
-    return torch.sqrt(centred(norm, x).pow(2).mean(-1, keepdim=True) + eps)
+    eps = norm.eps if isinstance(norm, nn.LayerNorm) else cast(RMSNorm, norm).variance_epsilon
+    return torch.sqrt(centred(norm, x).pow(2).mean(-1, keepdim=True) + eps)  # [*axes d_model] -> [*axes 1]
 
 
-def affine(norm: Any, normalized: Wide) -> Wide:
+def affine(norm: nn.Module, normalized: Wide) -> Wide:
     """The normalised input times the norm's gain, plus its bias, in the input's dtype."""
     if isinstance(norm, nn.LayerNorm):
         out = normalized.float()
@@ -34,7 +42,7 @@ def affine(norm: Any, normalized: Wide) -> Wide:
         if norm.bias is not None:
             out = out + norm.bias.float()
         return out.to(normalized.dtype)
-    return norm.weight * normalized
+    return cast(RMSNorm, norm).weight * normalized
 
 
 def get_scale(call: Call) -> Scale:
