@@ -15,7 +15,7 @@ from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.wiring.model import Wiring
 
 #: positions of each sample, -1 where a sample has fewer than the others
-Index: TypeAlias = Int[Tensor, "batch n"]
+Index: TypeAlias = Int[Tensor, "batch _"]
 
 
 @dataclass
