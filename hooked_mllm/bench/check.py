@@ -22,6 +22,7 @@ from hooked_mllm.attention.backends import implementation
 from hooked_mllm.bench.compiled import CompiledBlocks
 from hooked_mllm.bench.variants import Variant
 from hooked_mllm.errors import NumericsError
+from hooked_mllm.families.parts import decoder_sizes
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
 
 WITNESS = "hooked_bench_witness"
@@ -160,15 +161,15 @@ def check_at_length(
     Raises:
         NumericsError: if they differ.
     """
-    config, device = model.config, input_device(model)
+    device = input_device(model)
     hybrids = {v.attention: v for v in variants if v.dense is not None}
     if device.type != "cuda" or not hybrids:
         return []
     checks = []
-    n_heads, n_kv = config.num_attention_heads, config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    decoder = decoder_sizes(model.config)
     generator = torch.Generator(device).manual_seed(seed)
-    shapes = [(1, length, heads, width) for heads in (n_heads, n_kv, n_kv)]
+    n_kv = decoder.n_key_value_heads
+    shapes = [(1, length, heads, decoder.d_head) for heads in (decoder.n_heads, n_kv, n_kv)]
     # [batch query head d_head] -> [batch head query d_head], with the strides of transformers' projections
     q, k, v = (torch.randn(s, generator=generator, device=device, dtype=model.dtype).transpose(1, 2) for s in shapes)
     for variant in hybrids.values():

@@ -54,8 +54,7 @@ class Trunk:
         handles = []
 
         def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            trunk.features = list(kwargs.get("deepstack_visual_embeds") or ())
-            trunk.visual = kwargs.get("visual_pos_masks")
+            trunk.features, trunk.visual = family.deepstack_of(kwargs)
 
         def keep(residual: Tensor) -> None:
             # a hook may edit the stream in place: what is kept must not be what it is handed
