@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from helpers.hook_points_page import check_axes
-from helpers.tiny import ALL_FAMILIES, tiny_config
+from helpers.tiny import ALL_FAMILIES
 from helpers.wrapped import fresh, wrapped
 from hooked_mllm import HookedMLLM
-from hooked_mllm.errors import UnsupportedModelError
 from hooked_mllm.families import BlockParts, Qwen3VL, TowerParts, register
-from hooked_mllm.families.parts import decoder_sizes, projection_sizes
 from hooked_mllm.families.registry import FAMILIES
 
 IMAGE, HIDDEN, TOWER = 5, 48, 32
@@ -117,15 +115,6 @@ def test_sizes_are_the_shapes_of_the_modules(name):
     assert o.weight.shape == (cfg.vision_d_model, cfg.vision_n_heads * cfg.vision_d_head)
 
 
-def test_a_head_dim_is_read_where_the_configuration_has_one():
-    config = tiny_config("qwen3_vl").text_config
-    assert decoder_sizes(config).d_head == 8
-    config.head_dim = 24
-    assert decoder_sizes(config).d_head == 24
-    without = Qwen2Config(hidden_size=48, num_attention_heads=4, num_key_value_heads=2)
-    assert decoder_sizes(without).d_head == 12
-
-
 def test_a_tower_with_an_adapted_projection_has_the_same_sizes():
     class Adapted(torch.nn.Module):
         def __init__(self, base):
@@ -139,15 +128,3 @@ def test_a_tower_with_an_adapted_projection_has_the_same_sizes():
     attention = hf.model.vision_tower.encoder.layers[0].self_attn
     attention.out_proj = Adapted(attention.out_proj)
     assert HookedMLLM.from_model(hf, check=False).cfg == wrapped("llava_onevision").cfg
-
-
-def test_a_projection_that_states_no_size_is_an_error_that_says_what_to_do():
-    with pytest.raises(UnsupportedModelError, match="Identity does not state in_features.*override the sizes"):
-        projection_sizes(torch.nn.Identity())
-
-
-def test_a_block_needs_q_k_and_v_or_qkv():
-    names = dict(ln1="a", attn="b", o="c", ln2="d", mlp="e", mlp_in="f", mlp_out="g")
-    with pytest.raises(UnsupportedModelError, match=r"q, k and v, or qkv.*v=None\. Name the modules"):
-        BlockParts(**names, q="q", k="k")
-    assert BlockParts(**names, qkv="qkv").q is None
