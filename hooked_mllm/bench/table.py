@@ -1,11 +1,11 @@
-"""Prefill times as text: one table a length, ratios beside the ceiling."""
+"""Prefill times as text: one table a length, ratios next to the ceiling."""
 
 from hooked_mllm.bench.record import Cell, PrefillRecord
+from hooked_mllm.display.text import text_table
 
-_HEADER = (
-    f"{'variant':<38}{'mean ms':>11}{'sd':>8}{'x cuDNN':>9}{'x FA2':>8}{'ceiling':>9}{'peak GiB':>10}{'first s':>9}"
-)
-_NO_CUDNN = (f"{'x cuDNN':>9}{'x FA2':>8}", f"{'x SDPA':>9}{'':>8}")
+_HEADER = ("variant", "mean ms", "sd", "x cuDNN", "x FA2", "ceiling", "peak GiB", "first s")
+_NO_CUDNN = ("variant", "mean ms", "sd", "x SDPA", "", "ceiling", "peak GiB", "first s")
+_WIDTHS = (38, 9, 6, 7, 6, 7, 8, 7)
 
 
 def table(record: PrefillRecord) -> str:
@@ -23,17 +23,18 @@ def table(record: PrefillRecord) -> str:
     for context in record.contexts:
         cells = [cell for cell in record.cells if cell.context == context]
         base = record.base
-        lines += ["", f"{context:,} tokens", _HEADER if base == "cudnn" else _HEADER.replace(*_NO_CUDNN)]
-        lines += [_row(record, cell, base) for cell in cells]
+        header = _HEADER if base == "cudnn" else _NO_CUDNN
+        table_lines = [header, *(_line(record, cell, base) for cell in cells)]
+        lines += ["", f"{context:,} tokens", text_table(table_lines, align="<>>>>>>>", least=_WIDTHS)]
         if len({cell.session for cell in cells}) > 1:
             lines.append("(rows of several runs of the command: these did not take turns)")
     return "\n".join(lines)
 
 
-def _row(record: PrefillRecord, cell: Cell, base: str) -> str:
+def _line(record: PrefillRecord, cell: Cell, base: str) -> tuple[str, ...]:
     title = record.titles[cell.variant]
     if cell.failed is not None:
-        return f"{title:<38}{cell.failed:>19}"
+        return title, cell.failed, *[""] * 6
     removed = "removed-compiled" if cell.variant.endswith("-compiled") else "removed"
     ratios = (
         record.speedup(cell.context, cell.variant, base),
@@ -43,6 +44,4 @@ def _row(record: PrefillRecord, cell: Cell, base: str) -> str:
     texts = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
     peak = "" if cell.peak_gib is None else f"{cell.peak_gib:.1f}"
     first = "" if cell.first_s is None else f"{cell.first_s:.1f}"
-    return (
-        f"{title:<38}{cell.mean:>11.1f}{cell.spread:>8.1f}{texts[0]:>9}{texts[1]:>8}{texts[2]:>9}{peak:>10}{first:>9}"
-    )
+    return title, f"{cell.mean:.1f}", f"{cell.spread:.1f}", *texts, peak, first

@@ -1,21 +1,24 @@
 """ActivationCache: the activations of one run by name, patterns computed when they are read."""
 
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.cache.describe import describe
+from hooked_mllm.cache.completion import Key, key_completions
 from hooked_mllm.cache.files import CacheFields, load_fields, save_fields
 from hooked_mllm.cache.keys import full_name, missing
 from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, take, value_of
 from hooked_mllm.cache.logit_tools import LogitTools
 from hooked_mllm.cache.slicing import restacked, vision_slice
 from hooked_mllm.contracts import Model
+from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.text import human_bytes, number_runs, text_table
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
 from hooked_mllm.families.base import Rows
+from hooked_mllm.hooks.table import split_name
 from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, resolve_positions
 
 
@@ -123,16 +126,45 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         """Names and activations; patterns are computed one by one as they are reached."""
         return ItemsView(self)
 
-    def __repr__(self) -> str:
-        return describe(self._entries, self.nbytes)
-
     @property
     def nbytes(self) -> int:
         """Bytes held, each storage counted once."""
-        storages = {
-            s.data_ptr(): s.nbytes() for e in self._entries.values() for t in parts_of(e) for s in [t.untyped_storage()]
-        }
-        return sum(storages.values())
+        return held_bytes(self._entries.values())
+
+    # -- display ---------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        lines = text_table([("", *line) for line in self._overview()]) if self._entries else ""
+        return f"{self._title()}\n{lines}".rstrip()
+
+    def _repr_html_(self) -> str:
+        return html_block(self._title(), self._html_table())
+
+    def _html_table(self) -> str:
+        header = ("activation", "blocks", "shape", "dtype", "held")
+        return html_table(self._overview(), header, align="<<<<>", named=True)
+
+    def _title(self) -> str:
+        return f"{type(self).__name__}: {len(self)} activations, {human_bytes(self.nbytes)}"
+
+    def _overview(self) -> list[tuple[str, str, str, str, str]]:
+        """Name, blocks, shape, dtype and bytes of each kind of activation."""
+        layers: dict[tuple[str, str, str], list[int]] = {}
+        held: dict[tuple[str, str, str], int] = {}
+        for name, entry in self._entries.items():
+            layer = split_name(name)[1]
+            label = name if layer is None else name.replace(f"blocks.{layer}.", "blocks.*.", 1)
+            dtype = "float32, when read" if isinstance(entry, LazyPattern) else str(entry.dtype).removeprefix("torch.")
+            kind = (label, str(list(entry.shape)), dtype)
+            layers.setdefault(kind, []).extend([] if layer is None else [layer])
+            held[kind] = held.get(kind, 0) + sum(t.nbytes for t in parts_of(entry))
+        return [
+            (kind[0], f"blocks {number_runs(blocks)}" if blocks else "", kind[1], kind[2], human_bytes(held[kind]))
+            for kind, blocks in layers.items()
+        ]
+
+    def _ipython_key_completions_(self) -> list[Key]:
+        return key_completions(self._entries)
 
     # -- patterns --------------------------------------------------------------------------------------------------
 
@@ -312,3 +344,9 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             vision_rows=self.vision_rows,
             packed_vision=self.packed_vision,
         )
+
+
+def held_bytes(entries: Iterable[Entry]) -> int:
+    """Bytes of the tensors of entries, each storage counted once."""
+    storages = [tensor.untyped_storage() for entry in entries for tensor in parts_of(entry)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.cache.activation_cache import ActivationCache
-from hooked_mllm.cache.describe import human_bytes
+from hooked_mllm.cache.activation_cache import ActivationCache, held_bytes
+from hooked_mllm.cache.completion import Key, key_completions
 from hooked_mllm.cache.files import load_fields, save_fields
-from hooked_mllm.cache.lazy import LazyPattern, parts_of, value_of
+from hooked_mllm.cache.lazy import LazyPattern, value_of
 from hooked_mllm.contracts import Model
+from hooked_mllm.display.blocks import html_block
+from hooked_mllm.display.text import human_bytes
+from hooked_mllm.hooks.table import is_quadratic
 
 
 class GenerationCache:
@@ -48,7 +51,7 @@ class GenerationCache:
         first = self.steps[0].entry(key)
         name = self.steps[0].name_of(key)
         parts = [s.entry(key) for s in self.steps if key in s]
-        if isinstance(first, LazyPattern) or name.endswith(("hook_pattern", "hook_attn_scores")):
+        if isinstance(first, LazyPattern) or is_quadratic(name):
             rows = [value_of(p) for p in parts]
             width = max(r.shape[-1] for r in rows)
             fill = float("-inf") if name.endswith("scores") else 0.0
@@ -62,24 +65,19 @@ class GenerationCache:
     @property
     def nbytes(self) -> int:
         """Bytes held over all steps, each storage counted once."""
-        storages = {
-            s.data_ptr(): s.nbytes()
-            for step in self.steps
-            for entry in step._entries.values()
-            for t in parts_of(entry)
-            for s in [t.untyped_storage()]
-        }
-        return sum(storages.values())
+        return held_bytes(entry for step in self.steps for entry in step._entries.values())
 
     def __repr__(self) -> str:
-        lines = repr(self.steps[0]).splitlines()
-        return "\n".join(
-            [
-                f"GenerationCache: prefill and {len(self.steps) - 1} decoding steps, {human_bytes(self.nbytes)}",
-                "prefill:",
-                *lines,
-            ]
-        )
+        return f"{self._title()}\nprefill:\n{self.steps[0]!r}"
+
+    def _repr_html_(self) -> str:
+        return html_block(self._title(), self.steps[0]._html_table(), note="activations of the prefill:")
+
+    def _title(self) -> str:
+        return f"GenerationCache: prefill and {len(self.steps) - 1} decoding steps, {human_bytes(self.nbytes)}"
+
+    def _ipython_key_completions_(self) -> list[Key]:
+        return key_completions(self.steps[0])
 
     def save(self, path: Any) -> None:
         """Write all steps to one safetensors file, what they share once.

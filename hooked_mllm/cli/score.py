@@ -12,8 +12,9 @@ from hooked_mllm import metrics, plots
 from hooked_mllm.cli.arguments import DATA_FORMS, METRICS, device_and_dtype
 from hooked_mllm.cli.files import folder, loading_bar
 from hooked_mllm.datasets import RefCOCOg
+from hooked_mllm.display.text import shortened
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.heads import HeadScores, HeadSet, head_name
 from hooked_mllm.model.hooked_mllm import HookedMLLM
 from hooked_mllm.storage import write_figure
 from hooked_mllm.toys import VisualRetrieval, bundled
@@ -71,8 +72,8 @@ def _overlay(model: HookedMLLM, sample: Any, scores: HeadScores, top: HeadSet) -
     panels = {}
     for layer, head in top:
         rows = cache.pattern(layer, queries="question", heads=head)
-        panels[f"L{layer}H{head}  {scores[layer, head]:.3f}"] = rows[0, 0].mean(0)
-    return plots.overlay_grid(sample, panels, title=_shortened(sample.question))
+        panels[f"{head_name(layer, head)}  {scores[layer, head]:.3f}"] = rows[0, 0].mean(0)
+    return plots.overlay_grid(sample, panels, title=shortened(sample.question))
 
 
 def _summary(scores: HeadScores, top: HeadSet, source: Source) -> str:
@@ -116,8 +117,3 @@ def _refcocog_parts(rest: str) -> tuple[str, str, str]:
         raise InputError(f"--data refcocog:{rest} is not a folder, and not FOLDER:SPLIT_BY:SPLIT either")
     folder, split_by, split = parts + ["umd", "val"][len(parts) - 1 :]
     return folder, split_by, split
-
-
-def _shortened(text: str, limit: int = 80) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

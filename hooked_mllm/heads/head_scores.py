@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_mllm.display.head_names import head_name, whole_number
+from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.head_names import head_name, head_names, whole_number
+from hooked_mllm.display.heat import html_heat
+from hooked_mllm.display.text import number_runs, text_table
 from hooked_mllm.errors import HeadError, InputError, NumericsError
 from hooked_mllm.heads.arithmetic import Arithmetic
 from hooked_mllm.heads.concentration import rho_half
@@ -196,11 +199,12 @@ class HeadScores(Arithmetic, Grouping):
 
     def table(self, k: int = 10) -> str:
         """The top `k` heads (all, if there are fewer) as text, one line each: rank, head, score."""
+        return text_table([("rank", "head", self.name), *self._ranked(k)], align="><<", least=(4, 8))
+
+    def _ranked(self, k: int) -> list[tuple[int, str, str]]:
+        """Rank, name and score of the top `k` heads."""
         heads = self.ranking[:k]
-        lines = [f"{'rank':>4}  {'head':<8}  {self.name}"]
-        for rank, head in enumerate(heads, start=1):
-            lines.append(f"{rank:>4}  {head_name(*head):<8}  {self[head]:.6g}")
-        return "\n".join(lines)
+        return [(rank, head_name(*head), f"{self[head]:.6g}") for rank, head in enumerate(heads, start=1)]
 
     def plot(
         self,
@@ -288,6 +292,18 @@ class HeadScores(Arithmetic, Grouping):
         best = ", ".join(f"{head_name(*head)} {self[head]:.3g}" for head in heads)
         missing = f", missing layers {list(self.missing)}" if self.missing else ""
         return f"HeadScores({self.name}, {self._size()} layers x heads{missing}, top: {best})"
+
+    def _repr_html_(self) -> str:
+        layers, heads = ([f"{letter}{i}" for i in range(n)] for letter, n in zip("LH", self.shape, strict=True))
+        return html_block(
+            f"HeadScores: {self.name}, {self.n_layers} layers x {self.n_heads} heads",
+            html_heat(self.values.numpy(), layers, heads),
+            html_table(self._ranked(10), ("rank", "head", "score"), align="><>"),
+            note=f"layers not measured: {number_runs(self.missing)}" if self.missing else "",
+        )
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return head_names((layer, head) for layer, head in self.measured.nonzero().tolist())
 
     def _count(self, k: int | float | None) -> int:
         return resolve_count(0 if k is None else k, int(self.measured.sum()), "measured heads")

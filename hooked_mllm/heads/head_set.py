@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.head_names import (
     HeadsLike,
     check_in_range,
@@ -187,6 +188,14 @@ class HeadSet:
         shown = str(self if len(self) <= 8 else self[:8]) + (", ..." if len(self) > 8 else "")
         listed = f": {shown}" if shown else ""
         return f"HeadSet({len(self)} of {self.n_layers} x {self.n_heads}{listed})"
+
+    def _repr_html_(self) -> str:
+        lines = [
+            (f"layer {layer}", ", ".join(head_names((layer, head) for head in heads)))
+            for layer, heads in self.by_layer.items()
+        ]
+        title = f"HeadSet: {len(self)} heads of {self.n_layers} layers x {self.n_heads} heads"
+        return html_block(title, html_table(lines, named=True))
 
     def _like(self, heads: Iterable[tuple[int, int]]) -> "HeadSet":
         return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)

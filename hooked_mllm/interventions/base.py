@@ -13,6 +13,7 @@ from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
 from hooked_mllm.heads.parsing import Pairs
 from hooked_mllm.hooks import Handle, HookPoint
+from hooked_mllm.interventions.records import Record, Records
 
 #: "prefill", "decode" or "both"; a plain string, so that another one is refused with a list of these
 Phase = str
@@ -109,7 +110,7 @@ def _counted(edit: Edit, applied: dict[str, int]) -> Callable[..., Tensor | None
 
 
 @contextmanager
-def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[list[dict[str, Any]]]:
+def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[Records]:
     """The body of `HookedMLLM.intervene`."""
     chosen = list(interventions)
     for each in chosen:
@@ -119,7 +120,7 @@ def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[list[dic
                 "functions go to `model.hooks`."
             )
         each.validate(model)
-    records: list[dict[str, Any]] = [each.describe() for each in chosen]
+    records = Records(Record(each.describe()) for each in chosen)
     added: list[tuple[HookPoint, Handle]] = []
     try:
         for each, record in zip(chosen, records, strict=True):

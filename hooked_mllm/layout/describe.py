@@ -6,8 +6,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from hooked_mllm.display.blocks import html_table
+from hooked_mllm.display.text import text_table
 from hooked_mllm.layout.items import View, VisualItem
 
+HEADER = ("what", "positions", "")
 #: the kinds of positions that are listed, in order
 TEXT_KINDS = ("system", "template", "question", "answer", "padding")
 
@@ -64,6 +67,9 @@ def summary(parts: Sequence[tuple[str, str, str]], n: int) -> str:
 
 def describe(parts: Sequence[tuple[str, str, str]], last_index: int) -> str:
     """One line per image, video and kind of text, from an `overview`, and the last position."""
-    table = [("what", "positions", ""), *parts, ("last", str(last_index), "")]
-    left, middle = (max(len(row[i]) for row in table) for i in (0, 1))
-    return "\n".join(f"{a:<{left}}  {b:<{middle}}  {c}".rstrip() for a, b, c in table)
+    return text_table([HEADER, *parts, ("last", last_index, "")])
+
+
+def overview_html(parts: Sequence[tuple[str, str, str]], last_index: int) -> str:
+    """The same as a table in HTML."""
+    return html_table([*parts, ("last", last_index, "")], HEADER, named=True)

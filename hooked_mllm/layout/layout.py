@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
+from hooked_mllm.display.blocks import html_block
 from hooked_mllm.errors import LayoutError, nearest
-from hooked_mllm.layout.describe import TEXT_KINDS, describe, overview, runs, summary
+from hooked_mllm.layout.describe import TEXT_KINDS, describe, overview, overview_html, runs, summary
 from hooked_mllm.layout.find import find_item, find_view
 from hooked_mllm.layout.items import View, VisualItem, number_items
 from hooked_mllm.layout.kinds import Kind, kinds_of_spans
@@ -365,6 +366,13 @@ class TokenLayout:
 
     def __repr__(self) -> str:
         return summary(self._overview(), len(self))
+
+    def _repr_html_(self) -> str:
+        return html_block(f"TokenLayout: {len(self)} tokens", self.html_table())
+
+    def html_table(self) -> str:
+        """The table of `describe` in HTML, without a title."""
+        return overview_html(self._overview(), self.last_index)
 
     def _overview(self) -> list[tuple[str, str, str]]:
         return overview(self.items, self.item, self.pixels, {name: self.spans(name) for name in TEXT_KINDS})

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.display.blocks import html_block
+from hooked_mllm.display.heat import html_heat
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.heads.head_scores import ScoresInput, check_scores
@@ -113,6 +115,11 @@ class Stability:
             f"Stability({', '.join(self.tasks)}: mean Spearman {self.mean_spearman:.3f}, {len(self.universal)} heads "
             f"in the top of all {len(self.tasks)} at percentile {self.percentile:g})"
         )
+
+    def _repr_html_(self) -> str:
+        title = f"Stability: rank correlations of head scores, {len(self.tasks)} tasks"
+        note = f"{len(self.universal)} heads reach percentile {self.percentile:g} in every task"
+        return html_block(title, html_heat(self.spearman, self.tasks, self.tasks), note=note)
 
 
 def stability(scores_by_task: Mapping[str, ScoresInput], percentile: float | int = 95.0) -> Stability:

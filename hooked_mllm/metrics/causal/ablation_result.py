@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
 
@@ -112,7 +114,17 @@ class AblationCurveResult:
 
     def table(self) -> str:
         """Mean and 95 % interval for each k, as text."""
-        columns = [[f"{k:>5}" for k in self.ks]]
+        header, *lines = self._cells()
+        return text_table([header, *lines], align=">" * len(header), least=(5, *[20] * len(self.rankings)))
+
+    def _repr_html_(self) -> str:
+        header, *lines = self._cells()
+        title = f"AblationCurveResult: {self.objective}, {self.n_samples} samples"
+        return html_block(title, html_table(lines, header, align=">" * len(header)))
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The header, then k with mean and interval of each ranking."""
+        columns = [("heads", *map(str, self.ks))]
         for name in self.rankings:
             mean = self.mean(name)
             low, high = self.interval(name) if self.n_samples > 1 else (mean, mean)
@@ -120,9 +132,8 @@ class AblationCurveResult:
                 "-" if np.isnan(m) else f"{m:.3f} [{lo:.3f}, {hi:.3f}]"
                 for m, lo, hi in zip(mean, low, high, strict=True)
             ]
-            columns.append([f"{cell:>22}" for cell in cells])
-        head = f"{'heads':>5}" + "".join(f"{name:>22}" for name in self.rankings)
-        return "\n".join([head, *("".join(row) for row in zip(*columns, strict=True))])
+            columns.append((name, *cells))
+        return list(zip(*columns, strict=True))
 
     def plot(
         self, *, chance: float | int | None = None, level: float | None = 0.95, title: str | None = None

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_mllm.display.blocks import html_block
+from hooked_mllm.display.heat import html_heat
 from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.storage import described, read_tensors, restoring, write_tensors
 
@@ -108,3 +110,7 @@ class CausalTable:
 
     def __repr__(self) -> str:
         return f"CausalTable({self.name}, {self.shape[0]} layers x {self.shape[1]} places)"
+
+    def _repr_html_(self) -> str:
+        title = f"CausalTable: {self.name}, {self.shape[0]} layers x {self.shape[1]} places"
+        return html_block(title, html_heat(self.values.numpy(), [f"L{layer}" for layer in self.layers], self.places))
