@@ -2,13 +2,18 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
+from contextlib import chdir
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 import hooked_mllm
+from hooked_mllm import corruptions, metrics, toys
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -20,15 +25,40 @@ def blocks(page):
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-# on a CPU a page need not say implementation="naive" to be right
+@cache
+def names_after(page):
+    """The names that a page's code defines, run from the first block to the last in a new folder."""
+    text, names = page.read_text(encoding="utf-8"), {"__name__": "page"}
+    with TemporaryDirectory() as folder, chdir(folder):
+        for match in BLOCK.finditer(text):
+            line = text.count("\n", 0, match.start(1))
+            exec(compile("\n" * line + match[1], str(page), "exec"), names)  # errors then have the page's own line
+    return names
+
+
+# on a CPU the code of a page is right without implementation="naive"
 @pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_code_on_the_page_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text, names = page.read_text(encoding="utf-8"), {"__name__": "page"}
-    for match in BLOCK.finditer(text):
-        line = text.count("\n", 0, match.start(1))
-        exec(compile("\n" * line + match[1], str(page), "exec"), names)  # errors then name the page's own line
+def test_code_on_the_page_runs(page):
+    assert names_after(page)
+
+
+@pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_the_first_pages_mark_the_object_that_they_ask_about(page):
+    names = names_after(ROOT / page)
+    model, sample, example = names["model"], names["sample"], names["example"]
+    assert (sample.question, sample.target) == (example.question, example.target)
+    assert example.shape in sample.question
+
+    def says(inputs):
+        return model.processor.tokenizer.decode(model(inputs)[0, -1].argmax())
+
+    assert says(sample) == example.answer != says(corruptions.MeanRegion()(model, sample))  # the box has the evidence
+    planted = sorted(json.loads((toys.path("toy-qwen3-vl") / "training.json").read_text(encoding="utf-8"))["planted"])
+    ram = model.measure(sample, metrics.RetrievalAttentionMass(), progress=False)
+    for heads in (ram.top(4), names["core"]):
+        assert sorted(str(heads).split(", ")) == planted
 
 
 def test_the_readme_keeps_its_promises():
