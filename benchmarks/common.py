@@ -1,7 +1,8 @@
-"""What the benchmarks share: large random models, samples of a chosen length, and interleaved timing."""
+"""Shared by the benchmarks: large random models, samples of a given length, interleaved timing, tables."""
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from hooked_mllm import Box, Sample, TokenLayout
+from hooked_mllm import Box, Sample, TokenLayout, metrics
 from hooked_mllm.families import family_of
 from hooked_mllm.layout import ImageMedia
 
-#: sizes of Qwen3-VL-8B-Instruct; weights are random, which changes no time
+#: sizes of Qwen3-VL-8B-Instruct; weights are random, which does not change the times
 QWEN3_VL_8B = {
     "text": {
         "vocab_size": 151936,
@@ -53,7 +54,7 @@ QWEN3_VL_32B = {
     },
     "vision": {**QWEN3_VL_8B["vision"], "out_hidden_size": 5120},
 }
-#: the same shape in miniature, to try a benchmark on a CPU
+#: the same structure in miniature, to try a benchmark on a CPU
 TINY = {
     "text": {
         **QWEN3_VL_8B["text"],
@@ -77,8 +78,10 @@ TINY = {
 }
 
 
-def random_model(size: dict[str, Any], device: str, dtype: torch.dtype, attention: str = "sdpa") -> Any:
-    """A Qwen3-VL of a given size with random weights, made on the device."""
+def random_model(
+    size: dict[str, Any], device: str, dtype: torch.dtype, attention: str = "sdpa"
+) -> Qwen3VLForConditionalGeneration:
+    """A Qwen3-VL of a given size with random weights, which are initialized on the device."""
     config = Qwen3VLConfig(
         text_config=size["text"], vision_config=size["vision"], initializer_range=0.02, tie_word_embeddings=False
     )
@@ -87,17 +90,18 @@ def random_model(size: dict[str, Any], device: str, dtype: torch.dtype, attentio
     return model.eval().requires_grad_(False)
 
 
-def make_sample(model: Any, n_tokens: int, n_question: int, grid: int, seed: int = 0) -> Sample:
+def make_sample(
+    model: Qwen3VLForConditionalGeneration, n_tokens: int, n_question: int, grid: int, seed: int = 0
+) -> Sample:
     """A sample of exactly `n_tokens`: an image of `grid` x `grid` visual tokens, filler text, a question at the end."""
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     visual = grid * grid
-    text = torch.randint(1000, 100_000, (n_tokens,), generator=generator)
-    tokens = text.clone()
+    tokens = torch.randint(1000, 100_000, (n_tokens,), generator=generator)
     tokens[4] = config.vision_start_token_id
     tokens[5 : 5 + visual] = config.image_token_id
     tokens[5 + visual] = config.vision_end_token_id
-    patches = (2 * grid) ** 2
+    patches = (2 * grid) ** 2  # merged 2 x 2
     width = 3 * config.vision_config.temporal_patch_size * config.vision_config.patch_size**2
     inputs = {
         "input_ids": tokens[None],
@@ -115,9 +119,26 @@ def make_sample(model: Any, n_tokens: int, n_question: int, grid: int, seed: int
     return Sample(inputs, layout, question="", target=box, target_mask=layout.target(box)).to(model.device)
 
 
+def demand(condition: bool, what: str) -> None:
+    """End the benchmark if results differ."""
+    if not condition:
+        sys.exit(f"results differ, so nothing is timed: {what}")
+
+
+def three_metrics() -> list[metrics.HeadMetric]:
+    """New instances of the metrics that are timed together."""
+    return [metrics.RetrievalAttentionMass(), metrics.KeyTokenRatio(), metrics.VisionMass()]
+
+
+def synchronise(device: str) -> None:
+    """Wait for all work on the device."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 @dataclass
 class Timing:
-    """Milliseconds of one variant in every round, and the most memory it needed."""
+    """Milliseconds of one variant in every round, and its peak memory."""
 
     ms: list[float] = field(default_factory=list)
     peak_gib: float = 0.0
@@ -132,30 +153,28 @@ class Timing:
 def interleaved(
     variants: dict[str, Callable[[], Any]], repeats: dict[str, int] | int, rounds: int, device: str, warm_up: int = 2
 ) -> dict[str, Timing]:
-    """Time variants in turn, round after round, so that drift of the machine hits all alike.
+    """Time variants in turn, round after round, so that drift of the machine affects all of them equally.
 
     Args:
-        variants: What to time; each call is one unit of work.
+        variants: The functions to time, by name; each call is one unit of work.
         repeats: Calls between two clock readings.
         rounds: Readings of each variant.
         device: "cuda" or "cpu".
-        warm_up: Calls before the one whose memory is read, which is not timed either.
+        warm_up: Calls before the call that measures memory, none of which are timed.
 
     Returns:
-        Milliseconds a call, and the peak of memory during a call less what was allocated before it. A variant that runs
-        out of memory is recorded as such and left out of later rounds.
+        Milliseconds per call, and the peak of memory during a call minus the memory allocated before it. A variant that
+        runs out of memory is recorded as failed and left out of later rounds.
     """
     timings = {name: Timing() for name in variants}
     cuda = device.startswith("cuda")
 
     def clock(fn: Callable[[], Any], n: int) -> float:
-        if cuda:
-            torch.cuda.synchronize()
+        synchronise(device)
         start = time.perf_counter()
         for _ in range(n):
             fn()
-        if cuda:
-            torch.cuda.synchronize()
+        synchronise(device)
         return (time.perf_counter() - start) / n * 1e3
 
     for name, fn in variants.items():
@@ -180,7 +199,7 @@ def interleaved(
 
 
 def report(title: str, timings: dict[str, Timing], bases: dict[str, str]) -> str:
-    """A table of medians, ratios to a base (median over rounds of the ratio within a round), spread and memory."""
+    """A table of medians, ratios to a base (the median over rounds of the ratio within a round), spread and memory."""
     lines = [title, f"{'variant':<44}{'ms':>10}{'ratio':>9}{'spread':>16}{'peak GiB':>10}  against"]
     for name, timing in timings.items():
         if timing.failed:

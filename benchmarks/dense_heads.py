@@ -1,10 +1,10 @@
-"""How to run the few dense heads of a long prompt: in one launch with the others, or through SDPA, and how there.
+"""Ways to compute the few dense heads of a long prompt: in one launch with the others, or by SDPA in several ways.
 
 Run on a GPU:  python benchmarks/dense_heads.py
 On a CPU:      python benchmarks/dense_heads.py --check
 
-All ways are compared with one another before anything is timed; `--check` does that alone, for random sets of heads.
-The policy of `hooked_mllm.kernels.hybrid_attention` follows from the table.
+All ways are compared with one another before anything is timed; `--check` only compares, for random sets of heads.
+The choice in `hooked_mllm.kernels.hybrid_attention` follows from the table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from hooked_mllm.kernels.hybrid_attention.dispatch import SIDE_STREAMS, dense_by
 from hooked_mllm.storage import ready_folder, write_text
 
 Way = Callable[..., AbstractContextManager[None]]
-#: dense heads of a layer of 32 query and 8 key-value heads, by what is particular about them
+#: sets of dense heads of a layer with 32 query and 8 key-value heads
 SETS = {
     "one": (5,),
     "two": (5, 20),
@@ -40,37 +40,38 @@ SETS = {
 
 
 def evenly(heads: list[int]) -> slice:
-    """One or two heads as a slice, so that no copy is needed."""
+    """One or two heads as a slice, which needs no copy."""
     return slice(heads[0], heads[-1] + 1, max(heads[-1] - heads[0], 1))
 
 
 def in_turn(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
-    """Every head in a call of its own, one behind the other."""
+    """One call per head, one after the other."""
     size = q.shape[1] // k.shape[1]
     for head in dense:
-        own, kv = slice(head, head + 1), slice(head // size, head // size + 1)
-        out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
+        query_head, kv = slice(head, head + 1), slice(head // size, head // size + 1)
+        z = scaled_dot_product_attention(q[:, query_head], k[:, kv], v[:, kv], is_causal=True, scale=scale)
+        out[:, query_head] = z
 
 
 def in_pairs(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
     """Two heads of different groups in each call, as strided views."""
     size = q.shape[1] // k.shape[1]
-    waiting = list(dense)
-    while waiting:
-        first = waiting.pop(0)
-        partner = next((h for h in waiting if h // size != first // size), None)
-        heads = [first] if partner is None else [first, partner]
+    remaining = list(dense)
+    while remaining:
+        heads = [remaining.pop(0)]
+        partner = next((head for head in remaining if head // size != heads[0] // size), None)
         if partner is not None:
-            waiting.remove(partner)
-        own, kv = evenly(heads), evenly([h // size for h in heads])
-        out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
+            heads.append(partner)
+            remaining.remove(partner)
+        pair, kv = evenly(heads), evenly([head // size for head in heads])
+        out[:, pair] = scaled_dot_product_attention(q[:, pair], k[:, kv], v[:, kv], is_causal=True, scale=scale)
 
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> None:
     """All dense heads in one call, on copies of their q, k and v."""
     size = q.shape[1] // k.shape[1]
-    own, kv = list(dense), [h // size for h in dense]
-    out[:, own] = scaled_dot_product_attention(q[:, own], k[:, kv], v[:, kv], is_causal=True, scale=scale)
+    heads, kv = list(dense), [head // size for head in dense]
+    out[:, heads] = scaled_dot_product_attention(q[:, heads], k[:, kv], v[:, kv], is_causal=True, scale=scale)
 
 
 def before(way: Callable[..., None]) -> Way:
@@ -86,7 +87,7 @@ def before(way: Callable[..., None]) -> Way:
 
 @contextmanager
 def no_priority(*arguments: Any) -> Iterator[None]:
-    """Streams of their own that are no more urgent than the current one."""
+    """On separate streams with the priority of the current one."""
     with patch.object(dispatch, "_streams", plain_streams), dense_by_sdpa(*arguments):
         yield
 
@@ -98,8 +99,8 @@ def plain_streams(device: torch.device) -> list[torch.cuda.Stream]:
 
 
 WAYS: dict[str, Way] = {
-    "streams of their own": dense_by_sdpa,
-    "such streams, not urgent": no_priority,
+    "separate streams": dense_by_sdpa,
+    "separate streams, no priority": no_priority,
     "in turn": before(in_turn),
     "in turn, pairs": before(in_pairs),
     "gathered": before(gathered),
@@ -107,15 +108,15 @@ WAYS: dict[str, Way] = {
 
 
 def check() -> None:
-    """Every way against SDPA of all heads, for random sets of heads."""
+    """Compare every way with SDPA of all heads, for random sets of heads."""
     for seed in range(200):
-        r = random.Random(seed)
-        heads, kv = r.choice([(32, 8), (8, 8), (14, 2), (8, 1)])
-        dense = tuple(sorted(r.sample(range(heads), r.randint(1, heads))))
+        rng = random.Random(seed)
+        heads, kv = rng.choice([(32, 8), (8, 8), (14, 2), (8, 1)])
+        dense = tuple(sorted(rng.sample(range(heads), rng.randint(1, heads))))
         q, k, v = (torch.randn(1, 20, h, 8).transpose(1, 2) for h in (heads, kv, kv))
         want = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
         for name, way in WAYS.items():
-            others = [h for h in range(heads) if h not in dense]
+            others = [head for head in range(heads) if head not in dense]
             out = torch.full((1, 20, heads, 8), float("nan")).transpose(1, 2)
             with way(q, k, v, out, dense, 0.3):
                 out[:, others] = 0
@@ -126,15 +127,15 @@ def check() -> None:
 
 
 def variants(q: Tensor, k: Tensor, v: Tensor, dense: tuple[int, ...]) -> dict[str, Callable[[], Tensor]]:
-    """The whole of hybrid attention, its dense heads each way."""
+    """Hybrid attention with its dense heads computed in each way."""
 
     def run(sdpa: bool, way: Way) -> Tensor:
         with patch.object(dispatch, "dense_by_sdpa", way):
             return dispatch.triton_hybrid_attention(q, k, v, dense, 64, 1024, q.shape[3] ** -0.5, sdpa=sdpa)[0]
 
-    found: dict[str, Callable[[], Tensor]] = {"one launch": partial(run, False, dense_by_sdpa)}
+    one_launch: dict[str, Callable[[], Tensor]] = {"one launch": partial(run, False, dense_by_sdpa)}
     ways = dict(list(WAYS.items())[:1]) if len(dense) == q.shape[1] else WAYS
-    return found | {f"SDPA, {name}": partial(run, True, way) for name, way in ways.items()}
+    return one_launch | {f"SDPA, {name}": partial(run, True, way) for name, way in ways.items()}
 
 
 def main() -> None:
@@ -142,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--check", action="store_true", help="compare the ways on a CPU, and time nothing")
+    parser.add_argument("--check", action="store_true", help="only compare the ways, on a CPU")
     parser.add_argument("--out", type=Path, help="folder for the raw numbers")
     arguments = parser.parse_args()
     if arguments.out:
@@ -161,14 +162,14 @@ def main() -> None:
 
         timed: dict[str, Callable[[], Any]] = {"cuDNN, all dense": cudnn}
         for label, dense in SETS.items():
-            own = variants(q, k, v, dense)
-            want = own["one launch"]().float()
-            for name, run in own.items():
+            ways = variants(q, k, v, dense)
+            want = ways["one launch"]().float()
+            for name, run in ways.items():
                 error = float((run().float() - want).norm() / want.norm())
                 if not error < 4e-3:
                     sys.exit(f"{label} by {name} differs from one launch by {error:.4f}, so nothing is timed")
             del want
-            timed |= {f"{label}: {name}": run for name, run in own.items()}
+            timed |= {f"{label}: {name}": run for name, run in ways.items()}
         timings = interleaved(timed, max(1, 65536 // n), arguments.rounds, "cuda")
         print(report(f"\n{n} tokens", timings, dict.fromkeys(timed, "cuDNN, all dense")))
         if arguments.out:

@@ -1,38 +1,45 @@
-"""What looking inside costs: hooks, caches and head metrics against the plain forward, and against the peers.
+"""The cost of hooks, caches and head metrics, relative to the plain forward pass, nnsight and TransformerLens.
 
 Run on a GPU:  python benchmarks/hooks.py
 On a CPU:      python benchmarks/hooks.py --tiny
 
-Every ratio comes from one process in which variants take turns. Results are compared before anything is timed; where
-they differ, nothing is printed but the difference.
+Every ratio comes from one process in which variants take turns. Results are compared before anything is timed; if they
+differ, only the difference is printed.
 """
 
 import argparse
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import QWEN3_VL_8B, TINY, as_json, interleaved, make_sample, random_model, report
+from common import (
+    QWEN3_VL_8B,
+    TINY,
+    Timing,
+    as_json,
+    demand,
+    interleaved,
+    make_sample,
+    random_model,
+    report,
+    three_metrics,
+)
+from einops import repeat
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from hooked_mllm import HookedMLLM, Sample, metrics
+from hooked_mllm import HookedMLLM, Sample
 from hooked_mllm.storage import ready_folder, write_text
 
-WANTED = ["blocks.*.attn.hook_z", "blocks.*.hook_resid_post"]
+CACHED = ["blocks.*.attn.hook_z", "blocks.*.hook_resid_post"]
 
 
-def demand(condition: bool, what: str) -> None:
-    """Refuse to go on where results differ."""
-    if not condition:
-        sys.exit(f"results differ, so nothing is timed: {what}")
-
-
-def plain_z_and_residuals(hf: Any, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Z and the residual stream of every layer by bare torch hooks."""
-    z: list[torch.Tensor] = []
-    residual: list[torch.Tensor] = []
+def plain_z_and_residuals(hf: PreTrainedModel, inputs: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Z `[batch pos (head d_head)]` and the residual stream of every layer by bare torch hooks."""
+    z: list[Tensor] = []
+    residual: list[Tensor] = []
     handles = []
     for layer in hf.model.language_model.layers:
         handles.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: z.append(args[0])))
@@ -44,51 +51,45 @@ def plain_z_and_residuals(hf: Any, inputs: dict[str, Any]) -> tuple[list[torch.T
 
 
 def check_ours(model: HookedMLLM, sample: Sample) -> None:
-    """Logits bit for bit, cached values bit for bit, and the metrics against patterns in float64."""
+    """Compare logits and cached values bit for bit, and the metrics with patterns in float64."""
     hf = model.hf_model
     plain = hf(**sample.inputs, use_cache=False).logits
     demand(torch.equal(plain, model(sample)), "logits without hooks")
     z, residual = plain_z_and_residuals(hf, sample.inputs)
-    logits, cache = model.run_with_cache(sample, names_filter=WANTED)
+    logits, cache = model.run_with_cache(sample, names_filter=CACHED)
     demand(torch.equal(plain, logits), "logits with a cache")
     for layer in range(model.cfg.n_layers):
         demand(torch.equal(cache["z", layer].flatten(2), z[layer]), f"z of layer {layer}")
         demand(torch.equal(cache["resid_post", layer], residual[layer]), f"residual stream of layer {layer}")
-    ram, ktr, mass = model.measure([sample], three(), progress=False)
+    ram, ktr, mass = model.measure([sample], three_metrics(), progress=False)
     layers = sorted({0, model.cfg.n_layers // 2, model.cfg.n_layers - 1})
     _, cache = model.run_with_cache(sample, names_filter=[f"blocks.{x}.attn.hook_rot_[qk]" for x in layers])
     question, target, visual = (sample.mask(name)[0] for name in ("question", "target", "visual"))
     for layer in layers:
         q, k = cache["rot_q", layer][0].double(), cache["rot_k", layer][0].double()
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        k = repeat(k, "key kv d_head -> key (kv group) d_head", group=q.shape[1] // k.shape[1])
         scores = torch.einsum("qhd,khd->hqk", q[question], k) * q.shape[-1] ** -0.5
-        place = torch.arange(len(k), device=k.device)
-        scores = scores.masked_fill(place > place[question][:, None], float("-inf"))
-        profile = scores.softmax(-1).mean(1)
-        for name, scored, keys in (("RAM", ram, target), ("VisionMass", mass, visual)):
-            error = (profile[:, keys].sum(-1).cpu() - scored.values[layer]).abs().max().item()
+        position = torch.arange(len(k), device=k.device)
+        scores = scores.masked_fill(position > position[question][:, None], float("-inf"))
+        profile = scores.softmax(-1).mean(1)  # [head query key] -> [head key]
+        for name, result, keys in (("RAM", ram, target), ("VisionMass", mass, visual)):
+            error = (profile[:, keys].sum(-1).cpu() - result.values[layer]).abs().max().item()
             demand(error < 1e-5, f"{name} of layer {layer} by {error:.2g}")
-        best = profile.argsort(dim=-1, descending=True, stable=True)[:, : -(-len(k) * 5 // 100)]
-        hits = target[best].sum(-1).double().cpu() / target.sum().cpu()
+        largest = profile.argsort(dim=-1, descending=True, stable=True)[:, : -(-len(k) * 5 // 100)]
+        hits = target[largest].sum(-1).double().cpu() / target.sum().cpu()
         error = (hits - ktr.values[layer]).abs().max().item()
-        demand(
-            error <= 2 / float(target.sum()), f"KTR of layer {layer} by {error:.2g}"
-        )  # near-ties may fall either way
+        # rounding may reorder near-ties
+        demand(error <= 2 / float(target.sum()), f"KTR of layer {layer} by {error:.2g}")
 
 
-def repeat(fn: Callable[[], Any], n: int) -> None:
-    """Call `fn` n times and keep nothing."""
+def call_repeatedly(fn: Callable[[], Any], n: int) -> None:
+    """Call `fn` n times and discard the results."""
     for _ in range(n):
         fn()
 
 
-def three() -> list[Any]:
-    """The metrics that are timed together."""
-    return [metrics.RetrievalAttentionMass(), metrics.KeyTokenRatio(), metrics.VisionMass()]
-
-
 def nnsight_variant(model: HookedMLLM, sample: Sample) -> Callable[[], Any]:
-    """Nnsight saving the same tensors."""
+    """A call of nnsight that saves the same tensors."""
     from nnsight import NNsight
 
     traced = NNsight(model.hf_model)
@@ -96,22 +97,25 @@ def nnsight_variant(model: HookedMLLM, sample: Sample) -> Callable[[], Any]:
 
     def run() -> Any:
         with traced.trace(**sample.inputs, use_cache=False):
-            kept = list().save()
+            saved = list().save()
             for layer in layers:
-                kept.append(layer.self_attn.o_proj.input)
-                kept.append(layer.output)
-        return kept
+                saved.append(layer.self_attn.o_proj.input)
+                saved.append(layer.output)
+        return saved
 
-    kept = run()
+    saved = run()
     z, residual = plain_z_and_residuals(model.hf_model, sample.inputs)
     for layer in range(model.cfg.n_layers):
-        demand(torch.equal(kept[2 * layer], z[layer]), f"nnsight's z of layer {layer}")
-        demand(torch.equal(kept[2 * layer + 1], residual[layer]), f"nnsight's residual stream of layer {layer}")
+        demand(torch.equal(saved[2 * layer], z[layer]), f"nnsight's z of layer {layer}")
+        demand(torch.equal(saved[2 * layer + 1], residual[layer]), f"nnsight's residual stream of layer {layer}")
     return run
 
 
 def transformer_lens_variant(model: HookedMLLM, sample: Sample) -> Callable[[], Any]:
-    """TransformerLens's bridge saving the same activations; it sets eager attention and rebuilds the module tree."""
+    """A call of TransformerLens's bridge that saves the same activations.
+
+    The bridge sets eager attention and rebuilds the module tree.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformer_lens.model_bridge import TransformerBridge
@@ -126,7 +130,8 @@ def transformer_lens_variant(model: HookedMLLM, sample: Sample) -> Callable[[], 
     )
     inputs = dict(sample.inputs)
     tokens = inputs.pop("input_ids")
-    names = [n for i in range(model.cfg.n_layers) for n in (f"blocks.{i}.attn.hook_z", f"blocks.{i}.hook_resid_post")]
+    layers = range(model.cfg.n_layers)
+    names = [name for i in layers for name in (f"blocks.{i}.attn.hook_z", f"blocks.{i}.hook_resid_post")]
 
     def run() -> Any:
         return bridge.run_with_cache(tokens, names_filter=names, **inputs)
@@ -160,49 +165,54 @@ def main() -> None:
     samples = {n: make_sample(hf, n, 64, grid=16 if n < 4096 else 32) for n in arguments.tokens}
     for n, sample in samples.items():
         check_ours(model, sample)
-        many = [sample] * (8 if n < 4096 else 3)
-
-        def plain(sample: Sample = sample) -> Any:
-            return hf(**sample.inputs, use_cache=False).logits
-
-        def trunk(sample: Sample = sample) -> Any:
-            return hf.model(**sample.inputs, use_cache=False)
-
-        variants: dict[str, Callable[[], Any]] = {
-            "plain forward": plain,
-            "plain forward, no logits": trunk,
-            "hooked_mllm, no hooks": lambda sample=sample: model(sample),
-            "hooked_mllm, z and residuals cached": lambda sample=sample: model.run_with_cache(
-                sample, names_filter=WANTED
-            ),
-            "hooked_mllm, everything cached": lambda sample=sample: model.run_with_cache(sample),
-            f"hooked_mllm, measure x{len(many)}": lambda many=many: model.measure(many, three(), progress=False),
-            f"plain forward x{len(many)}": lambda many=many, plain=plain: repeat(plain, len(many)),
-            f"plain forward, no logits x{len(many)}": lambda many=many, trunk=trunk: (
-                [trunk() for _ in many][-1:] and None
-            ),
-        }
-        bases = {name: "plain forward" for name in variants}
-        bases[f"hooked_mllm, measure x{len(many)}"] = f"plain forward x{len(many)}"
-        bases["measure against no logits"] = f"plain forward, no logits x{len(many)}"
-        if not arguments.skip_peers:
-            try:
-                variants["nnsight, z and residuals saved"] = nnsight_variant(model, sample)
-                bases["nnsight, z and residuals saved"] = "plain forward"
-            except ImportError as error:
-                print(f"nnsight is not here: {error}")
-        repeats = {name: 1 if "x" in name.split()[-1] else (8 if n < 4096 else 3) for name in variants}
-        timings = interleaved(variants, repeats, arguments.rounds, device)
-        timings["measure against no logits"] = timings[f"hooked_mllm, measure x{len(many)}"]
-        print(report(f"\n{n} tokens", timings, bases), flush=True)
+        timings = time_length(model, n, sample, arguments, device)
         if arguments.out:
             write_text(arguments.out / f"hooks_{n}.json", as_json(timings))
     if not arguments.skip_peers:
         transformer_lens(model, samples, arguments.rounds, device)
 
 
+def time_length(
+    model: HookedMLLM, n: int, sample: Sample, arguments: argparse.Namespace, device: str
+) -> dict[str, Timing]:
+    """Time and print all variants at one length, except TransformerLens."""
+    hf, count = model.hf_model, 8 if n < 4096 else 3
+    samples = [sample] * count
+
+    def plain() -> Tensor:
+        return hf(**sample.inputs, use_cache=False).logits
+
+    def trunk() -> None:
+        hf.model(**sample.inputs, use_cache=False)
+
+    variants: dict[str, Callable[[], Any]] = {
+        "plain forward": plain,
+        "plain forward, no logits": trunk,
+        "hooked_mllm, no hooks": lambda: model(sample),
+        "hooked_mllm, z and residuals cached": lambda: model.run_with_cache(sample, names_filter=CACHED),
+        "hooked_mllm, everything cached": lambda: model.run_with_cache(sample),
+        f"hooked_mllm, measure x{count}": lambda: model.measure(samples, three_metrics(), progress=False),
+        f"plain forward x{count}": lambda: call_repeatedly(plain, count),
+        f"plain forward, no logits x{count}": lambda: call_repeatedly(trunk, count),
+    }
+    bases = {name: "plain forward" for name in variants}
+    bases[f"hooked_mllm, measure x{count}"] = f"plain forward x{count}"
+    bases["measure against no logits"] = f"plain forward, no logits x{count}"
+    if not arguments.skip_peers:
+        try:
+            variants["nnsight, z and residuals saved"] = nnsight_variant(model, sample)
+            bases["nnsight, z and residuals saved"] = "plain forward"
+        except ImportError as error:
+            print(f"nnsight is not installed: {error}")
+    repeats = {name: 1 if "x" in name.split()[-1] else count for name in variants}
+    timings = interleaved(variants, repeats, arguments.rounds, device)
+    timings["measure against no logits"] = timings[f"hooked_mllm, measure x{count}"]
+    print(report(f"\n{n} tokens", timings, bases), flush=True)
+    return timings
+
+
 def transformer_lens(model: HookedMLLM, samples: dict[int, Sample], rounds: int, device: str) -> None:
-    """TransformerLens comes last: it changes the model it is given, so the plain forward is timed before."""
+    """Time TransformerLens, after all others: it changes the model, so the plain forward pass is timed first."""
     hf = model.hf_model
     plain = {
         n: interleaved({"plain forward": lambda s=sample: hf(**s.inputs, use_cache=False).logits}, 2, rounds, device)
@@ -218,7 +228,7 @@ def transformer_lens(model: HookedMLLM, samples: dict[int, Sample], rounds: int,
         except torch.cuda.OutOfMemoryError:
             print(f"\nTransformerLens at {n} tokens: out of memory", flush=True)
             torch.cuda.empty_cache()
-        except Exception as error:  # whatever keeps the peer from running is the result to report
+        except Exception as error:  # any error is a result to report
             print(f"\nTransformerLens at {n} tokens does not run: {type(error).__name__}: {error}", flush=True)
 
 

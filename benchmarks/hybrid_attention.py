@@ -2,8 +2,8 @@
 
 Run on a GPU:  python benchmarks/hybrid_attention.py --tokens 8k 128k
 
-The same as `hooked-mllm bench kernel`, whose options it takes. Variants take turns. Outputs are compared with the
-definition in float64 at a short length, and with FlexAttention at the lengths that are timed, before anything is.
+The same as `hooked-mllm bench kernel`, with the same options. Variants take turns. Before anything is timed, outputs
+are compared with the definition in float64 at a short length, and with FlexAttention at the timed lengths.
 """
 
 import sys

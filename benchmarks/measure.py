@@ -1,10 +1,10 @@
-"""What scores over long prompts cost: `measure` of three metrics against a plain prefill of the same model.
+"""The cost of scores over long prompts: `measure` of three metrics relative to a plain prefill of the same model.
 
 Run on a GPU:  python benchmarks/measure.py
 On a CPU:      python benchmarks/measure.py --tiny
 
-Variants take turns in one process. Scores are compared with float64 rows first, and the kernel with torch's rows; where
-they differ, nothing is printed but the difference.
+Variants take turns in one process. Scores are first compared with float64 rows, and the kernel with torch's rows; if
+they differ, only the difference is printed.
 """
 
 import argparse
@@ -15,10 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import QWEN3_VL_8B, TINY, as_json, interleaved, make_sample, random_model, report
+from common import (
+    QWEN3_VL_8B,
+    TINY,
+    Timing,
+    as_json,
+    demand,
+    interleaved,
+    make_sample,
+    random_model,
+    report,
+    three_metrics,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hooked_mllm import HookedMLLM, Sample, metrics
+from hooked_mllm import HookedMLLM, Sample
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.measuring.attention_rows import LayerRows
@@ -32,20 +43,9 @@ KERNELS = [
 ]  # fmt: skip
 
 
-def demand(condition: bool, what: str) -> None:
-    """Refuse to go on where results differ."""
-    if not condition:
-        sys.exit(f"results differ, so nothing is timed: {what}")
-
-
-def three() -> list[Any]:
-    """The metrics that are timed together."""
-    return [metrics.RetrievalAttentionMass(), metrics.KeyTokenRatio(), metrics.VisionMass()]
-
-
 def check(model: HookedMLLM, sample: Sample) -> None:
-    """The three metrics of some layers against rows in float64."""
-    ram, ktr, mass = model.measure([sample], three(), progress=False)
+    """Compare the three metrics of up to three layers with attention rows in float64."""
+    ram, ktr, mass = model.measure([sample], three_metrics(), progress=False)
     question, target, visual = (sample.mask(name)[0] for name in ("question", "target", "visual"))
     last = model.cfg.n_layers - 1
     for layer in sorted({0, last // 2, last} if len(sample) < 32768 else {0, 1}):
@@ -54,37 +54,37 @@ def check(model: HookedMLLM, sample: Sample) -> None:
         )
         q, k = cache["rot_q", layer][0][question].double(), cache["rot_k", layer][0]
         group = q.shape[1] // k.shape[1]
-        hidden = torch.arange(len(k), device=k.device) > question.nonzero()
+        hidden = torch.arange(len(k), device=k.device) > question.nonzero()  # [query key]
         for head in range(0, q.shape[1], max(1, q.shape[1] // 8)):
             scores = q[:, head] @ k[:, head // group].double().T * q.shape[-1] ** -0.5
-            profile = scores.masked_fill(hidden, float("-inf")).softmax(-1).mean(0)
-            for name, found, keys in (("RAM", ram, target), ("VisionMass", mass, visual)):
-                error = abs(profile[keys].sum().item() - found.values[layer, head].item())
+            profile = scores.masked_fill(hidden, float("-inf")).softmax(-1).mean(0)  # [query key] -> [key]
+            for name, result, keys in (("RAM", ram, target), ("VisionMass", mass, visual)):
+                error = abs(profile[keys].sum().item() - result.values[layer, head].item())
                 demand(error < 1e-5, f"{name} of L{layer}H{head} by {error:.2g}")
-            best = profile.argsort(descending=True, stable=True)[: -(-len(k) * 5 // 100)]
-            error = abs((target[best].sum() / target.sum()).item() - ktr.values[layer, head].item())
-            # near-ties may fall either way
+            largest = profile.argsort(descending=True, stable=True)[: -(-len(k) * 5 // 100)]
+            error = abs((target[largest].sum() / target.sum()).item() - ktr.values[layer, head].item())
+            # rounding may reorder near-ties
             demand(error <= 2 / float(target.sum()), f"KTR of L{layer}H{head} by {error:.2g}")
 
 
 def paths(n: int, layers: int, device: str) -> dict[str, Callable[[], Any]]:
-    """The profile and its largest keys, by kernel and by torch, of some layers alone; compared first."""
+    """The profile of random q and k and its largest keys, by kernel and by torch; compared first."""
     heads, kv, d = (32, 8, 128) if device == "cuda" else (4, 2, 16)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     q = [torch.randn(1, QUESTION, heads, d, device=device, dtype=dtype).transpose(1, 2) for _ in range(layers)]
     k = [torch.randn(1, n, kv, d, device=device, dtype=dtype).transpose(1, 2) for _ in range(layers)]
-    asked = torch.zeros(1, n, dtype=torch.bool)
-    asked[:, -QUESTION - 2 : -2] = True
-    selection = QuerySelection("question", asked.numpy(), torch.device(device))
+    question = torch.zeros(1, n, dtype=torch.bool)
+    question[:, -QUESTION - 2 : -2] = True
+    selection = QuerySelection("question", question.numpy(), torch.device(device))
     mask = [MaskRows(1, n, n, device, causal=True)] * layers
 
-    def rows(how: str) -> LayerRows:
-        return LayerRows({"question": q}, k, mask, [d**-0.5] * layers, 0, 1 << 30, how)
+    def rows(implementation: str) -> LayerRows:
+        return LayerRows({"question": q}, k, mask, [d**-0.5] * layers, 0, 1 << 30, implementation)
 
-    found = {how: rows(how).profile(selection) for how in ("auto", "torch")}
-    error = (found["auto"] - found["torch"]).abs().max().item() / found["torch"].max().item()
+    profile, by_torch = (rows(implementation).profile(selection) for implementation in ("auto", "torch"))
+    error = (profile - by_torch).abs().max().item() / by_torch.max().item()
     demand(error < 1e-4, f"the profile by kernel and by torch, by {error:.2g}")
-    profile, count = found["auto"], -(-n // 20)
+    count = -(-n // 20)
     demand(torch.equal(top_mask(profile, count), top_mask(profile.cpu(), count).to(profile.device)), "the largest keys")
     return {
         f"profile, kernel ({layers} layers)": lambda: rows("auto").profile(selection),
@@ -120,19 +120,19 @@ def main() -> None:
 
 
 def run(model: HookedMLLM, n: int, arguments: argparse.Namespace, device: str) -> None:
-    """One length."""
+    """Check, time and print one length."""
     hf, sample = model.hf_model, make_sample(model.hf_model, n, QUESTION, grid=16 if n < 4096 else 32)
     check(model, sample)
     weights = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0
-    many = [sample] * (8 if n < 4096 else 3 if n < 32768 else 1)
+    samples = [sample] * (8 if n < 4096 else 3 if n < 32768 else 1)
 
     def plain() -> None:
-        for some in many:
-            hf.model(**some.inputs, use_cache=False)
+        for item in samples:
+            hf.model(**item.inputs, use_cache=False)
 
     variants: dict[str, Callable[[], Any]] = {
         "plain prefill, no logits": plain,
-        "measure, three metrics": lambda: model.measure(many, three(), progress=False),
+        "measure, three metrics": lambda: model.measure(samples, three_metrics(), progress=False),
     }
     bases = dict.fromkeys(variants, "plain prefill, no logits")
     long = n >= 32768
@@ -143,27 +143,30 @@ def run(model: HookedMLLM, n: int, arguments: argparse.Namespace, device: str) -
             with model.attention("eager"):
                 hf.model(**sample.inputs, use_cache=False)
 
-        one = {"plain prefill, one sample": lambda: hf.model(**sample.inputs, use_cache=False) and None}
-        one["the same, eager attention"] = eager
-        timings |= interleaved(one, 1, 3, device)
-        bases |= dict.fromkeys(one, "plain prefill, one sample")
-    print(report(f"\n{n} tokens, {len(many)} samples a call", timings, bases))
+        single = {"plain prefill, one sample": lambda: hf.model(**sample.inputs, use_cache=False) and None}
+        single["the same, eager attention"] = eager
+        timings |= interleaved(single, 1, 3, device)
+        bases |= dict.fromkeys(single, "plain prefill, one sample")
+    print(report(f"\n{n} tokens, {len(samples)} samples per call", timings, bases))
     base = timings["plain prefill, no logits"].peak_gib + weights
     for variant, timing in timings.items():
         if base:
             total = timing.peak_gib + weights
             print(f"{variant:<44}{total:>10.2f} GiB with the weights, ratio {total / base:.4f}")
     if not arguments.skip_paths:
-        own = paths(n, 36 if n < 4096 else 7 if n < 32768 else 1, device)
-        first, second = list(own)[::2], list(own)[1::2]
-        parts = interleaved(own, 5, arguments.rounds, device)
-        print(
-            report(f"\n{n} tokens, the parts", parts, {a: b for a, b in zip(first + second, second * 2, strict=True)})
-        )
-        timings |= parts
+        timings |= time_paths(n, arguments.rounds, device)
     sys.stdout.flush()
     if arguments.out:
         write_text(arguments.out / f"measure_{n}.json", as_json(timings))
+
+
+def time_paths(n: int, rounds: int, device: str) -> dict[str, Timing]:
+    """Time and print the profile and its largest keys, by kernel and by torch."""
+    variants = paths(n, 36 if n < 4096 else 7 if n < 32768 else 1, device)
+    kernels, by_torch = list(variants)[::2], list(variants)[1::2]
+    timings = interleaved(variants, 5, rounds, device)
+    print(report(f"\n{n} tokens, the parts", timings, dict(zip(kernels + by_torch, by_torch * 2, strict=True))))
+    return timings
 
 
 if __name__ == "__main__":
