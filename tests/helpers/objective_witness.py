@@ -4,6 +4,10 @@ import numpy as np
 import torch
 
 from helpers.wrapped import plain
+from hooked_mllm.toys import VisualRetrieval
+
+#: what the toy of the tests is asked
+TASK = VisualRetrieval(seed=5, pages=1, filler=2)
 
 
 def log_softmax(logits):
@@ -31,3 +35,7 @@ def answer_log_probs(family, sample, dtype=torch.float32):
     ids = answer_ids(sample)
     rows = log_softmax(sample_logits(family, sample, dtype))[-len(ids) - 1 : -1]
     return rows[np.arange(len(ids)), ids]
+
+
+def close(got, want, tolerance=2e-4):
+    np.testing.assert_allclose(got.detach().cpu().double().numpy(), want, rtol=0, atol=tolerance)

@@ -1,0 +1,32 @@
+"""The divergence from a clean run against NumPy in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.objective_witness import close, log_softmax
+from helpers.wrapped import wrapped
+from hooked_mllm import SampleBatch, objectives
+from hooked_mllm.objectives import KLDivergence, objective_values
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["last", "generating", "question"])
+def test_kl_is_that_of_the_clean_run_against_this_one(family, samples_of, where):
+    model, (clean, other, _) = wrapped(family), samples_of(family)
+    batch = SampleBatch.collate([clean, other], "left")
+    bound = KLDivergence(where).bind(model, model.resolve(batch))
+    bound = bound.with_clean(objectives.logits_at(model, batch, bound.positions))
+    close(objective_values(model, batch, bound), [0, 0], 1e-6)
+    edit = ("blocks.1.hook_resid_post", lambda x, hook: 0.5 * x)
+    with model.hooks([edit]):
+        got = objective_values(model, batch, bound)
+        edited = model(batch).double().numpy()
+    plainly = model(batch).double().numpy()
+    at = batch.mask(where).numpy()
+    want = []
+    for i in range(2):
+        p, q = log_softmax(plainly[i][at[i]]), log_softmax(edited[i][at[i]])
+        want.append((np.exp(p) * (p - q)).sum(-1).mean())
+    assert min(want) > 0.01
+    close(got, want)
