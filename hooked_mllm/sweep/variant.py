@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError
-from hooked_mllm.hooks import HookPoint
+from hooked_mllm.hooks import HookFunction, HookPoint
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions import Intervention
 from hooked_mllm.interventions.base import Edit
@@ -65,7 +65,7 @@ def prepare(model: Model, variants: Sequence[Variant], inputs: ResolvedInput) ->
     return prepared
 
 
-def on_rows(entries: Sequence[tuple[int, Edit]], samples: int, repeats: int) -> Edit:
+def on_rows(entries: Sequence[tuple[int, Edit]], samples: int, repeats: int) -> HookFunction:
     """One hook that gives each variant of a batch its own edit.
 
     Args:
