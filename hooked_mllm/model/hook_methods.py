@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from hooked_mllm.contracts import Model
-from hooked_mllm.hooks.point import Direction, Handle, HookPoint
+from hooked_mllm.hooks.point import Direction, Handle, HookFunction, HookPoint
 from hooked_mllm.hooks.registry import HookList, HookRegistry, NameFilter
 from hooked_mllm.inputs.resolve import ModelInput
 from hooked_mllm.interventions.base import intervening
@@ -33,7 +33,7 @@ class HookMethods:
     def add_hook(
         self,
         name: NameFilter,
-        hook: Callable[..., Any],
+        hook: HookFunction,
         dir: Direction = "fwd",
         is_permanent: bool = False,
         level: int | None = None,
@@ -62,7 +62,7 @@ class HookMethods:
         """
         self.registry.attach(name, hook, dir, is_permanent=is_permanent, level=level, prepend=prepend)
 
-    def add_perma_hook(self, name: NameFilter, hook: Callable[..., Any], dir: Direction = "fwd") -> None:
+    def add_perma_hook(self, name: NameFilter, hook: HookFunction, dir: Direction = "fwd") -> None:
         """Register a hook that `reset_hooks` keeps, unless called with `including_permanent=True`."""
         self.add_hook(name, hook, dir, is_permanent=True)
 
