@@ -1,4 +1,4 @@
-"""Every way of naming a cached activation means one hook name, and what means none is refused."""
+"""Keys of a cache: each form gives one hook name, and other keys are errors."""
 
 import pytest
 
@@ -74,7 +74,7 @@ def test_key_means_name(key, name):
 
 
 @pytest.mark.parametrize("key", [("z", 8), ("z", -9), ("vision", "z", 3), ("vision", "z", -4), "z8", "z-9"])
-def test_layers_out_of_range_are_refused(key):
+def test_layers_out_of_range_are_errors(key):
     with pytest.raises(HookNameError, match=r"out of range: the (text|vision) tower has \d blocks"):
         full_name(key, LAYERS)
 
@@ -95,7 +95,7 @@ def test_layers_out_of_range_are_refused(key):
         ("projector", "z", 1),
     ],
 )
-def test_other_keys_are_refused(key):
+def test_other_keys_are_errors(key):
     with pytest.raises(HookNameError):
         full_name(key, LAYERS)
 

@@ -1,4 +1,4 @@
-"""HookPoint: what a hook may do to an activation and its gradient, and in which order hooks run."""
+"""HookPoint: what a hook may do to an activation and its gradient, and the order of hooks."""
 
 import inspect
 
@@ -69,16 +69,16 @@ def test_a_hook_sees_what_the_hook_before_it_made():
     assert p.run(torch.zeros(1))[0].item() == 10
 
 
-def test_the_same_function_may_hang_twice_and_handles_tell_them_apart():
+def test_a_function_may_be_registered_twice_with_two_handles():
     p, fn = point(), adding(1)
     one, two = p.add_hook(fn), p.add_hook(fn)
     assert p.run(torch.zeros(1))[0].item() == 2
     p.remove(two)
-    p.remove(two)  # gone already: no error
+    p.remove(two)  # removed before: no error
     assert p.fwd_hooks == [one]
 
 
-def test_a_hook_may_take_itself_away():
+def test_a_hook_may_remove_itself():
     p = point()
 
     def once(x, hook):
@@ -149,14 +149,14 @@ def test_ctx_survives_runs_until_it_is_cleared():
     ],
     ids=["shape", "dtype", "device", "number", "list"],
 )
-def test_a_result_that_does_not_fit_is_refused(result, message):
+def test_a_result_that_does_not_fit_is_an_error(result, message):
     p = point()
     p.add_hook(lambda x, hook: result)
     with pytest.raises(HookValueError, match=message):
         p.run(torch.zeros(2, 3))
 
 
-def test_bad_arguments_are_refused():
+def test_bad_arguments_are_errors():
     p = point()
     add, remove = (inspect.unwrap(fn) for fn in (HookPoint.add_hook, HookPoint.remove_hooks))  # as users run them
     with pytest.raises(HookValueError, match="dir must be 'fwd' or 'bwd', got 'forward'"):
@@ -170,11 +170,11 @@ def test_bad_arguments_are_refused():
     assert not p.active
 
 
-def test_a_hook_that_cannot_be_hung_leaves_nothing():
-    def refuse(_):
+def test_a_hook_that_cannot_be_registered_leaves_nothing():
+    def fail(_):
         raise RuntimeError("no")
 
-    p = point(on_change=refuse)
+    p = point(on_change=fail)
     with pytest.raises(RuntimeError):
         p.add_hook(adding(1))
     assert not p.active
@@ -210,7 +210,7 @@ def test_a_returned_gradient_replaces_it(wrap):
 
 
 @pytest.mark.parametrize("result", [torch.zeros(4), 1.0, (torch.zeros(3), None)], ids=["shape", "number", "pair"])
-def test_a_gradient_that_does_not_fit_is_refused(result):
+def test_a_gradient_that_does_not_fit_is_an_error(result):
     p = point()
     p.add_hook(lambda g, hook: result, dir="bwd")
     with pytest.raises(HookValueError, match="blocks.3.attn.hook_z returned"):
@@ -225,7 +225,7 @@ def test_gradients_reach_activations_that_need_none():
 
 
 @pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_backward_hooks_rest(off):
+def test_without_gradients_backward_hooks_are_not_called(off):
     p = point()
     p.add_hook(lambda g, hook: pytest.fail("called"), dir="bwd")
     with off():

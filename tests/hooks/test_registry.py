@@ -1,4 +1,4 @@
-"""HookRegistry: which points a name means, and that hooks go as they came."""
+"""HookRegistry: the points that a name filter selects, and that exactly the registered hooks are removed."""
 
 import re
 
@@ -33,7 +33,7 @@ def nothing(x, hook):
     return None
 
 
-def hanging(registry) -> dict[str, int]:
+def registered(registry) -> dict[str, int]:
     return {name: len(handles) for name, handles in registry.list_hooks().items()}
 
 
@@ -73,46 +73,46 @@ def test_a_point_is_a_filter_too(registry):
         ("z", "of all layers the points are '*hook_z', of one 'blocks.0.attn.hook_z'"),
     ],
 )
-def test_unknown_names_are_errors_that_name_the_nearest_and_hang_nothing(registry, names, message):
+def test_unknown_names_are_errors_that_name_the_nearest_and_register_nothing(registry, names, message):
     with pytest.raises(HookNameError, match=re.escape(message)) as error:
         registry.attach(names, nothing)
     assert isinstance(error.value, KeyError)
-    assert hanging(registry) == {}
+    assert registered(registry) == {}
 
 
-def test_a_filter_of_another_kind_is_refused(registry):
+def test_a_filter_of_another_type_is_an_error(registry):
     with pytest.raises(HookValueError, match="A name filter is a hook name, a glob.* got int"):
         registry.select([3])
 
 
 @pytest.mark.parametrize("hooks", [("hook_embed", nothing), [("hook_embed",)], [("hook_embed", "nothing")], [nothing]])
-def test_what_is_no_list_of_pairs_is_refused(registry, hooks):
-    for given in ((hooks, ()), ((), hooks)):
+def test_hooks_that_are_no_pairs_are_an_error(registry, hooks):
+    for fwd_hooks, bwd_hooks in ((hooks, ()), ((), hooks)):
         with (
             pytest.raises(HookValueError, match=r"_hooks is a list of pairs \(names, function\)"),
-            registry.hooks(*given),
+            registry.hooks(fwd_hooks, bwd_hooks),
         ):
             pytest.fail("entered")
     with registry.hooks(pair for pair in [("hook_embed", nothing)]):
-        assert hanging(registry) == {"hook_embed": 1}
+        assert registered(registry) == {"hook_embed": 1}
 
 
-def test_a_failing_pair_takes_the_earlier_ones_with_it(registry):
+def test_after_a_failing_pair_the_earlier_ones_are_removed(registry):
     with pytest.raises(HookNameError), registry.hooks([("hook_embed", nothing), ("nowhere", nothing)]):
         pytest.fail("entered")
     with pytest.raises(HookValueError), registry.hooks([("hook_embed", nothing), (["*hook_z", 3], nothing)]):
         pytest.fail("entered")
-    assert hanging(registry) == {}
+    assert registered(registry) == {}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_hooks_go_when_the_body_raises_and_outer_ones_stay(registry, error):
+def test_hooks_are_removed_when_the_body_raises_and_outer_ones_stay(registry, error):
     with registry.hooks([("hook_embed", nothing)]):
         with pytest.raises(error), registry.hooks([("hook_embed", nothing)], [("*hook_z", nothing)]):
-            assert hanging(registry) == {"hook_embed": 2, "blocks.0.attn.hook_z": 1, "blocks.1.attn.hook_z": 1}
+            assert registered(registry) == {"hook_embed": 2, "blocks.0.attn.hook_z": 1, "blocks.1.attn.hook_z": 1}
             raise error
-        assert hanging(registry) == {"hook_embed": 1}
-    assert hanging(registry) == {}
+        assert registered(registry) == {"hook_embed": 1}
+    assert registered(registry) == {}
 
 
 def test_order_over_the_ways_of_adding(registry):
@@ -134,15 +134,15 @@ def test_order_over_the_ways_of_adding(registry):
 def test_resetting_inside_a_context_is_safe(registry):
     with registry.hooks([("hook_embed", nothing)]):
         registry.reset_hooks()
-        assert hanging(registry) == {}
+        assert registered(registry) == {}
         registry.attach("*hook_z", nothing)
-    assert hanging(registry) == {"blocks.0.attn.hook_z": 1, "blocks.1.attn.hook_z": 1}
+    assert registered(registry) == {"blocks.0.attn.hook_z": 1, "blocks.1.attn.hook_z": 1}
 
 
-def test_hooks_may_be_left_hanging(registry):
+def test_hooks_may_stay_registered(registry):
     with registry.hooks([("hook_embed", nothing)], reset_hooks_end=False):
         pass
-    assert hanging(registry) == {"hook_embed": 1}
+    assert registered(registry) == {"hook_embed": 1}
 
 
 def test_permanent_hooks_and_levels(registry):
@@ -150,11 +150,11 @@ def test_permanent_hooks_and_levels(registry):
     registry.attach("*hook_z", nothing, level=1)
     registry.attach("*hook_z", nothing, level=2)
     registry.reset_hooks(level=1)
-    assert hanging(registry) == {"hook_embed": 1, "blocks.0.attn.hook_z": 1, "blocks.1.attn.hook_z": 1}
+    assert registered(registry) == {"hook_embed": 1, "blocks.0.attn.hook_z": 1, "blocks.1.attn.hook_z": 1}
     registry.reset_hooks()
-    assert hanging(registry) == {"hook_embed": 1}
+    assert registered(registry) == {"hook_embed": 1}
     registry.reset_hooks(including_permanent=True)
-    assert hanging(registry) == {}
+    assert registered(registry) == {}
 
 
 def test_contexts_are_kept_and_cleared_as_asked(registry):

@@ -71,7 +71,7 @@ def changed_by(family, inputs, got):
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_name_is_either_served_or_beside_the_modules(model, family):
+def test_every_name_is_served_unless_no_module_holds_it(model, family):
     names = set(model.nnsight.names)
     missing = {n for n in model.hook_dict if n not in names}
     scaled = {n.format(l) for n in SCALED for l in range(2)} if family == "internvl" else set()
@@ -193,10 +193,10 @@ def test_named_and_unnamed_places_mix_in_one_trace(model, inputs):
     assert z.shape[2] == first.shape[1] == 4 and after[:, :, 1].abs().max() == 0 < after[:, :, 0].abs().max()
 
 
-# -- beside hooks ------------------------------------------------------------------------------------------------------
+# -- with hooks --------------------------------------------------------------------------------------------------------
 
 
-def test_hooks_hung_before_or_after_nnsight_came_are_the_same(family, inputs):
+def test_hooks_registered_before_or_after_nnsight_are_the_same(family, inputs):
     hooks = [("blocks.1.attn.hook_z", returned("z")), ("vision.blocks.0.hook_resid_post", returned("resid"))]
     expected = HookedMLLM.from_model(fresh(family), check=False).run_with_hooks(inputs, fwd_hooks=hooks)
     model = HookedMLLM.from_model(fresh(family), check=False)
@@ -336,7 +336,7 @@ def test_errors_say_what_to_do(model, inputs):
 
 
 @pytest.mark.parametrize("hooks", [(), "blocks.1.attn.hook_z"], ids=["by module", "by hook point"])
-def test_what_does_not_fit_is_refused(model, inputs, hooks):
+def test_values_that_do_not_fit_are_errors(model, inputs, hooks):
     z = "blocks.1.attn.hook_z"
     for wrong, message in (
         (lambda x: x[:, :, :2], r"was given shape \(1, \d+, 2, 8\), torch.float32, on cpu; expected shape"),
