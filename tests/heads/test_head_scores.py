@@ -215,3 +215,9 @@ def test_text():
 def test_plot_is_a_figure_of_all_heads():
     figure = scores().plot()
     assert figure.axes[0].images or figure.axes[0].collections
+
+
+def test_names_of_measured_heads_are_offered_as_keys():
+    scores = HeadScores([[0.1, 0.2], [0.3, 0.4]], missing=[0])
+    assert scores._ipython_key_completions_() == ["L1H0", "L1H1"]
+    assert [scores[name] for name in scores._ipython_key_completions_()] == [0.3, 0.4]
