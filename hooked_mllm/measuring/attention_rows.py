@@ -1,4 +1,4 @@
-"""The attention rows of a group of layers from q and k: by a kernel where one can, else by torch in pieces."""
+"""The attention rows of a group of layers, from q and k: by a Triton kernel where it runs, else by torch in chunks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.kernels.attention_profile import kernel_fits, kernel_runs
 from hooked_mllm.measuring.query_selection import QuerySelection
 
-#: what computes profiles where a view is not told: "auto", "triton" or "torch"
+#: the implementation of profiles of views that specify none: "auto", "triton" or "torch"
 IMPLEMENTATION = "auto"
 
 
@@ -28,19 +28,19 @@ class Chunk(NamedTuple):
 
 
 class LayerRows:
-    """What an `AttentionView` computes from; see there.
+    """The tensors that an `AttentionView` is computed from, and the computation; see there.
 
     Args:
-        q: One tensor per layer, or rows alone by the name of query tokens.
+        q: One tensor per layer; or, by the name of query tokens, one tensor per layer of their rows only.
         k: One tensor per layer.
         mask: One per layer.
         scale: One per layer.
-        first: Position of the first query that the masks know.
+        first: Position of the first query of the masks.
         max_bytes: Bound on the scratch memory for rows.
         implementation: "auto", "triton" or "torch".
 
     Raises:
-        HookValueError: for another implementation, or "triton" where the kernel cannot run.
+        HookValueError: For another implementation, or "triton" where the kernel cannot run.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class LayerRows:
         if implementation == "triton" and not kernel_runs(self.device):
             raise HookValueError(f"The Triton kernel runs on a GPU; k is on {self.device}. 'torch' runs anywhere.")
         self.by_kernel = implementation == "triton" or (implementation == "auto" and k[0].is_cuda)
-        if self.by_kernel and not (kernel_fits(example.shape[-1], example.dtype) and self._told_by_numbers()):
+        if self.by_kernel and not (kernel_fits(example.shape[-1], example.dtype) and self._share_bounds()):
             if implementation == "triton":
                 raise HookValueError(
                     "The Triton kernel takes causal masks with padding at the ends, head dims 16 to 256 in bfloat16, "
@@ -78,21 +78,20 @@ class LayerRows:
             self.by_kernel = False
 
     def check(self, selection: QuerySelection) -> None:
-        """Refuse queries whose rows are not here.
+        """Raise for queries whose rows were not kept.
 
         Raises:
-            InputError: for a query before the first, or a name that was not kept.
+            InputError: For a query before the first, or a name that was not kept.
         """
         selection.check(self._first)
         if isinstance(self._q, Mapping) and selection.key not in self._q:
             raise InputError(
-                f"Of the {selection.label} query tokens nothing was kept: every metric of this run says by its "
-                f"attribute `queries` that it reads other rows ({', '.join(self._q)}). Let the metric that reads more "
-                "hold all names there, as a tuple, or have no such attribute."
+                f"The rows of the {selection.label} query tokens were not kept: the attributes `queries` of this run's "
+                f"metrics list only {', '.join(self._q)}. List all names there, as a tuple, or remove the attribute."
             )
 
     def drop(self) -> None:
-        """Let go of q and k."""
+        """Free q and k."""
         self._q, self._k, self._mask, self._kinds = [], [], [], []
 
     def profile(self, selection: QuerySelection) -> Float[Tensor, "layer batch head key"]:
@@ -106,9 +105,9 @@ class LayerRows:
         streaming = [None if kind is None else (kind.dense, kind.sink, kind.window) for kind in kinds]
         from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # needs a GPU's compiler
 
-        q = self._chosen(selection, slice(0, len(self._k)), slice(0, selection.length))
-        places = self._places(selection, bounds[0])
-        return triton_attention_profile(q, self._k, self._scale, places, selection.weight, start, end, streaming)
+        q = self._query_rows(selection, slice(0, len(self._k)), slice(0, selection.length))
+        positions = self._key_index(selection, bounds[0])
+        return triton_attention_profile(q, self._k, self._scale, positions, selection.weight, start, end, streaming)
 
     def _joined(self, edges: list[Tensor | None]) -> Tensor | None:
         """One edge for all layers if they share it, else `[layer batch]`."""
@@ -124,7 +123,7 @@ class LayerRows:
             else:
                 piece = chunk.rows.mul_(selection.weight[:, None, chunk.queries, None]).sum(-2)
             if piece.shape[0] == len(self._k) and piece.shape[2] == self.n_heads and out is None:
-                out = piece  # all in one piece, or the first queries of all heads
+                out = piece  # a chunk with all layers and heads
                 continue
             if out is None:
                 out = piece.new_zeros(len(self._k), self.batch, self.n_heads, self.n_keys)
@@ -133,35 +132,35 @@ class LayerRows:
         return out
 
     def chance(
-        self, selection: QuerySelection, wanted: Bool[Tensor, "batch key"]
+        self, selection: QuerySelection, keys: Bool[Tensor, "batch key"]
     ) -> Float[Tensor, "layer batch mask_head"]:
-        """The mass on the wanted keys of heads that attend evenly to all they see."""
-        found = {}
+        """The mass on the keys of heads that attend evenly to all visible keys."""
+        levels: dict[tuple[object, ...], Tensor] = {}
         for number, kind in enumerate(self._kinds):
-            if kind not in found:
-                found[kind] = self._mask_chance(number, selection, wanted)
-        heads = max(level.shape[1] for level in found.values())
-        return torch.stack([found[kind].expand(-1, heads) for kind in self._kinds])
+            if kind not in levels:
+                levels[kind] = self._mask_chance(number, selection, keys)
+        heads = max(level.shape[1] for level in levels.values())
+        return torch.stack([levels[kind].expand(-1, heads) for kind in self._kinds])
 
     def _mask_chance(
-        self, number: int, selection: QuerySelection, wanted: Bool[Tensor, "batch key"]
+        self, number: int, selection: QuerySelection, keys: Bool[Tensor, "batch key"]
     ) -> Float[Tensor, "batch mask_head"]:
         mask, bounds = self._mask[number], self._bounds(number)
         if bounds is None:
             level = torch.zeros((), device=self.device)
             for part in _parts(selection.length, self._query_step()):
                 visible = mask.head_rows(selection.index[:, part] - self._first).to(self.device)
-                level = level + chance_level(visible, wanted, selection.weight[:, part])
+                level = level + chance_level(visible, keys, selection.weight[:, part])
             return level
-        facts = (self._places(selection, bounds), wanted, selection.weight, bounds.start, bounds.end)
-        level = counted_chance(*facts)[:, None]
+        arguments = (self._key_index(selection, bounds), keys, selection.weight, bounds.start, bounds.end)
+        level = counted_chance(*arguments)[:, None]
         if mask.streaming is None:
             return level
-        near = counted_chance(*facts, near=(mask.streaming.sink, mask.streaming.window))[:, None]
+        near = counted_chance(*arguments, near=(mask.streaming.sink, mask.streaming.window))[:, None]
         return torch.where(mask.streaming.flags(self.device), level, near)
 
     def chunks(self, selection: QuerySelection) -> Iterator[Chunk]:
-        """All rows of the selection, in pieces cut over layers first, then heads, then queries."""
+        """All rows of the selection, in chunks: split over queries, then layers, then heads as memory requires."""
         group = self.n_heads // self.n_kv_heads
         query_step = min(selection.length, self._query_step())
         kv_step = min(self.n_kv_heads, max(1, self._max_bytes // (self._row_bytes(group) * query_step)))
@@ -169,26 +168,26 @@ class LayerRows:
         if kv_step == self.n_kv_heads:
             layer_step = max(1, self._max_bytes // (self._row_bytes(self.n_heads) * query_step))
         for queries in _parts(selection.length, query_step):
-            shared = self._hidden(selection, queries, slice(0, 1)) if self._alike() else None
+            shared = self._hidden(selection, queries, slice(0, 1)) if self._share_mask() else None
             for layers in _parts(len(self._k), layer_step):
                 hidden = self._hidden(selection, queries, layers) if shared is None else shared
                 for kv_heads in _parts(self.n_kv_heads, kv_step):
                     heads = slice(kv_heads.start * group, kv_heads.stop * group)
-                    q, k, some = self._chosen(selection, layers, queries), list(self._k[layers]), hidden
+                    q, k, masked = self._query_rows(selection, layers, queries), list(self._k[layers]), hidden
                     if kv_step < self.n_kv_heads:
                         q, k = [t[:, heads] for t in q], [t[:, kv_heads] for t in k]
-                        some = hidden if hidden.shape[2] == 1 else hidden[:, :, heads]
-                    yield Chunk(layers, heads, queries, attention_rows(_stack(q), k, self._scale[layers], some))
+                        masked = hidden if hidden.shape[2] == 1 else hidden[:, :, heads]
+                    yield Chunk(layers, heads, queries, attention_rows(_stack(q), k, self._scale[layers], masked))
 
     def _row_bytes(self, heads: int) -> int:
-        return self.batch * heads * self.n_keys * 9  # the scores and their softmax live side by side, and a mask
+        return self.batch * heads * self.n_keys * 9  # float32 scores, their softmax, and a mask of bytes
 
     def _query_step(self) -> int:
-        """How many queries of one group of heads that share a key head fit into the scratch memory."""
+        """The number of queries of one group of heads (those of one key head) that fit into the scratch memory."""
         return max(1, self._max_bytes // self._row_bytes(self.n_heads // self.n_kv_heads))
 
-    def _chosen(self, selection: QuerySelection, layers: slice, part: slice) -> list[Tensor]:
-        """Rows of q, [batch head query d_head] by layer."""
+    def _query_rows(self, selection: QuerySelection, layers: slice, part: slice) -> list[Tensor]:
+        """The query rows of each layer, [batch head query d_head]."""
         if isinstance(self._q, Mapping):
             return [t[:, :, part] for t in self._q[str(selection.key)][layers]]
         return [selection.take(t, part, self._first) for t in self._q[layers]]
@@ -199,12 +198,12 @@ class LayerRows:
     def _hidden(
         self, selection: QuerySelection, part: slice, layers: slice
     ) -> Bool[Tensor, "mask_layer batch mask_head query tail"]:
-        """Which of the last `tail` keys these queries do not see; they all see the keys before.
+        """True at those of the last `tail` keys that are masked for these queries; earlier keys are visible to all.
 
         One mask for all layers if they share it, else one per layer.
         """
         index = selection.index[:, part]
-        if self.plain_causal:  # all see what precedes the first of them
+        if self.plain_causal:  # keys up to the first query are visible to all of them
             first = int(selection.positions[:, part].min()) + 1
             return (torch.arange(first, self.n_keys, device=self.device) > index[..., None])[None, :, None]
         kinds = self._kinds[layers]
@@ -216,29 +215,29 @@ class LayerRows:
         return torch.stack([built[kind].expand(-1, heads, -1, -1) for kind in kinds])
 
     def _bounds(self, number: int) -> CausalBounds | None:
-        """The mask of a layer in numbers; asked once of masks that are the same."""
+        """The causal bounds of a layer's mask; computed once for identical masks."""
         kind = self._kinds[number]
         if kind not in self._known:
             self._known[kind] = self._mask[number].bounds()
         return self._known[kind]
 
-    def _told_by_numbers(self) -> bool:
-        """Whether all masks are causal with padding at the ends, and alike enough for one launch."""
+    def _share_bounds(self) -> bool:
+        """Whether one launch serves all layers: causal masks with padding at the ends and one offset."""
         bounds = [self._bounds(number) for number in range(len(self._k))]
         facts = {None if b is None else (b.offset, b.start is None, b.end is None) for b in bounds}
         return None not in facts and len(facts) == 1 and min(self._scale) > 0
 
-    def _places(self, selection: QuerySelection, bounds: CausalBounds | None) -> Tensor:
-        """The place of each query among the keys."""
+    def _key_index(self, selection: QuerySelection, bounds: CausalBounds | None) -> Tensor:
+        """The index of each query among the keys."""
         shift = 0 if bounds is None else bounds.offset - self._first
         return selection.index + shift if shift else selection.index
 
 
 def _identity(mask: MaskRows) -> tuple[object, ...]:
-    """Equal for masks that are made from the very same parts: transformers hands one mask tensor to many layers."""
-    parts = (mask.recipe, mask.dense, mask.padding)
+    """Equal for masks with the same tensors: transformers passes one mask tensor to many layers."""
+    tensors = (mask.recipe, mask.dense, mask.padding)
     numbers = (mask.causal, mask.window, mask.segments, mask.q_length, mask.kv_length, mask.streaming)
-    return (*map(id, parts), *numbers)
+    return (*map(id, tensors), *numbers)
 
 
 def _parts(length: int, step: int) -> Iterator[slice]:

@@ -22,38 +22,38 @@ MAX_BYTES = 1 << 30
 
 
 class AttentionView:
-    """The post-softmax attention of a group of layers during one forward pass, of one sample or a batch.
+    """The post-softmax attention of a group of layers in one forward pass, of one sample or a batch.
 
-    What is asked is computed once, in float32, in pieces of at most `max_bytes`, and kept until the view is dropped:
-    every metric that asks for the profile of the question gets the same tensor. Nothing of size N x N is ever built.
-    Wherever a method takes `queries` or `keys`, that is the name of a mask ("question", "answer", "last", "target",
-    "visual", "text", ...) or a boolean tensor [batch pos]. Padding is never a query and never a key. Where some heads
-    stream (see `HybridAttention`), all that is read follows what each head sees.
+    Every quantity is computed once, in float32, in chunks of at most `max_bytes`, and kept until the view is released:
+    all metrics that read the profile of the question share one tensor. Nothing of size N x N is ever built. Wherever a
+    method takes `queries` or `keys`, that is the name of a mask ("question", "answer", "last", "target", "visual",
+    "text", ...) or a boolean tensor [batch pos]. Padding is never a query and never a key. Where some heads stream (see
+    `HybridAttention`), all values follow the mask of each head.
 
-    On a GPU, profiles and what is made of them come from a Triton kernel that holds no rows, where the mask is causal
-    with padding at the ends (see `MaskRows.bounds`); elsewhere, and for `rows`, torch computes rows in pieces.
+    On a GPU, profiles and values derived from them come from a Triton kernel that stores no rows, if the mask is causal
+    with padding at the ends (see `MaskRows.bounds`); otherwise, and for `rows`, torch computes rows in chunks.
 
     Args:
         layers: Indices of the decoder layers, ascending.
         q: One tensor per layer, [batch head pos d_head], after position encoding. Or, by the name of query tokens, one
-            tensor per layer of their rows alone, [batch head query d_head], in the order of `positions`; the view then
-            answers for these names only.
+            tensor per layer of their rows only, [batch head query d_head], in the order of `positions`; the view then
+            supports these names only.
         k: One tensor per layer, [batch kv_head pos d_head], after position encoding.
-        mask: Which keys each query of that layer saw. Rows are built once for layers with the same mask.
+        mask: The keys that are visible to each query of that layer. Rows are built once for layers with one mask.
         scale: The factor of the scores before the softmax, one per layer.
-        masks: Gives the mask of a name, [batch pos]; must know "padding". On the CPU they spare waiting for the device.
-            Or one `Selections` made of it, for all views of a forward pass to share.
+        masks: Returns the mask of a name, [batch pos], "padding" among them; masks on the CPU avoid synchronising with
+            the device. Or a `Selections` of it, which the views of a forward pass share.
         n_layers: Number of decoder layers of the model.
         max_bytes: Bound on the scratch memory for attention rows.
-        context: What is known beside attention: token ids, layouts, the residual stream.
+        context: Further facts: token ids, layouts, the residual stream.
         first: Position of the first row of q, where the positions before it are keys only (see `SharedPrefix`).
-        implementation: "triton" for the kernel, "torch" for rows in pieces, "auto" for the kernel on a GPU where it
+        implementation: "triton" for the kernel, "torch" for rows in chunks, "auto" for the kernel on a GPU where it
             can run.
 
     Raises:
-        InputError: if the lists differ in length or the tensors in shape; when asked, for a query before `first` or
+        InputError: If the lists differ in length or the tensors in shape; on reading, for a query before `first` or
             one that was not kept.
-        HookValueError: for "triton" where the kernel cannot run.
+        HookValueError: For "triton" where the kernel cannot run.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class AttentionView:
                         f"on {tensor.device}, of layer {layers[0]} {list(tensors[0].shape)} on {k[0].device}."
                     )
         if not isinstance(q, Mapping) and (q[0].shape[1] % k[0].shape[1] or q[0].shape[2] + first != k[0].shape[2]):
-            since = f", q from position {first} on" if first else ""
+            since = f", q starting at position {first}" if first else ""
             raise InputError(
                 f"Expected q [batch head pos d_head] and k [batch kv_head pos d_head] over the same positions{since}, "
                 f"head a multiple of kv_head; got q {list(q[0].shape)} and k {list(k[0].shape)}."
@@ -109,7 +109,7 @@ class AttentionView:
         self._tops: dict[tuple[object, float], Tensor] = {}
         self._chances: dict[tuple[object, object], Tensor] = {}
         self._sums: list[Tensor] = []
-        self._answer: tuple[Tensor, torch.cuda.Event] | None = None
+        self._host_sum: tuple[Tensor, torch.cuda.Event] | None = None
         self._layer_index: Tensor | None = None
 
     @property
@@ -150,7 +150,7 @@ class AttentionView:
 
     @property
     def answer(self) -> Bool[Tensor, "batch pos"]:
-        """The answer given with the prompt."""
+        """The answer that the sample was prepared with."""
         return self.mask("answer")
 
     @property
@@ -167,12 +167,12 @@ class AttentionView:
         """The attention rows A[i, :] of the query tokens, in order of position.
 
         Args:
-            queries: The query tokens. In a batch of unequal numbers, short samples get zero rows at the end.
-            reduce: Maps a piece of rows [layer batch head query key] to one value per row [layer batch head query];
-                with it, the rows themselves never exist all at once.
+            queries: The query tokens. Samples with fewer of them get zero rows at the end.
+            reduce: Maps a chunk of rows [layer batch head query key] to one value per row [layer batch head query];
+                the rows then never exist all at once.
 
         Returns:
-            Rows [layer batch head query key] in float32, or what `reduce` made of each, [layer batch head query].
+            Rows [layer batch head query key] in float32, or the reduced values [layer batch head query].
         """
         selection = self._select(queries)
         shape = (len(self.layers), self.batch, self.n_heads, selection.length)
@@ -198,14 +198,14 @@ class AttentionView:
     def positions(
         self, queries: str | Bool[Tensor, "batch pos"]
     ) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
-        """Where the rows of `rows(queries)` stand in the sequence, and which of them are there (not filled up)."""
+        """The positions of `rows(queries)` in the sequence, and whether each is a row of the sample (not filled up)."""
         selection = self._selections.queries(queries)
         return selection.index, selection.valid
 
     def average(
         self, values: Float[Tensor, "layer batch head query"], queries: str | Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "layer batch head"]:
-        """The mean over each sample's own query tokens of what `rows(queries, reduce=...)` made of each row."""
+        """The mean over each sample's query tokens of the values of `rows(queries, reduce=...)`."""
         weight = self._selections.queries(queries).weight
         return (values * weight[:, None]).sum(-1, dtype=torch.float64)
 
@@ -213,7 +213,7 @@ class AttentionView:
     def profile(self, queries: str | Bool[Tensor, "batch pos"]) -> Float[Tensor, "layer batch head key"]:
         """The mean attention row over the query tokens: `a[j] = 1/|Q| sum_{i in Q} A[i, j]` (arXiv:2606.05843 eq. 22).
 
-        The tensor is shared: change a copy of it only.
+        The tensor is shared: edit a copy of it only.
         """
         selection = self._select(queries)
         if selection.key in self._profiles:
@@ -226,7 +226,7 @@ class AttentionView:
     def mass(
         self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "layer batch head"]:
-        """The attention that the query tokens pay to the keys: `sum_{j in K} a[j]`, in [0, 1], as float64."""
+        """The attention mass of the query tokens on the keys: `sum_{j in K} a[j]`, in [0, 1], as float64."""
         profile = self.profile(queries)
         span, whole = self._selections.span(keys)
         if whole:
@@ -244,10 +244,10 @@ class AttentionView:
     def top(self, queries: str | Bool[Tensor, "batch pos"], share: float) -> Bool[Tensor, "layer batch head key"]:
         """True at the `ceil(share * N)` largest entries of the profile (arXiv:2606.05843 eq. 23).
 
-        N is the sample's own length: padding does not count and is never chosen. Ties go to the lower index.
+        N is the sample's own length: padding does not count and is never selected. Ties go to the lower index.
 
         Raises:
-            InputError: for a share that is not above 0 and at most 1.
+            InputError: For a share that is not above 0 and at most 1.
         """
         if not 0.0 < share <= 1.0:
             raise InputError(f"Expected a share of the keys above 0 and at most 1; got {share!r}.")
@@ -268,7 +268,7 @@ class AttentionView:
     def chance(
         self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "layer batch head"]:
-        """The mass that a head attending evenly to all it sees would have: target tokens over visible tokens.
+        """The mass of a head that attends evenly to all visible keys: target tokens over visible tokens.
 
         It is the same for all heads of a layer unless some of them stream.
         """
@@ -283,16 +283,17 @@ class AttentionView:
         return self._chances[key]
 
     def release(self) -> None:
-        """Let go of q, k and everything computed from them; `check` still answers.
+        """Free q, k and everything computed from them; `check` still works.
 
-        On a GPU its answer is on its way from here on, so that asking later need not wait for what was launched since.
+        On a GPU the sum that `check` reads is copied to the host from here on, so that a later `check` does not wait
+        for kernels launched since.
         """
         if self._sums and self.device.type == "cuda":
             total = torch.empty((), dtype=torch.float32, pin_memory=True)
             with torch.cuda.device(self.device):
                 total.copy_(self._sum_of_all(), non_blocking=True)
-                self._answer = (total, torch.cuda.Event())
-                self._answer[1].record()
+                self._host_sum = (total, torch.cuda.Event())
+                self._host_sum[1].record()
         self._rows.drop()
         self.context = ViewContext()
         self._profiles.clear()
@@ -302,16 +303,16 @@ class AttentionView:
     def check(self) -> None:
         """Raise if any profile or row computed so far is not finite.
 
-        Waits for the device, after `release` only for what was launched before it; call it once per sample.
+        Synchronises with the device, after `release` only with what was launched before it; call it once per sample.
 
         Raises:
-            NumericsError: naming layers and heads with a NaN or an infinity.
+            NumericsError: With the layers and heads of a NaN or an infinity.
         """
         if not self._sums:
             return
-        if self._answer is not None:
-            self._answer[1].synchronize()
-        if math.isfinite(float(self._sum_of_all() if self._answer is None else self._answer[0])):
+        if self._host_sum is not None:
+            self._host_sum[1].synchronize()
+        if math.isfinite(float(self._sum_of_all() if self._host_sum is None else self._host_sum[0])):
             return
         bad = ~torch.stack(self._sums).isfinite().all(0)
         if bool(bad.any()):
@@ -324,7 +325,7 @@ class AttentionView:
             )
 
     def _sum_of_all(self) -> Tensor:
-        # a NaN anywhere in a row makes its sum one, and the sum of all sums
+        # a NaN in a row makes its sum NaN, and so the sum of all sums
         sums = [sums.sum() for sums in self._sums]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 

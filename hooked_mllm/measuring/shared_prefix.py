@@ -1,4 +1,4 @@
-"""Several questions about the same pictures: the tokens before the question are run once, and their keys kept."""
+"""Several questions about the same images: the shared tokens before the question run once, and their keys are kept."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch, is_per_token, moved
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SharedPrefix(SampleBatch):
-    """Samples that are the same up to their questions, padded on the right so that they also are in the same places.
+    """Samples that are equal up to their questions, padded on the right so that positions correspond.
 
-    `model.measure` runs the first of them whole, and of the others only what comes after `prefix`, against the keys and
-    values that the first one left (see `reasons_to_run_whole`). For everything else this is a batch like any other.
+    `model.measure` runs the first sample whole, and of the others only the positions after `prefix`, against the cached
+    keys and values of the first (see `reasons_to_run_whole`). Everywhere else this is an ordinary batch.
 
     Attributes:
-        prefix: how many positions are shared; 0 if none can be, and the batch is then run whole.
+        prefix: Number of shared positions; 0 if none can be shared, and the batch is then run whole.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, metrics, toys
@@ -40,22 +40,22 @@ class SharedPrefix(SampleBatch):
 
     @classmethod
     def collate(cls, samples: Sequence[Sample], padding_side: str = "right") -> "SharedPrefix":
-        """Join samples of one model; padded on the left, they have no prefix in common.
+        """Join samples of one model; padded on the left, they share no prefix.
 
         Raises:
-            InputError: an empty batch, an unknown side, or pictures that the model cannot take in one batch.
+            InputError: For an empty batch, an unknown side, or images that the model cannot take in one batch.
         """
         batch = super().collate(samples, padding_side)
         return replace(batch, prefix=common_prefix(batch.samples) if padding_side == "right" else 0)  # type: ignore[return-value]
 
     def resolved(self, device: torch.device | str | None) -> ResolvedInput:
-        """What is known of the batch, without the pixels, which only the first sample's run needs."""
+        """The batch without its pixels, which only the run of the first sample needs."""
         tensors = moved({"input_ids": self.inputs["input_ids"]}, device)
         return ResolvedInput(tensors, self.mask, tuple(s.id for s in self), self)
 
 
 def common_prefix(samples: Sequence[Sample]) -> int:
-    """How many positions all samples share before any of their questions; 0 if pixels or later visual tokens differ."""
+    """Number of positions that all samples share before their questions; 0 if pixels or later visual tokens differ."""
     first, width = samples[0], min(map(len, samples))
     shared = torch.ones(width, dtype=torch.bool)
     for sample in samples:
@@ -75,31 +75,31 @@ def common_prefix(samples: Sequence[Sample]) -> int:
 
 
 def reasons_to_run_whole(model: Model, batch: SharedPrefix, metrics: Sequence[Any]) -> list[str]:
-    """Why `model.measure` would run this batch whole; empty if the prefix is run once.
+    """The reasons why `model.measure` would run this batch whole; empty if the prefix is run once.
 
-    A hook or a backend of the user's would see other shapes in a run of the suffix alone, so that its result could be
-    another one. A metric must say by its attribute `queries` whose rows it reads, for only those after the prefix are
-    there, and must not read the residual stream.
+    A user's hook or backend would get other shapes in a run of the suffix only, so that its result could differ. A
+    metric must list in its attribute `queries` the rows that it reads, because only rows after the prefix exist, and
+    must not read the residual stream.
     """
     reasons = [] if batch.prefix else ["the samples share no prefix before their questions"]
     config = model.family.text_config(model.hf_model.config)
     if not model.family.text.causal or {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
-        reasons.append("not every layer attends to all that came before")
+        reasons.append("not every layer attends to all earlier positions")
     if model.hf_model.training:
         reasons.append("the model is in training mode")
     if any(point.active for point in model.hook_dict.values()):
-        reasons.append("hooks or interventions hang on the model")
+        reasons.append("hooks or interventions are registered on the model")
     sites = (*model.wiring.text, *model.wiring.vision)
     if any(site.running is not None or site.taps for site in sites):
         reasons.append("an attention backend or a tap is in use")
     if any(_is_foreign(fn) for module in model.hf_model.modules() for fn in _torch_hooks(module)):
-        reasons.append("torch hooks hang on the model")
+        reasons.append("torch hooks are registered on the model")
     for metric in metrics:
         queries = getattr(metric, "queries", None)
         if getattr(metric, "needs_residual", False) or not isinstance(queries, str):
-            reasons.append(f"{metric!r} may read what comes before the question")
+            reasons.append(f"{metric!r} may read rows before the question")
         elif bool(batch.mask(queries)[:, : batch.prefix].any()):
-            reasons.append(f"{metric!r} reads rows of {queries!r}, some of which come before the question")
+            reasons.append(f"{metric!r} reads rows of {queries!r}, some of which are before the question")
     return reasons
 
 
@@ -109,24 +109,24 @@ def _torch_hooks(module: nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _is_foreign(fn: Callable[..., Any]) -> bool:
-    """Whether a torch hook is neither one that transformers records outputs with nor carries hook points."""
+    """Whether a torch hook belongs neither to transformers, which records outputs, nor to this package."""
     return not (getattr(fn, "__module__", None) or "").startswith(("transformers.", "hooked_mllm."))
 
 
 class _Held:
-    """Of each sample what the attention rows of its suffix need beside the prefix: its own q and k, by layer."""
+    """The q and k of each sample's suffix, by layer: what its attention rows need besides the shared prefix."""
 
     def __init__(self, prefix: int) -> None:
         self.prefix = prefix
         self.suffixes: list[dict[int, tuple[Tensor, Tensor]]] = []
 
     def keep(self, call: AttentionCall) -> None:
-        """Copy the suffix out of a call, so that the whole can be freed."""
+        """Copy the suffix of a call, so that the rest can be freed."""
         start = self.prefix - (call.k.shape[2] - call.q.shape[2])
         self.suffixes[-1][call.layer] = (call.q[:, :, start:].clone(), call.k[:, :, self.prefix :].clone())
 
     def join(self, call: AttentionCall) -> AttentionCall:
-        """The call that the whole batch would have made, but for the queries of the prefix."""
+        """The attention call of the whole batch, without the queries of the prefix."""
         self.keep(call)
         parts = [held.pop(call.layer) for held in self.suffixes]
         width = max(q.shape[2] for q, _ in parts)
@@ -136,16 +136,16 @@ class _Held:
         for row, (some_q, some_k) in enumerate(parts):
             q[row, :, : some_q.shape[2]] = some_q[0]
             k[row, :, self.prefix : self.prefix + some_k.shape[2]] = some_k[0]
-        # the padding is behind all that is asked about, where causality hides it
+        # padding is on the right of all queries, where the causal mask hides it
         mask = MaskRows(len(parts), width, k.shape[2], k.device, causal=True)
         return replace(call, q=q, k=k, mask=mask)
 
 
 @torch.no_grad()
 def run_shared(model: Model, batch: SharedPrefix, collect: Callable[[AttentionCall], None]) -> None:
-    """Run the batch with its prefix once, and hand `collect` each layer's call as the whole batch would have made it.
+    """Run the batch with its prefix once; `collect` gets the attention call of each layer as of the whole batch.
 
-    Beside one layer's keys of the whole batch, what is kept is the keys and values of one sample and the queries and
+    Kept in memory are the keys of one layer of the whole batch, the keys and values of one sample, and the queries and
     keys of the suffixes.
     """
     held, cache = _Held(batch.prefix), DynamicCache()
@@ -162,7 +162,7 @@ def run_shared(model: Model, batch: SharedPrefix, collect: Callable[[AttentionCa
                 tensors = {k: v for k, v in moved(sample.inputs, model.device).items() if k != "labels"}
                 with _positions(model) as seen:
                     model.hf_model.model(**tensors, use_cache=True, past_key_values=cache)
-                # text goes on from the shared prefix one by one in each sample, on each axis of a rotary encoding
+                # after the prefix, text positions count up by one in every sample, on each rotary axis
                 if seen[0] is not None:
                     first_position = seen[0][..., batch.prefix : batch.prefix + 1]
             else:
@@ -188,7 +188,7 @@ def _tapping(model: Model, tap: Callable[[AttentionCall], None]) -> Iterator[Non
 
 @contextmanager
 def _positions(model: Model) -> Iterator[list[Tensor | None]]:
-    """Within it, the position ids that the language model is called with."""
+    """Record the position ids of every call of the language model in the body of a `with`."""
     seen: list[Tensor | None] = []
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What a view can tell beside attention: the tokens' ids, what each position sees, the residual stream."""
+"""What a view provides besides attention: token ids, token layouts, the residual stream."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from hooked_mllm.layout import TokenLayout
 
 @dataclass(frozen=True)
 class ViewContext:
-    """Facts of a forward pass that few metrics need; each is refused with a reason where it is not known.
+    """Facts of a forward pass that few metrics need; reading one that is not available raises with the reason.
 
     Args:
         token_ids: The input's ids, [batch pos].
@@ -29,7 +29,7 @@ class ViewContext:
         """The input's ids.
 
         Raises:
-            InputError: for inputs without ids.
+            InputError: For inputs without ids.
         """
         if self.token_ids is None:
             raise InputError("This metric compares tokens, but the inputs came without `input_ids`.")
@@ -40,12 +40,12 @@ class ViewContext:
         """One layout per sample.
 
         Raises:
-            InputError: for a plain mapping of model inputs, which has none.
+            InputError: For a plain mapping of model inputs, which has none.
         """
         if self.token_layouts is None:
             raise InputError(
-                "This metric must know which pixels each token sees, which a plain mapping of model inputs does not "
-                "tell. Make samples with `model.prepare(question, images=...)`."
+                "This metric needs token layouts, which a plain mapping of model inputs does not have. Make samples "
+                "with `model.prepare(question, images=...)`."
             )
         return self.token_layouts
 
@@ -54,10 +54,10 @@ class ViewContext:
         """The residual stream entering each layer of the view.
 
         Raises:
-            InputError: if the metric did not ask for it with `needs_residual = True`.
+            InputError: If the metric's class does not set `needs_residual = True`.
         """
         if self.residuals is None:
             raise InputError(
-                "The residual stream was not kept: it is for metrics whose class says `needs_residual = True`."
+                "The residual stream was not kept: set `needs_residual = True` in the class of the metric."
             )
         return self.residuals

@@ -194,7 +194,7 @@ def test_rows_kept_by_name_are_all_that_is_needed():
     assert torch.equal(view.profile("question"), whole.profile("question"))
     assert torch.equal(view.rows("question"), whole.rows("question"))
     assert torch.equal(view.chance("question", "target"), whole.chance("question", "target"))
-    with pytest.raises(InputError, match=r"'last' query tokens nothing was kept.*\(question\)"):
+    with pytest.raises(InputError, match=r"rows of the 'last' query tokens were not kept.*only question"):
         view.profile("last")
 
 

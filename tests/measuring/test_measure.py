@@ -136,7 +136,7 @@ def test_only_the_rows_of_queries_that_all_metrics_name_are_kept(family):
     close(found[1].values, by_hand(family, samples, "last", "visual"))
     reads_more = FirstToken()
     reads_more.queries = "last"
-    with pytest.raises(InputError, match="'question' query tokens nothing was kept"):
+    with pytest.raises(InputError, match="rows of the 'question' query tokens were not kept"):
         run(family, sample(family), reads_more)
     reads_more.queries = ("last", "question")
     close(run(family, sample(family), reads_more).values, run(family, sample(family), FirstToken()).values)

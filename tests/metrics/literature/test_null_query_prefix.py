@@ -137,7 +137,7 @@ def test_interventions_act_on_both_prompts(family):
     bare = model.measure(batch, MMRetHeads(), progress=False)
     with model.intervene(HeadAblation(["L0H0", "L0H1"], mode="zero", phase="both")):
         reasons, edited = fallback(family)
-    assert reasons == ["hooks or interventions hang on the model"]
+    assert reasons == ["hooks or interventions are registered on the model"]
     assert (edited.values[1:] - bare.values[1:]).abs().max() > 1e-3
 
 
@@ -148,7 +148,7 @@ def test_hooks_by_position_backends_and_torch_hooks_run_whole(family):
         return x + torch.arange(x.shape[1])[None, :, None] * 0.01  # means something else in a suffix alone
 
     with model.hooks([("blocks.0.hook_resid_pre", shift)]):
-        assert fallback(family)[0] == ["hooks or interventions hang on the model"]
+        assert fallback(family)[0] == ["hooks or interventions are registered on the model"]
 
     def scaled(q, k, v, mask, scale, layer):
         index = torch.arange(q.shape[2]).expand(len(q), -1)
@@ -161,7 +161,7 @@ def test_hooks_by_position_backends_and_torch_hooks_run_whole(family):
         assert fallback(family)[0] == ["an attention backend or a tap is in use"]
     handle = model.hf_model.model.language_model.layers[0].register_forward_hook(lambda m, a, out: out)
     try:
-        assert fallback(family)[0] == ["torch hooks hang on the model"]
+        assert fallback(family)[0] == ["torch hooks are registered on the model"]
     finally:
         handle.remove()
     model.hf_model.train()
@@ -180,7 +180,7 @@ def test_hooks_of_transformers_itself_are_no_reason(family):
 
 def test_metrics_that_read_the_prefix_run_whole(family):
     reasons, _ = fallback(family, MMRetHeads(queries="text"))
-    assert reasons == ["MMRetHeads(queries='text') reads rows of 'text', some of which come before the question"]
+    assert reasons == ["MMRetHeads(queries='text') reads rows of 'text', some of which are before the question"]
     model = hooked(family)
     pair = next(NullQuery().pairs(model, plain_sample(family)))
     untold = Rows("text", told=None)
@@ -192,7 +192,7 @@ def test_metrics_that_read_the_prefix_run_whole(family):
     assert not any(site.taps for site in model.wiring.text)
     sink = Rows()
     sink.needs_residual = True
-    assert "may read what comes before" in reasons_to_run_whole(model, pair, [sink])[0]
+    assert "may read rows before" in reasons_to_run_whole(model, pair, [sink])[0]
 
 
 def test_what_shares_no_prefix_runs_whole(family):
