@@ -192,7 +192,7 @@ class LayerRows:
             return [t[:, :, part] for t in self._q[str(selection.key)][layers]]
         return [selection.take(t, part, self._first) for t in self._q[layers]]
 
-    def _alike(self) -> bool:
+    def _share_mask(self) -> bool:
         return self.plain_causal or len(set(self._kinds)) == 1
 
     def _hidden(
