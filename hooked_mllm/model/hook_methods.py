@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -19,12 +20,15 @@ class HookMethods:
     registry: HookRegistry
     forward: Callable[..., Tensor]
 
-    @property
+    @cached_property  # not a property: IPython evaluates none when it completes `model.hook_dict[`
     def hook_dict(self) -> dict[str, HookPoint]:
         """Every hook point by name, in the order of the forward pass."""
         return self.registry.hook_dict
 
-    mod_dict = hook_dict
+    @property
+    def mod_dict(self) -> dict[str, HookPoint]:
+        """TransformerLens's other name of `hook_dict`."""
+        return self.hook_dict
 
     def hook_points(self) -> list[HookPoint]:
         """Every hook point, in the order of the forward pass."""

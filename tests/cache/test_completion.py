@@ -1,5 +1,7 @@
 """Every key that IPython offers reads what the hook name reads."""
 
+import inspect
+
 import pytest
 
 from hooked_mllm import HookedMLLM
@@ -43,4 +45,7 @@ def test_generations_offer_the_keys_of_their_prefill(model, sample):
 
 
 def test_hook_points_are_a_dict_which_ipython_completes_by_itself(model):
+    """It completes the keys of any dict, but evaluates no property."""
     assert isinstance(model.hook_dict, dict) and "blocks.0.attn.hook_z" in model.hook_dict
+    assert not isinstance(inspect.getattr_static(type(model), "hook_dict"), property)
+    assert model.mod_dict is model.hook_dict is model.registry.hook_dict
