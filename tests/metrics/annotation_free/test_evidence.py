@@ -7,128 +7,13 @@ import pytest
 import torch
 
 from helpers.cache_witness import attentions, hooked, plain
-from helpers.tiny import tiny_image
+from helpers.evidence_witness import prepared, reset
 from hooked_mllm import Box, HookedMLLM, SampleBatch
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.metrics import GradientAgreement, OcclusionAgreement, RetrievalAttentionMass
 from hooked_mllm.metrics.annotation_free import EvidenceAgreement
 from hooked_mllm.metrics.annotation_free.gradient_agreement import log_odds
 from hooked_mllm.toys import VisualRetrieval
-
-
-def prepared(family, number=0, **more):
-    text = ("What colour is the mug?", "Where is the dog in the picture of the star?")[number]
-    return hooked(family).prepare(text, images=tiny_image(32, 24, seed=number), **more)
-
-
-def with_features(family, inputs, change):
-    """Logits of plain transformers after `change` of all that the language model is given for the visual tokens.
-
-    `change` takes a list of tensors [visual d_model], the embeddings first and DeepStack's additions after them.
-    """
-    model, visual = plain(family), None
-    ids = inputs["input_ids"][0]
-    tokens = [
-        getattr(model.config, name) for name in ("image_token_id", "video_token_id") if hasattr(model.config, name)
-    ]
-    visual = torch.isin(ids, torch.tensor(tokens))
-
-    def pre(module, args, kwargs):
-        embeds = kwargs["inputs_embeds"].clone()
-        deep = kwargs.get("deepstack_visual_embeds") or []
-        first, *more = change([embeds[0, visual].detach(), *(d.detach() for d in deep)])
-        kwargs["inputs_embeds"] = embeds.detach().index_put((torch.tensor(0), visual.nonzero()[:, 0]), first)
-        if more:
-            kwargs["deepstack_visual_embeds"] = more
-        return args, kwargs
-
-    handle = model.model.language_model.register_forward_pre_hook(pre, with_kwargs=True)
-    try:
-        return model(**inputs, use_cache=False).logits[0], visual
-    finally:
-        handle.remove()
-
-
-def forced(family, sample, n):
-    """The prompt and its greedy answer but the last token, by plain transformers; and the answer."""
-    model = plain(family)
-    out = model.generate(**sample.inputs, max_new_tokens=n, do_sample=False)[0, len(sample) :]
-    more = len(out) - 1
-    inputs = dict(sample.inputs)
-    for name, value in sample.inputs.items():
-        if value.shape == (1, len(sample)):
-            fill = out[None, :-1] if name == "input_ids" else torch.full((1, more), int(name == "attention_mask"))
-            inputs[name] = torch.cat([value, fill.to(value)], dim=1)
-    return inputs, out
-
-
-def reset(family):
-    if family == "qwen3_vl":
-        plain(family).model.rope_deltas = None
-
-
-@pytest.mark.parametrize("n_tokens", [1, 3])
-def test_gradients(family, n_tokens):
-    sample = prepared(family, 1)
-    reset(family)
-    inputs, answer = forced(family, sample, n_tokens)
-    reset(family)
-    leaves = []
-
-    def watch(features):
-        leaves.extend(f.requires_grad_(True) for f in features)
-        return leaves
-
-    logits, visual = with_features(family, inputs, watch)
-    p = logits[-len(answer) :].double().softmax(-1).gather(1, answer[:, None])[:, 0]
-    (p / (1 - p)).log().sum().backward()
-    assert len(leaves) == (3 if family == "qwen3_vl" else 1)
-    rules = {
-        "norm": sum(leaf.grad.double().square().sum(-1) for leaf in leaves),
-        "gradient_x_input": sum((leaf.grad * leaf.detach()).double().sum(-1) for leaf in leaves).abs(),
-    }
-    for rule, due in rules.items():
-        agreement = GradientAgreement(rule=rule, n_tokens=n_tokens)
-        weights = agreement.weights(hooked(family), sample)
-        np.testing.assert_allclose(weights[visual[: len(sample)]], due / due.sum(), rtol=2e-3, atol=1e-5)
-        assert not weights[~visual[: len(sample)]].any() and weights.sum() == pytest.approx(1)
-        assert due.max() > 2 * due.mean()
-
-
-@torch.no_grad()
-def likely(family, inputs, answer, at):
-    """The answer's log-probability when the visual tokens numbered `at` get the mean features."""
-
-    def occlude(features):
-        out = [f.clone() for f in features]
-        for f in out:
-            f[at] = f.mean(0)
-        return out
-
-    reset(family)
-    logits, _ = with_features(family, inputs, occlude)
-    return float(logits[-len(answer) :].double().log_softmax(-1).gather(1, answer[:, None]).sum())
-
-
-@pytest.mark.parametrize(("n_tokens", "window", "refine"), [(1, None, 1), (2, 5, 2)])
-def test_occlusions(family, n_tokens, window, refine):
-    sample = prepared(family)
-    reset(family)
-    inputs, answer = forced(family, sample, n_tokens)
-    count = int(sample.mask("visual").sum())
-    width = window or int(np.ceil(np.sqrt(count)))
-    windows = [list(range(i, min(i + width, count))) for i in range(0, count, width)]
-    clean = likely(family, inputs, answer, [])
-    coarse = [clean - likely(family, inputs, answer, at) for at in windows]
-    tried = [w for w in np.argsort(coarse)[::-1][:refine] if coarse[w] > 0]
-    due = np.zeros(count)
-    for j in (j for w in tried for j in windows[w]):
-        due[j] = max(clean - likely(family, inputs, answer, [j]), 0)
-    agreement = OcclusionAgreement(window=window, refine=refine, batch_size=3, n_tokens=n_tokens)
-    weights = agreement.weights(hooked(family), sample)
-    visual = sample.mask("visual")[0]
-    np.testing.assert_allclose(weights[visual], due / due.sum(), atol=1e-4)
-    assert not weights[~visual].any()
 
 
 def test_scores_are_the_weighted_rows(family):

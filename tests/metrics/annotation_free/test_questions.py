@@ -4,65 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.cache_witness import attentions, hooked
-from helpers.tiny import tiny_image
+from helpers.cache_witness import hooked
+from helpers.question_witness import PICTURES, QUESTIONS, prepared, wordings
 from hooked_mllm import Box, HookedMLLM, SampleBatch
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics import NullQuery, ParaphraseConsistency, QuestionContrast
 from hooked_mllm.toys import VisualRetrieval
-
-QUESTIONS = ("What colour is the mug?", "Where is the dog in the picture of the star?", "Is the star red?", "so")
-PICTURES = [tiny_image(32, 24, seed=n) for n in range(3)]
-
-
-def prepared(family, **more):
-    texts = QUESTIONS[:3]
-    return [hooked(family).prepare(t, images=p, id=t, **more) for t, p in zip(texts, PICTURES, strict=True)]
-
-
-def visual_rows(family, picture, question) -> np.ndarray:
-    """[layer head visual]: the mean eager row of the question's tokens, of a prompt of its own."""
-    one = hooked(family).prepare(question, images=picture)
-    pattern = torch.stack(attentions(family, one.inputs))[:, 0].double().numpy()
-    return pattern[:, :, one.mask("question")[0].numpy()].mean(2)[..., one.mask("visual")[0].numpy()]
-
-
-def best(gain: np.ndarray, share: float) -> np.ndarray:
-    count = int(np.ceil(share * gain.shape[-1] - 1e-9))
-    return np.sort(np.maximum(gain, 0), axis=-1)[..., -count:].sum(-1)
-
-
-@pytest.mark.parametrize("share", [0.3, 1.0])
-def test_question_contrast(family, share):
-    model, metric = hooked(family), QuestionContrast(share=share).keep_samples()
-    samples = prepared(family)
-    found = model.measure(metric.groups(model, samples, n=2), metric, progress=False)
-    assert found.provenance["shared_prefix"] == {"reused": 3, "whole": 0} and found.provenance["n_samples"] == 3
-    for number, picture in enumerate(PICTURES):
-        rows = [visual_rows(family, picture, text) for text in QUESTIONS[:3]]
-        due = np.mean([best(a - (sum(rows) - a) / 2, share) for a in rows], axis=0)
-        np.testing.assert_allclose(metric.sample_scores().values[number], due, atol=1e-5)
-    np.testing.assert_allclose(found.values, metric.sample_scores().values.mean(0), atol=1e-12)
-    assert found.values.std() > 1e-3
-
-
-def wordings(question):
-    return [question, f"so {question}", "the dog is red" if "dog" in question else f"{question} so so"]
-
-
-def test_paraphrase_consistency(family):
-    share = 0.3
-    model, metric = hooked(family), ParaphraseConsistency(wordings=3, share=share)
-    samples = prepared(family)
-    found = model.measure(metric.groups(model, samples, wordings, n=2), metric, progress=False)
-    due = []
-    for picture in PICTURES:
-        rows = [[visual_rows(family, picture, w) for w in wordings(text)] for text in QUESTIONS[:3]]
-        for x in range(3):
-            others = [np.mean(rows[y], axis=0) for y in range(3) if y != x]
-            due.append(best(np.min(rows[x], axis=0) - np.mean(others, axis=0), share))
-    np.testing.assert_allclose(found.values, np.mean(due, axis=0), atol=1e-5)
 
 
 def test_samples_of_a_batch_are_asked_like_samples_by_themselves(family):
@@ -90,16 +38,6 @@ def test_questions_are_drawn_by_seed_and_never_ones_own(family):
     given = drawn(questions=["so", "so", QUESTIONS[0]], n=1)
     assert given[0] == [QUESTIONS[0], "so"] and given[1][1] in ("so", QUESTIONS[0])
     assert len({str(drawn(questions=[*QUESTIONS, "the", "red"], n=2, seed=seed)) for seed in range(4)}) > 1
-
-
-def test_paraphrases_of_one_question_never_stand_against_each_other(family):
-    model = hooked(family)
-    texts = ("What colour is the mug?", "so What colour is the mug?", "Is the star red?")
-    samples = [model.prepare(t, images=PICTURES[0]) for t in texts]
-    same = {t: [texts[0], texts[1]] for t in texts[:2]} | {texts[2]: [texts[2], "so"]}
-    metric = ParaphraseConsistency(wordings=2)
-    for batch in metric.groups(model, samples, same.__getitem__, n=1):
-        assert {s.question for s in batch.samples[:2]} ^ {s.question for s in batch.samples[2:]} == {*texts, "so"}
 
 
 def test_targets_are_not_looked_at(family):

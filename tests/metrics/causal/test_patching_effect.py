@@ -8,7 +8,7 @@ from helpers.tiny import FAMILIES, HEAD_DIM, HEADS, KV_HEADS
 from helpers.wrapped import LAYERS, plain, wrapped
 from hooked_mllm import HookedMLLM, corruptions, toys
 from hooked_mllm.errors import HookNameError, HookValueError, InputError, LayoutError, NumericsError
-from hooked_mllm.metrics import CausalTable, PatchingEffect
+from hooked_mllm.metrics import PatchingEffect
 from hooked_mllm.objectives import AnswerLogProb, KLDivergence, LogitDifference
 
 DIFFERENCE = LogitDifference(5, wrong=9)
@@ -127,19 +127,6 @@ def test_kl_is_to_the_clean_run_whatever_the_base():
     )
     assert table.provenance["clean"] == pytest.approx(0, abs=1e-6) and table.provenance["corrupted"] > 1e-3
     assert table.values.item() == pytest.approx(1, abs=1e-3)  # the last residual stream is the whole clean run
-
-
-def test_a_table_is_saved_and_drawn(tmp_path):
-    model = wrapped("qwen3_vl")
-    table = PatchingEffect("resid_pre", layers=[1, 2]).run(
-        model, pair("qwen3_vl"), objective=DIFFERENCE, progress=False
-    )
-    table.save(tmp_path / "table.safetensors")
-    again = CausalTable.load(tmp_path / "table.safetensors")
-    assert torch.equal(again.values, table.values)
-    assert (again.places, again.layers, again.name) == (table.places, table.layers, table.name)
-    axes = table.plot(title="here").axes[0]
-    assert axes.get_title() == "here" and axes.images[0].get_array().shape == table.shape
 
 
 def test_where_a_toy_reads_the_answer():

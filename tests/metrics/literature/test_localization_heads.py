@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from helpers.cache_witness import hooked
-from helpers.layout_pieces import image, layout, two_views
 from helpers.tiny import tiny_image
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.measuring.measure import measure
@@ -57,19 +56,6 @@ def test_elbow_is_farthest_from_the_chord():
     distances = [np.linalg.norm(p - first - ((p - first) @ along) * along) for p in points]
     assert elbow(values) == ordered[int(np.argmax(distances))]
     assert elbow(np.array([2.0, 2.0, 2.0])) == 2.0
-
-
-def test_token_grid():
-    found = token_grid(layout(image(30, 20, 3, 2)))
-    assert found.tolist() == [[2, 3, 4], [5, 6, 7]]
-    views = layout(image(8, 8, 2, 2), two_views(40, 40, index=1))
-    assert token_grid(views, image=1).shape == (2, 2)
-    fine = token_grid(views, image=1, view="highres")
-    assert fine.shape == (4, 5) and (np.diff(fine, axis=1) == 1).all() and (np.diff(fine[:, 0]) == 6).all()
-    with pytest.raises(LayoutError):
-        token_grid(views, image=2)
-    with pytest.raises(LayoutError):
-        token_grid(views, image=0, view="tile")
 
 
 @pytest.mark.parametrize("together", [False, True])
