@@ -1,32 +1,27 @@
-"""Objectives of the answer that a sample has: its log-probability, and whether greedy decoding gives it."""
+"""Objectives of the sample's answer: its log-probability, and whether greedy decoding gives it."""
 
 from typing import Any
 
-from jaxtyping import Int
 from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
-from hooked_mllm.objectives.rows import at_least_float32, positions_of
+from hooked_mllm.objectives.logits import at_least_float32, log_probabilities, logit_positions
 from hooked_mllm.objectives.tokens import Tokens, answer_tokens, check_tokens, describe_tokens, padded, token_ids
 
 
 class AnswerLogProb(Objective):
-    r"""The log-probability of the answer, in nats: summed over its tokens, each given the ones before it.
+    r"""The log-probability of the answer, in nats, summed over its tokens.
 
     $$\sum_{t=1}^{T} \log p(a_t \mid \text{prompt}, a_{<t})$$
 
-    The sample is prepared with `answer=`, which puts the answer after the prompt (teacher forcing); position t - 1
-    tells token t.
+    The sample is prepared with `answer=`, which appends the answer to the prompt (teacher forcing); the logits at
+    position t - 1 predict token t.
 
     Args:
-        answer: In place of the sample's own answer: one token (an id, a text that is one token, or a function of the
-            sample), read at the last position of the prompt. Of a list, the probabilities are added.
-
-    Raises:
-        InputError: when bound: for a sample without an answer, one that the tokenizer does not know, or an `answer` of
-            several tokens.
+        answer: Replaces the sample's own answer by one token (an id, a text that is one token, or a function of the
+            sample), read at the last position of the prompt. The probabilities of a list of tokens are added.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
@@ -41,42 +36,37 @@ class AnswerLogProb(Objective):
         self.answer = None if answer is None else check_tokens("answer", answer)
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """The objective and its settings, as values that JSON can hold."""
         return {"objective": "AnswerLogProb", "answer": describe_tokens(self.answer)}
 
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
-        if self.answer is not None:
-            return self._one_token(padded(token_ids(model, "answer", self.answer, inputs), -1), inputs)
-        tokens = answer_tokens(model, inputs, "AnswerLogProb")
+        if self.answer is None:
+            tokens = answer_tokens(model, inputs, "AnswerLogProb")[:, :, None]  # [batch n 1]
+        else:
+            tokens = padded(token_ids(model, "answer", self.answer, inputs), -1)[:, None]  # [batch 1 alternative]
 
         def score(logits: Tensor, _: Tensor | None) -> Tensor:
             index = tokens.to(logits.device)
-            log_p = at_least_float32(logits).log_softmax(-1).gather(2, index.clamp(min=0)[..., None])[..., 0]
-            return log_p.masked_fill(index < 0, 0.0).sum(1)
+            absent = index < 0
+            log_p = log_probabilities(logits).gather(2, index.clamp(min=0))  # [batch n alternative]
+            log_p = log_p.masked_fill(absent, -float("inf")).logsumexp(2)  # -> [batch n]
+            return log_p.masked_fill(absent.all(2), 0.0).sum(1)
 
-        return BoundObjective(self, positions_of(inputs, "generating"), score)
-
-    def _one_token(self, tokens: Int[Tensor, "batch n"], inputs: ResolvedInput) -> BoundObjective:
-        def score(logits: Tensor, _: Tensor | None) -> Tensor:
-            index = tokens.to(logits.device)
-            log_p = at_least_float32(logits[:, 0]).log_softmax(-1).gather(1, index.clamp(min=0))
-            return log_p.masked_fill(index < 0, -float("inf")).logsumexp(1)
-
-        return BoundObjective(self, positions_of(inputs, "last"), score)
+        return BoundObjective(self, logit_positions(inputs, "generating" if self.answer is None else "last"), score)
 
 
 class GreedyAccuracy(Objective):
     """1 where greedy decoding gives the sample's answer, else 0; one forward pass, without decoding.
 
-    Every token of the answer must be the most likely one given the prompt and the answer's tokens before it. That is
-    greedy decoding: as long as its tokens are the answer's it goes on from the very same sequence, so it gives the
-    answer if and only if no step departs from it. What it would say after the answer is not looked at; put the token
-    that ends a turn into `answer=` to ask for an answer that stops there.
+    Every token of the answer must be the most likely one after the prompt and the answer's previous tokens. This is
+    greedy decoding: it extends the same sequence for as long as its tokens are those of the answer. Tokens after the
+    answer are not compared; to require that the answer ends there, end `answer=` with the token that ends a turn.
 
-    It agrees with `model.generate(..., do_sample=False)` as far as the checkpoint's generation settings decode greedily
-    (without a repetition penalty), and under interventions that act on the answer as on generated tokens (phase
-    "both"). The answer stands in the prefill here, where one of phase "prefill" reaches it and "decode" does not.
+    The result is that of `model.generate(..., do_sample=False)` if the checkpoint's generation settings decode greedily
+    (without a repetition penalty), and under interventions that edit the answer as they edit generated tokens (phase
+    "both"). The answer is part of the prefill here: an intervention of phase "prefill" edits it, one of "decode" does
+    not.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
@@ -89,17 +79,17 @@ class GreedyAccuracy(Objective):
     differentiable = False
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """The objective, as values that JSON can hold."""
         return {"objective": "GreedyAccuracy"}
 
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
-        tokens = answer_tokens(model, inputs, "GreedyAccuracy")
+        tokens = answer_tokens(model, inputs, "GreedyAccuracy")  # [batch n]
 
         def score(logits: Tensor, _: Tensor | None) -> Tensor:
             index = tokens.to(logits.device)
-            largest, best = at_least_float32(logits).max(-1)
-            right = ((best == index) | (index < 0)).all(1)
-            return right.to(largest.dtype).masked_fill(largest.isnan().any(1), float("nan"))
+            largest, most_likely = at_least_float32(logits).max(-1)  # [batch n d_vocab] -> [batch n]
+            correct = ((most_likely == index) | (index < 0)).all(1)
+            return correct.to(largest.dtype).masked_fill(largest.isnan().any(1), float("nan"))
 
-        return BoundObjective(self, positions_of(inputs, "generating"), score)
+        return BoundObjective(self, logit_positions(inputs, "generating"), score)

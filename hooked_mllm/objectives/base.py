@@ -1,4 +1,4 @@
-"""What every objective is: rows of the logits that it reads, and one number a sample made of them."""
+"""The interface of objectives: the logits that one reads, and the number that it computes from them for each sample."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -17,13 +17,13 @@ Score = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Objective(ABC):
-    """What an experiment watches: one number a sample, made of the logits of a run.
+    """What an experiment measures: one number for each sample, computed from the logits of a run.
 
-    A subclass says in `bind` which rows of the logits it reads for given inputs and what it makes of them, and in
-    `describe` what it is. One object may be used many times, and on several models.
+    A subclass defines `bind`, which selects positions of given inputs and a function of the logits there, and
+    `describe`. An object can be used many times, with several models.
 
     Attributes:
-        larger_is_better: Whether a model that does better has more of it.
+        larger_is_better: Whether larger values mean a better model.
         needs_clean: Whether it compares with the logits of another run; see `BoundObjective.with_clean`.
         differentiable: Whether gradients flow through it to the logits.
 
@@ -31,8 +31,9 @@ class Objective(ABC):
         >>> from hooked_mllm import HookedMLLM, objectives, toys
         >>> class LargestLogit(objectives.Objective):
         ...     def bind(self, model, inputs, corrupted=None):
-        ...         rows = objectives.rows.positions_of(inputs, "last")
-        ...         return objectives.BoundObjective(self, rows, lambda logits, clean: logits[:, 0].float().amax(-1))
+        ...         def score(logits, clean):
+        ...             return logits[:, 0].float().amax(-1)
+        ...         return objectives.BoundObjective(self, inputs.positions("last"), score)
         ...     def describe(self):
         ...         return {"objective": "LargestLogit"}
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
@@ -47,35 +48,36 @@ class Objective(ABC):
 
     @abstractmethod
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> "BoundObjective":
-        """The objective for these inputs: checked against the model's vocabulary and the inputs' answers.
+        """The objective for these inputs, checked against the model's vocabulary and the inputs' answers.
 
         Args:
             model: A `HookedMLLM`.
-            inputs: What the model runs on, as `model.resolve` gives it.
+            inputs: The inputs of the run, as `model.resolve` returns them.
             corrupted: The corrupted counterpart of the inputs, for objectives that read it.
 
         Raises:
-            InputError: for tokens outside the vocabulary, or a sample without the answer that the objective needs.
+            InputError: For tokens outside the vocabulary, a text of several tokens where one is expected, or a sample
+                without the answer that the objective needs.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """The objective and its settings, as values that JSON can hold."""
 
     def __repr__(self) -> str:
-        told = {k: v for k, v in self.describe().items() if k != "objective" and v is not None}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in told.items())})"
+        settings = {k: v for k, v in self.describe().items() if k != "objective" and v is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BoundObjective:
-    """An objective for given inputs: called with the logits at `positions`, it gives one number a sample.
+    """An objective for given inputs: called with the logits at `positions`, it returns one number for each sample.
 
     Attributes:
-        objective: What was bound.
-        positions: Rows of the logits that are read, `[batch n]`, counted in the padded sequence; -1 where a sample has
-            fewer than the others.
-        score: What is made of them: `(logits [batch n d_vocab], clean or None) -> [batch]`.
+        objective: The objective that was bound.
+        positions: Positions whose logits are read, `[batch n]`, in the padded sequence; -1 where a sample has fewer
+            than the others.
+        score: Computes the values: `(logits [batch n d_vocab], clean or None) -> [batch]`.
         clean: The logits of the clean run at these positions.
     """
 
@@ -85,24 +87,25 @@ class BoundObjective:
     clean: Float[Tensor, "batch n d_vocab"] | None = None
 
     def __call__(self, logits: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, " batch"]:
-        """The objective of each sample, in float32 at least.
-
-        Args:
-            logits: The logits at `positions`, as `gather_logits` and `logits_at` give them.
+        """The objective of each sample, in float32 or float64; `logits` are those at `positions`.
 
         Raises:
-            InputError: for logits of other positions, or without the clean logits that the objective needs.
+            InputError: For logits of other positions, or without the clean logits that the objective needs.
         """
         self._check(logits)
-        if self.objective.needs_clean and self.clean is None:
-            raise InputError(
-                f"{type(self.objective).__name__} compares with the clean run, whose logits it was not given: call "
-                "`bound.with_clean(logits_at(model, clean_inputs, bound.positions))` first."
-            )
+        self.check_clean()
         return self.score(logits, self.clean)
 
+    def check_clean(self) -> None:
+        """Raise if the objective compares with a clean run and its logits are missing."""
+        if self.objective.needs_clean and self.clean is None:
+            raise InputError(
+                f"{self.objective!r} compares with a clean run, whose logits are missing: bind it, add them by "
+                "`bound.with_clean(logits_at(model, clean_inputs, bound.positions))`, and use the result."
+            )
+
     def with_clean(self, logits: Float[Tensor, "batch n d_vocab"]) -> "BoundObjective":
-        """The same with the logits of the clean run, which are held without their graph."""
+        """A copy with the logits of the clean run, detached from their graph."""
         self._check(logits)
         return replace(self, clean=logits.detach())
 
@@ -110,7 +113,7 @@ class BoundObjective:
         if logits.dim() != 3 or logits.shape[:2] != self.positions.shape:
             raise InputError(
                 f"{self.objective!r} reads logits [batch n d_vocab] at its positions {tuple(self.positions.shape)}; "
-                f"got {tuple(logits.shape)}. `gather_logits(logits, bound.positions)` takes them out of all logits."
+                f"got {tuple(logits.shape)}. `gather_logits(logits, bound.positions)` selects them from all logits."
             )
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""KLDivergence: how far a run's next-token distribution has moved from that of the clean run."""
+"""KLDivergence: the distance of a run's next-token distribution from that of the clean run."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
-from hooked_mllm.objectives.rows import at_least_float32, positions_of
+from hooked_mllm.objectives.logits import log_probabilities, logit_positions
 
 
 class KLDivergence(Objective):
-    r"""How far the next-token distribution q of a run has moved from that of the clean run, p, in nats.
+    r"""The divergence of a run's next-token distribution q from that of the clean run, p, in nats.
 
     $$\mathrm{KL}(p \,\|\, q) = \sum_v p_v \log \frac{p_v}{q_v}$$
 
-    the mean over the positions that are read. It needs no answer. Zero is the clean run itself, so smaller is better.
+    averaged over the positions. It needs no answer. The clean run itself has 0; smaller is better.
 
     Args:
-        positions: Which positions are read: "last", or any way of naming positions, such as "generating".
+        positions: The positions that are read, in any form of positions, such as "last" or "generating".
 
     Examples:
         >>> from hooked_mllm import HeadAblation, HookedMLLM, objectives, toys
@@ -40,21 +40,20 @@ class KLDivergence(Objective):
         self.positions = positions
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """The objective and its positions, as values that JSON can hold."""
         return {"objective": "KLDivergence", "positions": describe_positions(self.positions)}
 
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
-        positions = positions_of(inputs, self.positions)
+        positions = logit_positions(inputs, self.positions)
 
         def score(logits: Tensor, clean: Tensor | None) -> Tensor:
             assert clean is not None
-            log_p = at_least_float32(clean.to(logits.device)).log_softmax(-1)
-            log_q = at_least_float32(logits).log_softmax(-1)
+            log_p, log_q = log_probabilities(clean.to(logits.device)), log_probabilities(logits)
             p = log_p.exp()
-            # 0 log 0 is 0, also where a hook put a logit at minus infinity
-            terms = (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)
-            there = (positions >= 0).to(logits.device)
-            return terms.masked_fill(~there, 0.0).sum(1) / there.sum(1)
+            # 0 log 0 is 0, also where a hook set a logit to minus infinity
+            terms = (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum(-1)  # [batch n d_vocab] -> [batch n]
+            exists = (positions >= 0).to(logits.device)
+            return terms.masked_fill(~exists, 0.0).sum(1) / exists.sum(1)
 
         return BoundObjective(self, positions, score)

@@ -1,7 +1,7 @@
 """FunctionObjective: a plain function of the logits as an objective."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,19 +10,21 @@ from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
-from hooked_mllm.objectives.rows import at_least_float32, positions_of
+from hooked_mllm.objectives.logits import at_least_float32, logit_positions
+
+if TYPE_CHECKING:
+    #: an objective, bound or not, or a function of logits `[batch 1 d_vocab]`, the prompt's last, to `[batch]`
+    ObjectiveLike = Objective | BoundObjective | Callable[[Tensor], Tensor]
+else:  # at run time anything, so that another value reaches the check whose error states what was expected
+    ObjectiveLike = Any
 
 
 class FunctionObjective(Objective):
-    """A plain function as an objective: larger is taken to be better, and gradients flow as far as it lets them.
+    """A plain function as an objective: larger is assumed to be better, and gradients flow if the function allows it.
 
     Args:
-        fn: Takes logits `[batch n d_vocab]` in float32 and returns one number a sample, `[batch]`.
-        positions: Which positions it is given: "last", or any way of naming as many in every sample.
-
-    Raises:
-        InputError: for something that is no function; in a run, when it returns another shape.
-        LayoutError: when bound: for positions of which samples have unequal numbers.
+        fn: Takes logits `[batch n d_vocab]` in float32 and returns one number for each sample, `[batch]`.
+        positions: Positions whose logits it takes, the same number in every sample.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
@@ -35,26 +37,23 @@ class FunctionObjective(Objective):
 
     def __init__(self, fn: Callable[..., Any], positions: Positions = "last") -> None:
         if not callable(fn) or isinstance(fn, type):
-            raise InputError(f"Expected a function of logits [batch n d_vocab]; got {_named(fn)}.")
+            raise InputError(f"Expected a function of logits [batch n d_vocab]; got {_name(fn)}.")
         check_positions(positions)
         self.fn, self.positions = fn, positions
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
-        return {
-            "objective": "FunctionObjective",
-            "function": _named(self.fn),
-            "positions": describe_positions(self.positions),
-        }
+        """The function's name and its positions, as values that JSON can hold."""
+        positions = describe_positions(self.positions)
+        return {"objective": "FunctionObjective", "function": _name(self.fn), "positions": positions}
 
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
-        positions = positions_of(inputs, self.positions)
+        positions = logit_positions(inputs, self.positions)
         if bool((positions < 0).any()):
             counts = (positions >= 0).sum(1).tolist()
             raise LayoutError(
-                f"A function is given as many positions of every sample; {self.positions!r} are {counts} of these "
-                "samples. Run them one by one, or give other positions."
+                f"A function takes the same number of positions of every sample; {self.positions!r} are {counts} of "
+                "these samples. Run each sample alone, or specify other positions."
             )
 
         def score(logits: Tensor, _: Tensor | None) -> Tensor:
@@ -62,18 +61,18 @@ class FunctionObjective(Objective):
             if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
                 raise InputError(
-                    f"{_named(self.fn)} must return one number a sample, a tensor ({len(logits)},); got {got}."
+                    f"{_name(self.fn)} must return one number for each sample, a tensor ({len(logits)},); got {got}."
                 )
             return at_least_float32(values)
 
         return BoundObjective(self, positions, score)
 
 
-def as_objective(value: Any) -> Objective:
-    """An objective as it is, a plain function as a `FunctionObjective` of the last position of the prompt.
+def as_objective(value: ObjectiveLike) -> Objective:
+    """An objective unchanged, a plain function as a `FunctionObjective` of the last position of the prompt.
 
     Raises:
-        InputError: for anything else.
+        InputError: For anything else.
 
     Examples:
         >>> as_objective(lambda logits: logits[:, 0, 7])
@@ -82,14 +81,14 @@ def as_objective(value: Any) -> Objective:
     if isinstance(value, Objective):
         return value
     if isinstance(value, type) and issubclass(value, Objective):
-        raise InputError(f"Expected an objective; got the class {value.__name__}. Make one: {value.__name__}().")
+        raise InputError(f"Expected an objective; got the class {value.__name__}. Create one: {value.__name__}().")
     if callable(value) and not isinstance(value, type | BoundObjective):
         return FunctionObjective(value)
     raise InputError(
         "Expected an objective such as LogitDifference() or AnswerLogProb(), or a function of logits [batch n d_vocab] "
-        f"to [batch]; got {_named(value)}."
+        f"to [batch]; got {_name(value)}."
     )
 
 
-def _named(fn: Any) -> str:
-    return getattr(fn, "__name__", type(fn).__name__)
+def _name(value: object) -> str:
+    return getattr(value, "__name__", type(value).__name__)

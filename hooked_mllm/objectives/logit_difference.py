@@ -1,4 +1,4 @@
-"""LogitDifference: how far the right answer's logit lies above wrong ones."""
+"""LogitDifference: the logit of the correct answer minus that of wrong ones."""
 
 from typing import Any
 
@@ -9,28 +9,24 @@ from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
-from hooked_mllm.objectives.rows import at_least_float32, positions_of
+from hooked_mllm.objectives.logits import at_least_float32, logit_positions
 from hooked_mllm.objectives.tokens import Tokens, answer_tokens, check_tokens, describe_tokens, padded, token_ids
 
 
 class LogitDifference(Objective):
-    r"""How far the logit of the right answer's first token lies above that of a wrong one.
+    r"""The logit of the correct answer's first token minus that of a wrong one.
 
     $$\frac{1}{|C|} \sum_{c \in C} \ell_c - \frac{1}{|W|} \sum_{w \in W} \ell_w$$
 
-    read at the last position of the prompt; C and W are the correct and the wrong tokens, mostly one each. The
+    read at the last position of the prompt; C and W are the correct and the wrong tokens, usually one of each. The
     softmax's normaliser cancels, so it equals the difference of log-probabilities, in nats (Wang et al. 2023, arXiv
     2211.00593).
 
     Args:
-        correct: The right token: an id, a text that is one token, a list of these (their mean), or a function of the
-            sample that gives one. None: the first token of the sample's own answer.
-        wrong: The wrong token, given alike. Of a list, the correct ones are left out, so that one list of all possible
-            answers serves every sample. None: the first token of the corrupted sample's answer.
-
-    Raises:
-        InputError: when bound: for a token outside the vocabulary, a text of several tokens, a sample without an
-            answer, or wrong tokens of which none is left.
+        correct: The correct token: an id, a text that is one token, a list of these (their mean), or a function of the
+            sample that returns one. None: the first token of the sample's own answer.
+        wrong: The wrong token, in the same forms. Correct tokens in a list are ignored, so that one list of all
+            possible answers fits every sample. None: the first token of the corrupted sample's answer.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
@@ -47,53 +43,53 @@ class LogitDifference(Objective):
         self.wrong = None if wrong is None else check_tokens("wrong", wrong)
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
-        return {
-            "objective": "LogitDifference",
-            "correct": describe_tokens(self.correct),
-            "wrong": describe_tokens(self.wrong),
-        }
+        """The objective and its tokens, as values that JSON can hold."""
+        tokens = {"correct": describe_tokens(self.correct), "wrong": describe_tokens(self.wrong)}
+        return {"objective": "LogitDifference", **tokens}
 
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
         if self.correct is None:
-            right = [[row[0]] for row in answer_tokens(model, inputs, "LogitDifference without `correct=`").tolist()]
+            correct = _first_tokens(model, inputs, "LogitDifference without `correct=`")
         else:
-            right = token_ids(model, "correct", self.correct, inputs)
-        wrong = self._wrong(model, inputs, corrupted)
-        rest = [[w for w in ws if w not in cs] for ws, cs in zip(wrong, right, strict=True)]
-        if not all(rest):
-            at = next(i for i, left in enumerate(rest) if not left)
+            correct = token_ids(model, "correct", self.correct, inputs)
+        candidates = self._wrong(model, inputs, corrupted)
+        wrong = [[w for w in ws if w not in cs] for ws, cs in zip(candidates, correct, strict=True)]
+        if [] in wrong:
+            sample = wrong.index([])
             raise InputError(
-                f"No wrong token is left for sample {at}: its wrong tokens {wrong[at]} are all correct ones. "
-                + (
-                    "The corrupted sample has the same answer: name `wrong=`, such as the list of all possible answers."
-                    if self.wrong is None
-                    else "Name another token, or a list of them, as `wrong=`."
-                )
+                f"No wrong token is left for sample {sample}: its wrong tokens {candidates[sample]} are all correct "
+                "ones. Specify others as `wrong=`, such as the list of all possible answers; without it, the corrupted "
+                "sample must have another answer."
             )
-        tokens = padded([[*c, *w] for c, w in zip(right, rest, strict=True)], 0)
+        tokens = padded([[*c, *w] for c, w in zip(correct, wrong, strict=True)], 0)  # [batch token]
         weights = torch.zeros(tokens.shape, dtype=torch.float64)
-        for row, c, w in zip(weights, right, rest, strict=True):
-            row[: len(c)] = 1 / len(c)
-            row[len(c) : len(c) + len(w)] = -1 / len(w)
+        for weight, c, w in zip(weights, correct, wrong, strict=True):
+            weight[: len(c)] = 1 / len(c)
+            weight[len(c) : len(c) + len(w)] = -1 / len(w)
 
         def score(logits: Tensor, _: Tensor | None) -> Tensor:
-            chosen = at_least_float32(logits[:, 0].gather(1, tokens.to(logits.device)))
-            share = weights.to(chosen)
-            return (chosen * share).masked_fill(share == 0, 0.0).sum(1)
+            # [batch 1 d_vocab] -> [batch token]
+            token_logits = at_least_float32(logits[:, 0].gather(1, tokens.to(logits.device)))
+            weight = weights.to(token_logits)
+            # a padding token may have an infinite logit
+            return (token_logits * weight).masked_fill(weight == 0, 0.0).sum(1)
 
-        return BoundObjective(self, positions_of(inputs, "last"), score)
+        return BoundObjective(self, logit_positions(inputs, "last"), score)
 
     def _wrong(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None) -> list[list[int]]:
         if self.wrong is not None:
             return token_ids(model, "wrong", self.wrong, inputs)
         if corrupted is None:
             raise InputError(
-                "LogitDifference has no wrong token: give `wrong=`, such as the list of all possible answers, or a "
-                "corrupted sample with an answer of its own."
+                "LogitDifference has no wrong token: specify `wrong=`, such as the list of all possible answers, or a "
+                "corrupted sample with another answer."
             )
         if corrupted.batch != inputs.batch:
             raise InputError(f"Expected {inputs.batch} corrupted samples, one for each; got {corrupted.batch}.")
-        answers = answer_tokens(model, corrupted, "LogitDifference without `wrong=`, of the corrupted sample,")
-        return [[row[0]] for row in answers.tolist()]
+        return _first_tokens(model, corrupted, "LogitDifference without `wrong=`, of the corrupted sample,")
+
+
+def _first_tokens(model: Model, inputs: ResolvedInput, what: str) -> list[list[int]]:
+    """The first token of each sample's answer."""
+    return answer_tokens(model, inputs, what)[:, :1].tolist()

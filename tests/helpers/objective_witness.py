@@ -1,4 +1,4 @@
-"""Objectives computed by hand: plain transformers on the very tensors, NumPy in float64."""
+"""Objectives by plain transformers on the same tensors and NumPy in float64."""
 
 import numpy as np
 import torch
@@ -6,7 +6,7 @@ import torch
 from helpers.wrapped import plain
 from hooked_mllm.toys import VisualRetrieval
 
-#: what the toy of the tests is asked
+#: the questions of the toy in these tests
 TASK = VisualRetrieval(seed=5, pages=1, filler=2)
 
 
@@ -19,22 +19,22 @@ def log_softmax(logits):
 
 @torch.no_grad()
 def sample_logits(family, sample, dtype=torch.float32):
-    """All logits of one unpadded sample `[pos vocab]`, by a model that was never wrapped, as float64."""
+    """All logits of one unpadded sample `[pos vocab]`, by an unwrapped model, as float64."""
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in sample.inputs.items()}
     return plain(family, dtype=dtype)(**inputs, use_cache=False).logits[0].double().numpy()
 
 
 def answer_ids(sample):
-    """The answer's tokens, from the end of the input: nothing stands behind them."""
+    """The answer's tokens, which end the input."""
     n = sum(sample.layout.answer.tolist())
     return sample.inputs["input_ids"][0, -n:].tolist()
 
 
 def answer_log_probs(family, sample, dtype=torch.float32):
-    """log p of each token of the answer, given those before it."""
+    """log p of each token of the answer after those before it."""
     ids = answer_ids(sample)
-    rows = log_softmax(sample_logits(family, sample, dtype))[-len(ids) - 1 : -1]
-    return rows[np.arange(len(ids)), ids]
+    log_p = log_softmax(sample_logits(family, sample, dtype))[-len(ids) - 1 : -1]
+    return log_p[np.arange(len(ids)), ids]
 
 
 def close(got, want, tolerance=2e-4):

@@ -35,20 +35,20 @@ def test_answers_of_unequal_length_in_a_padded_batch(family, samples_of, side):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", SIDES)
-def test_greedy_accuracy_is_whether_every_token_is_the_likeliest(family, samples_of, side):
-    model, asked = wrapped(family), samples_of(family)[1]
-    n = len(answer_ids(asked))
-    answered = {k: v.clone() for k, v in asked.inputs.items()}
-    for place in range(len(asked) - n, len(asked)):  # its answer becomes what it would say
-        likely = sample_logits(family, replace(asked, inputs=answered))[place - 1].argmax()
-        answered["input_ids"][0, place] = int(likely)
-    spoilt = {k: v.clone() for k, v in answered.items()}
-    spoilt["input_ids"][0, -1] ^= 1
-    samples = [samples_of(family)[0], *(replace(asked, inputs=i) for i in (answered, spoilt))]
+def test_greedy_accuracy_is_whether_every_token_is_the_most_likely(family, samples_of, side):
+    model, sample = wrapped(family), samples_of(family)[1]
+    n = len(answer_ids(sample))
+    greedy = {k: v.clone() for k, v in sample.inputs.items()}
+    for position in range(len(sample) - n, len(sample)):  # the answer becomes the model's own
+        most_likely = sample_logits(family, replace(sample, inputs=greedy))[position - 1].argmax()
+        greedy["input_ids"][0, position] = int(most_likely)
+    changed = {k: v.clone() for k, v in greedy.items()}
+    changed["input_ids"][0, -1] ^= 1
+    samples = [samples_of(family)[0], *(replace(sample, inputs=inputs) for inputs in (greedy, changed))]
     want = []
     for s in samples:
-        rows = sample_logits(family, s)[-len(answer_ids(s)) - 1 : -1]
-        want.append(float((rows.argmax(-1) == answer_ids(s)).all()))
+        logits = sample_logits(family, s)[-len(answer_ids(s)) - 1 : -1]
+        want.append(float((logits.argmax(-1) == answer_ids(s)).all()))
     assert want == [0, 1, 0]
     assert objective_values(model, SampleBatch.collate(samples, side), GreedyAccuracy()).tolist() == want
 
@@ -56,7 +56,7 @@ def test_greedy_accuracy_is_whether_every_token_is_the_likeliest(family, samples
 def test_objectives_of_the_answer_need_one(toy, samples):
     prompt = TASK.samples(toy, 1)[0]
     for objective in (AnswerLogProb(), GreedyAccuracy(), LogitDifference(wrong="red")):
-        with pytest.raises(InputError, match=r"sample 'visual-retrieval/.*' has none: give `answer=` to prepare"):
+        with pytest.raises(InputError, match=r"sample 'visual-retrieval/.*' has none: pass `answer=` to prepare"):
             objective.bind(toy, toy.resolve(prompt))
         with pytest.raises(InputError, match="plain mapping.*make samples with"):
             objective.bind(toy, toy.resolve(samples.inputs))

@@ -21,11 +21,11 @@ END = "<|im_end|>"
     ("toy", "heads"),
     [("toy-qwen3-vl", "L2H4, L2H5, L2H6, L2H7"), ("toy-llava-onevision", None), ("toy-internvl", None)],
 )
-def test_it_is_what_generate_says_on_the_toys(toy, heads):
+def test_it_agrees_with_generate_on_the_toys(toy, heads):
     model = HookedMLLM.from_pretrained(toy, dtype="float32", check=False)
     heads = heads or [(layer, head) for layer in (1, 2) for head in range(model.cfg.n_heads)]
     examples = list(TASK.examples(N))
-    # every third one with a wrong answer, every second one asked to stop after it
+    # every third one with a wrong answer, every second one with the token that ends the turn
     answers = [
         (TASK.answers[i % 8] if i % 3 == 0 else e.answer) + (END if i % 2 else "") for i, e in enumerate(examples)
     ]
@@ -36,33 +36,34 @@ def test_it_is_what_generate_says_on_the_toys(toy, heads):
         )
 
     prompts, answered = prepared({}), prepared({"answer": answers})
-    known = model.processor.tokenizer
-    seen = set()
-    for chosen in ([], [HeadAblation(heads, mode="zero", phase="both")]):
-        with model.intervene(*chosen):
-            said = model.generate(prompts, max_new_tokens=2, do_sample=False)[:, -2:].tolist()
+    tokenizer = model.processor.tokenizer
+    answer_ids = [tokenizer(a, add_special_tokens=False)["input_ids"] for a in answers]
+    assert {len(ids) for ids in answer_ids} == {1, 2}
+    accuracies = set()
+    for interventions in ([], [HeadAblation(heads, mode="zero", phase="both")]):
+        with model.intervene(*interventions):
+            generated = model.generate(prompts, max_new_tokens=2, do_sample=False)[:, -2:].tolist()
             got = objective_values(model, answered, GreedyAccuracy()).tolist()
-        due = [known(a, add_special_tokens=False)["input_ids"] for a in answers]
-        assert {len(d) for d in due} == {1, 2}
-        want = [float(s[: len(d)] == d) for s, d in zip(said, due, strict=True)]
+        want = [float(tokens[: len(ids)] == ids) for tokens, ids in zip(generated, answer_ids, strict=True)]
         assert got == want
-        seen.add(tuple(want))
-    assert len(seen) == 2 and max(map(sum, seen)) >= N // 2  # the ablation changed something, and the toy answers
+        accuracies.add(tuple(want))
+    assert len(accuracies) == 2, "the ablation changed nothing"
+    assert max(map(sum, accuracies)) >= N // 2, "the toy does not answer"
 
 
 @torch.no_grad()
-def test_it_is_what_generate_says_of_longer_answers(family):
+def test_it_agrees_with_generate_on_longer_answers(family):
     model = wrapped(family)
-    asked = [("What colour is the mug?", tiny_image(32, 24, 3)), ("Where is it?", tiny_image(24, 24, 4))]
+    questions = [("What colour is the mug?", tiny_image(32, 24, 3)), ("Where is it?", tiny_image(24, 24, 4))]
     ablation = HeadAblation([(0, 1), (1, 2), (2, 0), (2, 3)], mode="zero", phase="both")
     n = len(model.processor.tokenizer("xyzw", add_special_tokens=False)["input_ids"])
     with model.intervene(ablation):
         answered = []
-        for question, image in asked:
+        for question, image in questions:
             prompt = model.prepare(question, images=image)
-            said = model.generate(prompt, max_new_tokens=n, do_sample=False, eos_token_id=None)[0, len(prompt) :]
+            generated = model.generate(prompt, max_new_tokens=n, do_sample=False, eos_token_id=None)[0, len(prompt) :]
             sample = model.prepare(question, images=image, answer="xyzw")
-            ids = torch.cat([sample.inputs["input_ids"][:, :-n], said[None]], 1)
+            ids = torch.cat([sample.inputs["input_ids"][:, :-n], generated[None]], 1)
             answered.append(replace(sample, inputs={**sample.inputs, "input_ids": ids}))
         for side in ("left", "right"):
             assert objective_values(model, SampleBatch.collate(answered, side), GreedyAccuracy()).tolist() == [1, 1]

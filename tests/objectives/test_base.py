@@ -1,4 +1,4 @@
-"""What every objective has: a description in JSON, its direction, and checks of the logits."""
+"""The interface of every objective: a description in JSON, its direction, and checks of the logits."""
 
 import json
 
@@ -18,8 +18,8 @@ from hooked_mllm.objectives import (
 )
 
 
-def test_descriptions_are_json_and_say_everything():
-    told = [
+def test_descriptions_are_json_and_complete():
+    descriptions = [
         objective.describe()
         for objective in (
             LogitDifference(),
@@ -33,9 +33,10 @@ def test_descriptions_are_json_and_say_everything():
             FunctionObjective(len, torch.tensor([1, 2])),
         )
     ]
-    assert json.loads(json.dumps(told)) == told and len({json.dumps(t) for t in told}) == len(told)
-    assert told[1] == {"objective": "LogitDifference", "correct": 5, "wrong": ["red", 7]}
-    assert told[2]["wrong"] == "function len"
+    assert json.loads(json.dumps(descriptions)) == descriptions
+    assert len({json.dumps(description) for description in descriptions}) == len(descriptions)
+    assert descriptions[1] == {"objective": "LogitDifference", "correct": 5, "wrong": ["red", 7]}
+    assert descriptions[2]["wrong"] == "function len"
     assert repr(AnswerLogProb("red")) == "AnswerLogProb(answer='red')"
     flags = {type(o): (o.larger_is_better, o.needs_clean, o.differentiable) for o in (GreedyAccuracy(), KLDivergence())}
     assert flags == {GreedyAccuracy: (True, False, False), KLDivergence: (False, True, True)}
@@ -44,7 +45,7 @@ def test_descriptions_are_json_and_say_everything():
 
 
 class Sum(Objective):
-    """The sum of the logits that are read, for tests of what every objective has."""
+    """The sum of the logits that are read."""
 
     def bind(self, model, inputs, corrupted=None):
         return BoundObjective(self, torch.tensor([[2], [0]]), lambda logits, clean: logits.sum((1, 2)))
@@ -54,7 +55,7 @@ class Sum(Objective):
 
 
 class Difference(Sum):
-    """The same less that of the clean run."""
+    """The sum minus that of the clean run."""
 
     needs_clean = True
 
@@ -75,7 +76,7 @@ def test_a_bound_objective_is_a_function_of_the_logits_at_its_positions():
 def test_the_clean_run_is_kept_without_its_graph():
     bound = Difference().bind(None, None)
     logits = torch.arange(10.0).view(2, 1, 5).requires_grad_()
-    with pytest.raises(InputError, match=r"compares with the clean run.*with_clean"):
+    with pytest.raises(InputError, match=r"compares with a clean run.*with_clean"):
         bound(logits)
     with_clean = bound.with_clean(logits * 2)
     assert bound.clean is None and not with_clean.clean.requires_grad

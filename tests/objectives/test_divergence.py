@@ -22,11 +22,11 @@ def test_kl_is_that_of_the_clean_run_against_this_one(family, samples_of, where)
     with model.hooks([edit]):
         got = objective_values(model, batch, bound)
         edited = model(batch).double().numpy()
-    plainly = model(batch).double().numpy()
-    at = batch.mask(where).numpy()
+    clean_logits = model(batch).double().numpy()
+    mask = batch.mask(where).numpy()
     want = []
     for i in range(2):
-        p, q = log_softmax(plainly[i][at[i]]), log_softmax(edited[i][at[i]])
+        p, q = log_softmax(clean_logits[i][mask[i]]), log_softmax(edited[i][mask[i]])
         want.append((np.exp(p) * (p - q)).sum(-1).mean())
     assert min(want) > 0.01
     close(got, want)

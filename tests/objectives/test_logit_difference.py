@@ -1,4 +1,4 @@
-"""Logit differences against NumPy in float64, and wrong tokens that are none."""
+"""Logit differences against NumPy in float64, and wrong tokens that are correct or missing."""
 
 import pytest
 import torch
@@ -22,18 +22,21 @@ def test_logit_difference_reads_the_last_position_of_the_prompt(family, samples_
     )
     want = []
     for clean, other in zip(samples, others, strict=True):
-        row = sample_logits(family, clean)[-len(answer_ids(clean)) - 1]
-        want.append(row[answer_ids(clean)[0]] - row[answer_ids(other)[0]])
+        logits = sample_logits(family, clean)[-len(answer_ids(clean)) - 1]
+        want.append(logits[answer_ids(clean)[0]] - logits[answer_ids(other)[0]])
     close(got, want)
 
 
-def test_a_wrong_token_must_be_another_one(toy, samples):
+def test_a_wrong_token_must_differ_from_the_correct_one(toy, samples):
     inputs = toy.resolve(samples)
-    with pytest.raises(InputError, match=r"No wrong token is left for sample 0.*Name another token"):
+    with pytest.raises(
+        InputError,
+        match=r"left for sample 0.*\[\d+\] are all correct ones. Specify others as `wrong=`",
+    ):
         LogitDifference("red", ["red"]).bind(toy, inputs)
-    with pytest.raises(InputError, match=r"corrupted sample has the same answer: name `wrong=`"):
+    with pytest.raises(InputError, match=r"left for sample 0.*the corrupted sample must have another answer"):
         LogitDifference().bind(toy, inputs, inputs)
-    with pytest.raises(InputError, match=r"has no wrong token: give `wrong=`.*corrupted sample"):
+    with pytest.raises(InputError, match=r"has no wrong token: specify `wrong=`.*corrupted sample"):
         LogitDifference().bind(toy, inputs)
     with pytest.raises(InputError, match=r"Expected 4 corrupted samples, one for each; got 1"):
         LogitDifference().bind(toy, inputs, toy.resolve(samples[0]))

@@ -1,4 +1,4 @@
-"""Tokens as ids, words and functions; what cannot be one is refused with what to do about it."""
+"""Tokens as ids, words and functions; errors for anything else."""
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ from hooked_mllm.objectives.tokens import check_tokens
 def test_ids_words_and_functions_name_the_same_tokens(toy, samples):
     vocabulary = toy.processor.tokenizer.get_vocab()
     ids = [vocabulary[a] for a in TASK.answers]
-    want = toy(samples).float()
-    at = samples.mask("last")
+    logits = toy(samples).float()
+    last = samples.mask("last")
     own = [vocabulary[s.answer] for s in samples]
     others = [[i for i in ids if i != o] for o in own]
-    due = torch.stack([row[o] - row[w].mean() for row, o, w in zip(want[at], own, others, strict=True)])
+    want = torch.stack([row[o] - row[w].mean() for row, o, w in zip(logits[last], own, others, strict=True)])
     for objective in (
         LogitDifference(wrong=TASK.answers),
         LogitDifference(wrong=ids),
@@ -35,20 +35,20 @@ def test_ids_words_and_functions_name_the_same_tokens(toy, samples):
         LogitDifference(lambda s: s.answer, lambda s: [w for w in TASK.answers if w != s.answer]),
         LogitDifference(lambda s: np.int64(vocabulary[s.answer]), lambda s: ids),
     ):
-        torch.testing.assert_close(objective_values(toy, samples, objective), due, rtol=1e-5, atol=1e-5)
-    one = objective_values(toy, samples, AnswerLogProb(lambda s: s.answer))
-    torch.testing.assert_close(one, objective_values(toy, samples, AnswerLogProb()), rtol=1e-5, atol=1e-6)
-    said = (one.exp() > 0.5).tolist()
-    assert objective_values(toy, samples, GreedyAccuracy()).tolist() == [float(x) for x in said]
+        torch.testing.assert_close(objective_values(toy, samples, objective), want, rtol=1e-5, atol=1e-5)
+    log_p = objective_values(toy, samples, AnswerLogProb(lambda s: s.answer))
+    torch.testing.assert_close(log_p, objective_values(toy, samples, AnswerLogProb()), rtol=1e-5, atol=1e-6)
+    likely = (log_p.exp() > 0.5).tolist()
+    assert objective_values(toy, samples, GreedyAccuracy()).tolist() == [float(x) for x in likely]
 
 
 @pytest.mark.parametrize(
     "make", [lambda t: LogitDifference(t, "red"), lambda t: LogitDifference("red", [t, "blue"]), AnswerLogProb]
 )
-def test_what_is_not_one_token_of_the_vocabulary_is_refused(toy, samples, make):
+def test_values_that_are_not_one_token_of_the_vocabulary_raise(toy, samples, make):
     inputs = toy.resolve(samples)
     for token, why in (
-        ("zebra", r"'zebra' is not in the vocabulary: the tokenizer reads it as unknown.*Give a token"),
+        ("zebra", r"'zebra' is not in the vocabulary: the tokenizer reads it as unknown.*Use a token"),
         ("dark red star", r"is 3 tokens \(.*'red', 'star'\), expected one.*AnswerLogProb\(\) on samples"),
         ("", "is 0 tokens, expected one"),
         (toy.cfg.d_vocab, f"id {toy.cfg.d_vocab} is outside the vocabulary, 0 to {toy.cfg.d_vocab - 1}"),
@@ -63,18 +63,19 @@ def test_what_is_not_one_token_of_the_vocabulary_is_refused(toy, samples, make):
             make(token).bind(toy, inputs)
 
 
-def test_what_names_no_token_is_refused_before_there_is_a_model():
-    for given, why in (
+def test_values_that_are_no_token_raise_without_a_model():
+    for tokens, why in (
         (5.0, "tokens is a token id, a text of one token, .*; got float"),
         (True, "got bool"),
-        ([], "empty list: give one token at least"),
+        ([], "empty list: specify at least one token"),
         (["red", None], "NoneType in it"),
         (torch.tensor([1.5]), "Tensor in it"),
+        (torch.tensor(1.5), "tokens is a token id.*got Tensor"),
     ):
         with pytest.raises(InputError, match=why):
-            check_tokens("tokens", given)
-    once = check_tokens("tokens", iter(["red", 5]))
-    assert list(once) == list(once) == ["red", 5]
+            check_tokens("tokens", tokens)
+    checked = check_tokens("tokens", iter(["red", 5]))
+    assert list(checked) == list(checked) == ["red", 5]
     for make in (AnswerLogProb, LogitDifference, lambda t: LogitDifference("red", t)):
         with pytest.raises(InputError, match="is an empty list"):
             make([])
@@ -85,7 +86,7 @@ def test_without_a_processor_tokens_are_ids():
     model = HookedMLLM.from_model(fresh("qwen3_vl"), check=False)
     inputs = model_inputs("qwen3_vl")
     assert objective_values(model, inputs, LogitDifference(5, 6)).shape == (1,)
-    with pytest.raises(InputError, match="needs a processor.*give its id"):
+    with pytest.raises(InputError, match="needs a processor.*use the token's id"):
         objective_values(model, inputs, LogitDifference("red", 6))
     with pytest.raises(InputError, match=f"0 to {VOCAB - 1}"):
         objective_values(model, inputs, LogitDifference(VOCAB, 6))

@@ -12,15 +12,16 @@ from hooked_mllm.objectives import AnswerLogProb, LogitDifference, objective_val
 
 
 @torch.no_grad()
-def test_of_a_list_of_wrong_tokens_the_mean_counts_without_the_correct_one(family, samples_of):
+def test_a_list_of_wrong_tokens_is_averaged_without_the_correct_one(family, samples_of):
     sample = samples_of(family)[0]
-    row = sample_logits(family, sample)[-len(answer_ids(sample)) - 1]
-    right = answer_ids(sample)[0]
-    got = objective_values(wrapped(family), sample, LogitDifference(wrong=[7, right, 300, 7]))
-    close(got, [row[right] - (row[7] + row[300]) / 2])
-    close(objective_values(wrapped(family), sample, LogitDifference([5, 9], 300)), [(row[5] + row[9]) / 2 - row[300]])
-    close(objective_values(wrapped(family), sample, AnswerLogProb(300)), [log_softmax(row)[300]])
-    both = np.logaddexp(log_softmax(row)[7], log_softmax(row)[300])
+    logits = sample_logits(family, sample)[-len(answer_ids(sample)) - 1]
+    correct = answer_ids(sample)[0]
+    got = objective_values(wrapped(family), sample, LogitDifference(wrong=[7, correct, 300, 7]))
+    close(got, [logits[correct] - (logits[7] + logits[300]) / 2])
+    got = objective_values(wrapped(family), sample, LogitDifference([5, 9], 300))
+    close(got, [(logits[5] + logits[9]) / 2 - logits[300]])
+    close(objective_values(wrapped(family), sample, AnswerLogProb(300)), [log_softmax(logits)[300]])
+    both = np.logaddexp(log_softmax(logits)[7], log_softmax(logits)[300])
     close(objective_values(wrapped(family), sample, AnswerLogProb([7, 300])), [both])
 
 
@@ -37,13 +38,13 @@ def test_every_form_of_inputs_and_objective_has_the_same_value(toy, samples):
 
 @torch.no_grad()
 def test_a_corrupted_counterpart_is_resolved_like_the_inputs(toy, samples):
-    others = SampleBatch.collate([samples[2], samples[3], samples[0], samples[1]], "left")  # other answers each
-    first, second = (objective_values(toy, samples, LogitDifference(), form) for form in (others, toy.resolve(others)))
-    assert torch.equal(first, second)
+    others = SampleBatch.collate([samples[2], samples[3], samples[0], samples[1]], "left")  # with other answers
+    got = objective_values(toy, samples, LogitDifference(), others)
+    assert torch.equal(got, objective_values(toy, samples, LogitDifference(), toy.resolve(others)))
     vocabulary, logits = toy.processor.tokenizer.get_vocab(), toy(samples)[samples.mask("last")]
     pairs = [[vocabulary[s.answer] for s in pair] for pair in zip(samples, others, strict=True)]
     want = torch.stack([row[own] - row[other] for row, (own, other) in zip(logits, pairs, strict=True)])
-    torch.testing.assert_close(first, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which rows are unembedded, in what precision an objective adds up, and how gradients reach the activations."""
+"""Which positions are unembedded, in what precision objectives add, and how gradients reach the activations."""
 
 import numpy as np
 import pytest
@@ -33,29 +33,29 @@ def batch(family, side="left"):
 def test_logits_at_positions_are_those_of_the_whole_run(family, side):
     model, inputs = wrapped(family), batch(family, side)
     n = len(inputs.layouts[0])
-    at = torch.tensor([[n - 1, 3, -1], [0, 5, n - 2]])
+    positions = torch.tensor([[n - 1, 3, -1], [0, 5, n - 2]])
     whole = model(inputs)
-    got = logits_at(model, inputs, at)
-    torch.testing.assert_close(got, gather_logits(whole, at), rtol=0, atol=1e-4)
-    assert torch.equal(gather_logits(whole, at)[1, 2], whole[1, n - 2])
-    assert not got[0, 2].any() and not gather_logits(whole, at)[0, 2].any()
+    got, gathered = logits_at(model, inputs, positions), gather_logits(whole, positions)
+    torch.testing.assert_close(got, gathered, rtol=0, atol=1e-4)
+    assert torch.equal(gathered[1, 2], whole[1, n - 2])
+    assert not got[0, 2].any() and not gathered[0, 2].any()
 
 
 @torch.no_grad()
-def test_only_the_rows_that_are_read_are_unembedded(family):
-    model, inputs, seen = wrapped(family), batch(family), []
-    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+def test_only_positions_that_are_read_are_unembedded(family):
+    model, inputs, lengths = wrapped(family), batch(family), []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))
     try:
         objective_values(model, inputs, LogitDifference(5, 6))
         objective_values(model, inputs, AnswerLogProb())
     finally:
         handle.remove()
     answers = [len(answer_ids(s)) for s in inputs]
-    assert seen == [len({len(inputs.layouts[0]) - 1 - n for n in answers}), max(answers)]
+    assert lengths == [len({len(inputs.layouts[0]) - 1 - n for n in answers}), max(answers)]
 
 
 @torch.no_grad()
-def test_a_plain_mapping_tells_the_last_position(family):
+def test_the_last_position_of_a_plain_mapping(family):
     inputs = model_inputs(family, batch=2)
     whole = wrapped(family)(inputs)[:, -1]  # padded on the left
     got = objective_values(wrapped(family), {**inputs, "labels": inputs["input_ids"]}, LogitDifference(5, [6, 8]))
@@ -64,7 +64,7 @@ def test_a_plain_mapping_tells_the_last_position(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_added_up_in_float32(dtype):
+def test_half_precision_logits_are_added_in_float32(dtype):
     model, inputs = wrapped("qwen3_vl"), batch("qwen3_vl")
     resolved = model.resolve(inputs)
     for objective in (
@@ -80,7 +80,7 @@ def test_half_precision_logits_are_added_up_in_float32(dtype):
         got = bound(logits)
         double = bound.with_clean(bound.clean.double()) if bound.clean is not None else bound
         assert got.dtype == torch.float32 and double(logits.double()).dtype == torch.float64
-        # bfloat16 would be off by a tenth
+        # the error of bfloat16 would be a tenth
         np.testing.assert_allclose(got.numpy(), double(logits.double()).numpy(), rtol=2e-6)
 
 
@@ -94,7 +94,7 @@ def test_gradients_of_the_logits_are_those_of_the_formulas(family):
     for i, sample in enumerate(inputs):
         ids = answer_ids(sample)
         want[i, np.arange(len(ids)), ids] += 1
-        want[i, len(ids) :] = 0  # rows that this sample does not have
+        want[i, len(ids) :] = 0  # positions after the end of this answer
     np.testing.assert_allclose(logits.grad.numpy(), want, atol=1e-12)
 
     logits.grad = None
@@ -117,54 +117,54 @@ def test_gradients_of_the_logits_are_those_of_the_formulas(family):
 def test_the_graph_reaches_the_activations(family):
     model, inputs = wrapped(family), batch(family)
     direction = noise(torch.zeros(2, len(inputs.layouts[0]), model.cfg.d_model))
-    plainly, last = fresh(family), inputs.mask("last")
+    unwrapped, last = fresh(family), inputs.mask("last")
 
     def slope(value):
         step = torch.zeros((), requires_grad=True)
         value(step).sum().backward()
         return step.grad
 
-    def ours(step, objective):
+    def with_hook(step, objective):
         with model.hooks([("blocks.1.hook_resid_pre", lambda x, hook: x + step * direction)]):
             return objective_values(model, inputs, objective)
 
-    def by_hand(step):
-        def push(module, args, kwargs):
+    def with_torch_hook(step):
+        def add(module, args, kwargs):
             return (args[0] + step * direction, *args[1:]), kwargs
 
-        handle = plainly.model.language_model.layers[1].register_forward_pre_hook(push, with_kwargs=True)
-        logits = plainly(**inputs.inputs, use_cache=False).logits
+        handle = unwrapped.model.language_model.layers[1].register_forward_pre_hook(add, with_kwargs=True)
+        logits = unwrapped(**inputs.inputs, use_cache=False).logits
         handle.remove()
         return logits
 
     def answers(logits):
-        rows = logits.log_softmax(-1)
+        log_p = logits.log_softmax(-1)
         return sum(
-            rows[i, -n - 1 : -1].gather(1, inputs.inputs["input_ids"][i, -n:, None]).sum()
+            log_p[i, -n - 1 : -1].gather(1, inputs.inputs["input_ids"][i, -n:, None]).sum()
             for i, n in enumerate(len(answer_ids(s)) for s in inputs)
         )
 
-    wanted = {
+    formulas = {
         AnswerLogProb(): answers,
         LogitDifference(5, 6): lambda logits: logits[last][:, 5] - logits[last][:, 6],
         FunctionObjective(lambda x: x[:, 0].logsumexp(-1)): lambda logits: logits[last].logsumexp(-1),
     }
-    for objective, formula in wanted.items():
-        want = slope(lambda step, formula=formula: formula(by_hand(step)))
+    for objective, formula in formulas.items():
+        want = slope(lambda step, formula=formula: formula(with_torch_hook(step)))
         assert want.abs() > 1e-3
-        got = slope(lambda step, objective=objective: ours(step, objective))
+        got = slope(lambda step, objective=objective: with_hook(step, objective))
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
-def test_what_does_not_fit_is_refused(family):
+def test_inputs_that_do_not_fit_raise(family):
     model, inputs = wrapped(family), batch(family)
     resolved = model.resolve(inputs)
     logits = model(inputs)
-    with pytest.raises(InputError, match=r"positions of 2 samples.*got 1 rows"):
+    with pytest.raises(InputError, match=r"Expected positions \[2 n\] from 0 to.*; got \[1, 1\] from 0 to 0"):
         gather_logits(logits, torch.tensor([[0]]))
     for outside in (logits.shape[1], -2):
-        with pytest.raises(InputError, match="give the logits of the whole"):
+        with pytest.raises(InputError, match=rf"Expected positions \[2 n\] from 0 to {logits.shape[1] - 1}, or -1"):
             gather_logits(logits, torch.tensor([[0], [outside]]))
         with pytest.raises(InputError, match=r"Expected positions \[2 n\] from 0 to"):
             logits_at(model, inputs, torch.tensor([[0], [outside]]))
@@ -183,9 +183,9 @@ def test_what_does_not_fit_is_refused(family):
         for objective in (AnswerLogProb(), GreedyAccuracy(), LogitDifference(5, 6)):
             with pytest.raises(NumericsError, match="not a number"):
                 objective_values(model, inputs, objective)
-    some = torch.zeros(2, logits.shape[1], dtype=torch.bool)
-    some[1, 4] = True
-    for objective in (KLDivergence(some), FunctionObjective(lambda x: x[:, 0, 0], some)):
+    mask = torch.zeros(2, logits.shape[1], dtype=torch.bool)
+    mask[1, 4] = True
+    for objective in (KLDivergence(mask), FunctionObjective(lambda x: x[:, 0, 0], mask)):
         with pytest.raises(LayoutError, match="given mask is empty for sample 0 of the batch"):
             objective.bind(model, resolved)
     with pytest.raises(InputError, match="past_key_values"):
