@@ -1,6 +1,5 @@
 """Hybrid attention as a backend of a model: some heads dense, the others with a sink and a window, in prefill only."""
 
-from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -9,13 +8,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.routing.static import FixedHeads
 from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
-from hooked_mllm.errors import HeadError, InputError, UnsupportedModelError
-from hooked_mllm.heads import HeadSet
-from hooked_mllm.heads.head_set import parse_head
+from hooked_mllm.errors import HeadError, UnsupportedModelError
+from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
 from hooked_mllm.kernels.hybrid_attention.op import head_numbers
 from hooked_mllm.kernels.implementations import Implementation, check_implementation
+from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
 
 @runtime_checkable
@@ -43,47 +43,39 @@ class RoutingPolicy(Protocol):
 
 
 class DenseHeads:
-    """The dense heads of every layer: a fixed set, or a policy that chooses them.
+    """The dense heads of every layer: fixed ones, or those that a policy chooses.
 
     Args:
-        dense: A `HeadSet`, names such as "L2H4", pairs (layer, head), a mapping of layers to query heads, or a policy.
+        dense: Heads as `FixedHeads` accepts them, or a policy.
 
     Raises:
-        HeadError: for something that names no heads.
+        HeadError: for something else.
     """
 
-    def __init__(self, dense: Any) -> None:
-        self.policy: RoutingPolicy | None = None
-        self.shape: tuple[int, int] | None = None
-        self.by_layer: dict[int, tuple[int, ...]] = {}
+    def __init__(self, dense: HeadsLike | RoutingPolicy) -> None:
+        #: whether heads were specified, and no policy
+        self.named = not isinstance(dense, RoutingPolicy)
+        self.policy: RoutingPolicy = dense if isinstance(dense, RoutingPolicy) else FixedHeads(dense)
         self._checked: set[int] = set()
-        if isinstance(dense, RoutingPolicy):
-            self.policy = dense
-        elif isinstance(dense, HeadSet):
-            self.shape, self.by_layer = dense.shape, dense.by_layer
-        else:
-            self.by_layer = _by_layer(dense)
 
-    def __len__(self) -> int:
-        return sum(map(len, self.by_layer.values()))
+    @property
+    def fixed(self) -> bool:
+        """Whether the heads are the same for every prompt."""
+        return isinstance(self.policy, FixedHeads)
+
+    @property
+    def by_layer(self) -> dict[int, tuple[int, ...]]:
+        """The heads of each layer; empty where a policy chooses them from the prompt."""
+        return self.policy.by_layer if isinstance(self.policy, FixedHeads) else {}
 
     def validate(self, n_layers: int, n_heads: int) -> None:
         """Check the heads against a model of this shape.
 
         Raises:
-            HeadError: for heads that it lacks, or a set that was made for another model.
+            HeadError: for heads that it lacks, or heads of a model of another shape.
         """
         self._checked.add(n_heads)
-        if self.policy is not None:
-            self.policy.validate(n_layers, n_heads)
-            return
-        if self.shape not in (None, (n_layers, n_heads)):
-            raise HeadError(
-                f"These dense heads were chosen in a model of {self.shape[0]} layers x {self.shape[1]} heads; this one "
-                f"has {n_layers} x {n_heads}. Rank the heads of this model (of key-value heads, take "
-                "`scores.to_query(n_heads)`), or use attention='sdpa'."
-            )
-        HeadSet([(l, h) for l, heads in self.by_layer.items() for h in heads], n_layers=n_layers, n_heads=n_heads)
+        self.policy.validate(n_layers, n_heads)
 
     def of(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> tuple[int, ...]:
         """The dense query heads of one call.
@@ -96,50 +88,26 @@ class DenseHeads:
                 f"This call has {q.shape[1]} heads, the model {min(self._checked)}: heads that are spread over "
                 "processes have other numbers. Spread the layers instead (device_map), or use attention='sdpa'."
             )
-        if self.policy is None:
-            return self.by_layer.get(layer, ())
-        chosen = self.policy.choose(q, k, mask, scale, layer)
+        heads = self.policy.choose(q, k, mask, scale, layer)
+        if self.fixed:
+            return heads
         try:
-            return tuple(head_numbers(chosen, q.shape[1]))
+            return tuple(head_numbers(heads, q.shape[1]))
         except HeadError as error:
             raise HeadError(f"{type(self.policy).__name__}.choose in layer {layer}: {error}") from None
 
     def describe(self) -> Any:
-        """The heads, or the policy, as values that JSON can hold."""
-        if self.policy is not None:
-            return self.policy.describe()
-        return [f"L{layer}H{head}" for layer, heads in sorted(self.by_layer.items()) for head in heads]
+        """The heads in order of layer and head, or the policy, as values that JSON can hold."""
+        facts = self.policy.describe()
+        if not isinstance(self.policy, FixedHeads) or not self.named:
+            return facts
+        return head_names(sorted(self.policy.heads))
 
     def __str__(self) -> str:
-        if self.policy is None:
-            return f"{len(self)} heads"
-        told = type(self.policy).__repr__ is not object.__repr__  # that one is an address, another in every run
-        return repr(self.policy) if told else type(self.policy).__name__
-
-
-def _by_layer(dense: Any) -> dict[int, tuple[int, ...]]:
-    pairs: Iterable[Any]
-    if isinstance(dense, Mapping):
-        pairs = [
-            (layer, head)
-            for layer, heads in dense.items()
-            for head in (heads if isinstance(heads, Iterable) and not isinstance(heads, str) else [heads])
-        ]
-    elif isinstance(dense, str):
-        pairs = HeadSet.parse(dense, n_layers=10**9, n_heads=10**9)
-    elif isinstance(dense, Iterable):
-        pairs = [parse_head(head) if isinstance(head, str) else head for head in dense]
-    else:
-        pairs = [dense]
-    known: dict[int, set[int]] = {}
-    for pair in pairs:
-        if not isinstance(pair, tuple) or len(pair) != 2 or any(type(n) is not int or n < 0 for n in pair):
-            raise HeadError(
-                "Dense heads are a HeadSet, names such as 'L2H4', pairs (layer, head), a mapping of layers to query "
-                f"heads such as {{2: [4, 5]}}, or a routing policy; got {pair!r}, where int numbers were expected."
-            )
-        known.setdefault(pair[0], set()).add(pair[1])
-    return {layer: tuple(sorted(heads)) for layer, heads in known.items()}
+        if self.named and isinstance(self.policy, FixedHeads):
+            return f"{len(self.policy)} heads"
+        has_repr = type(self.policy).__repr__ is not object.__repr__  # that one is an address, another in every run
+        return repr(self.policy) if has_repr else type(self.policy).__name__
 
 
 def run_hybrid(
@@ -151,9 +119,9 @@ def run_hybrid(
     scale: float,
     implementation: Implementation = "auto",
 ) -> Float[Tensor, "batch query head d_head"]:
-    """Hybrid attention under a causal mask told in numbers: the one place where models, of whatever kind, run it.
+    """Hybrid attention under a causal mask in numbers, for every kind of model.
 
-    Keys that no query sees, in the room that a KV cache of fixed size has left, are cut off.
+    Keys that no query sees, in the unused part of a KV cache of fixed size, are cut off.
     """
     length = bounds.offset + q.shape[2]
     z = hybrid_attention(
@@ -182,14 +150,15 @@ class HybridAttention:
     Patterns, scores and metrics are those of the hybrid mask.
 
     Args:
-        dense: The dense heads: a `HeadSet`, names such as "L2H4", pairs (layer, head), a mapping of layers to query
-            heads, or a routing policy. Query heads, as of `HeadScores`; may be empty.
+        dense: The dense heads: a `HeadSet`, "L2H4, L3H1", pairs (layer, head), a boolean mask `[layer head]`, a mapping
+            of layers to query heads, a list of these, or a routing policy. Query heads, as of `HeadScores`; may be
+            empty.
         sink: First tokens that streaming heads see.
         window: Last tokens that they see, the query's own among them.
         implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
 
     Raises:
-        HeadError: for something that names no heads; at a model, for heads that it lacks.
+        HeadError: for something else; at a model, for heads that it lacks.
         InputError: for a sink below 0 or a window below 1.
         HookValueError: for an unknown implementation.
         UnsupportedModelError: at a tower or a call whose attention is not causal.
@@ -207,22 +176,25 @@ class HybridAttention:
     """
 
     def __init__(
-        self, dense: Any, *, sink: int = 64, window: int = 1024, implementation: Implementation = "auto"
+        self,
+        dense: HeadsLike | RoutingPolicy,
+        *,
+        sink: WholeNumber = 64,
+        window: WholeNumber = 1024,
+        implementation: Implementation = "auto",
     ) -> None:
         self.dense = DenseHeads(dense)
-        if type(sink) is not int or type(window) is not int or sink < 0 or window < 1:
-            raise InputError(f"Expected whole numbers sink >= 0 and window >= 1; got {sink=}, {window=}.")
+        self.sink, self.window = check_sink_and_window(sink, window)
         check_implementation(implementation)
-        self.sink, self.window = sink, window
         self.implementation: Implementation = implementation
-        tell = getattr(self.dense.policy, "set_streaming", None)
-        if tell is not None:
-            tell(sink, window)
+        set_streaming = getattr(self.dense.policy, "set_streaming", None)
+        if set_streaming is not None:
+            set_streaming(self.sink, self.window)
 
     @property
     def adaptive(self) -> bool:
         """Whether the dense heads depend on the prompts of a batch."""
-        return self.dense.policy is not None
+        return not self.dense.fixed
 
     def __repr__(self) -> str:
         return f"HybridAttention({self.dense} dense, sink={self.sink}, window={self.window})"

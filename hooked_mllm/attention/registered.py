@@ -10,11 +10,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.backends import PREFIX, slim_mask
-from hooked_mllm.attention.hybrid import HybridAttention
+from hooked_mllm.attention.hybrid import HybridAttention, RoutingPolicy
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
+from hooked_mllm.heads import HeadsLike
 from hooked_mllm.kernels.hybrid_attention.op import as_autocast, gradients
 from hooked_mllm.kernels.implementations import Implementation
+from hooked_mllm.kernels.streaming_window import WholeNumber
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,12 @@ REGISTERED: dict[str, RegisteredAttention] = {}
 
 
 def register_hybrid_attention(
-    name: str, heads: Any, *, sink: int = 64, window: int = 1024, implementation: Implementation = "auto"
+    name: str,
+    heads: HeadsLike | RoutingPolicy,
+    *,
+    sink: WholeNumber = 64,
+    window: WholeNumber = 1024,
+    implementation: Implementation = "auto",
 ) -> None:
     """Register hybrid attention as an attention implementation of transformers, for any of its decoders.
 
@@ -119,8 +126,8 @@ def register_hybrid_attention(
 
     Args:
         name: The name; not one of transformers' own, nor one with "flash" in it, which transformers reads as its own.
-        heads: The dense query heads: a `HeadSet`, names such as "L2H4", pairs (layer, head), a mapping of layers to
-            query heads, or a routing policy. They are checked against a model when it first runs.
+        heads: The dense query heads, as `HybridAttention` takes them, or a routing policy. They are checked against a
+            model when it first runs.
         sink: First tokens that the other heads see.
         window: Last tokens that they see, the query's own among them.
         implementation: "auto", "triton" or "naive", as in `hybrid_attention`.

@@ -1,4 +1,4 @@
-"""Masks told by numbers: which heads stream, and where each sequence begins and ends."""
+"""Masks in numbers: which heads stream, and where each sequence begins and ends."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.errors import HeadError
+from hooked_mllm.kernels.streaming_window import check_sink_and_window, head_flags
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,11 @@ class StreamingHeads:
     def __post_init__(self) -> None:
         if any(not 0 <= head < self.n_heads for head in self.dense):
             raise HeadError(f"Dense heads {list(self.dense)} are out of range: heads are 0 to {self.n_heads - 1}.")
-        if self.sink < 0 or self.window < 1:
-            raise InputError(f"Expected sink >= 0 and window >= 1; got sink={self.sink}, window={self.window}.")
+        check_sink_and_window(self.sink, self.window)
 
     def flags(self, device: torch.device | str) -> Bool[Tensor, " head"]:
         """True at the dense heads."""
-        flags = torch.zeros(self.n_heads, dtype=torch.bool)
-        flags[list(self.dense)] = True
-        return flags.to(device)
+        return head_flags(self.dense, self.n_heads, device)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from hooked_mllm.bench.check import largest_error, relative_error
 from hooked_mllm.bench.record import provenance
 from hooked_mllm.bench.timing import failure, milliseconds, peak_memory
+from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
+from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window, head_flags
 from hooked_mllm.storage import ready, write_json
 
 KIND = "hooked_mllm kernel benchmark"
@@ -36,8 +38,8 @@ def bench_kernel(
     heads: int = 32,
     kv_heads: int = 8,
     d_head: int = 128,
-    sink: int = 64,
-    window: int = 1024,
+    sink: WholeNumber = 64,
+    window: WholeNumber = 1024,
     rounds: int = 7,
     flex: bool = True,
     seed: int = 0,
@@ -68,7 +70,7 @@ def bench_kernel(
     Raises:
         NumericsError: if outputs differ from the definition's in float64 at a short length, or from FlexAttention's at
             a timed one.
-        InputError: for more dense heads than heads, or heads that do not divide.
+        InputError: for more dense heads than heads, heads that do not divide, or a sink or window out of range.
         CacheFileError: If `out` cannot be written.
     """
     if dense > heads or heads % kv_heads:
@@ -76,6 +78,7 @@ def bench_kernel(
             f"Expected at most as many dense heads as heads, and heads in groups of one size over key-value heads; got "
             f"{dense} dense of {heads} heads over {kv_heads} key-value heads."
         )
+    sink, window = check_sink_and_window(sink, window)
     ready(out)
     gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
@@ -130,17 +133,21 @@ def kernel_table(found: dict[str, Any]) -> str:
     for n, rows in found["lengths"].items():
         base = next(iter(rows))
         lines += ["", f"{int(n):,} tokens; ratios: {base} over the row"]
-        lines.append(f"{'variant':<34}{'median ms':>12}{'ratio':>9}{'range':>16}{'added GiB':>11}")
-        for name, row in rows.items():
-            if row["failed"]:
-                lines.append(f"{name:<34}{row['failed']:>20}")
-                continue
-            text = f"{name:<34}{statistics.median(row['ms']):>12.3f}"
-            if rows[base]["ms"]:
-                ratios = sorted(b / a for a, b in zip(row["ms"], rows[base]["ms"], strict=True))
-                text += f"{statistics.median(ratios):>9.2f}{f'{ratios[0]:.2f}-{ratios[-1]:.2f}':>16}"
-            lines.append(text + ("" if row["added_gib"] is None else f"{row['added_gib']:>11.2f}"))
+        table = [("variant", "median ms", "ratio", "range", "added GiB")]
+        table += [_line(name, row, rows[base]["ms"]) for name, row in rows.items()]
+        lines.append(text_table(table, align="<>>>>", least=(34, 10, 7, 14, 9)))
     return "\n".join(lines)
+
+
+def _line(name: str, row: dict[str, Any], base_ms: list[float]) -> tuple[str, str, str, str, str]:
+    if row["failed"]:
+        return name, row["failed"], "", "", ""
+    ratio = spread = ""
+    if base_ms:
+        ratios = sorted(b / a for a, b in zip(row["ms"], base_ms, strict=True))
+        ratio, spread = f"{statistics.median(ratios):.2f}", f"{ratios[0]:.2f}-{ratios[-1]:.2f}"
+    added = "" if row["added_gib"] is None else f"{row['added_gib']:.2f}"
+    return name, f"{statistics.median(row['ms']):.3f}", ratio, spread, added
 
 
 def _against_definition(qkv: list[Tensor], chosen: list[int], how: dict[str, Any], dtype: Any) -> list[dict[str, Any]]:
@@ -151,8 +158,7 @@ def _against_definition(qkv: list[Tensor], chosen: list[int], how: dict[str, Any
     wide_q, wide_k, wide_v = (x.double() for x in qkv)
     found = []
     for some in ([], chosen, list(range(heads))):
-        flags = torch.zeros(heads, dtype=torch.bool, device=q.device)
-        flags[some] = True
+        flags = head_flags(some, heads, q.device)
         scale = q.shape[-1] ** -0.5
         sizes = how["sink"], how["window"], scale
         want, _ = naive_hybrid_attention(wide_q, wide_k, wide_v, flags, *sizes, start, end)
@@ -194,8 +200,7 @@ def _variants(
 
 def _flex(n: int, heads: int, chosen: list[int], sink: int, window: int, device: str) -> Callable[..., Tensor]:
     """FlexAttention with the mask of hybrid attention."""
-    flags = torch.zeros(heads, dtype=torch.bool, device=device)
-    flags[chosen] = True
+    flags = head_flags(chosen, heads, device)
     mask = hybrid_mask(flags, sink, window)
     blocks: Any = torch.compile(create_block_mask)(mask, None, heads, n, n, device=device)
     run: Any = torch.compile(flex_attention)

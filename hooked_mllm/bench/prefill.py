@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -16,8 +16,10 @@ from hooked_mllm.bench.compiled import CompiledBlocks
 from hooked_mllm.bench.record import Cell, PrefillRecord, provenance
 from hooked_mllm.bench.timing import clock_name, failure, milliseconds, peak_memory, used_devices
 from hooked_mllm.bench.variants import Variant
+from hooked_mllm.display.head_names import is_heads_text
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads import HeadScores, HeadSet
+from hooked_mllm.families.parts import decoder_sizes
+from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names, parse_heads
 from hooked_mllm.storage import ready
 
 
@@ -165,15 +167,15 @@ def _unless_out_of_memory(run: Callable[..., Any], *arguments: Any) -> Any:
 def _settings(
     model: Any, variants: Sequence[Variant], name: str, runs: int, warm_up: int, seed: int, devices: Sequence[Any]
 ) -> dict[str, Any]:
-    config = model.config
+    config, sizes = model.config, decoder_sizes(model.config)
     hybrid = [v for v in variants if v.dense is not None]
     return {
         "model": name,
         "class": type(model).__name__,
         "n_layers": config.num_hidden_layers,
-        "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads,
-        "d_model": config.hidden_size,
+        "n_heads": sizes.n_heads,
+        "n_kv_heads": sizes.n_key_value_heads,
+        "d_model": sizes.d_model,
         "d_mlp": config.intermediate_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "devices": [torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in devices],
@@ -182,7 +184,7 @@ def _settings(
         "warm_up": warm_up,
         "seed": seed,
         **({"sink": hybrid[0].sink, "window": hybrid[0].window} if hybrid else {}),
-        "heads": {str(len(v.dense)): [f"L{a}H{b}" for a, b in v.dense] for v in hybrid if v.dense is not None},
+        "heads": {str(len(v.dense)): head_names(v.dense) for v in hybrid if v.dense is not None},
     }
 
 
@@ -194,14 +196,17 @@ def _record(out: Path | None, resume: bool, settings: dict[str, Any]) -> Prefill
     return PrefillRecord.load(out).continued(settings)
 
 
-def choose_heads(numbers: Iterable[int], n_layers: int, n_heads: int, source: str | Path | None, seed: int) -> Any:
-    """The dense heads of each number: the top ones of a score file, or random ones, each number holding the smaller.
+def choose_heads(
+    numbers: Iterable[int], n_layers: int, n_heads: int, source: Path | HeadsLike | None, seed: int
+) -> dict[int, HeadSet]:
+    """The dense heads of each number: the top ones of a ranking, or random ones, each number holding the smaller.
 
     Args:
         numbers: How many.
         n_layers: Layers of the model.
         n_heads: Query heads per layer.
-        source: A saved `HeadScores`; None for random heads.
+        source: The ranking: the file of a saved `HeadScores`, or heads in order, such as "L2H4, L3H1"; None for random
+            heads.
         seed: Of random heads.
 
     Returns:
@@ -209,10 +214,11 @@ def choose_heads(numbers: Iterable[int], n_layers: int, n_heads: int, source: st
 
     Raises:
         InputError: for more heads than there are, or scores of another model.
+        HeadError: for heads that the model lacks.
 
     Examples:
-        >>> choose_heads([0, 2], n_layers=3, n_heads=4, source=None, seed=0)[0]
-        HeadSet(0 of 3 x 4)
+        >>> choose_heads([0, 2], n_layers=3, n_heads=4, source="L2H1, L0H3, L1H0", seed=0)
+        {0: HeadSet(0 of 3 x 4), 2: HeadSet(2 of 3 x 4: L2H1, L0H3)}
     """
     numbers = sorted(dict.fromkeys(numbers))
     most = n_layers * n_heads
@@ -221,12 +227,22 @@ def choose_heads(numbers: Iterable[int], n_layers: int, n_heads: int, source: st
     if source is None:
         order = list(range(most))
         random.Random(seed).shuffle(order)
-        pairs = [divmod(i, n_heads) for i in order]
-        return {k: HeadSet(pairs[:k], n_layers=n_layers, n_heads=n_heads) for k in numbers}
-    scores = HeadScores.load(source)
-    if scores.shape != (n_layers, n_heads):
+        ranking = parse_heads([divmod(i, n_heads) for i in order], (n_layers, n_heads))
+    else:
+        ranking = _ranking(source, (n_layers, n_heads))
+    if numbers and numbers[-1] > len(ranking):
+        raise InputError(f"{source} ranks {len(ranking)} heads; got a number of dense heads of {numbers[-1]}.")
+    return {k: ranking[:k] for k in numbers}
+
+
+def _ranking(source: Path | HeadsLike, shape: tuple[int, int]) -> HeadSet:
+    """The heads that a score file ranks, or those that are specified, in order."""
+    text = str(source) if isinstance(source, str | Path) else None
+    if text is None or (is_heads_text(text) and not Path(text).exists()):
+        return parse_heads(cast(HeadsLike, source) if text is None else text, shape)
+    scores = HeadScores.load(text)
+    if scores.shape != shape:
         raise InputError(
-            f"{source} scores {scores.n_layers} layers x {scores.n_heads} heads; the model has {n_layers} x {n_heads}."
+            f"{source} scores {scores.n_layers} layers x {scores.n_heads} heads; the model has {shape[0]} x {shape[1]}."
         )
-    empty = HeadSet([], n_layers=n_layers, n_heads=n_heads)
-    return {k: scores.top(k) if k else empty for k in numbers}
+    return scores.ranking

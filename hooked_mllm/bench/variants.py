@@ -14,6 +14,8 @@ from hooked_mllm.bench.choices import BACKENDS
 from hooked_mllm.bench.compiled import CompiledBlocks, text_backbone
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.heads import HeadSet
+from hooked_mllm.kernels.implementations import Implementation
+from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
 #: the implementation that leaves attention out
 REMOVED = "hooked_bench_removed"
@@ -77,9 +79,9 @@ def prefill_variants(
     backends: Sequence[str],
     heads: Mapping[int, HeadSet],
     *,
-    sink: int = 64,
-    window: int = 1024,
-    implementation: str = "auto",
+    sink: WholeNumber = 64,
+    window: WholeNumber = 1024,
+    implementation: Implementation = "auto",
 ) -> list[Variant]:
     """The variants of a comparison.
 
@@ -91,7 +93,8 @@ def prefill_variants(
         implementation: Of `hybrid_attention`.
 
     Raises:
-        InputError: for an unknown name, or hybrid attention without numbers of dense heads.
+        InputError: for an unknown name, hybrid attention without numbers of dense heads, or a sink or window out of
+            range.
 
     Examples:
         >>> from hooked_mllm import HeadSet
@@ -99,6 +102,7 @@ def prefill_variants(
         >>> [v.title for v in prefill_variants(["sdpa", "hybrid"], {2: two})]
         ["SDPA, torch's choice", 'hybrid, 2 dense']
     """
+    sink, window = check_sink_and_window(sink, window)
     found: list[Variant] = []
     for name in dict.fromkeys(backends):
         if name not in BACKENDS:

@@ -78,7 +78,7 @@ def _add_prefill(kinds: Any) -> None:
     add = command.add_argument
     add("--contexts", type=tokens, nargs="+", default=_CONTEXTS, help="lengths, such as 8k 131072")
     add("--dense", type=partial(count, least=0), nargs="+", help="numbers of dense heads (of --config: the paper's)")
-    add("--heads", type=Path, help="saved head scores: dense are the top ones (else random heads)")
+    add("--heads", type=Path, help="ranking of the dense heads: saved scores, or names such as L2H4,L3H1")
     add("--backends", nargs="+", choices=list(BACKENDS), metavar="NAME", help=f"of {', '.join(BACKENDS)}")
     add("--runs", type=count, default=RUNS, help="timed forwards of each variant at each length")
     add("--warm-up", type=count, default=WARM_UP, help="forwards before them")

@@ -87,7 +87,7 @@ def parse_head(text: str) -> tuple[int, int]:
         >>> parse_head("L20H15")
         (20, 15)
     """
-    match = _NAME.fullmatch(text) if isinstance(text, str) else None
+    match = _NAME.fullmatch(text)
     if match is None:
         raise HeadError(f"Expected a head written like 'L20H15' (layer 20, head 15, both from 0); got {_shown(text)}.")
     return int(match[1]), int(match[2])
@@ -120,6 +120,19 @@ def parse_names(text: str) -> list[tuple[int, int]]:
     if _NAME.fullmatch(text):
         return [parse_head(text)]
     return [parse_head(name) for name in _SEPARATOR.split(text) if name]
+
+
+def is_heads_text(text: str) -> bool:
+    """Whether a text is the names of one or more heads.
+
+    Examples:
+        >>> is_heads_text("L20H15, L3H2"), is_heads_text("scores.json")
+        (True, False)
+    """
+    try:
+        return len(parse_names(text)) > 0
+    except HeadError:
+        return False
 
 
 def whole_number(value: object) -> int | None:

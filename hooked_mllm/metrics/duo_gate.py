@@ -15,6 +15,7 @@ from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples
+from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.gating import GateState, MixedAttention, last_hidden
 from hooked_mllm.storage import ready
@@ -71,20 +72,21 @@ class DuoGate:
     def __init__(
         self,
         *,
-        sink: int = 128,
-        recent: int = 256,
+        sink: WholeNumber = 128,
+        recent: WholeNumber = 256,
         steps: int = 2000,
         lr: float = 0.02,
         l1: float = 0.05,
         positions: Positions = "suffix",
         seed: int = 0,
     ) -> None:
-        if sink < 0 or recent < 1 or steps < 1:
-            raise InputError(f"Expected sink >= 0, recent >= 1 and steps >= 1; got {sink=}, {recent=}, {steps=}.")
+        self.sink, self.recent = check_sink_and_window(sink, recent, "recent")
+        if steps < 1:
+            raise InputError(f"Expected steps >= 1; got {steps=}.")
         if not (lr > 0 and l1 >= 0):
             raise InputError(f"Expected lr > 0 and l1 >= 0; got {lr=}, {l1=}.")
         check_positions(positions)
-        self.sink, self.recent, self.steps = sink, recent, steps
+        self.steps = steps
         self.lr, self.l1, self.positions, self.seed = lr, l1, positions, seed
 
     def config(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_it_is_given_when_a_model_is_loaded():
     with pytest.raises(UnsupportedModelError, match="a vision tower is not"):
         HookedMLLM.from_pretrained("toy-qwen3-vl", attention={"vision": attention}, check=False)
     with (
-        pytest.raises(HeadError, match="of 6 layers x 8 heads; this one has 3 x 4"),
+        pytest.raises(HeadError, match=r"of 6 x 8 \(layers x heads\); this model has 3 x 4"),
         wrapped("internvl").attention(attention),
     ):
         pytest.fail("entered")
@@ -181,7 +181,11 @@ def test_heads_of_another_model_and_other_towers_are_refused_at_the_door(family)
     for wrong, error, message in (
         (hybrid(["L3H0"]), HeadError, "Layer 3 of head L3H0 is not there"),
         (hybrid([(0, 4)]), HeadError, "Head 4 of L0H4 is not there"),
-        (hybrid(HeadSet([], n_layers=3, n_heads=2)), HeadError, r"3 layers x 2 heads; this one has 3 x 4.*to_query"),
+        (
+            hybrid(HeadSet([], n_layers=3, n_heads=2)),
+            HeadError,
+            r"of 3 x 2 \(layers x heads\); this model has 3 x 4.*to_query",
+        ),
         (HybridAttention, HookValueError, "Expected a name or a callable"),
     ):
         with pytest.raises(error, match=message), model.attention(wrong):

@@ -193,7 +193,10 @@ def test_heads_of_another_model_are_refused_when_it_first_runs():
     for heads, message in (
         (["L3H0"], "Layer 3 of head L3H0 is not there"),
         ([(0, 4)], "Head 4 of L0H4 is not there"),
-        (HeadSet(["L0H0"], n_layers=36, n_heads=32), "model of 36 layers x 32 heads; this one has 3 x 4.*'sdpa'"),
+        (
+            HeadSet(["L0H0"], n_layers=36, n_heads=32),
+            r"model of 36 x 32 \(layers x heads\); this model has 3 x 4.*'sdpa'",
+        ),
     ):
         register(heads)
         with pytest.raises(HeadError, match=message):

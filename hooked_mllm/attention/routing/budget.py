@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads import HeadSet
+from hooked_mllm.heads import HeadSet, HeadsLike, head_names, parse_heads
+from hooked_mllm.heads.parsing import Pairs
 
 
 @runtime_checkable
@@ -70,14 +71,14 @@ class Total:
     Layers 0 to l may take `B(l) = round(heads * w(l))` together, where w(l) rises to 1 at the last layer:
 
     - `like=None`: w(l) = (l + 1) / L, the same share for every layer.
-    - `like` a `HeadSet`: the share of that set in layers 0 to l. With as many `heads` as the set has, an adaptive
-      policy takes as many heads in each layer as the set does, but others.
-    - `like="first"`: w(l) = 1 from the first layer on: whoever comes first. Early layers take all of it unless the
-      policy has a threshold.
+    - `like` a set of heads: the share of that set in layers 0 to l. With the same number of `heads` as the set has, an
+      adaptive policy takes the same number of heads in each layer as the set does, but others.
+    - `like="first"`: w(l) = 1 from the first layer on. Early layers take all of it unless the policy has a threshold.
 
     Args:
         heads: How many.
-        like: How they are spread over the layers.
+        like: How they are spread over the layers: like these heads (a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask),
+            "first", or None.
 
     Raises:
         InputError: for a number below 0, another word than "first", or an empty set with room for heads.
@@ -92,19 +93,30 @@ class Total:
     """
 
     heads: int
-    like: HeadSet | str | None = None
+    like: HeadsLike | None = None
 
     def __post_init__(self) -> None:
         _check_count(self.heads)
-        if self.like not in (None, "first") and not isinstance(self.like, HeadSet):
-            raise InputError(f"Expected `like` to be a HeadSet, 'first' or None; got {self.like!r}.")
-        if isinstance(self.like, HeadSet) and not self.like and self.heads:
-            raise InputError(f"An empty set does not tell how to spread {self.heads} heads over the layers.")
+        if self.like is None or (isinstance(self.like, str) and self.like == "first"):
+            return
+        try:
+            spread = parse_heads(self.like)
+        except HeadError as error:
+            raise InputError(f"Expected `like` to be heads, 'first' or None. {error}") from None
+        if not spread and self.heads:
+            raise InputError(f"An empty set does not state how to spread {self.heads} heads over the layers.")
+        object.__setattr__(self, "like", spread)
+
+    @property
+    def _spread(self) -> HeadSet | Pairs | None:
+        """The heads whose layers the budget is spread like; None if there are none."""
+        return None if self.like is None or isinstance(self.like, str) else parse_heads(self.like)
 
     def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
         """What layers 0 to `layer` may take together, less what those before it took."""
-        if isinstance(self.like, HeadSet):
-            part, whole = sum(at <= layer for at, _ in self.like), len(self.like) or 1
+        spread = self._spread
+        if spread is not None:
+            part, whole = sum(at <= layer for at, _ in spread), len(spread) or 1
         else:
             part, whole = (1, 1) if self.like == "first" else (layer + 1, n_layers)
         allowed = (2 * self.heads * part + whole) // (2 * whole)  # rounded, halves up, in whole numbers
@@ -118,15 +130,12 @@ class Total:
         """
         if self.heads > n_layers * n_heads:
             raise HeadError(f"Total({self.heads}): this model has {n_layers} layers of {n_heads} heads.")
-        if isinstance(self.like, HeadSet) and self.like.shape != (n_layers, n_heads):
-            raise HeadError(
-                f"The budget is spread like a set of heads of {self.like.n_layers} x {self.like.n_heads} (layers x "
-                f"heads); this model has {n_layers} x {n_heads}."
-            )
+        if self._spread is not None:
+            parse_heads(self._spread, (n_layers, n_heads), hint="The budget is spread over the layers as they are.")
 
     def describe(self) -> dict[str, Any]:
         """What it is, as values that JSON can hold."""
-        like = [f"L{layer}H{head}" for layer, head in self.like] if isinstance(self.like, HeadSet) else self.like
+        like = self.like if self._spread is None else head_names(self._spread)
         return {"budget": "Total", "heads": self.heads, "like": like}
 
 

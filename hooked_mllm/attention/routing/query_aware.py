@@ -12,6 +12,7 @@ from hooked_mllm.attention.routing.budget import Budget, PerLayer
 from hooked_mllm.attention.routing.lost_attention import check_estimate, lost_attention
 from hooked_mllm.errors import HeadError, InputError, NumericsError, UnsupportedModelError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class QueryAwareHeads:
         block: int = 64,
         threshold: float = 0.0,
         prior: HeadScores | None = None,
-        sink: int | None = None,
-        window: int | None = None,
+        sink: WholeNumber | None = None,
+        window: WholeNumber | None = None,
     ) -> None:
         if not isinstance(budget, Budget):
             raise InputError(f"Expected a budget, PerLayer(heads) or Total(heads); got {budget!r}.")
@@ -104,7 +105,8 @@ class QueryAwareHeads:
         self.order, self.keys, self.block = order, keys, block
         self.queries = queries if isinstance(queries, int) else queries.bool().cpu()
         self.threshold, self.prior = float(threshold), prior
-        self.sink, self.window = sink, window
+        sizes = check_sink_and_window(0 if sink is None else sink, 1 if window is None else window)
+        self.sink, self.window = None if sink is None else sizes[0], None if window is None else sizes[1]
         #: the last prompt, by layer
         self.record: dict[int, LayerChoice] = {}
         self._n_layers: int | None = None if prior is None else prior.n_layers
@@ -120,9 +122,9 @@ class QueryAwareHeads:
         Raises:
             InputError: if it was made for others.
         """
-        for name, own, due in (("sink", self.sink, sink), ("window", self.window, window)):
-            if own not in (None, due):
-                raise InputError(f"This policy estimates what is lost with {name}={own}, the attention has {due}.")
+        for name, own, size in (("sink", self.sink, sink), ("window", self.window, window)):
+            if own not in (None, size):
+                raise InputError(f"This policy estimates what is lost with {name}={own}, the attention has {size}.")
         self.sink, self.window = sink, window
 
     def choose(
@@ -136,13 +138,13 @@ class QueryAwareHeads:
         """The dense query heads of this layer for this prompt.
 
         Raises:
-            InputError: if nobody told the sink and the window, or a mask of queries is not of this prompt.
+            InputError: without a sink and a window, or for a mask of queries of another prompt.
             NumericsError: if the estimate is not finite.
             UnsupportedModelError: for a mask that is not the causal one with padding at the ends; or in a backward pass
                 that runs the layer anew, if the budget depends on what other layers took.
         """
         if self.sink is None or self.window is None:
-            raise InputError("Give the policy sink= and window=, or use it in HybridAttention, which tells it.")
+            raise InputError("Give the policy sink= and window=, or use it in HybridAttention, which sets them.")
         again = torch._C._current_graph_task_id() != -1  # torch has no public word for "within a backward pass"
         if again and not isinstance(self.budget, PerLayer):
             raise UnsupportedModelError(

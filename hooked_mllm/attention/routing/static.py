@@ -1,4 +1,4 @@
-"""A fixed set of dense heads, as a policy."""
+"""Dense heads that are the same for every prompt."""
 
 from typing import Any
 
@@ -6,32 +6,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.errors import HeadError
-from hooked_mllm.heads import HeadSet
+from hooked_mllm.heads import HeadsLike, head_names, parse_heads
+from hooked_mllm.heads.head_set import heads_by_layer
+from hooked_mllm.heads.parsing import parse_head_set
+
+#: what to do about heads of another model
+HINT = "Rank the heads of this model (of key-value heads, take `scores.to_query(n_heads)`), or use attention='sdpa'."
 
 
-class StaticHeads:
-    """The same dense heads for every prompt: what `HybridAttention` does with a `HeadSet`, beside which others stand.
+class FixedHeads:
+    """Dense heads that do not depend on the prompt, for a model that may not be known yet.
 
     Args:
-        heads: The dense heads.
+        heads: A `HeadSet`, "L2H4, L3H1", pairs (layer, head), a boolean mask `[layer head]`, a mapping of layers to
+            query heads, or a list of these; may be empty.
 
     Raises:
-        HeadError: for something else than a `HeadSet`.
-
-    Source: arXiv:2606.05843, algorithm 3.
-
-    Examples:
-        >>> from hooked_mllm import HeadSet
-        >>> StaticHeads(HeadSet(["L2H4", "L2H5"], n_layers=6, n_heads=8)).describe()
-        {'policy': 'StaticHeads', 'heads': ['L2H4', 'L2H5']}
+        HeadError: for something else.
     """
 
-    def __init__(self, heads: Any) -> None:
-        if not isinstance(heads, HeadSet):
-            raise HeadError(f"StaticHeads takes a HeadSet, such as `scores.top(20)`; got {type(heads).__name__}.")
-        self.heads: HeadSet = heads
-        self._by_layer = heads.by_layer
+    def __init__(self, heads: HeadsLike) -> None:
+        self.heads = parse_heads(heads)
+        self.by_layer = heads_by_layer(self.heads)
 
     def choose(
         self,
@@ -42,23 +38,43 @@ class StaticHeads:
         layer: int,
     ) -> tuple[int, ...]:
         """The dense query heads of this layer."""
-        return self._by_layer.get(layer, ())
+        return self.by_layer.get(layer, ())
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Refuse a model of another shape.
+        """Check that a model of this shape has the heads.
 
         Raises:
-            HeadError: for such.
+            HeadError: for a head that it lacks, or heads of a model of another shape.
         """
-        if self.heads.shape != (n_layers, n_heads):
-            raise HeadError(
-                f"These heads are of a model of {self.heads.n_layers} layers x {self.heads.n_heads} heads; this one "
-                f"has {n_layers} x {n_heads}. Rank the heads of this model."
-            )
+        parse_heads(self.heads, (n_layers, n_heads), hint=HINT)
 
     def describe(self) -> dict[str, Any]:
         """What it is, as values that JSON can hold."""
-        return {"policy": "StaticHeads", "heads": [f"L{layer}H{head}" for layer, head in self.heads]}
+        return {"policy": type(self).__name__, "heads": head_names(self.heads)}
+
+    def __len__(self) -> int:
+        return len(self.heads)
 
     def __repr__(self) -> str:
-        return f"StaticHeads({self.heads!r})"
+        return f"{type(self).__name__}({self.heads!r})"
+
+
+class StaticHeads(FixedHeads):
+    """The same dense heads for every prompt, as a policy: what `HybridAttention` does with a `HeadSet`.
+
+    Args:
+        heads: The dense heads, of a model of known shape: a `HeadSet`, or a boolean mask `[layer head]`.
+
+    Raises:
+        HeadError: for heads that do not state the shape of their model, or something else.
+
+    Source: arXiv:2606.05843, algorithm 3.
+
+    Examples:
+        >>> from hooked_mllm import HeadSet
+        >>> StaticHeads(HeadSet(["L2H4", "L2H5"], n_layers=6, n_heads=8)).describe()
+        {'policy': 'StaticHeads', 'heads': ['L2H4', 'L2H5']}
+    """
+
+    def __init__(self, heads: HeadsLike) -> None:
+        super().__init__(parse_head_set(heads, "StaticHeads"))

@@ -16,6 +16,7 @@ from hooked_mllm.kernels.implementations import (
     kernel_fits,
     kernel_runs,
 )
+from hooked_mllm.kernels.streaming_window import check_sink_and_window
 
 
 def attention_profile(
@@ -74,8 +75,7 @@ def attention_profile(
         raise InputError(f"Expected one scale and one kind of heads for each of {n_layers} layers.")
     if not all(s > 0 for s in scales):
         raise InputError(f"A scale is above 0; got {scales}.")
-    for item in heads:
-        _check_streaming(item, q[0].shape[1])
+    heads = [_checked_streaming(item, q[0].shape[1]) for item in heads]
     for name, bound in (("start", start), ("end", end)):
         if bound is not None and tuple(bound.shape) not in ((batch,), (n_layers, batch)):
             raise InputError(f"`{name}` is [{batch}] or [{n_layers}, {batch}]; got {list(bound.shape)}.")
@@ -122,11 +122,10 @@ def _check(
     return len(q), b.shape[0], b.shape[2]
 
 
-def _check_streaming(item: Streaming | None, n_heads: int) -> None:
+def _checked_streaming(item: Streaming | None, n_heads: int) -> Streaming | None:
     if item is None:
-        return
+        return None
     dense, sink, window = item
     if any(not 0 <= head < n_heads for head in dense):
         raise HeadError(f"Dense heads {list(dense)} are out of range: q has heads 0 to {n_heads - 1}.")
-    if sink < 0 or window < 1:
-        raise InputError(f"Expected sink >= 0 and window >= 1; got {sink=}, {window=}.")
+    return (dense, *check_sink_and_window(sink, window))

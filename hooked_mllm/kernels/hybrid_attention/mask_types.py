@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.kernels.streaming_window import check_sink_and_window
 
 DENSE, STREAMING = 0, -1
 
@@ -72,8 +73,7 @@ def pattern_from_mask_types(
     if len(streaming) > 1:
         raise InputError(f"Streaming heads of a layer share one sink and one window here; got {sorted(streaming)}.")
     sink, local = streaming.pop() if streaming else (0, 1)
-    if sink < 0 or local < 1:
-        raise InputError(f"Expected a sink of at least 0 and a local size of at least 1; got {sink} and {local}.")
+    check_sink_and_window(sink, local, "local size")
     size = 1 if block is None else block
     return HeadPattern(tuple((types == DENSE).nonzero().flatten().tolist()), sink * size, local * size)
 

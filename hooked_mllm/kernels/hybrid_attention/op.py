@@ -14,6 +14,7 @@ from torch import Tensor
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients, naive_hybrid_attention, query_major
 from hooked_mllm.kernels.implementations import Implementation, check_implementation, check_triton, supported
+from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window, head_flags
 
 #: from this number of queries on, SDPA computes dense heads (measured on an H200; below, one launch for all is faster)
 SDPA_FROM = 24576
@@ -24,7 +25,7 @@ _noticed: set[str] = set()
 
 @overload
 def hybrid_attention(
-    q: Tensor, k: Tensor, v: Tensor, dense: Iterable[int], *, sink: int = 64, window: int = 1024,
+    q: Tensor, k: Tensor, v: Tensor, dense: Iterable[int], *, sink: WholeNumber = 64, window: WholeNumber = 1024,
     scale: float | None = None, start: Tensor | None = None, end: Tensor | None = None,
     return_lse: Literal[False] = False, implementation: Implementation = "auto", causal: bool = True,
 ) -> Tensor: ...  # fmt: skip
@@ -32,7 +33,7 @@ def hybrid_attention(
 
 @overload
 def hybrid_attention(
-    q: Tensor, k: Tensor, v: Tensor, dense: Iterable[int], *, sink: int = 64, window: int = 1024,
+    q: Tensor, k: Tensor, v: Tensor, dense: Iterable[int], *, sink: WholeNumber = 64, window: WholeNumber = 1024,
     scale: float | None = None, start: Tensor | None = None, end: Tensor | None = None,
     return_lse: Literal[True], implementation: Implementation = "auto", causal: bool = True,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -44,8 +45,8 @@ def hybrid_attention(
     v: Float[Tensor, "batch kv_head key d_head"],
     dense: Iterable[int],
     *,
-    sink: int = 64,
-    window: int = 1024,
+    sink: WholeNumber = 64,
+    window: WholeNumber = 1024,
     scale: float | None = None,
     start: Int[Tensor, " batch"] | None = None,
     end: Int[Tensor, " batch"] | None = None,
@@ -99,7 +100,8 @@ def hybrid_attention(
         )
     q, k, v = as_autocast(q, k, v)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    heads = _check(q, k, v, dense, sink, window, factor, start, end, implementation)
+    heads = _check(q, k, v, dense, factor, start, end, implementation)
+    sink, window = check_sink_and_window(sink, window)
     route = _select_route(implementation, q, len(heads))
     z, lse = torch.ops.hooked_mllm.hybrid_attention(q, k, v, heads, sink, window, factor, start, end, return_lse, route)
     return (z, lse) if return_lse else z
@@ -119,8 +121,6 @@ def _check(
     k: Tensor,
     v: Tensor,
     dense: Iterable[int],
-    sink: int,
-    window: int,
     scale: float,
     start: Tensor | None,
     end: Tensor | None,
@@ -140,8 +140,6 @@ def _check(
         )
     if not q.dtype.is_floating_point:
         raise InputError(f"q, k and v must contain floating-point numbers; got {q.dtype}.")
-    if sink < 0 or window < 1:
-        raise InputError(f"Expected sink >= 0 and window >= 1; got {sink=}, {window=}.")
     if not 0 < scale < math.inf:
         raise InputError(f"scale must be a number above 0; got {scale}.")
     for name, bound in (("start", start), ("end", end)):
@@ -218,8 +216,9 @@ def _op(
     start, end = _bounds(q, k, start, end, how)
     if how == "naive":
         assert start is not None and end is not None
+        flags = head_flags(dense, q.shape[1], q.device)
         with torch.autocast(q.device.type, enabled=False):  # autocast would round the float32 scores
-            z, lse = naive_hybrid_attention(q, k, v, _flags(dense, q), sink, window, scale, start, end)
+            z, lse = naive_hybrid_attention(q, k, v, flags, sink, window, scale, start, end)
         return query_major(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
     from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention  # Triton may be missing on CPUs
 
@@ -228,12 +227,6 @@ def _op(
             q, k, v, tuple(dense), sink, window, scale, start, end, with_lse, sdpa=how == "sdpa"
         )
     return z, q.new_empty(0, dtype=torch.float32) if lse is None else lse
-
-
-def _flags(dense: list[int], q: Tensor) -> Tensor:
-    flags = torch.zeros(q.shape[1], dtype=torch.bool)
-    flags[dense] = True
-    return flags.to(q.device)
 
 
 def _clip_sizes(q: Tensor, k: Tensor, sink: int, window: int) -> tuple[int, int]:
@@ -284,8 +277,9 @@ def gradients(
     sink, window = _clip_sizes(q, k, sink, window)
     start, end = _bounds(q, k, start, end, "naive")
     assert start is not None and end is not None
+    flags = head_flags(dense, q.shape[1], q.device)
     with torch.autocast(q.device.type, enabled=False):
-        return naive_gradients(q, k, v, _flags(dense, q), sink, window, scale, start, end, dz, dlse)
+        return naive_gradients(q, k, v, flags, sink, window, scale, start, end, dz, dlse)
 
 
 def _backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
