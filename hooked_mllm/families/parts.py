@@ -47,6 +47,15 @@ class BlockParts:
                 f"v={self.v!r}. Name the modules whose output is q, k and v before rotation."
             )
 
+    def names(self, field: str | None) -> bool:
+        """Whether the family names a module or gain for this field.
+
+        Examples:
+            >>> QWEN_DECODER.block.names("mlp_linear"), QWEN_DECODER.block.names("attn_gain")
+            (True, False)
+        """
+        return field is not None and getattr(self, field, None) is not None
+
     def path(self, part: str, block: nn.Module) -> str | None:
         """The path of a part in one block; None if the family names none, or the block has no such module.
 

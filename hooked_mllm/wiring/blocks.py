@@ -62,11 +62,10 @@ class BlockWiring:
     def _access(self, spec: PointSpec) -> Access | None:
         """How a point is read and written; None if this block has no such point."""
         context, parts = self.context, self.context.tower.block
-        scaled = spec.gain is not None and getattr(parts, spec.gain) is not None
-        if scaled or spec.carrier in ("norm", "computed"):
+        if parts.names(spec.gain) or spec.carrier in ("norm", "computed"):
             return computed_access(spec, context)
         side = block_side(spec, context.block, context.layer, context.tower, context.sizes.d_head)
-        if side is None and not spec.optional and getattr(parts, spec.part or "", None) is not None:
+        if side is None and not spec.optional and parts.names(spec.part):
             context.path_of(spec.part or "")  # raises the error that names the missing module
         return side
 

@@ -137,8 +137,7 @@ def block_side(spec: PointSpec, block: nn.Module, layer: int, tower: TowerParts,
         d_head: Width of a head.
     """
     parts = tower.block
-    scaled = spec.gain is not None and getattr(parts, spec.gain) is not None
-    if spec.part is None or scaled or spec.carrier in ("norm", "computed"):
+    if spec.part is None or parts.names(spec.gain) or spec.carrier in ("norm", "computed"):
         return None
     path = f"{tower.blocks}.{layer}"
     if parts.qkv is not None and spec.part in ("q", "k", "v"):
