@@ -1,9 +1,9 @@
-"""How well attribution patching stands for patching: a table over the bundled toys.
+"""Agreement of attribution patching with patching: a table over the bundled toys.
 
     python examples/attribution_patching.py [FOLDER] [PAIRS]
 
-Every head's z is patched for real, and estimated from a gradient, on the same pairs of a sample and its corrupted
-counterpart; so is the residual stream at the target's tokens. Prints tables in Markdown and writes
+The effect of patching every head's z is measured, and estimated from a gradient, on the same pairs of a sample and its
+corrupted counterpart; likewise for the residual stream at the target's tokens. Prints tables in Markdown and writes
 `attribution_patching.json` and `attribution_patching.png` into FOLDER (default: the working directory).
 """
 
@@ -11,11 +11,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from hooked_mllm import HeadScores, HookedMLLM, corruptions, metrics, objectives, plots
+from hooked_mllm import HeadScores, HookedMLLM, Sample, corruptions, metrics, objectives, plots
 from hooked_mllm.storage import ready_folder, write_figure, write_text
 from hooked_mllm.toys import VisualRetrieval
 
@@ -25,42 +25,47 @@ POINTS = (None, 1, 5)
 STREAM_POINTS = (None, 5, 20)
 TOP = 4
 SHOWN = ("toy-qwen3-vl-free", "another picture", "denoising")
+Pairs = list[tuple[Sample, Sample]]
 
 
-def timed(metric: Any, model: HookedMLLM, pairs: Any) -> tuple[HeadScores, float]:
-    """The scores and the seconds they took."""
+def timed(
+    metric: metrics.PatchingEffect | metrics.AttributionPatching, model: HookedMLLM, pairs: Pairs
+) -> tuple[Any, float]:
+    """The scores or the table of a metric, and the seconds of the measurement."""
     start = time.perf_counter()
     objective = objectives.LogitDifference(wrong=TASK.answers)
     return metric.run(model, pairs, objective=objective, progress=False), time.perf_counter() - start
 
 
-def compare(model: HookedMLLM, pairs: Any, direction: str) -> tuple[dict[str, Any], HeadScores, HeadScores]:
-    """Agreement of each estimate with real patching, and the scores of the plain one."""
-    real, seconds = timed(metrics.PatchingEffect("z", direction=direction), model, pairs)
+def compare(
+    model: HookedMLLM, pairs: Pairs, direction: Literal["denoising", "noising"]
+) -> tuple[dict[str, Any], HeadScores, HeadScores]:
+    """Agreement of each estimate with patching, the estimate without integration, and the effects of patching."""
+    effects, seconds = timed(metrics.PatchingEffect("z", direction=direction), model, pairs)
     row: dict[str, Any] = {"seconds": seconds, "estimates": {}}
-    plain = real
+    plain = effects
     for points in POINTS:
         metric = metrics.AttributionPatching("z", direction=direction, integrated=points)
-        found, spent = timed(metric, model, pairs)
-        plain = found if points is None else plain
+        estimate, estimate_seconds = timed(metric, model, pairs)
+        plain = estimate if points is None else plain
         row["estimates"]["none" if points is None else points] = {
-            "spearman": found.spearman(real),
-            "pearson": float(np.corrcoef(found.values.flatten(), real.values.flatten())[0, 1]),
-            "top": found.overlap(real, TOP),
-            "seconds": spent,
+            "spearman": estimate.spearman(effects),
+            "pearson": float(np.corrcoef(estimate.values.flatten(), effects.values.flatten())[0, 1]),
+            "top": estimate.overlap(effects, TOP),
+            "seconds": estimate_seconds,
         }
-    return row, plain, real
+    return row, plain, effects
 
 
-def target_effects(model: HookedMLLM, pairs: Any) -> list[float]:
-    """The effect of the target's tokens as they enter block 0: real, then by each estimate."""
-    real, _ = timed(metrics.PatchingEffect("resid_pre", by="kind", layers=0), model, pairs)
+def target_effects(model: HookedMLLM, pairs: Pairs) -> list[float]:
+    """The effect of the target's tokens at the input of block 0: by patching, then by each estimate."""
+    patching = metrics.PatchingEffect("resid_pre", by="kind", layers=0)
     estimates = [metrics.AttributionPatching("resid_pre", by="kind", layers=0, integrated=n) for n in STREAM_POINTS]
-    return [table[0, "target"] for table in (real, *(timed(metric, model, pairs)[0] for metric in estimates))]
+    return [timed(metric, model, pairs)[0][0, "target"] for metric in (patching, *estimates)]
 
 
-def named(points: int | None) -> str:
-    """What a column is."""
+def column_title(points: int | None) -> str:
+    """The title of an estimate's column."""
     return f"integrated={points}" if points else "gradient of the base"
 
 
@@ -72,9 +77,9 @@ def line(toy: str, kind: str, direction: str, row: dict[str, Any]) -> str:
 
 
 def main(folder: Path, n: int) -> None:
-    """Measure every toy."""
+    """Measure every toy, print and write the tables."""
     ready_folder(folder)
-    print(f"| {' | '.join(['toy', 'corrupted by', 'direction', *map(named, POINTS), 'times faster'])} |")
+    print(f"| {' | '.join(['toy', 'corrupted by', 'direction', *map(column_title, POINTS), 'times faster'])} |")
     print("| --- " * (4 + len(POINTS)) + "|")
     rows, stream = {}, {}
     for toy in TOYS:
@@ -84,18 +89,18 @@ def main(folder: Path, n: int) -> None:
         for kind, corruption in kinds.items():
             pairs = [(sample, corruption(model, sample)) for sample in clean]
             for direction in ("denoising", "noising"):
-                row, plain, real = compare(model, pairs, direction)
+                row, plain, effects = compare(model, pairs, direction)
                 rows["/".join((toy, kind, direction))] = row
                 print(line(toy, kind, direction, row), flush=True)
                 if (toy, kind, direction) == SHOWN:
-                    write_figure(folder / "attribution_patching.png", plots.scatter(plain, real, diagonal=True))
+                    write_figure(folder / "attribution_patching.png", plots.scatter(plain, effects, diagonal=True))
             stream[f"{toy}/{kind}"] = target_effects(model, pairs)
-    print(f"\n| {' | '.join(['toy', 'corrupted by', 'patching', *map(named, STREAM_POINTS)])} |")
+    print(f"\n| {' | '.join(['toy', 'corrupted by', 'patching', *map(column_title, STREAM_POINTS)])} |")
     print("| --- " * (3 + len(STREAM_POINTS)) + "|")
     for key, values in stream.items():
         print(f"| {' | '.join([*key.split('/'), *(f'{value:.2f}' for value in values)])} |")
-    found = {"pairs": n, "rows": rows, "stream": stream}
-    write_text(folder / "attribution_patching.json", json.dumps(found, indent=1))
+    report = {"pairs": n, "rows": rows, "stream": stream}
+    write_text(folder / "attribution_patching.json", json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""What the numbers of `core_heads_measure.py` say, in words made of them, beside what the paper says."""
+"""Sentences generated from the numbers of `core_heads_measure.py`, compared with those of the paper."""
 
+from collections.abc import Sequence
 from typing import Any
 
 #: arXiv:2606.05843: figures 5a, 6a, 6b, 6c and section 4.3, on Qwen3-VL-4B and LLaVA-OneVision
@@ -10,9 +11,9 @@ PAPER = {
     "coverage": (50, 100, 0.70, 0.80),
 }
 ORDERS = {"top": "from the top", "bottom": "from the bottom", "random": "in random order"}
-#: an accuracy has fallen when it is nearer to chance than to the clean model's
+#: an accuracy has fallen if it is below this fraction of the way from chance to the clean model's accuracy
 HALF = 0.5
-#: accuracies as far as this below the clean one count as kept
+#: accuracies at most this far below the clean one count as unchanged
 KEPT = 0.05
 
 
@@ -33,12 +34,12 @@ def findings(r: dict[str, Any]) -> dict[str, list[str]]:
 def what_it_is(r: dict[str, Any]) -> str:
     if r["planted"]:
         return (
-            f"This is a planted model: in training {heads(r['planted'])} were the only heads allowed to look far back. "
-            "That they retrieve is a known truth to check methods against, and no emergent finding."
+            f"This is a planted model: in training, {heads(r['planted'])} were the only heads that could attend beyond "
+            "a local window. That they retrieve is a known ground truth for checking methods, not an emergent finding."
         )
     return (
-        "This is a free model: no head was set apart in training. Which heads retrieve is what training made of it, "
-        "for this task, size and seed; one small model says nothing of large ones."
+        "This is a free model: training treated all heads alike. Which heads retrieve is a result of training, for "
+        "this task, size and seed; one small model permits no conclusion about large ones."
     )
 
 
@@ -64,12 +65,12 @@ def found_planted(r: dict[str, Any]) -> str:
 def against_vision(r: dict[str, Any]) -> str:
     m = r["maps"]
     ram, vision = m["half"]
-    concentrated = "fewer" if ram < vision else "more" if ram > vision else "as many"
-    agrees = "as the paper's maps show" if ram < vision else "unlike the paper's maps"
+    concentrated = "fewer" if ram < vision else "more" if ram > vision else "equally many"
+    agrees = "as in the paper's maps" if ram < vision else "unlike the paper's maps"
     return (
-        f"Half of all RAM lies in {ram:.0%} of the heads, half of all VisionMass in {vision:.0%}: RAM takes "
-        f"{concentrated} heads, {agrees}. The top {len(r['top'])} of the two share {m['overlap']:.0%}; Spearman "
-        f"{m['spearman']:.2f}."
+        f"Half of all RAM is in {ram:.0%} of the heads, half of all VisionMass in {vision:.0%}: RAM is in "
+        f"{concentrated} heads, {agrees}. The top {len(r['top'])} of the two share {m['overlap']:.0%}; "
+        f"Spearman {m['spearman']:.2f}."
     )
 
 
@@ -105,8 +106,8 @@ def top_falls(r: dict[str, Any]) -> str:
         None,
     )
     if fallen is None:
-        text = f"Without its top {a['ks'][-1]} heads the model still has {mean[-1]:.1%} of {clean:.1%}: RAM ranks no "
-        return text + "heads first that it needs, unlike in the paper."
+        text = f"Without its top {a['ks'][-1]} heads the model still has {mean[-1]:.1%} of {clean:.1%}: it does not "
+        return text + "need the heads that RAM ranks first, unlike in the paper."
     text = f"Accuracy falls below {middle:.1%}, half-way to chance, without the top {fallen} head{'s' * (fallen > 1)}"
     text += f" ({mean[a['ks'].index(fallen)]:.1%}, from {clean:.1%})"
     if at_chance is not None:
@@ -121,13 +122,13 @@ def top_falls(r: dict[str, Any]) -> str:
 
 
 def borrowed(ablation: dict[str, Any], k: int) -> str:
-    """Where a control is not of the same layers, it cannot tell the heads from their layer."""
+    """A control from other layers does not separate the heads from their layer."""
     (moved, *_) = (row[ablation["ks"].index(k)] for row in ablation["moved"])  # the same for every seed
     if not moved:
         return ""
     return (
-        f". Of the {k} random heads compared with them {moved} had to come from other layers, since the top ones leave "
-        "too few in theirs: this control cannot tell the heads from their layer"
+        f". Of the {k} random heads compared with them {moved} had to come from other layers, because the layers of "
+        "the top heads have too few others: this control does not separate the heads from their layer"
     )
 
 
@@ -135,14 +136,14 @@ def others_hold(r: dict[str, Any]) -> str:
     parts = []
     for name in ("bottom", "random"):
         ks, mean = _known(r["ablation"], name)
-        kept = last_kept(ks, mean)
-        end = "the last k measured" if kept == ks[-1] else f"{mean[ks.index(kept) + 1]:.1%} at {ks[ks.index(kept) + 1]}"
-        parts.append(f"{name} heads up to k = {kept} ({end})")
-    return f"Within {KEPT:.0%} of the clean accuracy it stays without {parts[0]}, and without {parts[1]}."
+        last = last_unchanged(ks, mean)
+        end = "the last k measured" if last == ks[-1] else f"{mean[ks.index(last) + 1]:.1%} at {ks[ks.index(last) + 1]}"
+        parts.append(f"{name} heads up to k = {last} ({end})")
+    return f"Accuracy stays within {KEPT:.0%} of the clean one without {parts[0]}, and without {parts[1]}."
 
 
 def bottom_or_random(r: dict[str, Any]) -> str:
-    """The paper: bottom heads cost less than random ones."""
+    """The paper: accuracy falls less without bottom heads than without random ones."""
     bottom, random = (_known(r["ablation"], name) for name in ("bottom", "random"))
     shared = [k for k in random[0] if k in bottom[0] and k]
     gaps = [bottom[1][bottom[0].index(k)] - random[1][random[0].index(k)] for k in shared]
@@ -151,36 +152,36 @@ def bottom_or_random(r: dict[str, Any]) -> str:
     if not at:
         return (
             f"Bottom and random heads differ by {max(abs(least), abs(most)):.1%} at most: the paper's finding that "
-            "bottom heads matter less than random ones is not seen here."
+            "bottom heads matter less than random ones is not confirmed here."
         )
     if least >= -KEPT:
         return f"Bottom heads matter less than random ones (by up to {most:.1%}, at k = {listed(at)}), as in the paper."
     if most <= KEPT:
         return (
             f"Unlike in the paper, bottom heads matter more than random ones (by up to {-least:.1%}, at k = "
-            f"{listed(at)}). {where_they_stand(r, at[0])}"
+            f"{listed(at)}). {layers_of_bottom(r, at[0])}"
         )
     return f"Bottom heads matter less than random ones at some k and more at others ({least:+.1%} to {most:+.1%})."
 
 
-def where_they_stand(r: dict[str, Any], k: int) -> str:
-    """The layer of which the bottom heads hold most more than the controls do."""
+def layers_of_bottom(r: dict[str, Any], k: int) -> str:
+    """The layer with the largest excess of bottom heads over random ones."""
     i, a = r["ablation"]["ks"].index(k), r["ablation"]
     bottom, random = a["bottom"]["layers"][i], a["random"]["layers"][i]
     layer = max(sorted(bottom), key=lambda name: bottom[name] - random.get(name, 0))
     return (
-        f"At k = {k} the bottom ones hold {bottom[layer]} of the {r['shape'][1]} heads of layer {layer}, the random "
-        f"ones {random.get(layer, 0)}: here they stand in the layers of the top heads, in the paper anywhere."
+        f"At k = {k} the bottom ones include {bottom[layer]} of the {r['shape'][1]} heads of layer {layer}, the random "
+        f"ones {random.get(layer, 0)}: random heads are from the layers of the top heads here, from any in the paper."
     )
 
 
 def key_tokens(r: dict[str, Any]) -> str:
     k, p = r["key_tokens"], PAPER["ratio"]
     top, bottom = k["ratio"]["top"], k["ratio"]["bottom"]
-    agrees = "as in the paper, the top heads hold more" if top > bottom else "unlike in the paper, they hold no more"
+    agrees = "as in the paper, the top heads have more" if top > bottom else "unlike in the paper, they have no more"
     return (
-        f"Of the target's tokens the top {len(r['top'])} heads hold {top:.1%} on average among their most attended 5 % "
-        f"of positions (half or more in {k['hit_rate']['top']:.0%} of the samples), the bottom ones {bottom:.1%}: "
+        f"The top {len(r['top'])} heads have {top:.1%} of the target's tokens, on average, among their most attended "
+        f"5 % of positions (half or more in {k['hit_rate']['top']:.0%} of the samples), the bottom ones {bottom:.1%}: "
         f"{agrees} (there {p['LLaVA-OneVision']:.1%} and {p['Qwen3-VL']:.1%} against about {p['bottom']:.0%}, for the "
         "top and bottom 15)."
     )
@@ -199,18 +200,12 @@ def coverage(r: dict[str, Any]) -> str:
 
 
 def on_target(r: dict[str, Any]) -> str:
-    found = r["overlays"]
-    top, bottom, even = (
-        sum(values) / len(found)
-        for values in (
-            [o["share"]["top"] for o in found],
-            [o["share"]["bottom"] for o in found],
-            [o["even"] for o in found],
-        )
-    )
+    overlays = r["overlays"]
+    top, bottom = (sum(o["share"][group] for o in overlays) / len(overlays) for group in ("top", "bottom"))
+    even = sum(o["even"] for o in overlays) / len(overlays)
     return (
-        f"In the pictures shown, the top heads keep {top:.1%} of their visual attention on the target, the bottom ones "
-        f"{bottom:.1%}; attention spread evenly would put {even:.1%} there."
+        f"In these pictures, {top:.1%} of the top heads' visual attention is on the target, {bottom:.1%} of the bottom "
+        f"ones'; with uniform attention it would be {even:.1%}."
     )
 
 
@@ -218,20 +213,20 @@ def last_token(r: dict[str, Any]) -> str:
     q = r["queries"]
     question, last = q["top_mean"]
     return (
-        f"Asked by the last token of the prompt instead of the question's tokens, the top {len(r['top'])} are "
+        f"With the last token of the prompt as query in place of the question's tokens, the top {len(r['top'])} are "
         f"{heads(q['tops'][1])}: {q['overlap']:.0%} of the question's top. Their mean RAM is {last:.3f} (question: "
         f"{question:.3f}); Spearman {q['spearman']:.2f} over all heads."
     )
 
 
-def last_kept(ks: list[int], mean: list[float]) -> int:
+def last_unchanged(ks: list[int], mean: list[float]) -> int:
     """The largest k up to which no mean is more than `KEPT` below the first."""
-    kept = ks[0]
+    last = ks[0]
     for k, m in zip(ks, mean, strict=True):
         if m < mean[0] - KEPT:
             break
-        kept = k
-    return kept
+        last = k
+    return last
 
 
 def _known(ablation: dict[str, Any], ranking: str) -> tuple[list[int], list[float]]:
@@ -244,7 +239,7 @@ def heads(names: list[str]) -> str:
     return listed(sorted(names))
 
 
-def listed(values: list[Any]) -> str:
+def listed(values: Sequence[object]) -> str:
     """Values in a sentence: a, b and c."""
     *most, last = map(str, values)
     return f"{', '.join(most)} and {last}" if most else last

@@ -1,10 +1,10 @@
-"""The analyses of the CoRe-heads paper (arXiv:2606.05843) on the bundled toys, and one report of what they show.
+"""The analyses of the CoRe-heads paper (arXiv:2606.05843) on the bundled toys, with one report of the results.
 
     python examples/reproduce_core_heads.py [--toys toy-qwen3-vl ...] [--samples 48] [--out core-heads] [--quick]
 
-Writes `report.html`, whole in itself, its sentences as `findings.md`, and for each toy a folder with `results.json`,
-`ablation.json` and the figures. A toy whose folder holds results of the same settings, weights and tasks is not
-measured again, and an ablation that was interrupted goes on where it stopped.
+Writes `report.html` with all figures embedded, its sentences as `findings.md`, and for each toy a folder with
+`results.json`, `ablation.json` and the figures. A toy whose folder contains results of the same settings, weights and
+tasks is not measured again, and an interrupted ablation is resumed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from core_heads_measure import KIND, MAIN, Settings, kept, measure_toy
+from core_heads_measure import KIND, MAIN, Settings, measure_toy, saved_results
 from core_heads_words import findings
 
 from hooked_mllm import toys
@@ -28,7 +28,7 @@ TOYS = ("toy-qwen3-vl", "toy-llava-onevision", "toy-internvl", "toy-qwen3-vl-fre
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the toys asked for and write the report."""
+    """Measure the specified toys and write the report."""
     options = _parser().parse_args(arguments)
     try:
         reproduce(options.toys, _settings(options), options.out, progress=not options.quiet)
@@ -39,18 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def reproduce(names: list[str], settings: Settings, out: Path, progress: bool = True) -> Path:
-    """Measure toys, or take up their results, and write the report; returns its path."""
+    """Measure toys, or reuse their results, and write the report; returns its path."""
     for name in names:
-        toys.path(name)  # an unknown one is refused before the first is measured
+        toys.path(name)  # raises for an unknown name before anything is measured
     ready_folder(out)
     runs = []
     for name in names:
         start = time.monotonic()
-        found = kept(name, settings, out / name)
-        how = "taken from" if found else "measured, in"
-        found = found or measure_toy(name, settings, out / name, progress)
+        results = saved_results(name, settings, out / name)
+        how = "reused from" if results else "measured, in"
+        results = results or measure_toy(name, settings, out / name, progress)
         print(f"{name}: {how} {out / name} ({time.monotonic() - start:.0f} s)")
-        runs.append({**found, "findings": findings(found)})
+        runs.append({**results, "findings": findings(results)})
     write_json(out / "results.json", KIND, {"settings": asdict(settings), "toys": runs})
     write_text(out / "report.html", page(runs, settings, out))
     text = markdown(runs, settings)
@@ -61,7 +61,7 @@ def reproduce(names: list[str], settings: Settings, out: Path, progress: bool = 
 
 
 def page(runs: list[dict[str, Any]], settings: Settings, out: Path) -> str:
-    """The report as HTML, its figures inside."""
+    """The report as HTML with its figures embedded."""
 
     def picture(toy: str, name: str) -> str:
         return base64.b64encode((out / toy / name).read_bytes()).decode()
@@ -72,7 +72,7 @@ def page(runs: list[dict[str, Any]], settings: Settings, out: Path) -> str:
 
     def moved(ablation: dict[str, Any], i: int) -> str:
         counts = [row[i] for row in ablation["moved"] if row[i] is not None]
-        return str(counts[0]) if counts else "–"  # the same for every seed: it depends on the layers alone
+        return str(counts[0]) if counts else "–"  # equal for every seed: it depends only on the layers
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -93,7 +93,7 @@ def markdown(runs: list[dict[str, Any]], settings: Settings) -> str:
         kind = "planted" if r["planted"] else "free"
         lines.append(f"| {r['toy']} ({kind}) | {' | '.join([', '.join(r['top']), *shares, ktr])} |")
     lines.append(
-        f"\n({MAIN}; {settings.samples} samples to rank the heads, {settings.samples} others for all the rest.)"
+        f"\n({MAIN}; {settings.samples} samples to rank the heads, {settings.samples} others for everything else.)"
     )
     for r in runs:
         lines += [f"\n**{r['toy']}**\n", *(f"- {s}" for part in r["findings"].values() for s in part)]
@@ -118,8 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--toys", nargs="+", default=list(TOYS), metavar="TOY", help=f"of {', '.join(toys.bundled())}")
     add("--samples", type=int, help=f"examples of each domain (default {Settings.samples}, 6 with --quick)")
     add("--out", type=Path, default=Path("core-heads"), help="folder for the report (default: core-heads)")
-    add("--seed", type=int, default=0, help="of the examples and of the random order of heads (default 0)")
-    add("--quick", action="store_true", help="few examples, few points: to see that everything runs")
+    add("--seed", type=int, default=0, help="seed of the examples and of the random order of heads (default 0)")
+    add("--quick", action="store_true", help="few examples and points, to check that everything runs")
     add("--quiet", action="store_true", help="no progress bars")
     return parser
 

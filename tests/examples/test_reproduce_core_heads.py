@@ -136,12 +136,12 @@ def test_words_follow_the_numbers(run, script):
     assert "bottom heads up to k = 0 (50.0% at 4)" in others and "random heads up to k = 4 (the last" in others
     assert "Unlike in the paper, bottom heads matter more than random ones (by up to 50.0%, at k = 4)" in between
     in_bottom = max(sum(f"L{layer}H" in name for name in found["bottom"]) for layer in range(6))
-    assert re.search(rf"At k = 4 the bottom ones hold [1-{in_bottom}] of the 8 heads of layer \d, the random", between)
+    assert re.search(rf"At k = 4 the bottom ones include [1-{in_bottom}] of the 8 heads of layer \d, the random", between)
     other["ablation"]["bottom"]["mean"] = [1.0, 1.0, 1.0]
     other["ablation"]["random"]["mean"] = [1.0, 0.8, 0.6]
     assert "by up to 40.0%, at k = 4 and 16), as in the paper" in script.findings(other)["ablation"][2]
     other["key_tokens"]["ratio"] = {"top": 0.1, "bottom": 0.2}
-    assert "unlike in the paper, they hold no more" in script.findings(other)["ratio"][0]
+    assert "unlike in the paper, they have no more" in script.findings(other)["ratio"][0]
     other["key_tokens"]["coverage"] = {"top": [0.2, 0.7, 0.8], "bottom": [0.1, 0.1, 0.8], "random": [0.75, 0.8, 0.8]}
     said = (
         "cover 80.0% of the target's tokens; to cover 70% it takes 2 heads from the top, 3 heads from the bottom, 1 he"
