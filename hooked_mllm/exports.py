@@ -52,6 +52,30 @@ def lazy_exports(
     return lazy_getattr, lazy_dir, sorted(module_of)
 
 
+#: names that moved to a higher room, by the package that had them: {package: {name: module}}
+_MOVED: dict[str, dict[str, str]] = {}
+
+
+def register_moved(package: str, names: Mapping[str, str]) -> None:
+    """Keep names importable from the package that they left, although that package must not import their new module.
+
+    The top of the package, which may import every room, registers them; `moved_name` looks them up.
+    """
+    _MOVED.setdefault(package, {}).update(names)
+
+
+def moved_name(package: str, name: str) -> Any:
+    """A name that `register_moved` registered for a package.
+
+    Raises:
+        AttributeError: For another name.
+    """
+    module = _MOVED.get(package, {}).get(name)
+    if module is None:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
+    return getattr(import_module(module), name)
+
+
 @contextmanager
 def _collector_paused() -> Iterator[None]:
     """No garbage collection: what an import makes stays, and passes over it are 15 % of the time that torch takes."""
