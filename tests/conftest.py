@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import beartype  # noqa: F401  # before nnsight, after which beartype 0.23 cannot be imported
 import pytest
 
 from helpers.tiny import FAMILIES

@@ -18,6 +18,8 @@ from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import human_bytes, number_runs, text_table
 from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
 from hooked_mllm.families.base import Rows
+from hooked_mllm.heads import heads_in_layer
+from hooked_mllm.heads.parsing import LayerHeadsLike
 from hooked_mllm.hooks.table import split_name
 from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, resolve_positions
 
@@ -173,7 +175,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         layer: int,
         queries: Positions | None = None,
         keys: Positions | None = None,
-        heads: int | Sequence[int] | None = None,
+        heads: LayerHeadsLike | None = None,
         tower: str = "text",
         scores: bool = False,
     ) -> Float[Tensor, "*batch head query key"]:
@@ -184,29 +186,32 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a region of a picture, a mask,
                 indices, an index, a slice.
             keys: Columns, given in the same ways; the softmax is over all keys whatever is asked for.
-            heads: One head or several.
+            heads: One head or several of this layer: numbers (negative ones count from the end), a mask `[head]`, or
+                names such as "L2H4"; of a `HeadSet` or a mask `[layer head]`, the heads in this layer.
             tower: "text" or "vision".
             scores: Give masked scores before the softmax instead.
 
         Raises:
             HookNameError: when the run kept no pattern of that layer.
+            HeadError: for heads that the layer lacks, or heads of another layer.
             LayoutError: for a token kind without a layout, or positions that are not there.
         """
         name = "attn_scores" if scores else "pattern"
         key = (name, layer) if tower == "text" else (tower, name, layer)
         entry = self.entry(key)
-        chosen = None if heads is None else ([heads] if isinstance(heads, int) else list(heads))
+        shape = (self._n_layers[tower], entry.shape[1])
+        numbers = None if heads is None else heads_in_layer(heads, layer % shape[0], shape, whose=f"the {tower} tower")
         kept = (self.query_positions, self.key_positions) if tower == "text" else (None, None)
         rows = None if queries is None else self._kept_index(queries, entry, 2, kept[0])
         columns = None if keys is None else self._kept_index(keys, entry, 3, kept[1])
         if isinstance(entry, LazyPattern):
             if columns is not None and entry.columns is not None:
                 columns = torch.where(columns >= 0, entry.columns.cpu().gather(1, columns.clamp(min=0)), -1)
-            return self._unbatched(entry.rows(rows, columns, chosen))
+            return self._unbatched(entry.rows(rows, columns, numbers))
         value = value_of(entry)
         value = value if rows is None else take(value, rows.to(value.device), dim=2)
         value = value if columns is None else take(value, columns.to(value.device), dim=3)
-        return self._unbatched(value if chosen is None else value[:, chosen])
+        return self._unbatched(value if numbers is None else value[:, numbers])
 
     def _kept_index(self, wanted: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
         """Positions of the sequence as indices along an axis that holds only the positions in `kept`."""

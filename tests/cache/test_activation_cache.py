@@ -5,8 +5,8 @@ import torch
 from nnsight import NNsight
 
 from helpers.cache_witness import attentions, batch, close, film, hooked, plain, recording, sample, text_sample
-from hooked_mllm import ActivationCache
-from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
+from hooked_mllm import ActivationCache, HeadSet
+from hooked_mllm.errors import HeadError, HookNameError, HookValueError, LayoutError
 
 INPUTS = [sample, batch, film, text_sample]
 
@@ -299,3 +299,25 @@ def test_moving_keeps_what_is_lazy_lazy(family):
     for name in cache:
         assert torch.equal(moved[name], cache[name])
     assert torch.equal(moved.pattern(0, "question"), cache.pattern(0, "question"))
+
+
+def test_heads_of_a_layer_are_specified_in_any_way(family):
+    _, cache = hooked(family).run_with_cache(sample(family), "*hook_pattern")
+    n_layers, n_heads = hooked(family).cfg.n_layers, hooked(family).cfg.n_heads
+    whole = cache["pattern", 1]
+    mask = torch.zeros(n_layers, n_heads, dtype=torch.bool)
+    mask[1, [0, 2]] = mask[0, 1] = True
+    ways = ("L1H0, L1H2", ["L1H0", (1, 2)], [0, 2], (0, 2), mask, mask[1], HeadSet.from_mask(mask), {1: [0, 2]})
+    for heads in ways:
+        for layer in (1, 1 - n_layers):
+            assert torch.equal(cache.pattern(layer, heads=heads), whole[:, [0, 2]])
+    assert torch.equal(cache.pattern(1, heads="L1H2"), whole[:, [2]])
+    assert torch.equal(cache.pattern(1, heads=-1), whole[:, [n_heads - 1]])
+    for heads, message in (
+        ("L2H0", "Expected heads of layer 1; got L2H0"),
+        (n_heads, f"heads of layer 1 are 0 to {n_heads - 1}"),
+        (object(), "Expected a head"),
+        (HeadSet(["L1H0"], n_layers=36, n_heads=32), "36 x 32"),
+    ):
+        with pytest.raises(HeadError, match=message):
+            cache.pattern(1, heads=heads)
