@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hooked_mllm import HookedMLLM, Sample
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import top_mask
+from hooked_mllm.heads import head_name
 from hooked_mllm.measuring.attention_rows import LayerRows
 from hooked_mllm.measuring.query_selection import QuerySelection
 from hooked_mllm.storage import ready_folder, write_text
@@ -60,11 +61,11 @@ def check(model: HookedMLLM, sample: Sample) -> None:
             profile = scores.masked_fill(hidden, float("-inf")).softmax(-1).mean(0)  # [query key] -> [key]
             for name, result, keys in (("RAM", ram, target), ("VisionMass", mass, visual)):
                 error = abs(profile[keys].sum().item() - result.values[layer, head].item())
-                demand(error < 1e-5, f"{name} of L{layer}H{head} by {error:.2g}")
+                demand(error < 1e-5, f"{name} of {head_name(layer, head)} by {error:.2g}")
             largest = profile.argsort(descending=True, stable=True)[: -(-len(k) * 5 // 100)]
             error = abs((target[largest].sum() / target.sum()).item() - ktr.values[layer, head].item())
             # rounding may reorder near-ties
-            demand(error <= 2 / float(target.sum()), f"KTR of L{layer}H{head} by {error:.2g}")
+            demand(error <= 2 / float(target.sum()), f"KTR of {head_name(layer, head)} by {error:.2g}")
 
 
 def paths(n: int, layers: int, device: str) -> dict[str, Callable[[], Any]]:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from hooked_mllm.heads import head_name
 from hooked_mllm.storage import write_figure, write_text
 
 CARD = """\
@@ -200,10 +201,9 @@ def dropouts(recipe: dict) -> str:
         text += f"In {recipe['planted_dropout']:.0%} of them planted heads were dropped, each with probability 1/2\n"
         text += "but never all, so that each of the four learns to retrieve.\n"
     if recipe.get("split"):
-        layer, source, copy = recipe["split"].split(":")
-        text += (
-            f"Before that, L{layer}H{copy}, which hardly retrieved, was made a copy of L{layer}H{source}: the same\n"
-        )
+        layer, source, copy = map(int, recipe["split"].split(":"))
+        names = head_name(layer, copy), head_name(layer, source)
+        text += f"Before that, {names[0]}, which hardly retrieved, was made a copy of {names[1]}: the same\n"
         text += "queries, half of the output each.\n"
     return "\n" + text.rstrip() if text else ""
 

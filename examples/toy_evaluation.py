@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForImageTextToText, AutoPr
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.video_utils import VideoMetadata
 
+from hooked_mllm.heads import head_name
 from hooked_mllm.storage import write_text
 from hooked_mllm.toys import Example, VideoExample, VideoRetrieval, VisualRetrieval
 from hooked_mllm.toys.render import CELL, GRID, VIDEO_CELL, VIDEO_GRID
@@ -168,7 +169,7 @@ def evaluate(folder: Path, device: torch.device, n: int) -> dict:
     scores = eager.retrieval_attention_mass(list(VisualRetrieval(seed=1001).examples(min(n, 256))))
     order, four = ranking(scores), held_out[4]
     report["ram"] = np.round(scores, 4).tolist()
-    report["ram_top"] = {f"L{layer}H{head}": round(float(scores[layer, head]), 4) for layer, head in order[:6]}
+    report["ram_top"] = {head_name(*head): round(float(scores[head]), 4) for head in order[:6]}
     report["zeroed"] = {"none": report["accuracy_float32"]["4"]}
     report["zeroed"] |= {f"top-{k} by RAM": round(witness.accuracy(four, order[:k]), 4) for k in (1, 2, 4, 8)}
     report["zeroed"]["bottom-8 by RAM"] = round(witness.accuracy(four, order[-8:]), 4)
@@ -194,7 +195,7 @@ def evaluate_videos(witness: Witness, half: Witness, eager: Witness, n: int, by_
     scores = eager.retrieval_attention_mass(list(VideoRetrieval(seed=1001).examples(min(n, 256))))
     order, longest = ranking(scores), held_out[MOMENTS[-1]]
     report["ram"] = np.round(scores, 4).tolist()
-    report["ram_top"] = {f"L{layer}H{head}": round(float(scores[layer, head]), 4) for layer, head in order[:6]}
+    report["ram_top"] = {head_name(*head): round(float(scores[head]), 4) for head in order[:6]}
     report["zeroed"] = {"none": report["accuracy_float32"][str(MOMENTS[-1])]}
     for name, ranked in {"on videos": order, "on pages": by_pages}.items():
         report["zeroed"][f"top-4 by RAM {name}"] = round(witness.accuracy(longest, ranked[:4]), 4)

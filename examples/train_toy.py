@@ -44,6 +44,7 @@ from toy_reach import Reach
 from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
+from hooked_mllm.heads import head_names
 from hooked_mllm.storage import ready_folder, write_text
 from hooked_mllm.toys import resolve
 from hooked_mllm.toys.build import build_config, build_generation_config, build_processor
@@ -237,7 +238,7 @@ def main() -> None:
     save(trainer, args.out)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     report = {"recipe": asdict(recipe), "machine": machine, "seconds": curve[-1]["seconds"] if curve else None}
-    report |= {"planted": [f"L{layer}H{head}" for layer, head in recipe.planted]}
+    report |= {"planted": head_names(recipe.planted)}
     if recipe.start is not None:
         report["before"] = earlier(recipe.start)
     torch.backends.cuda.matmul.allow_tf32 = False

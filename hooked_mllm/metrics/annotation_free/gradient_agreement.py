@@ -1,6 +1,5 @@
 """GradientAgreement: the evidence is where the answer's score changes fastest with the visual embeddings."""
 
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -44,11 +43,12 @@ class GradientAgreement(EvidenceAgreement):
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
+        >>> from hooked_mllm.heads import head_names
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
         >>> samples = VisualRetrieval(pages=1).samples(model, 4)
         >>> scores = metrics.GradientAgreement().run(model, samples, progress=False)
-        >>> sorted(f"L{l}H{h}" for l, h in scores.top(4))  # planted
+        >>> sorted(head_names(scores.top(4)))  # planted
         ['L2H4', 'L2H5', 'L2H6', 'L2H7']
     """
 

@@ -44,12 +44,13 @@ class QuestionContrast(QuestionScore):
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, metrics
+        >>> from hooked_mllm.heads import head_names
         >>> from hooked_mllm.toys import VisualRetrieval
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
         >>> samples = VisualRetrieval().samples(model, 6)
         >>> contrast = metrics.QuestionContrast()
         >>> scores = model.measure(contrast.groups(model, samples, n=2), contrast, progress=False)
-        >>> sorted(f"L{l}H{h}" for l, h in scores.top(4))  # planted
+        >>> sorted(head_names(scores.top(4)))  # planted
         ['L2H4', 'L2H5', 'L2H6', 'L2H7']
     """
 
