@@ -1,4 +1,4 @@
-"""The tables of adaptive routing, in a hurry: equal budgets, disjoint samples, and numbers that the parts give."""
+"""The tables of adaptive routing on few prompts: equal budgets, disjoint samples, numbers recomputed from parts."""
 
 import json
 import sys
@@ -44,7 +44,7 @@ def test_it_writes_what_it_returns(example, made):
     folder, found, _, _ = made
     toy = json.loads((folder / "adaptive_routing.json").read_text())["toys"][TOY]
     for table in ("equal", "some"):
-        rows = {name: {str(k): one._asdict() for k, one in by_k.items()} for name, by_k in found[table].items()}
+        rows = {name: {str(k): outcome._asdict() for k, outcome in by_k.items()} for name, by_k in found[table].items()}
         assert toy[table] == rows
     lines = (folder / "adaptive_routing_findings.md").read_text().splitlines()
     assert sum(line.startswith(f"| {TOY} |") for line in lines) == len(found["equal"]) + 5 + 2 * 2 + 3
@@ -54,12 +54,12 @@ def test_it_writes_what_it_returns(example, made):
 def test_budgets_are_equal_and_kept(example, made):
     _, found, _, _ = made
     for name, by_k in found["equal"].items():
-        for k, one in by_k.items():
-            assert len(one.log_prob) == len(one.right) == 2 * N
-            assert one.heads == [k] * (2 * N), name
+        for k, outcome in by_k.items():
+            assert len(outcome.log_prob) == len(outcome.right) == 2 * N
+            assert outcome.heads == [k] * (2 * N), name
     for name, by_k in found["some"].items():
-        for k, one in by_k.items():
-            assert one.heads == [k] * (2 * N) if name == example.BASE else max(one.heads) <= 2 * k
+        for k, outcome in by_k.items():
+            assert outcome.heads == [k] * (2 * N) if name == example.BASE else max(outcome.heads) <= 2 * k
 
 
 def test_samples_to_rank_by_and_to_try_on_are_disjoint(example, made):
@@ -90,16 +90,16 @@ def test_an_adaptive_row_is_what_its_heads_give(example, made):
 
 
 def test_a_difference_has_the_interval_of_its_mean(example):
-    one, base = (example.Found(list(map(float, values)), [], []) for values in ([1, 2, 3, 6], [1, 1, 1, 1]))
-    gap, half = example.difference(one, base)
+    outcome, base = (example.Outcome(list(map(float, values)), [], []) for values in ([1, 2, 3, 6], [1, 1, 1, 1]))
+    gap, half = example.difference(outcome, base)
     assert gap == 2.0 and half == pytest.approx(1.96 * np.sqrt(14 / 3) / 2)
-    right = example.Found([-1.0, -3.0, -1.0], [True, False, True], [1, 1, 1])
-    worse = example.Found([-2.0, -4.0, -2.1], [True, False, True], [1, 1, 1])
+    right = example.Outcome([-1.0, -3.0, -1.0], [True, False, True], [1, 1, 1])
+    worse = example.Outcome([-2.0, -4.0, -2.1], [True, False, True], [1, 1, 1])
     assert example.cell(right, worse) == "-1.67 / 0.67 +" and example.cell(worse, right) == "-2.70 / 0.67 -"
     assert example.cell(right, right) == "-1.67 / 0.67"
 
 
 def test_lots_between_static_numbers_of_heads(example):
-    rows = {k: example.Found([float(k), 10.0 * k], [], []) for k in range(3)}
+    rows = {k: example.Outcome([float(k), 10.0 * k], [], []) for k in range(3)}
     for heads in (0.0, 0.25, 1.5, 2.0):
         assert example.at_heads(rows, heads).log_prob == pytest.approx([heads, 10 * heads])

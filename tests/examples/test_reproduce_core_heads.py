@@ -136,7 +136,9 @@ def test_words_follow_the_numbers(run, script):
     assert "bottom heads up to k = 0 (50.0% at 4)" in others and "random heads up to k = 4 (the last" in others
     assert "Unlike in the paper, bottom heads matter more than random ones (by up to 50.0%, at k = 4)" in between
     in_bottom = max(sum(f"L{layer}H" in name for name in found["bottom"]) for layer in range(6))
-    assert re.search(rf"At k = 4 the bottom ones include [1-{in_bottom}] of the 8 heads of layer \d, the random", between)
+    assert re.search(
+        rf"At k = 4 the bottom ones include [1-{in_bottom}] of the 8 heads of layer \d, the random", between
+    )
     other["ablation"]["bottom"]["mean"] = [1.0, 1.0, 1.0]
     other["ablation"]["random"]["mean"] = [1.0, 0.8, 0.6]
     assert "by up to 40.0%, at k = 4 and 16), as in the paper" in script.findings(other)["ablation"][2]
