@@ -1,8 +1,8 @@
-"""Attention backends, and how this package takes its place in transformers' attention interface.
+"""Attention backends, and their registration in transformers' attention interface.
 
-For every implementation that transformers knows ("eager", "sdpa", ...) a twin is registered under `hooked_mllm_<name>`:
-it runs the hooks and then the very same implementation on the very same mask. A tower is switched to its twin only
-while something needs to be seen or edited there, and back afterwards.
+For every implementation of transformers ("eager", "sdpa", ...) a hooked variant is registered under
+`hooked_mllm_<name>`: it runs the hooks and then the same implementation with the same mask. A tower is switched to its
+hooked variant only while a hook, tap or backend is active there.
 """
 
 import sys
@@ -21,16 +21,16 @@ from hooked_mllm.attention.masks import MaskRows, with_recipe
 from hooked_mllm.errors import UnsupportedModelError
 
 PREFIX = "hooked_mllm_"
-#: transformers hands a packed vision tower's images over in one call if the implementation's name holds this word
+#: transformers passes all images of a packed vision tower in one call if the implementation's name contains this
 PACKED_SUFFIX = "_flash_packed"
 
-#: in the name of the twin of an implementation whose padded masks come as flash attention's do: `[batch key]`
+#: in the name of the hooked variant of an implementation whose padded masks are `[batch key]`, as flash attention's
 SLIM = "slim_"
-#: implementations whose own masks have a place for every query and key
+#: implementations whose own masks have an entry for every query and key
 WIDE = ("sdpa", "eager")
 
-#: what runs in place of an attention module's implementation, by module; weak, so that a dropped model is freed. More
-#: than one where a model was wrapped again under a family registered anew.
+#: the sites that replace the implementation of an attention module; weak references, so that a deleted model is freed.
+#: More than one where a model was wrapped again after its family was registered again.
 SITES: "WeakKeyDictionary[nn.Module, list[ReferenceType[Site]]]" = WeakKeyDictionary()
 
 
@@ -40,16 +40,16 @@ class Site(Protocol):
 
     @property
     def in_use(self) -> bool:
-        """Whether anything is to be seen or edited there."""
+        """Whether a hook, tap or backend is active there."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """What transformers calls."""
+        """The attention function that transformers calls."""
         ...
 
 
 def add_site(module: nn.Module, site: Site) -> None:
-    """From now on a module's twin runs this, unless an older one is in use and this one is not."""
+    """Let the hooked variant of a module run this site, unless an earlier one is in use and this one is not."""
     SITES[module] = [known for known in SITES.get(module, []) if known() is not None] + [ref(site)]
 
 
@@ -74,12 +74,12 @@ class AttentionBackend(Protocol):
 
 
 def restricts(backend: AttentionBackend | None) -> TypeGuard["RestrictingBackend"]:
-    """Whether a backend says what its heads see."""
+    """Whether a backend restricts the mask of its heads."""
     return hasattr(backend, "restrict")
 
 
 class RestrictingBackend(AttentionBackend, Protocol):
-    """A backend that says what its heads see."""
+    """A backend that restricts the mask of its heads."""
 
     def restrict(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
         """The mask of one call as its heads see it; `mask` itself to leave the call to the model's own attention."""
@@ -98,7 +98,7 @@ def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
     return chosen(*args, **kwargs)
 
 
-def _mask_twin(base: str) -> Callable[..., Any]:
+def _hooked_mask(base: str) -> Callable[..., Any]:
     def mask(**arguments: Any) -> Any:
         return with_recipe(ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments), **arguments)
 
@@ -106,11 +106,11 @@ def _mask_twin(base: str) -> Callable[..., Any]:
 
 
 def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
-    """A mask function that hands a prompt's padding on as `[batch key]`, and None where there is none.
+    """A mask function that returns a prompt's padding as `[batch key]`, and None where there is none.
 
-    A causal mask is then no table of N x N, nor that of a chunk of a prompt after a KV cache. Of one query, and of any
-    other rule, comes what `base` makes of it. The mask is as wide as what was read so far, the queries included, also
-    where the KV cache has room for more.
+    A causal mask is then never a tensor of N x N, not even for a chunk of a prompt after a KV cache. For one query, and
+    for any other rule, the mask is that of `base`. Its width is the number of tokens so far, the queries included, also
+    where the KV cache has unused slots.
     """
 
     def mask(**arguments: Any) -> Any:
@@ -121,7 +121,7 @@ def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
         offset = int(arguments.get("q_offset") or 0)
         if padding is not None:
             padding = padding[:, : offset + q_length].bool()
-            if not torch.compiler.is_compiling() and bool(padding.all()):  # a compiled graph cannot ask
+            if not torch.compiler.is_compiling() and bool(padding.all()):  # a compiled graph cannot branch on data
                 padding = None
         if padding is None and not offset and base != "eager":  # which takes None for "everything is seen"
             return None
@@ -133,12 +133,12 @@ def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
     return mask
 
 
-def twin(base: str, packed: bool = False, slim: bool = False) -> str:
-    """The name of the hooked twin of an implementation, registered on first use.
+def hooked_name(base: str, packed: bool = False, slim: bool = False) -> str:
+    """The name of the hooked variant of an implementation, registered on first use.
 
     Args:
         base: A name of transformers' attention interface.
-        packed: For a packed vision tower, which is then called once for all of its images.
+        packed: For a packed vision tower, which is then called once for all its images.
         slim: Without masks of N x N (see `slim_mask`).
     """
     slim = slim and base in WIDE
@@ -146,12 +146,12 @@ def twin(base: str, packed: bool = False, slim: bool = False) -> str:
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _dispatch)
         if base in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, slim_mask(base) if slim else _mask_twin(base))
+            AttentionMaskInterface.register(name, slim_mask(base) if slim else _hooked_mask(base))
     return name
 
 
 def widened(mask: MaskRows, base: str, dtype: torch.dtype) -> Tensor:
-    """The mask that `base` takes, made of its rows: boolean `[batch 1 query key]`, additive for eager attention."""
+    """A mask in the form that `base` takes: boolean `[batch 1 query key]`, additive for eager attention."""
     visible = mask.full()[:, None]
     if base != "eager":
         return visible
@@ -169,20 +169,20 @@ def implementation(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, 
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
-class _Takers:
-    """How many switches of one configuration need the twin; it keeps the configuration, so that no other has its id."""
+class _ActiveSwitches:
+    """Number of switches that need the hooked variant for one configuration, which is kept so that its id stays its own."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
         self.count = 0
 
 
-#: by the identity of the configuration, from which several models may be built; gone with the last of their switches
-_TAKERS: "WeakValueDictionary[int, _Takers]" = WeakValueDictionary()
+#: by the id of the configuration, which several models may share; an entry is freed with its last switch
+_ACTIVE_SWITCHES: "WeakValueDictionary[int, _ActiveSwitches]" = WeakValueDictionary()
 
 
 class TowerSwitch:
-    """Switches one tower between its own attention implementation and the hooked twin of it, by need.
+    """Switches one tower between its attention implementation and the hooked variant, as needed.
 
     Args:
         config: The tower's configuration, which all its layers share.
@@ -194,15 +194,15 @@ class TowerSwitch:
         self.packed = packed
         self.users = 0
         self._slim = False
-        self._takers = _TAKERS.setdefault(id(config), _Takers(config))
+        self._active = _ACTIVE_SWITCHES.setdefault(id(config), _ActiveSwitches(config))
 
     def _set(self, base: str) -> None:
-        taken = self._takers.count > 0
-        self.config._attn_implementation = twin(base, self.packed, self._slim) if taken else base
+        hooked = self._active.count > 0
+        self.config._attn_implementation = hooked_name(base, self.packed, self._slim) if hooked else base
 
     @property
     def slim(self) -> bool:
-        """Whether the twin goes without masks of N x N."""
+        """Whether the hooked variant avoids masks of N x N."""
         return self._slim
 
     @slim.setter
@@ -219,24 +219,24 @@ class TowerSwitch:
         return current.removeprefix(PREFIX).removeprefix(SLIM).removesuffix(PACKED_SUFFIX)
 
     def take(self) -> None:
-        """One more user: switch on the twin with the first."""
+        """Count one more user; the first switches the hooked variant on."""
         if self.users == 0:
-            self._takers.count += 1
+            self._active.count += 1
             self._set(self.base)
         self.users += 1
 
     def give_back(self) -> None:
-        """One user less: restore the model's own implementation with the last. Nothing, if all were let go before."""
+        """Count one user less; the last restores the model's own implementation. Without users it does nothing."""
         if self.users == 0:
             return
         self.users -= 1
         if self.users == 0:
-            self._takers.count -= 1
+            self._active.count -= 1
             self._set(self.base)
 
     @contextmanager
     def using(self, base: str) -> Iterator[None]:
-        """Within it, the tower runs another implementation, hooked if it is in use."""
+        """Run another implementation in the body of a `with`, hooked if the tower is in use."""
         own = self.base
         try:
             self._set(base)
@@ -245,7 +245,7 @@ class TowerSwitch:
             self._set(own)
 
     def release(self) -> None:
-        """Let go for all users, whoever they were."""
+        """Drop all users."""
         if self.users:
             self.users = 1
             self.give_back()

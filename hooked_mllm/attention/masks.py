@@ -1,7 +1,7 @@
-"""Which keys each query may see: the mask that the model used, held as a recipe and asked for row by row.
+"""The keys that are visible to each query: the model's own mask, kept as a recipe and built row by row.
 
 A mask of N x N is what makes attention statistics run out of memory. `MaskRows` keeps what the mask was made from (the
-causal rule, the padding, the window) and builds only the rows asked for.
+causal rule, the padding, the window) and builds only the requested rows.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class MaskRows:
         padding: Which keys are real; those beyond its width are not.
         q_offset: The offset of the two, where the last query does not stand at the last key: a KV cache of fixed size.
         segments: Lengths of packed images; a query sees the keys of its own image alone.
-        streaming: Heads that see only a sink and a window of this; `head_rows` tells what each head sees.
+        streaming: Heads that see only a sink and a window of it; `head_rows` has the rows of each head.
 
     Examples:
         >>> rows = MaskRows.causal_rows(batch=1, length=3, device="cpu")

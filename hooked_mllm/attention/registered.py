@@ -90,7 +90,7 @@ class RegisteredAttention:
         length = bounds.offset + q.shape[2]
         how = [*streaming.dense], streaming.sink, streaming.window, scale, bounds.start, bounds.end
         grads = gradients(q, k[:, :, :length], v[:, :, :length], *how, dz)
-        unread = (0, 0, 0, k.shape[2] - length)  # the room behind, in a cache of fixed size
+        unread = (0, 0, 0, k.shape[2] - length)  # unused slots at the end of a cache of fixed size
         return grads[0], pad(grads[1], unread), pad(grads[2], unread)
 
 

@@ -1,4 +1,4 @@
-"""What stands in for a model's attention: hooks on q, k, scores, pattern and z, and taps that only look.
+"""The attention of one block with hooks on q, k, scores, pattern and z, and taps that only read.
 
 The forward keeps its own fast attention. Scores and patterns are computed explicitly only where a hook may edit them,
 for that layer and that call, and what the fast attention gave is kept unless a hook did edit.
@@ -85,7 +85,7 @@ class AttentionSite:
 
     @property
     def running(self) -> AttentionBackend | None:
-        """The backend in use: its own, or the one that stands under the name that the tower runs."""
+        """The backend in use: the site's own, or the one registered under the name that the tower runs."""
         return self._running(self.switch.base)
 
     def _running(self, base: str) -> AttentionBackend | None:

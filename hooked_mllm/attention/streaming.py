@@ -42,7 +42,7 @@ class StreamingHeads:
 
 @dataclass(frozen=True)
 class CausalBounds:
-    """A causal mask in numbers: query i stands at key p = i + offset and sees key j iff `start <= j <= p`, `j < end`.
+    """A causal mask in numbers: query i is at key p = i + offset and sees key j iff `start <= j <= p`, `j < end`.
 
     Args:
         offset: Keys before the first query.

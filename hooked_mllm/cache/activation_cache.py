@@ -78,7 +78,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
     @property
     def vision_rows(self) -> Sequence[Rows] | None:
-        """Rows of the vision tower's activations that belong to each sample; None where the inputs do not tell."""
+        """Rows of vision activations that belong to each sample; None where the inputs do not determine them."""
         if callable(self._vision_rows):
             self._vision_rows = self._vision_rows()
         return self._vision_rows
@@ -185,7 +185,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             layer: The block.
             queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a region of a picture, a mask,
                 indices, an index, a slice.
-            keys: Columns, given in the same ways; the softmax is over all keys whatever is asked for.
+            keys: Columns, in the same forms; the softmax is over all keys in any case.
             heads: One head or several of this layer: numbers (negative ones count from the end), a mask `[head]`, or
                 names such as "L2H4"; of a `HeadSet` or a mask `[layer head]`, the heads in this layer.
             tower: "text" or "vision".
@@ -262,7 +262,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         """The activations of one sample of a batch, or of some; the batch axis stays.
 
         Activations of the vision tower and the projector, which hold the images of the whole batch, are cut to the
-        images of the samples; they are left out where the inputs do not tell whose they are, and for samples without
+        images of the samples; they are left out where the inputs do not assign them, and for samples without
         an image.
 
         Raises:

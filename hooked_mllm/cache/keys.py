@@ -108,8 +108,8 @@ def missing(name: str, present: Mapping[str, object], key: object) -> HookNameEr
         present: What the cache holds.
         key: The key that was read.
     """
-    asked = "" if key == name else f" (asked as {key!r})"
+    as_key = "" if key == name else f" (key {key!r})"
     return HookNameError(
-        f"The cache does not hold {name!r}{asked}. {nearest(name, present)} It holds {len(present)} activations; "
+        f"The cache does not hold {name!r}{as_key}. {nearest(name, present)} It has {len(present)} activations; "
         "`print(cache)` lists them, and `names_filter=` selects what a run keeps."
     )

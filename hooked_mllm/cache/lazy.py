@@ -138,7 +138,7 @@ class LazyPattern:
         )
 
     def tensor(self) -> Float[Tensor, "batch head query key"]:
-        """All rows and columns that this entry stands for."""
+        """All rows and columns of this entry."""
         return self.rows()
 
     def rows(
@@ -244,7 +244,7 @@ Entry = Tensor | LazyKeys | LazyPattern | LazyResult
 
 
 def value_of(entry: Entry) -> Tensor:
-    """The tensor that an entry stands for."""
+    """The tensor of an entry, computed if need be."""
     return entry if isinstance(entry, Tensor) else entry.tensor()
 
 

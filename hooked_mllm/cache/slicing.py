@@ -36,7 +36,7 @@ def vision_slice(entry: Entry, rows: Sequence[Rows], chosen: Sequence[int], pack
 
 
 def restacked(rows: Sequence[Rows], chosen: Sequence[int]) -> list[Rows]:
-    """Where the rows of the chosen samples lie once only theirs are kept."""
+    """The rows of the selected samples after all other rows are dropped."""
     start, out = 0, []
     for sample in chosen:
         spans: Rows = []

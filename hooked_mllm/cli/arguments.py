@@ -49,7 +49,7 @@ def torch_device(text: str) -> str:
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a torch device, such as cpu or cuda:0") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text!r} was asked for, but torch sees no CUDA device here")
+        raise argparse.ArgumentTypeError(f"{text!r} needs a CUDA device, and torch finds none")
     return text
 
 

@@ -71,23 +71,23 @@ def prefill(arguments: argparse.Namespace) -> None:
 
 
 def _backends(named: Sequence[str] | None, kind: str) -> Sequence[str]:
-    """What to compare; refused where it would be another kernel under its name, or an error of torch's."""
-    refused = [name for name in named or () if name in _NEED_GPU] if kind != "cuda" else []
-    if refused:
+    """The backends to compare; raises for those that this device does not have."""
+    unavailable = [name for name in named or () if name in _NEED_GPU] if kind != "cuda" else []
+    if unavailable:
         rest = ", ".join(name for name in BACKENDS if name not in _NEED_GPU)
-        needs = "needs" if len(refused) == 1 else "need"
-        raise InputError(f"--backends {' '.join(refused)} {needs} a GPU; on a {kind.upper()}: {rest}.")
+        needs = "needs" if len(unavailable) == 1 else "need"
+        raise InputError(f"--backends {' '.join(unavailable)} {needs} a GPU; on a {kind.upper()}: {rest}.")
     return named or default_backends(kind)
 
 
 def _so_far(out: Path, contexts: Sequence[int], variants: Sequence[Variant]) -> str:
     """What a stopped run leaves: whole lengths are kept, the one under way is not."""
-    asked = set(contexts)
+    lengths = set(contexts)
     if not out.exists():
-        return f"None of {len(asked)} lengths was finished: there is no {out}."
+        return f"None of {len(lengths)} lengths was finished: there is no {out}."
     record = PrefillRecord.load(out)
-    done = sum(all(record.cell(n, v.name) for v in variants) for n in asked)
-    return f"{done} of {len(asked)} lengths are in {out}: the same command with --resume goes on."
+    done = sum(all(record.cell(n, v.name) for v in variants) for n in lengths)
+    return f"{done} of {len(lengths)} lengths are in {out}: the same command with --resume continues."
 
 
 def _text_model(arguments: argparse.Namespace, device: str, dtype: str) -> tuple[Any, str, list[int]]:

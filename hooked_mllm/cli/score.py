@@ -87,7 +87,7 @@ def _summary(scores: HeadScores, top: HeadSet, source: Source) -> str:
 
 
 def _source(arguments: argparse.Namespace) -> Source:
-    """The data that was asked for, or the toy's own task for a toy."""
+    """The selected data, or for a toy its own task."""
     data = arguments.data
     if data is None:
         if arguments.model not in bundled():

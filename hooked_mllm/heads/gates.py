@@ -25,7 +25,7 @@ def heads_from_gates(
     With `sparsity` in place of a threshold, that share of all gates, the smallest, streams. Ties at the border are cut
     by place, so that the number of dense heads is exact: of equal gates those of earlier layers and heads stay dense.
 
-    Gates of query heads (as many columns as query heads) are taken as they are.
+    Gates of query heads (one column per query head) are used as they are.
 
     Args:
         gates: `[layer, kv_head]`, a tensor, an array or nested lists, such as `numpy.loadtxt` makes of a file

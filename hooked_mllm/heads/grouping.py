@@ -20,7 +20,7 @@ class Grouping(HeadValues):
             n_heads: Query heads per layer, `model.cfg.n_heads`.
 
         Raises:
-            HeadError: if the key-value heads cannot be shared evenly among so many.
+            HeadError: if the number of key-value heads is no multiple of it.
 
         Examples:
             >>> from hooked_mllm import HeadScores
@@ -40,7 +40,7 @@ class Grouping(HeadValues):
             reduce: What becomes of a group's scores: "sum", "mean" or "max".
 
         Raises:
-            HeadError: if the query heads cannot be shared evenly among so many, or for another reduction.
+            HeadError: if the number of query heads is no multiple of it, or for another reduction.
 
         Examples:
             >>> from hooked_mllm import HeadScores

@@ -105,7 +105,7 @@ class HeadScores(Arithmetic, Grouping):
         Args:
             k: How many (int) or which share (float). With `like` it may be left out.
             seed: Seed of the draw.
-            like: Draw as many heads in each layer as these heads have there, and none of them.
+            like: Draw in each layer the number of heads that this set has there, and none of them.
             exclude: Heads that must not be drawn; those of `like` by default.
 
         Raises:
@@ -122,7 +122,7 @@ class HeadScores(Arithmetic, Grouping):
         if alike is None:
             n = self._count(k)
             if len(left) < n:
-                raise HeadError(f"{n} random heads were asked for, but only {len(left)} are left to draw from.")
+                raise HeadError(f"Expected {n} random heads, but only {len(left)} are left to draw from.")
             return self._set(left[:n])
         if k is not None and self._count(k) != len(alike):
             raise HeadError(f"k={k} disagrees with `like`, which holds {len(alike)} heads; leave k out.")

@@ -1,4 +1,4 @@
-"""HeadAblation: take away what heads contribute, in a stated way and a stated phase."""
+"""HeadAblation: remove the contribution of heads, by an explicit mode and in an explicit phase."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
@@ -17,8 +17,6 @@ from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
-    Phase,
-    Tower,
     check_choice,
     heads_of,
     keep_heads,
@@ -33,10 +31,10 @@ MODES = ("zero", "mean", "resample", "uniform", "scale")
 
 
 class HeadAblation(Intervention):
-    r"""Take away what heads contribute: their z, before the output projection, is replaced.
+    r"""Remove the contribution of heads: their z, the input of the output projection, is replaced.
 
-    Published code means different things by "ablating a head", and the phase changes results more than the choice of
-    heads. Both must be given, and both are in the record.
+    Published code implements "ablating a head" in different ways, and the phase changes results more than the choice
+    of heads. Both are required, and both are in the record.
 
     | mode | z of an ablated head becomes |
     | --- | --- |
@@ -52,8 +50,8 @@ class HeadAblation(Intervention):
         mode: What z becomes.
         phase: "prefill" (the prompt's positions), "decode" (generated tokens), or "both".
         positions: Only these positions of the prompt: a token kind, a mask, indices, an index, a slice.
-        reference: For "mean": what `HeadAblation.reference` gives, or means `[layer head d_head]`. For "resample": the
-            cache of another run with as many tokens, or a reference made with `keep_tokens=True`.
+        reference: For "mean": the result of `HeadAblation.reference`, or means `[layer head d_head]`. For "resample":
+            the cache of another run of the same length, or a reference made with `keep_tokens=True`.
         factor: For "scale".
         seed: For "resample" from a reference: which tokens are drawn, one for each position, the same for all heads.
         tower: "text" or "vision".
@@ -151,7 +149,7 @@ class HeadAblation(Intervention):
 
         Raises:
             HeadError: for an empty set of heads, or a head that the model lacks.
-            InputError: for no sample, or samples without images where the vision tower is asked for.
+            InputError: For no sample, or samples without images for the vision tower.
 
         Examples:
             >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
@@ -164,8 +162,8 @@ class HeadAblation(Intervention):
         return head_reference(model, samples, heads, positions=positions, tower=tower, keep_tokens=keep_tokens)
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
-        told: dict[str, Any] = {
+        """Its settings, as values that JSON can hold."""
+        settings: dict[str, Any] = {
             "intervention": "HeadAblation",
             "heads": head_names(self.heads),
             "mode": self.mode,
@@ -174,7 +172,7 @@ class HeadAblation(Intervention):
             "tower": self.tower,
         }
         optional = {"factor": self.factor, "seed": self.seed, "reference": _described(self.source)}
-        return {**told, **{name: value for name, value in optional.items() if value is not None}}
+        return {**settings, **{name: value for name, value in optional.items() if value is not None}}
 
     def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
@@ -249,7 +247,7 @@ def _uniform(edited: EditedPositions, inside: tuple[int, ...]) -> Edit:
 
 
 def _draw(seed: int | None, n: int, batch: int, length: int, offset: int) -> Tensor:
-    """Which token each position takes: by seed, sample and position, so that decoding steps go on where they were."""
+    """The token drawn for each position: by seed, sample and position, so that decoding steps continue the sequence."""
     rows = [np.random.default_rng([seed or 0, sample]).integers(n, size=offset + length) for sample in range(batch)]
     return torch.from_numpy(np.stack(rows)[:, offset:])
 

@@ -1,4 +1,4 @@
-"""What every intervention is: a set of edits at hook points, checked before they are hung, and a record of them."""
+"""The base of interventions: edits at hook points, checked before they are registered, and a record of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.display.head_names import whole_number
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
@@ -15,10 +15,6 @@ from hooked_mllm.heads.parsing import Pairs
 from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.interventions.records import Record, Records
 
-#: "prefill", "decode" or "both"; a plain string, so that another one is refused with a list of these
-Phase = str
-#: "text" or "vision"
-Tower = str
 if TYPE_CHECKING:
     #: one layer or several, by number
     LayersLike = int | Iterable[int]
@@ -29,9 +25,9 @@ Edit = Callable[[Tensor, HookPoint], Tensor | None]
 
 
 class Intervention(ABC):
-    """Something done to a model while it runs; `model.intervene(...)` does it and undoes it.
+    """Edits of a model's activations while it runs; `model.intervene(...)` registers and removes them.
 
-    A subclass says in `edits` which hook points it edits and how, and in `describe` what it does. One object may be
+    A subclass defines in `edits` which hook points it edits and how, and in `describe` its settings. One object may be
     used many times, and on several models.
 
     Examples:
@@ -51,33 +47,33 @@ class Intervention(ABC):
 
     @abstractmethod
     def edits(self, model: Model) -> Iterable[tuple[str, Edit]]:
-        """Names of hook points, each with the edit that is made there; refuses what does not fit `model`."""
+        """Names of hook points, each with its edit; raises for settings that do not fit `model`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
 
     def first_position(self, model: Model, inputs: Any) -> int:
-        """The first position of the prompt whose row it may change in any sample: rows before it need no second run.
+        """The first prompt position that it may change in any sample; earlier positions need no second run.
 
-        0 unless a subclass knows better.
+        0 unless a subclass overrides it.
         """
         return 0
 
     def validate(self, model: Model) -> None:
-        """Refuse what does not fit `model`, before anything is hung."""
+        """Raise for settings that do not fit `model`, before anything is registered."""
         for name, _ in self.edits(model):
             model.registry[name]
 
     def attach(self, model: Model, record: dict[str, Any] | None = None) -> list[tuple[HookPoint, Handle]]:
-        """Hang the edits on a model; all of them or, on an error, none.
+        """Register the edits on a model; all of them or, on an error, none.
 
         Args:
             model: A `HookedMLLM`.
-            record: Is told, under "applied", how many calls of hook points were edited in each phase.
+            record: Gets under "applied" the number of edited hook-point calls of each phase.
 
         Returns:
-            What was hung, for `model.registry.detach`.
+            The registered hooks, for `model.registry.detach`.
         """
         applied = {"prefill": 0, "decode": 0}
         if record is not None:
@@ -95,8 +91,8 @@ class Intervention(ABC):
         return added
 
     def __repr__(self) -> str:
-        told = {k: v for k, v in self.describe().items() if k != "intervention" and v is not None}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in told.items())})"
+        settings = {k: v for k, v in self.describe().items() if k != "intervention" and v is not None}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
 
 def _counted(edit: Edit, applied: dict[str, int]) -> Callable[..., Tensor | None]:
@@ -134,13 +130,13 @@ def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[Records]
 
 
 def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
-    """Refuse a value that is none of the choices."""
+    """Raise for a value that is not among the choices."""
     known = tuple(choices)
     if value not in known:
         raise HookValueError(f"{what} must be one of {', '.join(map(repr, known))}; got {value!r}.")
 
 
-def tower_shape(model: Model, tower: str) -> tuple[int, int]:
+def tower_shape(model: Model, tower: Tower) -> tuple[int, int]:
     """(layers, heads per layer) of a tower."""
     cfg = model.cfg
     return (cfg.n_layers, cfg.n_heads) if tower == "text" else (cfg.vision_n_layers, cfg.vision_n_heads)
@@ -155,7 +151,7 @@ def keep_heads(heads: HeadsLike) -> HeadSet | Pairs:
     return parse_heads(heads, allow_empty=False)
 
 
-def heads_of(heads: HeadsLike, model: Model, tower: str) -> HeadSet:
+def heads_of(heads: HeadsLike, model: Model, tower: Tower) -> HeadSet:
     """Heads as a set that fits a tower of the model.
 
     Raises:
@@ -193,7 +189,7 @@ def keep_layers(layers: LayersLike) -> int | tuple[int, ...]:
     return numbers[0] if whole_number(layers) is not None else numbers
 
 
-def layers_of(layers: LayersLike, count: int, tower: str) -> list[int]:
+def layers_of(layers: LayersLike, count: int, tower: Tower) -> list[int]:
     """Layers by number, negative ones counted from the end.
 
     Raises:

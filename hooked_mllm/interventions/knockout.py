@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
@@ -15,8 +15,6 @@ from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
     LayersLike,
-    Phase,
-    Tower,
     heads_of,
     keep_heads,
     keep_layers,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
 from hooked_mllm.cache.keys import full_name
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
@@ -18,7 +18,6 @@ from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
     LayersLike,
-    Tower,
     check_choice,
     heads_of,
     keep_head_numbers,
@@ -88,14 +87,14 @@ class ActivationPatch(Intervention):
         self.heads = None if heads is None else keep_head_numbers(heads)
         self.positions, self.source_positions = positions, source_positions
         if source_positions is not None and positions is None:
-            raise HookValueError("source_positions= says which positions of the source `positions=` take: give both.")
+            raise HookValueError("source_positions= specifies the source position of each of `positions=`: give both.")
         if whole and layers is not None:
-            raise HookValueError(f"{site!r} is the whole name of one hook point: leave layers out, or say it in short.")
+            raise HookValueError(f"{site!r} is the full name of one hook point: leave layers out, or shorten it.")
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         layers = self.layers
-        told = {
+        settings = {
             "intervention": "ActivationPatch",
             "site": self.site,
             "layers": [layers] if isinstance(layers, int) else None if layers is None else list(layers),
@@ -106,8 +105,8 @@ class ActivationPatch(Intervention):
             "phase": "prefill",
         }
         if self.source_positions is not None:
-            told["source_positions"] = describe_positions(self.source_positions)
-        return told
+            settings["source_positions"] = describe_positions(self.source_positions)
+        return settings
 
     def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
@@ -145,24 +144,26 @@ class ActivationPatch(Intervention):
                     raise HookValueError(f"{self.site!r} belongs to no layer: leave layers out.")
                 found = {alone: tensors.get(self.site)}
             else:
-                asked = self._asked(tensors, count, prefix, counts)
-                found = {full_name((*prefix, self.site, l), counts): tensors.get(l) for l in asked}
+                layers = self._selected_layers(tensors, count, prefix, counts)
+                found = {full_name((*prefix, self.site, l), counts): tensors.get(l) for l in layers}
         for name in found:
             model.registry[name]
             if isinstance(given, ActivationCache):
-                given.entry(name)  # an error at the door if the source lacks it
+                given.entry(name)  # raises now if the source does not contain it
         if isinstance(given, Tensor) and len(found) > 1:
             raise HookValueError(
                 f"One tensor cannot be {len(found)} activations: give layers={{layer: tensor}} or one."
             )
         return found
 
-    def _asked(self, tensors: dict[Any, Any], count: int, prefix: tuple[str, ...], counts: dict[str, int]) -> list[int]:
+    def _selected_layers(
+        self, tensors: dict[Any, Any], count: int, prefix: tuple[str, ...], counts: dict[str, int]
+    ) -> list[int]:
         if self.layers is not None:
-            asked = layers_of(self.layers, count, self.tower)
-            if tensors and set(asked) - set(tensors):
-                raise HookNameError(f"The source holds layers {sorted(tensors)}; layers {asked} are asked for.")
-            return asked
+            layers = layers_of(self.layers, count, self.tower)
+            if tensors and set(layers) - set(tensors):
+                raise HookNameError(f"The source contains layers {sorted(tensors)}; `layers` selects {layers}.")
+            return layers
         if tensors:
             return layers_of(tensors, count, self.tower)
         if isinstance(self.given, Tensor):
@@ -226,8 +227,9 @@ class HeadPatch(Intervention):
     ) -> None:
         check_edited_positions(positions, "prefill", tower)
         self.heads, self.given = keep_heads(heads), source_of(source)
-        self.positions, self.source_positions, self.tower = positions, source_positions, tower
-        self._layer(0, (0,))  # refuses positions that contradict each other
+        self.positions, self.source_positions = positions, source_positions
+        self.tower: Tower = tower
+        self._layer(0, (0,))  # raises for positions that contradict each other
 
     def _layer(self, layer: int, heads: tuple[int, ...]) -> ActivationPatch:
         return ActivationPatch(
@@ -241,8 +243,8 @@ class HeadPatch(Intervention):
         )
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
-        told = {
+        """Its settings, as values that JSON can hold."""
+        settings = {
             "intervention": "HeadPatch",
             "heads": head_names(self.heads),
             "positions": describe_positions(self.positions),
@@ -251,8 +253,8 @@ class HeadPatch(Intervention):
             "phase": "prefill",
         }
         if self.source_positions is not None:
-            told["source_positions"] = describe_positions(self.source_positions)
-        return told
+            settings["source_positions"] = describe_positions(self.source_positions)
+        return settings
 
     def first_position(self, model: Model, inputs: Any) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""

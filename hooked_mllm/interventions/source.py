@@ -18,7 +18,7 @@ class Source:
     """Where the new values come from.
 
     Args:
-        given: A cache, tensors by hook name, or one tensor for every name that is asked for.
+        given: A cache, tensors by hook name, or one tensor for every patched name.
         edited: The positions of the run that are replaced.
         source_positions: The positions of the source that they take, in order; None for the same ones.
     """
@@ -75,7 +75,7 @@ class Source:
         if not same or len(value) not in (1, batch, len(x)):
             raise HookValueError(
                 f"The patch of {name} has shape {tuple(value.shape)}; this run has {tuple(x.shape)} there. Give an "
-                "activation of the same point, of as many samples or of one."
+                "activation of the same point, of one sample or of the same number of samples."
             )
 
     def _same_positions(self, name: str, value: Tensor, x: Tensor, axis: int) -> Tensor:
@@ -89,13 +89,14 @@ class Source:
                 )
             return value
         if self._compared is not inputs or value.shape[axis] != length:
-            theirs = _counts(self.masks, value.shape[axis], len(value))
-            ours = _counts(None if inputs is None else inputs.host_masks, length, len(value))
+            source_counts = _counts(self.masks, value.shape[axis], len(value))
+            run_counts = _counts(None if inputs is None else inputs.host_masks, length, len(value))
             known = self.masks is not None and inputs is not None
-            if value.shape[axis] != length or (known and theirs[1] != ours[1]):
+            if value.shape[axis] != length or (known and source_counts[1] != run_counts[1]):
                 raise LayoutError(
-                    f"The patch of {name} comes from a run of {theirs[0]}; this run has {ours[0]}. Patch between runs "
-                    "of the same layout, or say which positions correspond by positions= and source_positions=."
+                    f"The patch of {name} comes from a run of {source_counts[0]}; this run has {run_counts[0]}. Patch "
+                    "between runs of the same layout, or specify corresponding positions by positions= and "
+                    "source_positions=."
                 )
             self._compared = inputs
         short = x.shape[axis] - value.shape[axis]
@@ -106,11 +107,11 @@ class Source:
     def _moved(self, name: str, value: Tensor, x: Tensor, mask: Tensor, axis: int) -> Tensor:
         assert self.source_positions is not None
         index = resolve_positions(self.source_positions, len(x), value.shape[axis], self._repeated(len(x)))
-        ours, theirs = mask.sum(1).tolist(), (index >= 0).sum(1).tolist()
-        if ours != theirs:
+        n_targets, n_sources = mask.sum(1).tolist(), (index >= 0).sum(1).tolist()
+        if n_targets != n_sources:
             raise LayoutError(
-                f"The patch of {name} puts {theirs} source positions on {ours} positions of this run (one number a "
-                "sample); they must be as many."
+                f"The patch of {name} has {n_sources} source positions for {n_targets} positions of this run (one "
+                "number per sample); the numbers must be equal."
             )
         # the source position of each position of the run [batch pos]
         moved = torch.zeros(mask.shape, dtype=torch.long)

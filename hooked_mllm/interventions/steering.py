@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
-    Phase,
-    Tower,
     check_choice,
     layers_of,
     tower_shape,

@@ -50,7 +50,7 @@ class _Held(NamedTuple):
 
 
 def named_queries(metrics: Iterable[Any]) -> tuple[str, ...] | None:
-    """The query tokens whose rows the metrics read, if all of them name theirs in an attribute `queries`."""
+    """The query tokens whose rows the metrics read, if all of them list these in an attribute `queries`."""
     names: dict[str, None] = {}
     for metric in metrics:
         queries = getattr(metric, "queries", None)

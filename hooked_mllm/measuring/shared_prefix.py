@@ -67,8 +67,8 @@ def common_prefix(samples: Sequence[Sample]) -> int:
                 shared &= (value[0, :width] == other[0, :width]).cpu()
             elif value is not other and not torch.equal(value, other):
                 return 0
-        asked = sample.layout.question[:width]
-        shared &= asked.cumsum(0) == 0
+        question = sample.layout.question[:width]
+        shared &= question.cumsum(0) == 0
         shared &= torch.arange(width) < len(sample) - 1  # something must be left to run
     length = int(shared.long().cumprod(0).sum())
     return 0 if any(bool(s.layout.visual[length:].any()) for s in samples) else length

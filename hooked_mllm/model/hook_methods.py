@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -18,12 +17,8 @@ class HookMethods:
     """Adding, running with, listing and removing hooks."""
 
     registry: HookRegistry
+    hook_dict: dict[str, HookPoint]
     forward: Callable[..., Tensor]
-
-    @cached_property  # not a property: IPython evaluates none when it completes `model.hook_dict[`
-    def hook_dict(self) -> dict[str, HookPoint]:
-        """Every hook point by name, in the order of the forward pass."""
-        return self.registry.hook_dict
 
     @property
     def mod_dict(self) -> dict[str, HookPoint]:

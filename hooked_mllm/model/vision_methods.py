@@ -35,10 +35,11 @@ class VisionMethods:
         """The positions of the vision tower whose patches see a region, a picture, or one of its views or tiles.
 
         The mask has the first two axes of the tower's activations: `[1 patch]` for Qwen3-VL, whose tower takes all
-        pictures in one row, `[tile position]` for the others. It goes where positions of the tower are asked for:
-        `HeadAblation(..., tower="vision", positions=mask)`, `ActivationPatch`, `Steer`, or the index of a hook.
-        Positions that see no pixel, as class tokens and patches on padding, are never in it. Attention mixes patches
-        within a picture (in each tile or frame), so behind the first block a position knows more than it sees.
+        pictures in one row, `[tile position]` for the others. It is accepted wherever positions of the tower are
+        specified: `HeadAblation(..., tower="vision", positions=mask)`, `ActivationPatch`, `Steer`, or the index of a
+        hook. Positions that see no pixel, such as class tokens and patches on padding, are never in it. Attention mixes
+        patches within a picture (in each tile or frame), so after the first block a position also contains information
+        of other patches.
 
         Args:
             inputs: A sample, or a batch; made by `prepare`, since the sizes of the originals are needed.
@@ -138,6 +139,8 @@ def _region(sample: Sample, region: Any) -> Any:
     if not isinstance(region, str):
         return region
     if region != "target":
-        raise LayoutError(f"Of names the vision tower knows 'target' alone; got {region!r}. Give a region or a view.")
+        raise LayoutError(
+            f"The only region name of the vision tower is 'target'; got {region!r}. Give a region or a view."
+        )
     sample.mask("target")  # an error at the door if there is none
     return sample.target

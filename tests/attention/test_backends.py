@@ -1,4 +1,4 @@
-"""The hooked twins of transformers' attention implementations, and when a tower runs them."""
+"""The hooked variants of transformers' attention implementations, and when a tower runs them."""
 
 import copy
 import gc
@@ -12,7 +12,7 @@ from transformers.models.siglip import modeling_siglip
 from helpers.tiny import tiny_config
 from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import HookedMLLM
-from hooked_mllm.attention.backends import PREFIX, TowerSwitch, implementation, is_known, twin
+from hooked_mllm.attention.backends import PREFIX, TowerSwitch, hooked_name, implementation, is_known
 from hooked_mllm.errors import UnsupportedModelError
 from hooked_mllm.wiring import wire
 
@@ -24,10 +24,10 @@ class Config:
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 def test_a_twin_is_registered_with_its_mask(base):
-    name = twin(base)
+    name = hooked_name(base)
     assert name == PREFIX + base and is_known(name) and is_known(base)
     assert name in AttentionInterface() and name in AttentionMaskInterface()
-    assert twin(base) == name
+    assert hooked_name(base) == name
     assert not is_known("spda")
 
 
@@ -37,15 +37,15 @@ def test_a_slim_twin_is_another_of_the_same_implementation():
     switch.take()
     assert not switch.slim and config._attn_implementation == PREFIX + "sdpa"
     switch.slim = True
-    assert config._attn_implementation == twin("sdpa", slim=True) != twin("sdpa") and switch.base == "sdpa"
+    assert config._attn_implementation == hooked_name("sdpa", slim=True) != hooked_name("sdpa") and switch.base == "sdpa"
     with switch.using("eager"):
-        assert config._attn_implementation == twin("eager", slim=True) and switch.base == "eager"
+        assert config._attn_implementation == hooked_name("eager", slim=True) and switch.base == "eager"
     switch.give_back()
     assert config._attn_implementation == "sdpa"
     switch.slim = False
     switch.take()
-    assert config._attn_implementation == twin("sdpa")
-    assert twin("flash_attention_2", slim=True) == twin("flash_attention_2")  # whose masks are slim as they are
+    assert config._attn_implementation == hooked_name("sdpa")
+    assert hooked_name("flash_attention_2", slim=True) == hooked_name("flash_attention_2")  # whose masks are slim as they are
 
 
 def test_eager_is_the_function_of_the_modules_own_file():
@@ -62,9 +62,9 @@ def test_a_tower_runs_the_twin_while_anybody_needs_it():
     switch = TowerSwitch(config, packed=False)
     switch.take()
     switch.take()
-    assert config._attn_implementation == twin("sdpa") and switch.base == "sdpa"
+    assert config._attn_implementation == hooked_name("sdpa") and switch.base == "sdpa"
     switch.give_back()
-    assert config._attn_implementation == twin("sdpa")
+    assert config._attn_implementation == hooked_name("sdpa")
     switch.give_back()
     assert config._attn_implementation == "sdpa" == switch.base
 
@@ -77,7 +77,7 @@ def test_what_a_forgotten_switch_had_taken_is_nothing_to_a_configuration_in_its_
         switch = TowerSwitch(config, packed=False)
         identities.add(id(config))
         switch.take()
-        assert config._attn_implementation == twin("sdpa")
+        assert config._attn_implementation == hooked_name("sdpa")
         switch.give_back()
         assert config._attn_implementation == "sdpa"
         switch.take()  # and never given back
@@ -91,11 +91,11 @@ def test_after_all_were_let_go_giving_back_changes_nothing():
     other.take()
     one.release()
     one.give_back()
-    assert config._attn_implementation == twin("sdpa")
+    assert config._attn_implementation == hooked_name("sdpa")
     other.give_back()
     assert config._attn_implementation == "sdpa"
     one.take()
-    assert config._attn_implementation == twin("sdpa")
+    assert config._attn_implementation == hooked_name("sdpa")
     one.give_back()
     assert config._attn_implementation == "sdpa"
 
@@ -106,8 +106,8 @@ def test_another_implementation_for_a_while_whatever_the_order():
     with switch.using("eager"):
         assert config._attn_implementation == "eager"
         switch.take()
-        assert config._attn_implementation == twin("eager", packed=True) and switch.base == "eager"
-    assert config._attn_implementation == twin("sdpa", packed=True)
+        assert config._attn_implementation == hooked_name("eager", packed=True) and switch.base == "eager"
+    assert config._attn_implementation == hooked_name("sdpa", packed=True)
     with switch.using("eager"):
         switch.give_back()
         assert config._attn_implementation == "eager"
@@ -119,7 +119,7 @@ def test_a_change_of_implementation_by_transformers_is_followed():
     hooked = HookedMLLM.from_model(model, check=False)
     model.set_attn_implementation("eager")
     with hooked.hooks([("blocks.0.attn.hook_z", lambda z, hook: None)]):
-        assert model.config.text_config._attn_implementation == twin("eager")
+        assert model.config.text_config._attn_implementation == hooked_name("eager")
     assert model.config.text_config._attn_implementation == "eager"
 
 
@@ -163,7 +163,7 @@ def test_a_model_wrapped_again_under_a_family_registered_anew_is_heard_by_both()
 
 def test_a_module_of_no_wrapper_under_a_twin_says_so():
     model = fresh("internvl")
-    model.config.text_config._attn_implementation = twin("sdpa")
+    model.config.text_config._attn_implementation = hooked_name("sdpa")
     with pytest.raises(UnsupportedModelError, match="without belonging to a HookedMLLM. Load the model with"):
         model(**model_inputs("internvl"))
 

@@ -12,7 +12,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from hooked_mllm.attention.backends import slim_mask, twin
+from hooked_mllm.attention.backends import hooked_name, slim_mask
 from hooked_mllm.attention.masks import RECIPE, MaskRows
 from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.errors import NumericsError, UnsupportedModelError
@@ -96,7 +96,7 @@ def asked(build, rule, padding, q_length, kv_length, offset, skip):
 
 def transformers_mask(base, window, padding, q_length, kv_length, offset):
     rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    return asked(ALL_MASK_ATTENTION_FUNCTIONS[twin(base)], rule, padding, q_length, kv_length, offset, False)
+    return asked(ALL_MASK_ATTENTION_FUNCTIONS[hooked_name(base)], rule, padding, q_length, kv_length, offset, False)
 
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
@@ -199,7 +199,7 @@ def rows_of(form, batch, q_length, kv_length, before, padding):
         "device": CPU,
     }
     if form == "recipe":
-        mask = ALL_MASK_ATTENTION_FUNCTIONS[twin("sdpa")](**recipe, allow_is_causal_skip=False)
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[hooked_name("sdpa")](**recipe, allow_is_causal_skip=False)
     elif form == "slim":
         mask = slim_mask("sdpa")(**recipe, allow_is_causal_skip=False)
     elif form == "2d":

@@ -108,7 +108,7 @@ def test_stopped_between_lengths_then_resumed(run, tmp_path, monkeypatch):
         monkeypatch.setattr(prefill, "_length", until(last))
         status, out, err = run("prefill", *TINY, *lengths, *more)
         assert (status, out) == (130, "") and err.endswith("stopped\n")
-        assert f"{done} of 3 lengths are in {path}: the same command with --resume goes on." in err.splitlines()
+        assert f"{done} of 3 lengths are in {path}: the same command with --resume continues." in err.splitlines()
     monkeypatch.setattr(prefill, "_length", whole)
     assert run("prefill", *TINY, *lengths, "--resume")[0] == 0
     assert PrefillRecord.load(path).contexts == [40, 64, 96]

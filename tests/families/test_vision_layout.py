@@ -303,7 +303,7 @@ def test_errors_say_what_to_do(family):
         (lambda: model.vision_positions(model_inputs(family)), InputError, "a SampleBatch.*got dict.*model.prepare"),
         (lambda: model.vision_layout(batch), InputError, "Expected one Sample; got SampleBatch"),
         (lambda: model.vision_positions(sample, "target"), InputError, "no target: give `target=`"),
-        (lambda: model.vision_positions(sample, "visual"), LayoutError, "knows 'target' alone; got 'visual'"),
+        (lambda: model.vision_positions(sample, "visual"), LayoutError, "only region name of the vision tower is 'target'; got 'visual'"),
         (lambda: model.vision_positions(batch, Box(0, 0, 4, 4)), InputError, "list of 2 regions.*got Box"),
         (lambda: model.vision_positions(batch, [Box(0, 0, 4, 4)]), InputError, "list of 2 regions.*got 1 regions"),
         (lambda: model.vision_positions(sample, Box(90, 90, 99, 99)), LayoutError, "lies outside image 0"),

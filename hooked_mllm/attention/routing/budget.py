@@ -14,7 +14,7 @@ class Budget(Protocol):
     """Says how many heads of a layer may be dense, given what earlier layers of the same prompt took."""
 
     def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
-        """At most so many heads of this layer; `taken` has the number of each layer before it."""
+        """The largest number of dense heads of this layer; `taken` has the numbers of the layers before it."""
         ...
 
     def validate(self, n_layers: int, n_heads: int) -> None:
@@ -51,7 +51,7 @@ class PerLayer:
         return self.heads
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Refuse more heads than a layer has.
+        """Raise for more heads than a layer has.
 
         Raises:
             HeadError: for such.
@@ -123,7 +123,7 @@ class Total:
         return max(0, allowed - sum(count for at, count in taken.items() if at < layer))
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Refuse more heads than the model has, and a set of another model.
+        """Raise for more heads than the model has, or a set of another model.
 
         Raises:
             HeadError: for such.

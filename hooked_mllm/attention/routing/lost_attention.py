@@ -47,9 +47,9 @@ def lost_attention(
 
     - "exact": key by key after all. 2 H m N d operations for m queries.
     - "mean": `b exp(s q . mean(k))`, at most the block's sum (Jensen), so that the mass is at most the exact one. It
-      fails where one key of a block stands out: a key whose score is x above the others' raises the mean by x / b.
+      fails where one key of a block has a much higher score: a score x above the others raises the mean by x / b.
     - "bound": `b exp(max of s q . k over the box around the block's keys)`, at least the block's sum, so that the mass
-      is at least the exact one. It sees a key that stands out, and many that are not there.
+      is at least the exact one. It detects a key with a high score, and also many that do not exist.
     - "sample": `b exp(s q . k)` for the key in the middle of the block: neither bound, and blind to the others.
 
     Every key is read once in all four (in "sample" one of b). The last three take 2 H m N d / b operations after that
@@ -64,7 +64,7 @@ def lost_attention(
         scale: s.
         sink: First keys of the sequence that a streaming head sees.
         window: Last keys that it sees, the query's own among them.
-        queries: Q: the last so many tokens of each sequence, or a mask of queries.
+        queries: Q: a number of last tokens of each sequence, or a mask of queries.
         order: p, 1 or 2.
         keys: "exact", "mean", "bound" or "sample".
         block: b.
@@ -90,7 +90,7 @@ def lost_attention(
     """
     check_estimate(order, keys, block)
     bounds = mask.streamed(StreamingHeads((), q.shape[1], sink, window)).bounds()
-    assert bounds is not None  # `streamed` refuses masks that have none
+    assert bounds is not None  # `streamed` raises for masks that have none
     settings = (scale, sink, window, order, keys, block, max_bytes)
     rows = _rows(queries, bounds, (q.shape[0], q.shape[2], k.shape[2]))
     if all(row == rows[0] for row in rows):
@@ -100,7 +100,7 @@ def lost_attention(
 
 
 def check_estimate(order: int, keys: str, block: int) -> None:
-    """Refuse settings of the estimate that are out of range.
+    """Raise for settings of the estimate that are out of range.
 
     Raises:
         InputError: for such.

@@ -1,4 +1,4 @@
-"""Blocks of keys told by one vector each: their mean, the corners of the box around them, or one of them."""
+"""Blocks of keys represented by one vector each: their mean, the corners of their bounding box, or one key."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def block_scores(
     how: str,
     block: int,
 ) -> tuple[Float[Tensor, "batch head row block"], Float[Tensor, " block"]]:
-    """The score that stands for the keys of each block, and the logarithm of their number; of each key, if exact.
+    """The score that represents the keys of each block, and the logarithm of their number; of each key, if exact.
 
     Args:
         score: Takes queries `[batch head row d_head]` and keys `[batch kv_head key d_head]`, gives scores.

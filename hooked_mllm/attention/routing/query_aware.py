@@ -33,7 +33,7 @@ class LayerChoice:
 class QueryAwareHeads:
     r"""In every layer of every prompt, the heads whose last queries would lose most by streaming become dense.
 
-    $$D_l = \{h : \pi_{lh} \lambda_{lh} > \tau\},\ \text{the largest of them, as many as the budget leaves room for}$$
+    $$D_l = \{h : \pi_{lh} \lambda_{lh} > \tau\},\ \text{the largest of them, up to the budget}$$
 
     with the lost attention of `lost_attention` and a prior pi (1 without one). A head that loses nothing is never
     chosen: on a prompt that is no longer than sink and window no head is dense, which is then the same as all of them.
@@ -46,7 +46,7 @@ class QueryAwareHeads:
 
     Args:
         budget: `PerLayer` or `Total`.
-        queries: The queries that speak for the prompt: so many of its last tokens, or a mask `[batch pos]` such as
+        queries: The queries that are read: a number of last tokens, or a mask `[batch pos]` such as
             that of the question, for one prompt.
         order: 1 ranks by the lost mass, 2 by its length, which counts spread-out attention for little.
         keys: "exact", or an estimate from blocks: "mean", "bound" or "sample".
@@ -196,7 +196,7 @@ class QueryAwareHeads:
         return self._n_layers
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Refuse a model that the prior or the budget is not for; called by `HybridAttention`.
+        """Raise for a model that the prior or the budget does not fit; called by `HybridAttention`.
 
         Raises:
             HeadError: for such.
