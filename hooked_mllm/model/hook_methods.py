@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -17,8 +18,12 @@ class HookMethods:
     """Adding, running with, listing and removing hooks."""
 
     registry: HookRegistry
-    hook_dict: dict[str, HookPoint]
     forward: Callable[..., Tensor]
+
+    # not a property, because IPython evaluates none when it completes `model.hook_dict[`; not declared as a
+    # cached_property, because a type checker does not accept one for the property of `contracts.Model`
+    hook_dict: dict[str, HookPoint] = cast(Any, cached_property(lambda self: self.registry.hook_dict))
+    """Every hook point by name, in the order of the forward pass."""
 
     @property
     def mod_dict(self) -> dict[str, HookPoint]:

@@ -45,7 +45,6 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         family: Module names, sizes and token layouts of its family.
         name: The checkpoint's name or path.
         revision: Its revision, if one was given.
-        hook_dict: Every hook point by name, in the order of the forward pass.
 
     Examples:
         >>> from hooked_mllm import Box, HookedMLLM, metrics, toys
@@ -79,7 +78,6 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         self.revision = revision
         self.wiring = wire(cast(PreTrainedModel, hf_model), self.family)
         self.registry = self.wiring.registry
-        self.hook_dict = self.registry.hook_dict  # an attribute: IPython completes no keys of a property
         self.cfg = HookedConfig.of(cast(PreTrainedModel, hf_model), self.family)
         if check:
             self.check()
