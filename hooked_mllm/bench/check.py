@@ -28,7 +28,7 @@ from hooked_mllm.kernels.hybrid_attention import hybrid_attention
 WITNESS = "hooked_bench_witness"
 #: the relative error allowed in one layer's attention, by dtype
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-#: the error allowed in the last hidden state: so many times that of eager attention, or the limit above if that is more
+#: allowed error of the last hidden state, as a multiple of eager attention's, or the limit above if that is larger
 TIMES_EAGER = 3
 
 

@@ -75,7 +75,7 @@ def bench_kernel(
     """
     if dense > heads or heads % kv_heads:
         raise InputError(
-            f"Expected at most as many dense heads as heads, and heads in groups of one size over key-value heads; got "
+            f"Expected no more dense heads than heads, and heads in groups of one size over key-value heads; got "
             f"{dense} dense of {heads} heads over {kv_heads} key-value heads."
         )
     sink, window = check_sink_and_window(sink, window)
@@ -87,7 +87,7 @@ def bench_kernel(
     how = {"sink": sink, "window": window, "implementation": "auto" if gpu else "naive"}
 
     def inputs(n: int) -> list[Tensor]:
-        """q, k, v as transformers hands them over."""
+        """q, k, v as transformers passes them."""
         shapes = [(1, n, h, d_head) for h in (heads, kv_heads, kv_heads)]
         return [torch.randn(s, device=device, generator=generator).to(dtype).transpose(1, 2) for s in shapes]
 
@@ -181,8 +181,8 @@ def _variants(
         with nullcontext() if backend is None else sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def ours(some: list[int], **more: Any) -> Tensor:
-        return hybrid_attention(q, k, v, some, **{**how, **more})
+    def hybrid(dense: list[int], **more: Any) -> Tensor:
+        return hybrid_attention(q, k, v, dense, **{**how, **more})
 
     found: dict[str, Callable[[], Tensor]] = {"SDPA, all dense": partial(sdpa, None)}
     if gpu:
@@ -190,11 +190,11 @@ def _variants(
             "cuDNN, all dense": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
             "FlashAttention-2, all dense": partial(sdpa, SDPBackend.FLASH_ATTENTION),
         }
-    found["hybrid, none dense"] = partial(ours, [])
-    found[f"hybrid, {len(chosen)} dense"] = partial(ours, chosen)
+    found["hybrid, none dense"] = partial(hybrid, [])
+    found[f"hybrid, {len(chosen)} dense"] = partial(hybrid, chosen)
     if gpu:
-        found[f"hybrid, {len(chosen)} dense, one launch"] = partial(ours, chosen, implementation="triton")
-    found["hybrid, all dense"] = partial(ours, list(range(q.shape[1])))
+        found[f"hybrid, {len(chosen)} dense, one launch"] = partial(hybrid, chosen, implementation="triton")
+    found["hybrid, all dense"] = partial(hybrid, list(range(q.shape[1])))
     return found
 
 

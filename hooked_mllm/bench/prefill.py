@@ -43,7 +43,7 @@ def bench_prefill(
 
     Random token ids, batch 1, no padding, no cache, the last hidden state and no logits. At each length every variant
     is warmed up, then variants take turns, one forward each, round after round. Outputs are compared first. A variant
-    that runs out of memory is recorded as such, and the run goes on.
+    that runs out of memory is recorded as such, and the run continues.
 
     Args:
         model: A text decoder, such as `random_text_model` makes.
@@ -69,8 +69,8 @@ def bench_prefill(
     ready(out)
     contexts = sorted(dict.fromkeys(contexts))
     devices = used_devices(model)
-    asked = _settings(model, variants, name, runs, warm_up, seed, devices) | dict(settings or {})
-    record = _record(out, resume, asked)
+    run_settings = _settings(model, variants, name, runs, warm_up, seed, devices) | dict(settings or {})
+    record = _record(out, resume, run_settings)
     todo = {n: [v for v in variants if record.cell(n, v.name) is None] for n in contexts}
     if not any(todo.values()):
         return record
@@ -154,7 +154,7 @@ def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: 
 
 
 def _unless_out_of_memory(run: Callable[..., Any], *arguments: Any) -> Any:
-    """What `run` returns, or None where it does not fit: then the forward passes will tell."""
+    """What `run` returns, or None if it does not fit in memory; the forward passes then record that."""
     try:
         return run(*arguments)
     except torch.OutOfMemoryError:

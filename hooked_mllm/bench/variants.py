@@ -86,7 +86,7 @@ def prefill_variants(
     """The variants of a comparison.
 
     Args:
-        backends: Names of `BACKENDS`; "hybrid" stands for one variant a number of dense heads.
+        backends: Names of `BACKENDS`; "hybrid" is one variant for each number of dense heads.
         heads: Number of dense heads -> which.
         sink: First keys that streaming heads see.
         window: Last keys that they see.

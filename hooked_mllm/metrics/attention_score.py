@@ -32,7 +32,7 @@ class AttentionScore(HeadMetric):
 
     Retrieval attention mass (question, target, sum, mean), vision heads (question, visual, sum, mean), visual retrieval
     heads (answer, target, sum, mean), gaze heads (last, target, sum, mean) and retrieval-head scores with an argmax are
-    settings of it. With "sum", the result also tells the score of chance, `provenance["chance"]`, per layer: the mass
+    settings of it. With "sum", the result also has the chance level, `provenance["chance"]`, per layer: the mass
     of a head that attends evenly to all it sees, since the mass on K grows with the size of K. Where some heads stream
     that is the mean over the layer's heads, and `provenance["chance_by_head"]` has each.
 
@@ -113,7 +113,7 @@ class AttentionScore(HeadMetric):
         return self.scores("total", **even_attention(self.chance, self.count))
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
-        """The scores of this view, and beside a mass its chance level."""
+        """The scores of this view, and for a mass its chance level."""
         parts = super().observe(view)
         if self.reduce == "sum":
             parts["chance"] = view.chance(self.queries, self.keys)

@@ -131,7 +131,7 @@ class AttentionMetric(Metric):
         return True
 
     def synced(self) -> AbstractContextManager[Any]:
-        """Within it the states are those of all processes; for results beside `compute()`."""
+        """Synchronise the states over all processes in the body of a `with`, for results other than `compute()`."""
         return self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync and not self._is_synced)
 
     def _check_constructed(self) -> None:
@@ -143,7 +143,7 @@ class AttentionMetric(Metric):
             )
 
     def _resize(self, name: str, shape: tuple[int, ...]) -> None:
-        """Give an empty state its shape; refuse to change that of one that is in use."""
+        """Allocate an empty state; raise if one that is in use has another shape."""
         state: Tensor = getattr(self, name)
         if tuple(state.shape) == shape or (state.dim() == 3 and tuple(state.shape[1:]) == shape[1:]):
             return
@@ -250,7 +250,7 @@ class HeadMetric(AttentionMetric):
         )
 
     def keep_samples(self) -> "HeadMetric":
-        """Keep the score of every sample beside their sum, for `sample_scores`; call it before the first sample.
+        """Also keep the score of every sample, for `sample_scores`; call it before the first sample.
 
         Examples:
             >>> from hooked_mllm import metrics
@@ -268,7 +268,7 @@ class HeadMetric(AttentionMetric):
         """The score of every sample apart, over all processes, for intervals and overlaps.
 
         Raises:
-            InputError: if `keep_samples` was not asked for, or no sample was taken in.
+            InputError: If `keep_samples` was not called, or there is no sample.
         """
         if "each" not in self._defaults:
             raise InputError(f"{self!r} did not keep its samples: measure with {type(self).__name__}().keep_samples().")
@@ -340,7 +340,7 @@ class HeadMetric(AttentionMetric):
 
 
 def even_attention(chance: Float[Tensor, "layer head"], count: Int[Tensor, " layer"]) -> dict[str, Any]:
-    """What a result tells of the score of even attention: `chance` per layer, None for a layer without samples.
+    """The chance level of a result, the score of even attention: per layer, None for a layer without samples.
 
     Where some heads of a layer stream, `chance` is the mean over its heads, and `chance_by_head` has each.
     """

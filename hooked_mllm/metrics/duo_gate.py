@@ -38,7 +38,7 @@ class DuoGate:
     and falls back over the last.
 
     What the released code does differently: its full branch runs without gradients and on the hidden states of the
-    unmodified model, carried beside the gated ones in a batch of twice the size, so that a gated layer mixes outputs of
+    unmodified model, computed with the gated ones in a batch of twice the size, so that a gated layer mixes outputs of
     two streams; here both branches read the gated stream, which is the paper's formula and what a deployed model does.
     Its gates are clamped before a step and so may be saved outside [0, 1]. Its block-sparse kernel rounds `sink` and
     `recent` up to blocks of 128 tokens. To deploy, it keeps gates above 0.5 or above a quantile, ties broken by noise
@@ -114,7 +114,7 @@ class DuoGate:
             model: The model.
             samples: Samples, batches or mappings; each is one step's input.
             checkpoint: A file in which the gates are kept every `save_every` steps and when interrupted; a later call
-                with the same samples, settings and file goes on there.
+                with the same samples, settings and file resumes there.
             save_every: Steps between two savings.
             progress: Show a progress bar.
 
@@ -124,7 +124,7 @@ class DuoGate:
         Raises:
             InputError: for no sample.
             HookValueError: under an attention backend, whose place the gates would take.
-            LayoutError: for inputs that do not tell which positions are meant.
+            LayoutError: For inputs without a token layout.
             NumericsError: when the hidden states are not finite.
             CacheFileError: for a checkpoint of other settings or samples.
         """

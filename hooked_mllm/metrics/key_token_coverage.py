@@ -26,7 +26,7 @@ KIND = "hooked_mllm.CoverageCurve"
 
 @dataclass
 class CoverageCurve:
-    """Mean Key Token Coverage of the top k heads of a ranking, for every k asked for.
+    """Mean Key Token Coverage of the top k heads of a ranking, for every requested k.
 
     Args:
         ks: Numbers of heads.

@@ -1,4 +1,4 @@
-"""EvidenceAgreement: do heads look where the model's own answer comes from? Base of the two ways to find that place."""
+"""EvidenceAgreement: whether heads attend to the evidence of the model's own answer; base of two ways to find it."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ class EvidenceAgreement(ABC):
     $$\text{score}[l,h] = \sum_{j\in V} w[j]\, a^{l,h}[j],\qquad w[j] = \frac{r[j]}{\sum_{i\in V} r[i]}$$
 
     - $a[j]$: mean attention of the query tokens to visual token j; $V$: all visual tokens.
-    - $r[j] \ge 0$: how much the model's greedy answer depends on j, which a subclass tells by `relevance`.
+    - $r[j] \ge 0$: how much the model's greedy answer depends on j, which a subclass computes in `relevance`.
 
     In [0, 1], averaged over samples: `RetrievalAttentionMass` with weights in place of the annotated region. What the
     model takes its answer from need not be what it should: a wrong answer has evidence, too.
@@ -147,7 +147,7 @@ class _WeightedMass(HeadMetric):
 def with_greedy_answer(model: Model, sample: Sample, n_tokens: int) -> tuple[Sample, Tensor]:
     """The prompt followed by all but the last token of its greedy answer, and the answer's tokens.
 
-    The last rows of the logits, as many as the answer has tokens, then predict it.
+    The last rows of the logits, one per token of the answer, then predict it.
     """
     if n_tokens == 1:
         return sample, model(sample, logits_to_keep=1)[0, -1].argmax()[None].cpu()

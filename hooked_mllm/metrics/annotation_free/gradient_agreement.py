@@ -27,8 +27,8 @@ class GradientAgreement(EvidenceAgreement):
     - $y$: the greedy answer; the log-odds have the direction of the gradient of log p, and do not fade where the model
       is sure.
 
-    In [0, 1], averaged over samples. Beside the measurement, two forward passes and a backward pass a sample; this one
-    keeps the activations of all layers, far more memory than measuring.
+    In [0, 1], averaged over samples. Besides the measurement it needs two forward passes and a backward pass per
+    sample, which keeps the activations of all layers: far more memory than measuring.
 
     Args:
         rule: "norm" (squared length of the gradient) or "gradient_x_input" (its product with the features).

@@ -26,7 +26,7 @@ class OcclusionAgreement(EvidenceAgreement):
 
     In [0, 1], averaged over samples. From coarse to fine: first whole windows of tokens are occluded, then each token
     of the windows that mattered most; all other tokens have no weight. That is about `(1 + refine) * sqrt(|V|)`
-    forward passes a sample, vision tower included. Evidence that stands in two places is missed: without either, the
+    forward passes a sample, vision tower included. Evidence that is in the image twice is missed: without either, the
     other still gives the answer.
 
     Args:

@@ -23,8 +23,8 @@ class ParaphraseConsistency(QuestionScore):
     - $P(x)$: `wordings` paraphrases of question x; $a_w[j]$: mean attention of the tokens of w to visual token j.
     - $T_x$: the `ceil(share * |V|)` visual tokens that gain most.
 
-    In [0, 1], averaged over samples. As `QuestionContrast`, and it also takes away what follows the words rather than
-    the meaning: a token counts only with what every wording gives it.
+    In [0, 1], averaged over samples. As `QuestionContrast`, and it also subtracts attention that follows the words
+    rather than the meaning: a token counts only with the attention that every wording gives it.
 
     Args:
         wordings: How many paraphrases of each question stand together in a batch.
@@ -88,7 +88,7 @@ class ParaphraseConsistency(QuestionScore):
         if questions is None:
             chosen = list(chosen)
             questions = [s.question for s in chosen]
-        # questions that can be worded alike ask the same: one of them stands for all
+        # questions that share a wording have the same meaning: one of them represents all
         pool = list(dict.fromkeys(tuple(reword(paraphrase, text, self.wordings)) for text in questions))
         rng = np.random.default_rng(seed)
         for sample in chosen:
@@ -99,13 +99,13 @@ class ParaphraseConsistency(QuestionScore):
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer 1 head"]:
         """One number per layer and head of a group of questions."""
-        asked, rest = divmod(view.batch, self.wordings)
-        if rest or asked < 2:
+        n_questions, rest = divmod(view.batch, self.wordings)
+        if rest or n_questions < 2:
             raise InputError(
                 f"Expected two questions at least, {self.wordings} wordings each; the batch holds {view.batch} "
                 f"prompts. {self.advice}"
             )
-        a = self.profiles(view).unflatten(1, (asked, self.wordings))
+        a = self.profiles(view).unflatten(1, (n_questions, self.wordings))
         mean = a.mean(2)
-        others = (mean.sum(1, keepdim=True) - mean) / (asked - 1)
+        others = (mean.sum(1, keepdim=True) - mean) / (n_questions - 1)
         return self.focused(a.amin(2) - others).mean(1, keepdim=True)

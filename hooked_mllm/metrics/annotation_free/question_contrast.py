@@ -24,9 +24,9 @@ class QuestionContrast(QuestionScore):
     - $T_x$: the `ceil(share * |V|)` visual tokens that gain most. With `share=1` the score is the mass that moves: for
       two questions of equal visual mass, their total variation distance.
 
-    In [0, 1], averaged over samples. A head that looks at the same tokens whatever is asked scores 0, as under a null
-    query; a head whose attention merely spreads otherwise scores little, since few tokens are counted. It is not known
-    that the tokens gained are the right ones.
+    In [0, 1], averaged over samples. A head that attends to the same tokens for every question scores 0, as under a
+    null query; a head whose attention only spreads differently scores little, since few tokens are counted. The tokens
+    that gain attention need not be the right ones.
 
     Args:
         queries: Name of the mask of query tokens.
@@ -68,7 +68,7 @@ class QuestionContrast(QuestionScore):
         n: int = 4,
         seed: int = 0,
     ) -> Iterator[SharedPrefix]:
-        """Each sample's prompt beside the same prompt with other questions; what comes before them is run once.
+        """Each sample's prompt with the same prompt under other questions; the shared prefix is run once.
 
         Args:
             model: A `HookedMLLM`.

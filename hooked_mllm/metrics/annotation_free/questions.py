@@ -25,7 +25,7 @@ T = TypeVar("T")
 class QuestionScore(HeadMetric):
     """Base of scores on batches of several questions about the same pictures, each batch counted as one sample."""
 
-    #: what a batch of another kind is told
+    #: the error for a batch of another kind
     advice = ""
 
     def __init__(self, *, queries: str, share: float | int) -> None:
@@ -45,8 +45,8 @@ class QuestionScore(HeadMetric):
         Raises:
             InputError: if the prompts of the batch are not the same up to their questions.
         """
-        tokens, real, asked = view.context.tokens, ~view.mask("padding"), view.question
-        before = [tokens[row][real[row]][: int(asked[row][real[row]].int().argmax())] for row in range(view.batch)]
+        tokens, real, question = view.context.tokens, ~view.mask("padding"), view.question
+        before = [tokens[row][real[row]][: int(question[row][real[row]].int().argmax())] for row in range(view.batch)]
         for row in range(1, view.batch):
             if not torch.equal(before[row], before[0]):
                 raise InputError(f"Prompts 0 and {row} of the batch differ before their questions. {self.advice}")

@@ -1,4 +1,4 @@
-"""Scores that take away what the head pays to the same tokens under a null query."""
+"""Scores calibrated by a null query: minus the attention of the head on the same tokens under it."""
 
 import torch
 from torch import Tensor

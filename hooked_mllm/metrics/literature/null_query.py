@@ -1,4 +1,4 @@
-"""The null query: the same prompt with an empty question, to take away what a head does whatever is asked."""
+"""The null query: the same prompt with an empty question, to subtract attention that no question changes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from hooked_mllm.measuring.shared_prefix import SharedPrefix
 
 @dataclass(frozen=True)
 class NullQuery:
-    """Puts a text that asks nothing in the place of each sample's question.
+    """Replaces each sample's question by a text without a question.
 
     The tokens before the question stay as they are, so that every visual token has the position and the key it had; the
     question's own are replaced by those of `text`, and all behind them move. `model.measure` therefore runs the tokens
@@ -26,7 +26,7 @@ class NullQuery:
     prompts are run whole.
 
     Args:
-        text: What stands for the question.
+        text: The text in place of the question.
         reuse_prefix: False makes plain batches, padded on the left, of which every prompt is run whole.
 
     Source: arXiv:2506.09944 (QRHead, calibration with "N/A"); arXiv:2605.27243.
@@ -96,7 +96,7 @@ class NullQuery:
 
 
 def check_pairs(view: AttentionView) -> None:
-    """Refuse a batch that is not one of (sample, null query) pairs.
+    """Raise for a batch that does not consist of (sample, null query) pairs.
 
     Raises:
         InputError: naming the first that does not match.

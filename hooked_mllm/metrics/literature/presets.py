@@ -39,13 +39,13 @@ class VisualRetrievalHeads(AttentionScore):
 
 
 class GazeHeads(AttentionScore):
-    r"""Gaze heads: the attention that the prompt's last token pays to the region that is asked about.
+    r"""Gaze heads: the attention of the prompt's last token on the target region.
 
     $$\text{Gaze}[l,h] = \sum_{j\in K^*} A^{l,h}[n,j]$$
 
-    - $n$: the last position of the prompt; $K^*$: the visual tokens of the region asked about.
+    - $n$: the last position of the prompt; $K^*$: the visual tokens of the target region.
 
-    In [0, 1], averaged over samples, one for each region asked about. The mass is not divided by that on all regions: a
+    In [0, 1], averaged over samples, one for each target region. The mass is not divided by that on all regions: a
     head that ignores the image would look perfect by its ratios. `provenance["chance"]` is the score of even attention.
 
     The paper draws its random controls among heads of low score; `HeadScores.random(like=...)` draws them in the same

@@ -93,7 +93,7 @@ class SparseMMHeads(HeadMetric):
     - $G$: the positions whose output is the answer's tokens; $K^*$: the visual tokens of the text's box.
 
     Averaged over samples. One sample is one piece of text: its answer is the text and its target the box. A document of
-    many pieces is many samples, and the paper's score of the document is the sum of theirs. Not bounded by 1: it
+    many pieces is many samples, and the paper's score of the document is the sum of their scores. Not bounded by 1: it
     grows with the answer's length over the box's size, which favours small boxes.
 
     What the released code does differently: it transcribes the whole document and counts a generated token only if it

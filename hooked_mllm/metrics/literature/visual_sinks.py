@@ -1,4 +1,4 @@
-"""Visual attention sinks: image tokens that draw attention without carrying what is asked for."""
+"""Visual attention sinks: image tokens with high attention that do not carry the answer."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def sink_strength(
 def massive_dims(residual: Float[Tensor, "batch pos d_model"], k: int = 2) -> tuple[int, ...]:
     """The `k` dimensions in which the first token's residual stream is largest: candidates for `dims`.
 
-    An adaptation of ours for models whose sink dimensions nobody has printed (as Qwen3 and InternVL3.5): the massive
+    Our adaptation for models without published sink dimensions (such as Qwen3 and InternVL3.5): the massive
     activations sit where the first token, the strongest sink, has them. Take the residual of a middle layer of one
     unpadded sample, `cache["resid_pre", layer]`, and look at several.
 
@@ -105,7 +105,7 @@ class VisualSinkShare(HeadMetric):
 
 
 class VisualNonSinkRatio(VisualSinkShare):
-    r"""The share of a head's attention on the image that falls beside the visual sinks: $1 - r$ of `VisualSinkShare`.
+    r"""The share of a head's attention on the image that is not on visual sinks: $1 - r$ of `VisualSinkShare`.
 
     Args:
         dims: The sink dimensions D.
@@ -121,5 +121,5 @@ class VisualNonSinkRatio(VisualSinkShare):
     """
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
-        """The share beside sinks."""
+        """The share outside sinks."""
         return 1.0 - super().score(view)
