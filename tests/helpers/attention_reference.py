@@ -113,3 +113,17 @@ def random_layers(
             visible &= j > i - window
         attention.append(softmax_attention(q[layer].float().numpy(), k[layer].float().numpy(), visible, scale[layer]))
     return Layers(q, k, mask, scale, masks, np.stack(attention))
+
+
+CASES = {
+    "one-sample": {},
+    "one-scale": {"one_scale": True},
+    "multi-head": {"heads": 3, "kv_heads": 3},
+    "multi-query": {"heads": 6, "kv_heads": 1, "d_head": 5},
+    "left-padded": {"lengths": (23, 17, 20), "padding_side": "left"},
+    "right-padded": {"lengths": (23, 17, 20), "padding_side": "right"},
+    "sliding-window": {"window": 5, "n_layers": 4},
+    "windows-and-padding": {"window": 7, "n_layers": 3, "lengths": (19, 31), "padding_side": "left"},
+}
+# scratch memory in bytes -> everything at once, some layers, one key head, one query at a time
+BUDGETS = [1 << 30, 40_000, 4_000, 1]
