@@ -137,7 +137,7 @@ def test_kernel(run, tmp_path):
     status, _, err = run("kernel", *small, "--dense", 9, "--tokens", 64)
     assert (
         status == 2
-        and err.startswith("hooked-mllm bench kernel: error: Expected at most as many")
+        and err.startswith("hooked-mllm bench kernel: error: Expected no more dense heads than heads")
         and "9 dense of 4" in err
     )
 
