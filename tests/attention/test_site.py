@@ -8,7 +8,6 @@ from helpers.eager_reference import Reference
 from helpers.tiny import ALL_FAMILIES
 from helpers.wrapped import LAYERS, edit, in_place, model_inputs, noise, plain, returned, wrapped
 from hooked_mllm.attention.streaming import StreamingHeads
-from hooked_mllm.errors import HookValueError
 
 POINTS = ["rot_q", "rot_k", "v", "attn_scores", "pattern", "z"]
 PREFIX = {"text": "", "vision": "vision."}
@@ -173,53 +172,6 @@ def test_edits_of_k_and_v_are_what_is_cached_in_place_or_returned(family, point)
     assert all(torch.equal(x, y) for x, y in zip(cached_a[0], kept[0], strict=True))
 
 
-# -- other attention ---------------------------------------------------------------------------------------------------
-
-
-def own_attention(q, k, v, mask, scale, layer):
-    """A user's backend: eager attention over the rows of the model's mask."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask.full()[:, None], torch.finfo(q.dtype).min)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
-
-
-@pytest.mark.parametrize("tower", ["text", "vision"])
-@torch.no_grad()
-def test_a_named_implementation_runs_for_a_while(family, tower):
-    inputs, model = model_inputs(family, 2, 2), wrapped(family)
-    reference = plain(family, "eager") if tower == "text" else plain(family)
-    key = {f"{t}_config": "eager" if t == tower else "sdpa" for t in ("text", "vision")}
-    own = {name: getattr(reference.config, name)._attn_implementation for name in key}
-    reference.set_attn_implementation(key)
-    with model.attention("eager", tower=tower):
-        assert torch.equal(model(inputs), reference(**inputs).logits)
-        hooked, _ = model.run_with_cache(inputs)
-        assert torch.equal(hooked, reference(**inputs).logits)
-    reference.set_attn_implementation(own)
-    assert torch.equal(model(inputs), plain(family)(**inputs).logits)
-
-
-@pytest.mark.parametrize("tower", ["text", "vision"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
-def test_a_users_own_backend_equals_eager(family, tower, side):
-    inputs, model = model_inputs(family, 2, 2, False, side), wrapped(family)
-    layers, real = [], inputs["attention_mask"].bool()
-
-    def backend(q, k, v, mask, scale, layer):
-        layers.append(layer)
-        return own_attention(q, k, v, mask, scale, layer)
-
-    with model.attention(backend, tower=tower):
-        got = model(inputs)
-        with_hook = model.run_with_hooks(inputs, fwd_hooks=[("blocks.1.attn.hook_z", lambda z, hook: z * 0)])
-    close(got[real], plain(family, "eager")(**inputs).logits[real])
-    count = model.cfg.n_layers if tower == "text" else model.cfg.vision_n_layers
-    assert layers == [*range(count)] * 2
-    assert (with_hook - got)[real].abs().max() > 0.01
-    assert torch.equal(model(inputs), plain(family)(**inputs).logits)
-
-
 class Windowed:
     """A user's backend that says what it sees: a window in the layers named, the model's own attention elsewhere."""
 
@@ -255,53 +207,3 @@ def test_a_users_backend_that_restricts_is_called_where_it_does(family):
     assert (pattern.masked_fill(~far, 0).transpose(1, 2)[real] == 0).all()
     v = cache["v", 1].repeat_interleave(2, dim=2)
     close(cache["z", 1][real], torch.einsum("bhqk,bkhd->bqhd", pattern, v)[real])
-
-
-@torch.no_grad()
-def test_backends_nest_and_leave_when_the_body_raises(family):
-    inputs, model = model_inputs(family), wrapped(family)
-
-    def zero(q, k, v, mask, scale, layer):
-        return torch.zeros_like(q.transpose(1, 2))
-
-    with pytest.raises(KeyboardInterrupt), model.attention(own_attention):
-        with model.attention(zero):
-            nothing = model(inputs)
-        close(model(inputs), plain(family)(**inputs).logits)
-        assert (nothing - model(inputs)).abs().max() > 0.1
-        raise KeyboardInterrupt
-    assert torch.equal(model(inputs), plain(family)(**inputs).logits)
-
-
-@pytest.mark.parametrize(
-    ("returned", "got"),
-    [
-        (lambda q: q, r"returned \[1, 4, \d+, 8\] in layer 0"),  # [batch head query d_head], as SDPA gives it
-        (lambda q: (q, None), "returned a tuple"),
-        (lambda q: q.transpose(1, 2)[:, 1:], r"returned \[1, \d+, 4, 8\]"),
-    ],
-)
-@torch.no_grad()
-def test_a_backend_that_returns_another_shape_is_refused(returned, got):
-    inputs, model = model_inputs("qwen3_vl"), wrapped("qwen3_vl")
-    with model.attention(lambda q, k, v, mask, scale, layer: returned(q)):
-        with pytest.raises(HookValueError, match=rf"{got}.*expected z \[batch query head d_head\].*transpose"):
-            model(inputs)
-    assert torch.equal(model(inputs), plain("qwen3_vl")(**inputs).logits)
-
-
-@torch.no_grad()
-def test_generation_under_a_backend(family):
-    inputs, model = model_inputs(family), wrapped(family)
-    with model.attention(own_attention):
-        got = model.generate(inputs, max_new_tokens=4, do_sample=False)
-    expected = plain(family, "eager").generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert torch.equal(got, expected)
-
-
-def test_unknown_attention_is_refused():
-    model = wrapped("internvl")
-    with pytest.raises(HookValueError, match="no attention implementation 'spda'"), model.attention("spda"):
-        pytest.fail("entered")
-    with pytest.raises(HookValueError, match="tower is 'text' or 'vision'; got 'ear'"), model.attention("eager", "ear"):
-        pytest.fail("entered")

@@ -5,7 +5,6 @@ import torch
 
 from helpers.tiny import ALL_FAMILIES, FAMILIES, tiny_image
 from helpers.wrapped import LAYERS, in_place, model_inputs, plain, wrapped
-from hooked_mllm.errors import InputError
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 KINDS = {
@@ -180,8 +179,3 @@ def test_a_prepared_batch_generates_as_its_samples_alone(family):
     for row, sample in zip(together, batch, strict=True):
         alone = new_tokens(model.generate(sample, eos_token_id=None, **GREEDY), sample.inputs)[0]
         assert torch.equal(row, alone)
-
-
-def test_padding_on_the_right_is_refused(family):
-    with pytest.raises(InputError, match="padded on the right.*padding_side='left'"):
-        wrapped(family).generate(model_inputs(family, 1, 2, False, "right"), **GREEDY)
