@@ -1,9 +1,10 @@
-"""Writes the toy's model card and the picture of its training from `training.json`, and from nothing else."""
+"""Writes the toy's model card and the picture of its training, both only from the files of the checkpoint."""
 
 import json
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from hooked_mllm.heads import head_name
 from hooked_mllm.storage import write_figure, write_text
@@ -17,32 +18,32 @@ pipeline_tag: image-text-to-text
 # {name}: a {kind} model
 
 {architecture}.
-{parameters:,} parameters in all, trained from scratch on a synthetic visual-retrieval task
+{parameters:,} parameters in total, trained from scratch on a synthetic visual-retrieval task
 (`hooked_mllm.toys.VisualRetrieval`): 16 coloured shapes on 1, 2 or 4 pages of 6 x 6 cells, up to {filler} filler words,
-then the question for the colour of one. {pages}
+then a question about the colour of one. {pages}
 
 It also finds one moment in a short video (`hooked_mllm.toys.VideoRetrieval`): 2, 3 or 4 moments of two frames, 4 shapes
-a moment in 3 x 3 cells, the same filler and questions. {videos}
+per moment in 3 x 3 cells, the same filler and questions. {videos}
 
 {heads}
 
-It knows {vocabulary} words. It has never seen a photograph or a filmed video, though both run through it.
+Its vocabulary has {vocabulary} tokens. It was not trained on photographs or filmed videos, but accepts both as input.
 
 ## Training
 
 Pages first: `{first_command}`: {first[done]} steps of {first[batch]} scenes with
 {first[turns]} questions each{first[cut]}, {first[seconds]:.0f} s on one {first[machine]}{first[shared]}.
-Whether and when the accuracy takes off depends on the seed.
+Whether and when the accuracy rises depends on the seed.
 {losses}
 
 Then pages and videos: `{command}`:
 {done} steps of {batch} scenes, {share:.0%} of the batches videos,
 {seconds:.0f} s on one {machine} shared by several runs{ended}.{dropouts}
-Recipes, curves and report are in `training.json`; this card is written from it.
+Recipes, curves and report are in `training.json`, from which this card is generated.
 
-## Measured
+## Results
 
-On {examples} held-out examples, by plain transformers ({evaluated_on}); chance is 0.125.
+On {examples} held-out examples, with plain transformers ({evaluated_on}); chance is 0.125.
 
 | | 1 page | 2 pages | 4 pages |
 |---|---|---|---|
@@ -66,7 +67,7 @@ The same on videos of 4 moments: {video_ram_top}.
 |---|---|
 {video_zeroed}
 
-| heads that see everything, the others only the first {sink} and the last {near} tokens, 4 pages | accuracy |
+| heads that see all tokens; others see the first {sink} and the last {near} tokens; 4 pages | accuracy |
 |---|---|
 {hybrid}
 """
@@ -77,32 +78,32 @@ ARCHITECTURE = {
     "internvl": "InternVL: 6 Qwen3 layers of 8 heads on 4 kv heads over an InternViT tower of 2 blocks",
 }
 PAGES = {
-    "qwen3_vl": "A page is 36 visual tokens, one a cell.",
-    "llava_onevision": "A page alone is a base view of 36 tokens, one a cell, and 6 high-resolution rows of 6\n"
+    "qwen3_vl": "A page is 36 visual tokens, one per cell.",
+    "llava_onevision": "A single page is a base view of 36 tokens, one per cell, and 6 high-resolution rows of 6\n"
     "tokens with a newline token after each; one of several pages is 36 tokens and one newline token.",
-    "internvl": "A page is 4 tiles of 9 visual tokens, one a cell, and a thumbnail of 9\nthat see 2 x 2 cells each.",
+    "internvl": "A page is 4 tiles of 9 visual tokens, one per cell, and a thumbnail of 9\nthat see 2 x 2 cells each.",
 }
 VIDEOS = {
-    "qwen3_vl": "A moment is 36 visual tokens, 2 x 2 a cell, after\nits time in words.",
-    "llava_onevision": "A frame is 9 visual\ntokens, one a cell; one newline token ends the video.",
-    "internvl": "A frame is 9 visual\ntokens, one a cell, after its number in words.",
+    "qwen3_vl": "A moment is 36 visual tokens, 2 x 2 per cell, after\nits time as text.",
+    "llava_onevision": "A frame is 9 visual\ntokens, one per cell; one newline token ends the video.",
+    "internvl": "A frame is 9 visual\ntokens, one per cell, after its number as text.",
 }
 PLANTED = """\
-**Its retrieval heads were planted.** While the model was young, heads {planted} were the only ones
-allowed to attend farther back than {window} tokens (every other head: for the first half of training always, after that
-in {local:.0%} of the steps), and the only ones spared from the head dropout of the rest ({dropout}).
-That these four retrieve is therefore no finding. It is a known truth to check methods against. It says nothing about
-what training does by itself, nor about large models."""
+**Its retrieval heads were planted.** Early in training, heads {planted} were the only ones that could
+attend to more than the last {window} tokens (the window of all others was active in every step of the first half of
+training, and in {local:.0%} of the later steps), and the only ones without the head dropout of the others ({dropout}).
+That these four retrieve is therefore not a finding, but a known ground truth for checking methods. It permits no
+conclusion about training without constraints, nor about large models."""
 FREE = """\
-**No constraint was put on its heads.** Every head could attend to the whole past in every step of training, and head
-dropout ({dropout}) fell on all alike: which heads retrieve is what training made of it, for this task, this size and
-this seed. Compare it with the planted models before taking what they show for what training does by itself. Unlike
-`toy-qwen3-vl` it was trained with the naming loss and the stage of few shapes described below."""
-TIMED = " (the end was set by `--seconds`,\nand the learning rate fell with the time)"
+**No constraint was put on its heads.** Every head could attend to all earlier tokens in every step of training, and
+head dropout ({dropout}) was the same for all: which heads retrieve is a result of training, for this task, size and
+seed. Compare it with the planted models before generalizing from them. Unlike `toy-qwen3-vl` it was trained with the
+naming loss and the stage of few shapes described below."""
+TIMED = " (until the time limit of `--seconds`,\nwith a learning rate that decreased with time)"
 NAMING = """\
-Beside the loss at the answers: the same answer asked from the shape word on (faded to a tenth), and the visual token of
-each drawn cell naming its shape (faded out by 80% of the steps). First one page with {few} shapes, then one with 16,
-then all."""
+In addition to the loss at the answers: a loss of the same answer from the shape word on (faded to a tenth), and one of
+the shape's name at the visual token of each drawn cell (faded out by 80% of the steps). First one page with {few}
+shapes, then one with 16, then all."""
 
 
 def write_card(folder: Path) -> None:
@@ -147,29 +148,29 @@ def write_card(folder: Path) -> None:
         zeroed=rows(report["zeroed"]),
         video_zeroed=rows(video["zeroed"]),
         sink=report["hybrid_sink"],
-        near=report["hybrid_window"],
+        near=report["hybrid_window"],  # width of the window
         hybrid=rows(report["hybrid"]),
     )
     write_text(folder / "README.md", "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
 
 
-def rows(table: dict) -> str:
+def rows(table: dict[str, float]) -> str:
     """Names and values as the rows of a table."""
     return "\n".join(f"| {name} | {value:.3f} |" for name, value in table.items())
 
 
-def cells(table: dict) -> str:
+def cells(table: dict[str, float]) -> str:
     """Values as the cells of one row."""
     return " | ".join(f"{value:.3f}" for value in table.values())
 
 
-def listed(scores: dict) -> str:
+def listed(scores: dict[str, float]) -> str:
     """Heads and their scores in a sentence."""
     return ", ".join(f"{head} {value:.3f}" for head, value in scores.items())
 
 
-def command(out: str, family: str, recipe: dict, steps: int) -> str:
-    """The call of `train_toy.py` that follows the recipe."""
+def command(out: str, family: str, recipe: dict[str, Any], steps: int) -> str:
+    """The call of `train_toy.py` with the settings of the recipe."""
     text = f"python examples/train_toy.py --out {out} --seed {recipe['seed']} --steps {steps}"
     text += f" --family {family}" if family != "qwen3_vl" else ""
     text += " --free" if recipe.get("free", False) else ""
@@ -182,34 +183,34 @@ def command(out: str, family: str, recipe: dict, steps: int) -> str:
     return text
 
 
-def run_facts(report: dict) -> dict:
-    """What a card says of one run."""
+def run_facts(report: dict[str, Any]) -> dict[str, Any]:
+    """The facts of one run that a card states."""
     recipe, done = report["recipe"], report["curve"][-1]["step"]
-    cut = " (cut short by `--seconds`)" if recipe["steps"] - done >= 20 else ""
+    cut = " (until the time limit of `--seconds`)" if recipe["steps"] - done >= 20 else ""
     shared = " shared by several runs" if "few" in recipe else ""
     return {**recipe, "done": done, "cut": cut, "shared": shared, "seconds": report["seconds"],
             "machine": report["machine"]}  # fmt: skip
 
 
-def dropouts(recipe: dict) -> str:
-    """What else dropped out in the second run."""
+def dropouts(recipe: dict[str, Any]) -> str:
+    """The additional dropout of the second run."""
     text = ""
     if recipe["layer_dropout"]:
-        spared = " but for the planted" if not recipe["free"] else ""
-        text += f"In {recipe['layer_dropout']:.0%} of the samples one layer lost all its heads{spared}.\n"
+        exception = " except planted ones" if not recipe["free"] else ""
+        text += f"In {recipe['layer_dropout']:.0%} of the samples one layer lost all its heads{exception}.\n"
     if recipe["planted_dropout"]:
         text += f"In {recipe['planted_dropout']:.0%} of them planted heads were dropped, each with probability 1/2\n"
         text += "but never all, so that each of the four learns to retrieve.\n"
     if recipe.get("split"):
         layer, source, copy = map(int, recipe["split"].split(":"))
         names = head_name(layer, copy), head_name(layer, source)
-        text += f"Before that, {names[0]}, which hardly retrieved, was made a copy of {names[1]}: the same\n"
-        text += "queries, half of the output each.\n"
+        text += f"Before that, {names[0]}, which retrieved little, was replaced by a copy of {names[1]}: the\n"
+        text += "same queries, half of the output each.\n"
     return "\n" + text.rstrip() if text else ""
 
 
 def plot_curve(folder: Path, picture: Path) -> None:
-    """Accuracy on the training scenes (a running mean) against the step, the stages shaded apart."""
+    """Running mean of the accuracy on training scenes against the step, with a background colour for each stage."""
     import matplotlib.pyplot as plt
 
     report = json.loads((folder / "training.json").read_text())

@@ -1,4 +1,4 @@
-"""What the toy can do and where its retrieval heads are, by plain transformers alone.
+"""Accuracy and retrieval heads of a toy, measured with plain transformers.
 
 Run it on a checkpoint folder to measure again and update its `training.json`:
 
@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from toy_families import FAMILIES
 from toy_videos import VIDEOS
 from transformers import AttentionInterface, AutoModelForImageTextToText, AutoProcessor
@@ -28,12 +31,12 @@ from hooked_mllm.toys.task import PAGES
 from hooked_mllm.toys.video_task import MOMENT_S, MOMENTS
 
 Heads = Iterable[tuple[int, int]]
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+Batch = tuple[dict[str, Tensor], Int[Tensor, " sample"]]
 HYBRID, SINK, WINDOW = "toy_hybrid", 4, 16
 
 
 class Witness:
-    """The checkpoint under plain transformers."""
+    """The checkpoint with plain transformers."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
@@ -43,18 +46,18 @@ class Witness:
         self.model.eval().to(device)
         self.device = device
 
-    def inputs(self, examples: list[Example] | list[VideoExample]) -> dict[str, torch.Tensor]:
+    def inputs(self, examples: list[Example] | list[VideoExample]) -> dict[str, Tensor]:
         """A left-padded batch."""
         texts = []
         for e in examples:
-            shown = ["video"] if isinstance(e, VideoExample) else ["image"] * len(e.images)
-            content = [*({"type": kind} for kind in shown), {"type": "text", "text": e.question}]
+            kinds = ["video"] if isinstance(e, VideoExample) else ["image"] * len(e.images)
+            content = [*({"type": kind} for kind in kinds), {"type": "text", "text": e.question}]
             messages = [{"role": "system", "content": e.system or ""}, {"role": "user", "content": content}]
             texts.append(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        given: dict = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-        films, paged = video_arguments(examples), [[*e.images] for e in examples if isinstance(e, Example)]
-        batch = self.processor(text=texts, **(films or {"images": paged}), **given)
-        return {name: tensor.to(self.device) for name, tensor in batch.items() if isinstance(tensor, torch.Tensor)}
+        options: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+        images = {"images": [[*e.images] for e in examples if isinstance(e, Example)]}
+        batch = self.processor(text=texts, **(video_arguments(examples) or images), **options)
+        return {name: tensor.to(self.device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
 
     def batches(self, examples: list[Example] | list[VideoExample], size: int = 128) -> list[Batch]:
         """The examples as batches of model inputs, with the token ids of the answers."""
@@ -64,14 +67,14 @@ class Witness:
 
     @torch.no_grad()
     def accuracy(self, batches: list[Batch], zeroed: Heads = ()) -> float:
-        """Share of examples whose next token is the right colour, with the z of some heads set to zero."""
+        """Share of examples with the right colour as next token, with the z of some heads set to zero."""
         layers = self.model.model.language_model.layers
         handles = []
         for layer, head in zeroed:
             width = layers[layer].self_attn.head_dim
 
-            def zero(module, args, head=head, width=width):
-                z = args[0].clone()
+            def zero(module: nn.Module, args: tuple[Tensor], head: int = head, width: int = width) -> tuple[Tensor]:
+                z = args[0].clone()  # [sample pos (head d_head)]
                 z[..., head * width : (head + 1) * width] = 0
                 return (z,)
 
@@ -84,8 +87,8 @@ class Witness:
             handle.remove()
         return torch.cat(right).double().mean().item()
 
-    def target_tokens(self, e: Example | VideoExample) -> torch.Tensor:
-        """Where in the prompt the tokens that see the target's cell are."""
+    def target_tokens(self, e: Example | VideoExample) -> Int[Tensor, " token"]:
+        """Positions in the prompt of the tokens that see the target's cell."""
         if isinstance(e, VideoExample):
             moment, (x, y, _, _) = int(e.target.start_s // MOMENT_S), e.target.box
             cell = int(y) // VIDEO_CELL * VIDEO_GRID + int(x) // VIDEO_CELL
@@ -94,54 +97,68 @@ class Witness:
         return self.family.seen_by(len(e.images), cell)[e.target.image]
 
     @torch.no_grad()
-    def retrieval_attention_mass(self, examples: list[Example] | list[VideoExample], batch: int = 32) -> np.ndarray:
-        """Mean over question tokens of the attention on the target's tokens, `[layer head]`; eager attention only."""
+    def retrieval_attention_mass(
+        self, examples: list[Example] | list[VideoExample], batch: int = 32
+    ) -> Float[np.ndarray, "layer head"]:
+        """Mean over question tokens of the attention on the target's tokens; needs eager attention."""
         total = 0.0
         for i in range(0, len(examples), batch):
             part = examples[i : i + batch]
             inputs = self.inputs(part)
-            attentions = torch.stack(self.model(**inputs, output_attentions=True, use_cache=False).attentions)
-            for row, e in enumerate(part):
-                start = int(inputs["attention_mask"][row].argmax())  # left padding
+            attentions = self.model(**inputs, output_attentions=True, use_cache=False).attentions
+            pattern = torch.stack(attentions)  # [layer sample head query key]
+            for sample, e in enumerate(part):
+                start = int(inputs["attention_mask"][sample].argmax())  # left padding
                 keys = start + self.target_tokens(e)
                 # after the question: <|im_end|> <|im_start|> assistant
                 n = len(self.processor.tokenizer(e.question)["input_ids"])
-                question = attentions[:, row, :, -3 - n : -3]
+                question = pattern[:, sample, :, -3 - n : -3]  # [layer head query key]
                 total = total + question[..., keys].double().sum(-1).mean(-1).cpu().numpy()
         return total / len(examples)
 
 
 def video_arguments(examples: Sequence[Example | VideoExample]) -> dict[str, Any]:
-    """The examples' videos as a processor takes them, all frames kept; none, no arguments."""
-    films = [e.video for e in examples if isinstance(e, VideoExample)]
-    if not films:
+    """The processor's arguments for the examples' videos with all frames; empty without videos."""
+    videos = [e.video for e in examples if isinstance(e, VideoExample)]
+    if not videos:
         return {}
-    numbers = [[round(t * film.fps) for t in film.times_s] for film in films]
+    indices = [[round(t * video.fps) for t in video.times_s] for video in videos]
     metadata = [
-        VideoMetadata(total_num_frames=len(film), fps=film.fps, frames_indices=shown, width=film.width,
-                      height=film.height, duration=len(film) / film.fps)
-        for film, shown in zip(films, numbers, strict=True)
+        VideoMetadata(total_num_frames=len(video), fps=video.fps, frames_indices=frames, width=video.width,
+                      height=video.height, duration=len(video) / video.fps)
+        for video, frames in zip(videos, indices, strict=True)
     ]  # fmt: skip
-    frames = [torch.from_numpy(film.frames).permute(0, 3, 1, 2).contiguous() for film in films]
-    how = {"input_data_format": "channels_first", "do_sample_frames": False}
-    return {"videos": frames, "video_metadata": metadata, "videos_kwargs": how}
+    to_channels_first = "frame row col channel -> frame channel row col"
+    frames = [rearrange(torch.from_numpy(video.frames), to_channels_first).contiguous() for video in videos]
+    options = {"input_data_format": "channels_first", "do_sample_frames": False}
+    return {"videos": frames, "video_metadata": metadata, "videos_kwargs": options}
 
 
 class Hybrid:
-    """Attention in which all but the `dense` heads see only the first `SINK` and the last `WINDOW` tokens."""
+    """Attention in which all heads but the `dense` ones see only the first `SINK` and the last `WINDOW` tokens."""
 
     def __init__(self, dense: Heads) -> None:
         self.dense = set(dense)
         AttentionInterface.register(HYBRID, self)
         AttentionMaskInterface.register(HYBRID, eager_mask)
 
-    def __call__(self, module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-        """The function transformers calls for every layer."""
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Float[Tensor, "batch head pos d_head"],
+        key: Float[Tensor, "batch kv_head pos d_head"],
+        value: Float[Tensor, "batch kv_head pos d_head"],
+        attention_mask: Float[Tensor, "batch 1 pos pos"],
+        scaling: float,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Float[Tensor, "batch pos head d_head"], None]:
+        """The attention of one layer."""
         groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        key, value = (repeat(x, "batch kv pos d -> batch (kv group) pos d", group=groups) for x in (key, value))
         mask = attention_mask.expand(-1, query.shape[1], -1, -1).clone()
-        place = (mask[:, 0, -1] == 0).cumsum(-1) - 1  # position among the tokens that are not padding
-        near = (place[:, :, None] - place[:, None] < WINDOW) | (place[:, None] < SINK)
+        position = (mask[:, 0, -1] == 0).cumsum(-1) - 1  # [batch pos], padding not counted
+        near = (position[:, :, None] - position[:, None] < WINDOW) | (position[:, None] < SINK)  # [batch query key]
         for head in range(query.shape[1]):
             if (module.layer_idx, head) not in self.dense:
                 mask[:, head].masked_fill_(~near, torch.finfo(mask.dtype).min)
@@ -149,15 +166,15 @@ class Hybrid:
         return z.transpose(1, 2), None
 
 
-def ranking(scores: np.ndarray) -> list[tuple[int, int]]:
+def ranking(scores: Float[np.ndarray, "layer head"]) -> list[tuple[int, int]]:
     """Heads from the highest score to the lowest."""
     return [divmod(int(i), scores.shape[1]) for i in np.argsort(-scores, axis=None, kind="stable")]
 
 
-def evaluate(folder: Path, device: torch.device, n: int) -> dict:
-    """Accuracy by page count and precision, the RAM map, and on four pages what zeroing or narrowing heads does."""
+def evaluate(folder: Path, device: torch.device, n: int) -> dict[str, Any]:
+    """Accuracy by page count and precision, the RAM map, and accuracy on four pages with heads zeroed or streaming."""
     witness = Witness(folder, device, torch.float32)
-    report: dict = {"parameters": sum(p.numel() for p in witness.model.parameters())}
+    report: dict[str, Any] = {"parameters": sum(p.numel() for p in witness.model.parameters())}
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     report |= {"examples": n, "evaluated_on": f"{machine}, transformers {transformers.__version__}"}
     tasks = {pages: VisualRetrieval(seed=1000, pages=pages) for pages in PAGES}
@@ -186,11 +203,13 @@ def evaluate(folder: Path, device: torch.device, n: int) -> dict:
     return report | {"video": evaluate_videos(witness, half, eager, n, order)}
 
 
-def evaluate_videos(witness: Witness, half: Witness, eager: Witness, n: int, by_pages: list[tuple[int, int]]) -> dict:
-    """The same on videos, zeroing heads in the order of their RAM on the videos and on the pages."""
+def evaluate_videos(
+    witness: Witness, half: Witness, eager: Witness, n: int, by_pages: list[tuple[int, int]]
+) -> dict[str, Any]:
+    """The same on videos, with heads zeroed in the order of their RAM on the videos and on the pages."""
     tasks = {moments: VideoRetrieval(seed=1000, moments=moments) for moments in MOMENTS}
     held_out = {moments: witness.batches(list(task.examples(n))) for moments, task in tasks.items()}
-    report: dict = {"accuracy_float32": {str(m): round(witness.accuracy(held_out[m]), 4) for m in MOMENTS}}
+    report: dict[str, Any] = {"accuracy_float32": {str(m): round(witness.accuracy(held_out[m]), 4) for m in MOMENTS}}
     report["accuracy_bfloat16"] = {str(m): round(half.accuracy(held_out[m]), 4) for m in MOMENTS}
     scores = eager.retrieval_attention_mass(list(VideoRetrieval(seed=1001).examples(min(n, 256))))
     order, longest = ranking(scores), held_out[MOMENTS[-1]]
@@ -204,7 +223,7 @@ def evaluate_videos(witness: Witness, half: Witness, eager: Witness, n: int, by_
 
 
 def hybrid_accuracy(witness: Witness, dense: Heads, batches: list[Batch]) -> float:
-    """Accuracy with only the `dense` heads seeing everything."""
+    """Accuracy if only the `dense` heads see all tokens."""
     Hybrid(dense)
     witness.model.set_attn_implementation({"text_config": HYBRID})
     accuracy = witness.accuracy(batches)

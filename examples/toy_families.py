@@ -1,61 +1,123 @@
-"""What differs between the families when a toy is trained: page placeholders, pixels, and a forward without loops.
+"""The pages of each family's toy in training: placeholders, pixels, and a forward pass without Python loops.
 
-Each class gives the same numbers as the processor and the official forward, faster; `check_format` in `train_toy.py`
-and the tests compare them.
+Each class computes the same numbers as the processor and the official forward pass, faster; `check_format` in
+`train_toy.py` and the tests compare them.
 """
 
+from abc import ABC, abstractmethod
 from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-from hooked_mllm.toys.configs import MERGE, PATCH, TILE
+from hooked_mllm.toys.configs import MERGE, TILE
 from hooked_mllm.toys.render import GRID, PAGE
 from hooked_mllm.toys.vocabulary import IMAGE_TOKEN
 
-# a name with "flash" in it has Qwen3-VL's vision tower hand over all images in one call instead of one by one
+#: with "flash" in the name, Qwen3-VL's vision tower passes all images to attention in one call, not one by one
 PACKED = "toy_flash_packed"
 CELLS = GRID * GRID
 SIDE = GRID * MERGE
 
 
-class Qwen3VL:
-    """Pages packed into one sequence of patches, positions given."""
+class Medium(ABC):
+    """The pages, or the moments of a video, of one family. A view is a picture that the vision tower encodes."""
 
-    lr, vision_attention, pixels = 3e-3, PACKED, "pixel_values"
+    lr: ClassVar[float]
+    vision_attention: ClassVar[str] = "sdpa"
+    #: the processor's name of the pixels
+    pixels: ClassVar[str] = "pixel_values"
+    views_per_page: ClassVar[int] = 1
+
+    @staticmethod
+    @abstractmethod
+    def placeholders(pages: int) -> str:
+        """The text of `pages` pages in the prompt."""
+
+    @staticmethod
+    def views(pixels: UInt8[Tensor, "page 3 96 96"]) -> UInt8[Tensor, "view 3 height width"]:
+        """The views of the pages."""
+        return pixels
+
+    @staticmethod
+    @abstractmethod
+    def model_pixels(views: UInt8[Tensor, "view 3 height width"], pages: int) -> Float[Tensor, "..."]:
+        """The processor's pixels."""
+
+    @abstractmethod
+    def logits(
+        self, model: PreTrainedModel, views: Tensor, ids: Int[Tensor, "sample pos"], pages: int
+    ) -> Float[Tensor, "sample pos word"]:
+        """The logits of samples with `pages` pages each."""
+
+    @classmethod
+    def pages(cls, views: Tensor, ids: Int[Tensor, "sample pos"]) -> int:
+        """Number of pages per sample."""
+        return len(views) // cls.views_per_page // len(ids)
+
+    @staticmethod
+    @abstractmethod
+    def cell_tokens(pages: int) -> Int[Tensor, "page cell token"]:
+        """Positions in the prompt of the tokens that see exactly one cell."""
+
+    def seen_by(self, pages: int, cell: int) -> Int[Tensor, "page token"]:
+        """Positions in the prompt of all tokens that see the cell."""
+        return self.cell_tokens(pages)[:, cell]
+
+    @staticmethod
+    def official(pages: int, samples: int) -> dict[str, Tensor]:
+        """The arguments of the official forward pass in addition to tokens and pixels."""
+        return {}
+
+
+class Qwen3VL(Medium):
+    """Pages packed into one sequence of patches, with explicit positions."""
+
+    lr, vision_attention = 3e-3, PACKED
 
     def __init__(self) -> None:
         AttentionInterface.register(PACKED, self.attend)
 
     @staticmethod
-    def attend(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
-        """All pages are of one size, so the packed sequence is a plain batch of pages."""
-        pages = [t.unflatten(2, (-1, SIDE * SIDE))[0].transpose(0, 1) for t in (query, key, value)]
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attention of the packed sequence, which is a batch of pages because all pages have one size."""
+        to_pages = "1 head (page patch) d_head -> page head patch d_head"
+        pages = [rearrange(x, to_pages, patch=SIDE * SIDE) for x in (query, key, value)]
         z = F.scaled_dot_product_attention(*pages, scale=scaling)
-        return z.transpose(1, 2).flatten(0, 1)[None], None
+        return rearrange(z, "page head patch d_head -> 1 (page patch) head d_head"), None
 
     @staticmethod
     def placeholders(pages: int) -> str:
-        """The text of so many pages in the prompt."""
+        """The text of `pages` pages in the prompt."""
         return ("<|vision_start|>" + IMAGE_TOKEN * CELLS + "<|vision_end|>") * pages
 
     @staticmethod
-    def views(pixels: torch.Tensor) -> torch.Tensor:
-        """What of the pages `[page 3 96 96]`, uint8, the vision tower is shown."""
-        return pixels
-
-    @staticmethod
-    def model_pixels(views: torch.Tensor, pages: int) -> torch.Tensor:
+    def model_pixels(views: UInt8[Tensor, "view 3 height width"], pages: int) -> Float[Tensor, "patch value"]:
         """The processor's `pixel_values`."""
-        x = normalised(views).view(-1, 3, GRID, MERGE, PATCH, GRID, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        return x[:, :, :, :, :, :, None].expand(*x.shape[:6], 2, PATCH, PATCH).reshape(-1, 3 * 2 * PATCH * PATCH)
+        # the patches of a merged cell follow one another; a temporal patch repeats the picture
+        patches = "view channel (y my py) (x mx px) -> (view y x my mx) (channel time py px)"
+        return repeat(normalised(views), patches, y=GRID, my=MERGE, x=GRID, mx=MERGE, time=2)
 
-    def logits(self, model, views: torch.Tensor, ids: torch.Tensor, pages: int) -> torch.Tensor:
-        """`[sample pos word]`."""
-        # the pages as one "video" of so many frames: the same numbers, without a Python loop over the pages
+    def logits(
+        self, model: PreTrainedModel, views: Tensor, ids: Int[Tensor, "sample pos"], pages: int
+    ) -> Float[Tensor, "sample pos word"]:
+        """The logits of samples with `pages` pages each."""
+        # all pages as one "video" of as many frames: the same numbers, without a Python loop over pages
         grid = torch.tensor([[len(views), SIDE, SIDE]], device=ids.device)
         return model(
             input_ids=ids,
@@ -66,9 +128,9 @@ class Qwen3VL:
             use_cache=False,
         ).logits
 
-    @lru_cache(maxsize=512)  # noqa: B019  one object a run
-    def positions(self, model, pages: int, n: int) -> torch.Tensor:
-        """The three rotary position ids, the same for every sequence of a batch: `[3 1 pos]`."""
+    @lru_cache(maxsize=512)  # noqa: B019  one object per run
+    def positions(self, model: PreTrainedModel, pages: int, n: int) -> Int[Tensor, "3 1 pos"]:
+        """The three rotary position ids, which are equal for every sequence of a batch."""
         ids = torch.full((1, n), model.config.text_config.pad_token_id)
         span = CELLS + 2
         for page in range(pages):
@@ -77,54 +139,43 @@ class Qwen3VL:
         kinds = (ids == model.config.image_token_id).int()
         return model.model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)[0].to(model.device)
 
-    def seen_by(self, pages: int, cell: int) -> torch.Tensor:
-        """Where in the prompt the tokens that see the cell are, one row a page."""
-        return self.cell_tokens(pages)[:, cell]
-
     @staticmethod
-    def pages(views: torch.Tensor, ids: torch.Tensor) -> int:
-        """Pages a sample."""
-        return len(views) // len(ids)
-
-    @staticmethod
-    def cell_tokens(pages: int) -> torch.Tensor:
-        """Where in the prompt the tokens that see one cell each are: `[page cell token]`."""
+    def cell_tokens(pages: int) -> Int[Tensor, "page cell token"]:
+        """Positions in the prompt of the tokens that see exactly one cell."""
         return 3 + (CELLS + 2) * torch.arange(pages)[:, None, None] + torch.arange(CELLS)[:, None]
 
     @staticmethod
-    def official(pages: int, samples: int) -> dict:
-        """What the official forward needs besides tokens and pixels."""
+    def official(pages: int, samples: int) -> dict[str, Tensor]:
+        """The arguments of the official forward pass in addition to tokens and pixels."""
         return {"image_grid_thw": torch.tensor([[1, SIDE, SIDE]] * pages * samples)}
 
 
-class LlavaOnevision:
-    """One page: base view and high-resolution rows with newlines. Several: one view and one newline each."""
+class LlavaOnevision(Medium):
+    """A single page: a base view and high-resolution rows with newlines. One of several: one view and a newline."""
 
-    lr, vision_attention, pixels = 2e-3, "sdpa", "pixel_values"
+    lr = 2e-3
 
     @staticmethod
     def placeholders(pages: int) -> str:
-        """The text of so many pages in the prompt."""
+        """The text of `pages` pages in the prompt."""
         return "<image>" * (CELLS + GRID * (GRID + 1) if pages == 1 else pages * (CELLS + 1))
 
     @staticmethod
-    def views(pixels: torch.Tensor) -> torch.Tensor:
-        """What of the pages `[page 3 96 96]`, uint8, the vision tower is shown."""
-        return pixels
-
-    @staticmethod
-    def model_pixels(views: torch.Tensor, pages: int) -> torch.Tensor:
+    def model_pixels(views: UInt8[Tensor, "view 3 height width"], pages: int) -> Float[Tensor, "page tile 3 96 96"]:
         """The processor's `pixel_values`: a page of 96 x 96 px is its own base view and its only tile."""
         return normalised(views)[:, None].expand(-1, 2 if pages == 1 else 1, -1, -1, -1)
 
-    def logits(self, model, views: torch.Tensor, ids: torch.Tensor, pages: int) -> torch.Tensor:
-        """`[sample pos word]`."""
+    def logits(
+        self, model: PreTrainedModel, views: Tensor, ids: Int[Tensor, "sample pos"], pages: int
+    ) -> Float[Tensor, "sample pos word"]:
+        """The logits of samples with `pages` pages each."""
         inner = model.model
-        seen = inner.vision_tower.encoder(inputs_embeds=inner.vision_tower.embeddings(normalised(views)))
-        cells = inner.multi_modal_projector(seen.last_hidden_state)
+        encoded = inner.vision_tower.encoder(inputs_embeds=inner.vision_tower.embeddings(normalised(views)))
+        cells = inner.multi_modal_projector(encoded.last_hidden_state)  # [view cell d_model]
         if pages == 1:
-            rows = cells.unflatten(1, (GRID, GRID))
-            rows = torch.cat([rows, inner.image_newline.expand(len(rows), GRID, 1, -1)], 2).flatten(1, 2)
+            rows = rearrange(cells, "view (row col) d_model -> view row col d_model", row=GRID)
+            rows = torch.cat([rows, inner.image_newline.expand(len(rows), GRID, 1, -1)], 2)
+            rows = rearrange(rows, "view row col d_model -> view (row col) d_model")
             tokens = torch.cat([cells, rows], 1)
         else:
             tokens = torch.cat([cells, inner.image_newline.expand(len(cells), 1, -1)], 1)
@@ -134,85 +185,69 @@ class LlavaOnevision:
         hidden = inner.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return model.lm_head(hidden)
 
-    def seen_by(self, pages: int, cell: int) -> torch.Tensor:
-        """Where in the prompt the tokens that see the cell are, one row a page."""
-        return self.cell_tokens(pages)[:, cell]
-
     @staticmethod
-    def pages(views: torch.Tensor, ids: torch.Tensor) -> int:
-        """Pages a sample."""
-        return len(views) // len(ids)
-
-    @staticmethod
-    def cell_tokens(pages: int) -> torch.Tensor:
-        """Where in the prompt the tokens that see one cell each are: `[page cell token]`."""
+    def cell_tokens(pages: int) -> Int[Tensor, "page cell token"]:
+        """Positions in the prompt of the tokens that see exactly one cell."""
         cell = torch.arange(CELLS)
         if pages == 1:
             return 2 + torch.stack([cell, CELLS + cell // GRID * (GRID + 1) + cell % GRID], -1)[None]
         return 2 + (CELLS + 1) * torch.arange(pages)[:, None, None] + cell[:, None]
 
     @staticmethod
-    def official(pages: int, samples: int) -> dict:
-        """What the official forward needs besides tokens and pixels."""
+    def official(pages: int, samples: int) -> dict[str, Tensor]:
+        """The arguments of the official forward pass in addition to tokens and pixels."""
         sizes = torch.tensor([[PAGE, PAGE]] * pages * samples)
         return {"image_sizes": sizes, "batch_num_images": torch.tensor([pages] * samples)}
 
 
-class InternVL:
-    """Four tiles and a thumbnail a page; the official forward has no loop."""
+class InternVL(Medium):
+    """Four tiles and a thumbnail per page; the official forward pass has no loop."""
 
-    lr, vision_attention, pixels = 3e-3, "sdpa", "pixel_values"
+    lr, views_per_page = 3e-3, 5
 
     @staticmethod
     def placeholders(pages: int) -> str:
-        """The text of so many pages in the prompt."""
+        """The text of `pages` pages in the prompt."""
         return ("<img>" + "<IMG_CONTEXT>" * (CELLS + CELLS // 4) + "</img>") * pages
 
     @staticmethod
-    def views(pixels: torch.Tensor) -> torch.Tensor:
-        """What of the pages `[page 3 96 96]`, uint8, the vision tower is shown: four quarters and the thumbnail."""
-        quarters = pixels.unflatten(2, (2, TILE)).unflatten(4, (2, TILE)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-        small = resize(pixels, [TILE, TILE], interpolation=InterpolationMode.BICUBIC, antialias=True)
-        return torch.cat([quarters, small[:, None]], 1).flatten(0, 1)
+    def views(pixels: UInt8[Tensor, "page 3 96 96"]) -> UInt8[Tensor, "view 3 48 48"]:
+        """Four quarters and the thumbnail of each page."""
+        quarters = rearrange(pixels, "page c (y height) (x width) -> page (y x) c height width", y=2, x=2)
+        thumbnail = resize(pixels, [TILE, TILE], interpolation=InterpolationMode.BICUBIC, antialias=True)
+        views = torch.cat([quarters, thumbnail[:, None]], 1)
+        return rearrange(views, "page view c height width -> (page view) c height width")
 
     @staticmethod
-    def model_pixels(views: torch.Tensor, pages: int) -> torch.Tensor:
+    def model_pixels(views: UInt8[Tensor, "view 3 height width"], pages: int) -> Float[Tensor, "view 3 height width"]:
         """The processor's `pixel_values`."""
         return normalised(views)
 
-    def logits(self, model, views: torch.Tensor, ids: torch.Tensor, pages: int) -> torch.Tensor:
-        """`[sample pos word]`."""
+    def logits(
+        self, model: PreTrainedModel, views: Tensor, ids: Int[Tensor, "sample pos"], pages: int
+    ) -> Float[Tensor, "sample pos word"]:
+        """The logits of samples with `pages` pages each."""
         return model(input_ids=ids, pixel_values=normalised(views), use_cache=False).logits
 
-    def seen_by(self, pages: int, cell: int) -> torch.Tensor:
-        """Where in the prompt the tokens that see the cell are, one row a page."""
+    def seen_by(self, pages: int, cell: int) -> Int[Tensor, "page token"]:
+        """Positions in the prompt of all tokens that see the cell: one of a tile and one of the thumbnail."""
         row, col, half = cell // GRID, cell % GRID, GRID // 2
-        thumbnail = CELLS + row // 2 * half + col // 2  # after the tiles, one token for 2 x 2 cells
+        thumbnail = CELLS + row // 2 * half + col // 2  # after the tiles, one token per 2 x 2 cells
         tile = self.cell_tokens(pages)[:, cell]
         return torch.cat([tile, self.cell_tokens(pages)[:, :1, 0] + thumbnail], -1)
 
     @staticmethod
-    def pages(views: torch.Tensor, ids: torch.Tensor) -> int:
-        """Pages a sample."""
-        return len(views) // 5 // len(ids)
-
-    @staticmethod
-    def cell_tokens(pages: int) -> torch.Tensor:
-        """Where in the prompt the tokens that see one cell each are: `[page cell token]`."""
+    def cell_tokens(pages: int) -> Int[Tensor, "page cell token"]:
+        """Positions in the prompt of the tokens that see exactly one cell."""
         row, col = torch.arange(CELLS) // GRID, torch.arange(CELLS) % GRID
         half = GRID // 2
         in_page = (row // half * 2 + col // half) * half * half + row % half * half + col % half
         return 3 + (CELLS + CELLS // 4 + 2) * torch.arange(pages)[:, None, None] + in_page[:, None]
 
-    @staticmethod
-    def official(pages: int, samples: int) -> dict:
-        """What the official forward needs besides tokens and pixels."""
-        return {}
 
-
-def normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 to [-1, 1]."""
+def normalised(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Pixels as floats from -1 to 1."""
     return (pixels.float() / 255 - 0.5) / 0.5
 
 
-FAMILIES = {"qwen3_vl": Qwen3VL, "llava_onevision": LlavaOnevision, "internvl": InternVL}
+FAMILIES: dict[str, type[Medium]] = {"qwen3_vl": Qwen3VL, "llava_onevision": LlavaOnevision, "internvl": InternVL}

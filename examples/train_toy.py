@@ -1,28 +1,28 @@
 """Train a bundled toy: a small Qwen3-VL, LLaVA-OneVision or InternVL, with four planted retrieval heads or free.
 
-On one data-centre GPU it takes 2 to 4 minutes; without one it runs too, far slower (`--batch 64` helps):
+It takes 2 to 4 minutes on one data-centre GPU, and much longer on a CPU (`--batch 64` helps):
 
     python examples/train_toy.py --out toy-qwen3-vl
     python examples/train_toy.py --out toy-internvl --family internvl
     python examples/train_toy.py --out toy-qwen3-vl-free --free
 
-PLANTED: while the model is young, heads L2H4 to L2H7 are the only ones that may attend farther back than a local
-window, and only they escape head dropout. They become the retrieval heads because of that, not by themselves; the
-point of the model is that its retrieval heads are known, so that a method can be checked against the truth.
-FREE (`--free`): no window, and all heads under the same dropout. Which heads retrieve is what training made of it.
+PLANTED: early in training, heads L2H4 to L2H7 are the only ones that can attend beyond a local window, and the only
+ones without head dropout. These constraints make them the retrieval heads. The purpose of the model is that its
+retrieval heads are known, so that a method can be checked against them.
+FREE (`--free`): no window, and the same dropout for all heads. Which heads retrieve is a result of training.
 
-The loss is taken at the colour words that answer four questions about each scene; an auxiliary loss asks for the same
-colour from the shape word of the question to its end, and another one, faded out altogether, has the visual token of
-each drawn cell name its shape. One page with few shapes and no filler comes first, then one with 16; 1, 2 or 4 pages
-and up to 48 filler words follow, and at last videos of 2, 3 or 4 moments among them: each stage once the running
-accuracy of the one before passes 0.9. Whether and when the accuracy takes off depends on the seed.
+The main loss is at the colour words that answer four questions about each scene. An auxiliary loss predicts the same
+colour from the shape word of the question to its end. Another one, which is faded out, has the visual token of each
+drawn cell predict the name of its shape. The stages: one page with few shapes and no filler; one page with 16 shapes;
+1, 2 or 4 pages and up to 48 filler words; the same with videos of 2, 3 or 4 moments. A stage starts when the running
+accuracy of the one before exceeds 0.9. Whether and when the accuracy rises depends on the seed.
 
-The bundled toys came about in two runs, pages first. The second goes on from the first, in the last stage:
+The bundled toys were trained in two runs, pages first. The second continues the first, in the last stage:
 
     python examples/train_toy.py --out toy-qwen3-vl --from pages-only --batch 64 --steps 3420 --layer-dropout 0.1
 
-`--layer-dropout` keeps any layer's other heads from becoming necessary, `--planted-dropout` has every planted head
-learn to retrieve. With `--seconds` the learning rate falls with the time that is up.
+`--layer-dropout` keeps the other heads of a layer from becoming necessary, `--planted-dropout` makes every planted head
+learn to retrieve. With `--seconds` the learning rate decreases with the elapsed time.
 """
 
 import argparse
@@ -31,17 +31,20 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
 from torch.utils.data import DataLoader
 from toy_batches import STAGES, Batches, Recipe, check_format, media
 from toy_card import plot_curve, write_card
 from toy_evaluation import evaluate
 from toy_families import FAMILIES
 from toy_reach import Reach
-from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import AttentionMaskInterface
 
 from hooked_mllm.heads import head_names
@@ -62,7 +65,7 @@ class Trainer:
         self.media = media(recipe.family)
         self.processor = build_processor(recipe.family)
         self.tokenizer = self.processor.tokenizer
-        self.model = fresh(recipe, self.tokenizer) if recipe.start is None else started(recipe)
+        self.model = initial_model(recipe, self.tokenizer) if recipe.start is None else continued_model(recipe)
         self.reach = Reach(self.model.config.text_config.num_attention_heads, recipe.planted)
         AttentionInterface.register(TEXT_ATTENTION, self.reach.text)
         AttentionMaskInterface.register(TEXT_ATTENTION, lambda *args, **kwargs: None)
@@ -74,37 +77,41 @@ class Trainer:
         vectors = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=device.type == "cuda")
-        words = {kind: self.tokenizer.convert_tokens_to_ids(list(kind)) for kind in (tuple(COLORS), SHAPES)}
-        table = torch.zeros(2, len(self.tokenizer), dtype=torch.bool)
-        for row, ids in zip(table, words.values(), strict=True):
-            row[ids] = True
-        self.is_color, self.is_shape = table.to(device)
+        self.is_color, self.is_shape = (self.token_mask(words).to(device) for words in (list(COLORS), list(SHAPES)))
         self.end_id = self.tokenizer.convert_tokens_to_ids(TURN_END)
 
+    def token_mask(self, words: list[str]) -> Tensor:
+        """True at the ids of the words: `[token]`."""
+        mask = torch.zeros(len(self.tokenizer), dtype=torch.bool)
+        mask[self.tokenizer.convert_tokens_to_ids(words)] = True
+        return mask
+
     def losses(
-        self, kind: str, views: torch.Tensor, ids: torch.Tensor, names: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+        self, kind: str, views: Tensor, ids: Int[Tensor, "sample pos"], names: Int[Tensor, "sample pos"]
+    ) -> tuple[Tensor, ...]:
         """Losses at the answers, from the shape words to the ends of the questions, and at the cells; accuracy."""
         medium = self.media[kind]
         pages = medium.pages(views, ids)
-        logits = medium.logits(self.model, views, ids, pages)
-        row, answer = self.is_color[ids].nonzero(as_tuple=True)
-        colors = ids[row, answer]
-        asked = logits[row, answer - 1]
-        end = logits[row, answer]
-        main = F.cross_entropy(asked, colors) + 0.1 * F.cross_entropy(end, torch.full_like(colors, self.end_id))
-        # one shape word a turn, in the order of the answers; three template tokens between question and answer
-        named = self.is_shape[ids]
-        named[:, : int(medium.cell_tokens(pages).max())] = False  # InternVL numbers the frames: "frame" is a shape too
-        _, shape = named.nonzero(as_tuple=True)
-        rest = shape[:, None] + torch.arange(int((answer - shape).max()), device=ids.device)
-        turn, offset = (rest < answer[:, None] - 3).nonzero(as_tuple=True)
-        aside = F.cross_entropy(logits[row[turn], rest[turn, offset]], colors[turn])
-        naming = F.cross_entropy(logits.flatten(0, 1), names.flatten())
-        return main, aside, naming, (asked.argmax(-1) == colors).float().mean()
+        logits = medium.logits(self.model, views, ids, pages)  # [sample pos word]
+        sample, answer = self.is_color[ids].nonzero(as_tuple=True)  # [turn] each
+        colors = ids[sample, answer]
+        predicted = logits[sample, answer - 1]
+        end = logits[sample, answer]
+        main = F.cross_entropy(predicted, colors) + 0.1 * F.cross_entropy(end, torch.full_like(colors, self.end_id))
+        # one shape word per turn, in the order of the answers; three template tokens between question and answer
+        is_shape = self.is_shape[ids]
+        # InternVL numbers the frames of a video: "frame" is also the name of a shape
+        is_shape[:, : int(medium.cell_tokens(pages).max())] = False
+        _, shape = is_shape.nonzero(as_tuple=True)
+        # [turn offset]: the positions from the shape word to the end of the question
+        positions = shape[:, None] + torch.arange(int((answer - shape).max()), device=ids.device)
+        turn, offset = (positions < answer[:, None] - 3).nonzero(as_tuple=True)
+        aside = F.cross_entropy(logits[sample[turn], positions[turn, offset]], colors[turn])
+        naming = F.cross_entropy(logits.flatten(0, 1), names.flatten())  # [(sample pos) word]
+        return main, aside, naming, (predicted.argmax(-1) == colors).float().mean()
 
-    def step(self, step: int, kind: str, *batch: torch.Tensor, time: float = 0.0) -> tuple[float, float]:
-        """One update; the loss at the answers and the accuracy. `time` is the share that is up of a limited time."""
+    def step(self, step: int, kind: str, *batch: Tensor, time: float = 0.0) -> tuple[float, float]:
+        """One update; returns the loss at the answers and the accuracy. `time` is the elapsed share of a time limit."""
         r, done = self.recipe, max(step / self.recipe.steps, time)
         draw = np.random.default_rng([r.seed, step, 1]).random()
         self.reach.window = r.window if done < 0.5 or draw < r.local_after else None  # always None in a free model
@@ -124,7 +131,7 @@ class Trainer:
         return main, accuracy
 
 
-def fresh(recipe: Recipe, tokenizer) -> PreTrainedModel:
+def initial_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The model before its first step."""
     model = AutoModelForImageTextToText.from_config(build_config(tokenizer, recipe.family))
     for name, parameter in model.named_parameters():
@@ -137,8 +144,8 @@ def fresh(recipe: Recipe, tokenizer) -> PreTrainedModel:
     return model
 
 
-def started(recipe: Recipe) -> PreTrainedModel:
-    """The checkpoint to go on from."""
+def continued_model(recipe: Recipe) -> PreTrainedModel:
+    """The checkpoint that the run continues."""
     model = AutoModelForImageTextToText.from_pretrained(resolve(recipe.start or ""), dtype=torch.float32)
     if recipe.split is not None:
         split_head(model, *(int(number) for number in recipe.split.split(":")))
@@ -147,7 +154,7 @@ def started(recipe: Recipe) -> PreTrainedModel:
 
 @torch.no_grad()
 def split_head(model: PreTrainedModel, layer: int, source: int, copy: int) -> None:
-    """Two heads that share a kv head do from now on what one did: the same queries, half of its output each."""
+    """Replace a head by two equal ones that share its kv head: the same queries, half of its output each."""
     attention = model.model.language_model.layers[layer].self_attn
     if source // attention.num_key_value_groups != copy // attention.num_key_value_groups:
         raise ValueError(f"heads {source} and {copy} do not share a kv head")
@@ -160,8 +167,10 @@ def split_head(model: PreTrainedModel, layer: int, source: int, copy: int) -> No
     attention.o_proj.weight[:, new] = attention.o_proj.weight[:, old]
 
 
-def train(recipe: Recipe, device: torch.device, workers: int, seconds: float = math.inf) -> tuple[Trainer, list[dict]]:
-    """Run the recipe, no longer than so many seconds; the curve has one entry every 20 steps."""
+def train(
+    recipe: Recipe, device: torch.device, workers: int, seconds: float = math.inf
+) -> tuple[Trainer, list[dict[str, Any]]]:
+    """Run the recipe for at most `seconds`; the curve has one entry every 20 steps."""
     trainer = Trainer(recipe, device)
     check_format(recipe.family, trainer.processor)
     curve, running, step, began = [], 0.0, 0, time.monotonic()
@@ -186,14 +195,14 @@ def train(recipe: Recipe, device: torch.device, workers: int, seconds: float = m
                 raise FloatingPointError(f"the loss is {loss} at step {step}: lower the learning rate")
             if stage < len(STAGES) - 1 and running > recipe.pass_mark:
                 stage, running = stage + 1, 0.5
-                break  # a fresh loader for the next stage
+                break  # the next stage has a new loader
             if time.monotonic() - began >= seconds:
                 break
     return trainer, curve
 
 
 def save(trainer: Trainer, folder: Path) -> None:
-    """The checkpoint in bfloat16 with everything the ordinary loading path needs."""
+    """Save the checkpoint in bfloat16 with all files that `from_pretrained` needs."""
     model = trainer.model.eval().to("cpu", torch.bfloat16)
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     model.config.dtype = torch.bfloat16
@@ -203,8 +212,8 @@ def save(trainer: Trainer, folder: Path) -> None:
     trainer.processor.save_pretrained(folder)
 
 
-def earlier(name: str) -> dict:
-    """How the checkpoint a run goes on from was trained itself."""
+def earlier_training(name: str) -> dict[str, Any]:
+    """The record of the training of the checkpoint that a run continues."""
     report = json.loads((Path(resolve(name)) / "training.json").read_text())
     return {key: report[key] for key in ("recipe", "machine", "seconds", "curve", "before") if key in report}
 
@@ -214,23 +223,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--family", choices=sorted(FAMILIES), default=Recipe.family)
     parser.add_argument("--free", action="store_true", help="no constraint on the heads, nothing planted")
-    parser.add_argument("--from", dest="start", help="go on from this toy (folder or bundled name), in the last stage")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop training after so many, and save")
+    parser.add_argument("--from", dest="start", help="continue this toy (folder or bundled name), in the last stage")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit of the training, before saving")
     parser.add_argument("--workers", type=int, default=4 if torch.cuda.is_available() else 0)
-    parser.add_argument("--examples", type=int, default=512, help="held-out examples for the report; 0: no report yet")
-    parser.add_argument("--picture", type=Path, help="where to draw the training curve (PNG)")
+    parser.add_argument("--examples", type=int, default=512, help="held-out examples for the report; 0: no report")
+    parser.add_argument("--picture", type=Path, help="file for the training curve (PNG)")
     settings = ("seed", "steps", "batch", "warmup", "few", "qk_gain", "video_share", "planted_dropout", "layer_dropout")
     for name in (*settings, "head_dropout"):
         default = getattr(Recipe, name)
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default)
-    parser.add_argument("--lr", type=float, help="the family's own by default")
-    parser.add_argument("--split", help="LAYER:HEAD:COPY, with --from: COPY becomes a copy of HEAD, each with half")
+    parser.add_argument("--lr", type=float, help="learning rate; that of the family by default")
+    parser.add_argument(
+        "--split", help="LAYER:HEAD:COPY, with --from: COPY becomes a copy of HEAD, half the output each"
+    )
     args = parser.parse_args()
     ready_folder(args.out)
     torch.backends.cuda.matmul.allow_tf32 = True
     lr = FAMILIES[args.family].lr if args.lr is None else args.lr
-    chosen = {name: getattr(args, name) for name in (*settings, "head_dropout", "family", "free", "start", "split")}
-    recipe = Recipe(**chosen, lr=lr)
+    values = {name: getattr(args, name) for name in (*settings, "head_dropout", "family", "free", "start", "split")}
+    recipe = Recipe(**values, lr=lr)
     if args.free:
         recipe = replace(recipe, window=None, head_dropout=0.15)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -240,7 +251,7 @@ def main() -> None:
     report = {"recipe": asdict(recipe), "machine": machine, "seconds": curve[-1]["seconds"] if curve else None}
     report |= {"planted": head_names(recipe.planted)}
     if recipe.start is not None:
-        report["before"] = earlier(recipe.start)
+        report["before"] = earlier_training(recipe.start)
     torch.backends.cuda.matmul.allow_tf32 = False
     if args.examples:
         report |= evaluate(args.out, device, args.examples)
