@@ -119,7 +119,6 @@ def test_unknown_attention_is_refused():
         ({"text": own_attention, "vision": "eager"}, {"vision": "eager"}, {"text": own_attention}),
         ({"vision": own_attention}, None, {"vision": own_attention}),
     ],
-    ids=str,
 )
 def test_names_go_to_transformers_and_functions_to_towers(choice, names, backends):
     assert split_attention(choice) == (names, backends)
