@@ -4,28 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tiny import tiny_frames, tiny_image
+from helpers.edited_pictures import HEIGHT, QUESTION, REGIONS, WIDTH, arrays, masks, sample_of
 from helpers.wrapped import wrapped
-from hooked_mllm import Box, Frames, Mask, Pages, Tube, Video
+from hooked_mllm import Box, Frames, Mask
 from hooked_mllm.corruptions import BlurRegion, ImageNoise, MeanRegion
 from hooked_mllm.errors import InputError, LayoutError
-
-WIDTH, HEIGHT = 40, 30
-QUESTION = "What colour is the mug?"
-
-
-def sample_of(family, target, n=2, **more):
-    images = [tiny_image(WIDTH, HEIGHT, seed) for seed in range(n)]
-    return wrapped(family).prepare(QUESTION, images=images, target=target, answer="red", id="s", **more)
-
-
-def arrays(sample):
-    return [np.asarray(i).astype(float) for i in sample.images]
-
-
-def disc():
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    return (x - 20) ** 2 + (y - 12) ** 2 < 60
 
 
 def blurred(picture, sigma):
@@ -38,29 +21,6 @@ def blurred(picture, sigma):
         length = picture.shape[axis]
         picture = sum(k * np.take(wide, np.arange(i, i + length), axis) for i, k in enumerate(kernel))
     return picture
-
-
-#: target, and where it is on each of two images
-REGIONS = {
-    "box": (Box(5.3, 4, 17.9, 20), lambda m: m[0].__setitem__(np.s_[4:20, 5:18], True)),
-    "cut off": (Box(30, -5, 99, 7.2, image=1), lambda m: m[1].__setitem__(np.s_[0:8, 30:], True)),
-    "mask": (Mask(disc(), image=1), lambda m: m[1].__setitem__(disc(), True)),
-    "page": (Pages({1}), lambda m: m[1].__setitem__(np.s_[:], True)),
-    "several": (
-        [Box(0, 0, 4, 4), Box(2, 2, 9, 9), Box(1, 1, 3, 3, image=1)],
-        lambda m: (
-            m[0].__setitem__(np.s_[0:4, 0:4], True),
-            m[0].__setitem__(np.s_[2:9, 2:9], True),
-            m[1].__setitem__(np.s_[1:3, 1:3], True),
-        ),
-    ),
-}
-
-
-def masks(name):
-    found = np.zeros((2, HEIGHT, WIDTH), dtype=bool)
-    REGIONS[name][1](found)
-    return found
 
 
 @pytest.mark.parametrize("name", REGIONS)
@@ -82,25 +42,6 @@ def test_mean_is_one_colour_inside_and_nothing_outside(name, of):
         if mask.any():
             source = before[~mask] if of == "rest" and not mask.all() else before[mask]
             np.testing.assert_array_equal(picture[mask], np.broadcast_to(np.rint(source.mean(0)), picture[mask].shape))
-
-
-def test_noise_is_normal_cut_off_and_drawn_by_seed_and_sample():
-    model, sample = wrapped("qwen3_vl"), sample_of("qwen3_vl", Box(5, 4, 18, 20))
-    first = arrays(ImageNoise(20, seed=1)(model, sample))
-    again = arrays(ImageNoise(20, seed=1)(model, sample))
-    other = arrays(ImageNoise(20, seed=2)(model, sample))
-    elsewhere = model.prepare("What else?", images=list(sample.images))
-    np.testing.assert_array_equal(first, again)
-    assert (np.array(first) != other).mean() > 0.5
-    assert (np.array(first) != arrays(ImageNoise(20, seed=1)(model, elsewhere))).mean() > 0.5
-    middle = (np.array(arrays(sample)) > 90) & (np.array(arrays(sample)) < 165)  # far from where it is cut off
-    added = (np.array(first) - arrays(sample))[middle]
-    assert abs(added.mean()) < 1.5 and abs(added.std() - 20) < 1.5
-    assert np.array(first).min() >= 0 and np.array(first).max() <= 255
-    inside = arrays(ImageNoise(20, region="target")(model, sample))
-    np.testing.assert_array_equal(inside[1], arrays(sample)[1])
-    changed = (inside[0] != arrays(sample)[0]).any(-1)
-    assert changed[4:20, 5:18].mean() > 0.95 and changed.sum() == changed[4:20, 5:18].sum()
 
 
 def test_the_counterpart_is_what_the_processor_makes_of_the_edited_picture(family):
@@ -126,25 +67,6 @@ def rendered(model, system):
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]},
     ]
     return model.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def test_frames_and_tubes_are_edited_in_their_frames(family):
-    clip = Video.from_frames(tiny_frames(4, WIDTH, HEIGHT), fps=2)  # at 0, 0.5, 1 and 1.5 s
-    tube = Tube({0.0: (0, 0, 10, 10), 1.0: (20, 0, 30, 10), 1.4: None})
-    for target, due in (
-        (Frames(0.5, 1.0), {1: np.s_[:, :], 2: np.s_[:, :]}),
-        (Frames(1.5, box=(4, 5, 12, 15)), {3: np.s_[5:15, 4:12]}),
-        (tube, {0: np.s_[0:10, 0:10], 1: np.s_[0:10, 10:20], 2: np.s_[0:10, 20:30]}),
-    ):
-        sample = wrapped(family).prepare(QUESTION, videos=[clip], target=target)
-        got = MeanRegion()(wrapped(family), sample).videos[0].frames
-        for f, (before, after) in enumerate(zip(clip.frames, got, strict=True)):
-            mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
-            if f in due:
-                mask[due[f]] = True
-                colour = before[~mask if not mask.all() else mask].astype(float).mean(0)
-                np.testing.assert_array_equal(after[mask], np.broadcast_to(np.rint(colour), (mask.sum(), 3)))
-            np.testing.assert_array_equal(after[~mask], before[~mask])
 
 
 def test_settings_and_regions_that_do_not_fit_are_refused():
