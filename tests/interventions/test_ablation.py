@@ -2,34 +2,19 @@
 
 import pytest
 import torch
-from transformers import BatchFeature
 
+from helpers.ablation_witness import CHOSEN, ablate, by_hand
 from helpers.eager_reference import Reference
-from helpers.intervention_witness import GREEDY, batch, close, o_proj, real, sample, z_replaced
-from helpers.tiny import FAMILIES, HEAD_DIM, HEADS
+from helpers.intervention_witness import batch, close, o_proj, real, sample, z_replaced
+from helpers.tiny import FAMILIES, HEAD_DIM
 from helpers.wrapped import LAYERS, VISION_LAYERS, fresh, wrapped
 from hooked_mllm import HeadAblation, HeadSet
-from hooked_mllm.errors import HeadError, HookValueError, InputError, LayoutError
-
-CHOSEN = [(0, 1), (2, 0), (2, 3)]
+from hooked_mllm.errors import HeadError, HookValueError, LayoutError
 
 
 @pytest.fixture(scope="module")
 def references():
     return {family: Reference(family) for family in FAMILIES}
-
-
-def by_hand(value):
-    """`change` for `z_replaced`: the chosen heads take `value(z, layer, head)`."""
-
-    def change(z, layer):
-        out = z.clone()
-        for l, h in CHOSEN:
-            if l == layer:
-                out[:, :, h] = value(z, l, h)
-        return out
-
-    return change
 
 
 @torch.no_grad()
@@ -61,20 +46,6 @@ def test_scale_at_named_positions_of_a_padded_batch_touches_those_alone(family, 
         assert torch.equal(got, model(**inputs.inputs).logits)
 
 
-@pytest.mark.parametrize("wanted", [slice(2, 5), [2, 3, 4], "mask", -3])
-@torch.no_grad()
-def test_positions_in_every_way(family, wanted):
-    inputs = sample(family)
-    mask = torch.zeros(1, len(inputs), dtype=torch.bool)
-    mask[:, -3 if wanted == -3 else slice(2, 5)] = True
-    positions = mask if isinstance(wanted, str) else wanted
-    with wrapped(family).intervene(HeadAblation(CHOSEN, mode="zero", phase="prefill", positions=positions)):
-        got = wrapped(family)(inputs)
-    zero = by_hand(lambda z, l, h: 0)
-    with z_replaced(family, lambda z, l: torch.where(mask[..., None, None], zero(z, l), z)) as model:
-        assert torch.equal(got, model(**inputs.inputs).logits)
-
-
 @torch.no_grad()
 def test_mean_is_that_of_the_tokens_of_the_reference_samples(family):
     model, samples, kept = wrapped(family), [batch(family, seed=3), sample(family, 2)], {}
@@ -96,26 +67,6 @@ def test_mean_is_that_of_the_tokens_of_the_reference_samples(family):
         with model.intervene(HeadAblation(CHOSEN, mode="mean", phase="prefill", reference=given)):
             close(model(inputs), expected)
     assert not torch.allclose(expected, model(inputs), atol=0.01)
-
-
-@torch.no_grad()
-def test_a_reference_of_what_a_processor_returns(family):
-    model, inputs = wrapped(family), batch(family, seed=3)
-    expected = HeadAblation.reference(model, inputs, CHOSEN).mean
-    feature = BatchFeature(dict(inputs.inputs))
-    for samples in (feature, [feature], iter([inputs])):
-        reference = HeadAblation.reference(model, samples, CHOSEN)
-        assert reference.n_samples == 2 and torch.equal(reference.mean.nan_to_num(), expected.nan_to_num())
-
-
-@torch.no_grad()
-def test_a_reference_of_some_positions(family):
-    s, kept = sample(family), []
-    with z_replaced(family, lambda z, l: kept.append(z), layers=[1]) as witness:
-        witness(**s.inputs)
-    reference = HeadAblation.reference(wrapped(family), s, [(1, 2)], positions="target")
-    torch.testing.assert_close(reference.mean[1, 2], kept[0][s.mask("target")].mean(0)[2])
-    assert reference.n_tokens == int(s.mask("target").sum()) and reference.positions == "target"
 
 
 @torch.no_grad()
@@ -205,74 +156,6 @@ def test_heads_of_the_vision_tower(family, references):
         close(model(inputs), reference(inputs.inputs, replaced))
 
 
-# -- generation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("phase", ["prefill", "decode", "both"])
-@torch.no_grad()
-def test_phases_of_a_generation(family, phase):
-    inputs, model = batch(family), wrapped(family)
-    change = by_hand(lambda z, l, h: -3 * z[:, :, h])
-
-    def at_phase(z, layer):
-        now = "decode" if z.shape[1] == 1 else "prefill"
-        return change(z, layer) if phase in (now, "both") else None
-
-    with z_replaced(family, at_phase) as witness:
-        expected = witness.generate(**inputs.inputs, **GREEDY)
-    with model.intervene(HeadAblation(CHOSEN, mode="scale", factor=-3, phase=phase)) as records:
-        assert torch.equal(model.generate(inputs, **GREEDY), expected)
-        assert torch.equal(model.generate(inputs, **GREEDY, use_cache=False), expected)
-        if family == "llava_onevision":
-            assert torch.equal(model.generate(inputs, **GREEDY, cache_implementation="static"), expected)
-    assert not torch.equal(expected, model.generate(inputs, **GREEDY))
-    assert bool(records[0]["applied"]["decode"]) or phase == "prefill"
-
-
-@pytest.mark.parametrize("mode", ["resample", "uniform", "mean"])
-@torch.no_grad()
-def test_a_generation_without_cache_is_ablated_as_one_with_it(family, mode):
-    inputs, model = sample(family), wrapped(family)
-    options = {}
-    if mode != "uniform":
-        options["reference"] = HeadAblation.reference(model, sample(family, 1), CHOSEN, keep_tokens=True)
-    if mode == "resample":
-        options["seed"] = 5
-    with model.intervene(HeadAblation(CHOSEN, mode=mode, phase="both", positions="visual", **options)):
-        tokens = model.generate(inputs, **GREEDY)
-        assert torch.equal(tokens, model.generate(inputs, **GREEDY, use_cache=False))
-        logits = model(inputs)
-    assert not torch.equal(logits, model(inputs))  # greedy tokens need not change, whatever was ablated
-
-
-@torch.no_grad()
-def test_beams_are_ablated_at_their_own_samples_positions(family):
-    inputs, model = batch(family), wrapped(family)
-    question = inputs.mask("question").repeat_interleave(2, 0)
-
-    def change(z, layer):
-        if z.shape[1] == 1:
-            return None
-        rows = question if len(z) == 4 else inputs.mask("question")
-        return torch.where(rows[..., None, None], by_hand(lambda z, l, h: -3 * z[:, :, h])(z, layer), z)
-
-    options = {**GREEDY, "num_beams": 2}
-    with z_replaced(family, change) as witness:
-        expected = witness.generate(**inputs.inputs, **options)
-    ablation = HeadAblation(CHOSEN, mode="scale", factor=-3, phase="prefill", positions="question")
-    with model.intervene(ablation):
-        assert torch.equal(model.generate(inputs, **options), expected)
-        logits = model(inputs)
-    assert not torch.equal(logits, model(inputs))  # the beams need not change, whatever was ablated
-
-
-# -- bad input -----------------------------------------------------------------------------------------------------
-
-
-def ablate(heads=((0, 1),), mode="zero", phase="prefill", **more):
-    return HeadAblation(heads, mode=mode, phase=phase, **more)
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -322,30 +205,3 @@ def test_what_does_not_fit_the_model(arguments, error, message):
     with pytest.raises(error, match=message), model.intervene(ablate(**arguments)):
         pass
     assert not model.list_hooks()
-
-
-def test_references_that_do_not_serve():
-    model, s = wrapped("internvl"), sample("internvl")
-    with pytest.raises(InputError, match="no sample to average"):
-        HeadAblation.reference(model, [], [(0, 1)])
-    with pytest.raises(HeadError, match="empty"):
-        HeadAblation.reference(model, s, [])
-    known = HeadAblation.reference(model, s, [(0, 1)])
-    with pytest.raises(HeadError, match="reference has no L0H2"):
-        ablate([(0, 1), (0, 2)], "mean", reference=known).validate(model)
-    with pytest.raises(HeadError, match="text tower"):
-        ablate([(0, 1)], "mean", reference=known, tower="vision").validate(model)
-    with pytest.raises(HookValueError, match="keep_tokens"):
-        ablate([(0, 1)], "resample", reference=known, seed=0)
-    _, cache = model.run_with_cache(s, "*hook_z")
-    with pytest.raises(HookValueError, match="yet to be generated"):
-        ablate([(0, 1)], "resample", "both", reference=cache)
-
-
-def test_positions_that_a_run_does_not_have(family):
-    model = wrapped(family)
-    with pytest.raises(LayoutError, match="'question'"), model.intervene(ablate(positions="question")):
-        model(sample(family).inputs)  # a mapping says nothing of questions
-    with pytest.raises(LayoutError, match="outside"), model.intervene(ablate(positions=[9999])):
-        model(sample(family))
-    assert HEADS == model.cfg.n_heads and not model.list_hooks()
