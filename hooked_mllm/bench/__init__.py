@@ -1,4 +1,4 @@
-"""Benchmarks of this package, and what they use to run a model with its blocks compiled."""
+"""Benchmarks of prefill and of the attention kernel, and models with compiled blocks."""
 
 from typing import TYPE_CHECKING
 

@@ -1,15 +1,15 @@
-"""The hybrid attention op alone, against dense attention by cuDNN and FlashAttention-2, and FlexAttention."""
+"""Times the hybrid attention op against dense attention by cuDNN and FlashAttention-2, and against FlexAttention."""
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -21,13 +21,32 @@ from hooked_mllm.bench.timing import failure, milliseconds, peak_memory
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
+from hooked_mllm.kernels.implementations import Implementation
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window, head_flags
 from hooked_mllm.storage import ready, write_json
 
 KIND = "hooked_mllm kernel benchmark"
+#: the shortest clock reading: calls are repeated until they take this long
 READING_MS = 50
-#: relative errors allowed: against the definition in float64, and between the kernel and FlexAttention
+#: relative errors allowed: against the definition in float64, and between the op and other kernels
 LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4e-3, 6e-3)}
+Variants = dict[str, Callable[[], Tensor]]
+
+
+class Inputs(NamedTuple):
+    """Queries, keys and values of one length."""
+
+    q: Float[Tensor, "1 head query d_head"]
+    k: Float[Tensor, "1 kv_head query d_head"]
+    v: Float[Tensor, "1 kv_head query d_head"]
+
+
+class Streaming(NamedTuple):
+    """The arguments of the op that all its variants share."""
+
+    sink: int
+    window: int
+    implementation: Implementation
 
 
 @torch.no_grad()
@@ -46,26 +65,26 @@ def bench_kernel(
     device: str = "cuda",
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Time the op at each length, after its outputs were compared; variants take turns.
+    """Compare the outputs of the op, then time it at each length; variants take turns.
 
-    bfloat16 on a GPU. On a CPU, float32, torch's choice of SDPA and no FlexAttention: to try it out.
+    In bfloat16 on a GPU. On a CPU, to try it out: float32, torch's choice of SDPA and no FlexAttention.
 
     Args:
-        lengths: Tokens.
-        dense: Dense heads, drawn at random.
+        lengths: Numbers of tokens.
+        dense: Number of dense heads, which are drawn at random.
         heads: Query heads.
         kv_heads: Key-value heads.
         d_head: Width of a head.
         sink: First keys that streaming heads see.
         window: Last keys that they see.
-        rounds: Readings of each variant.
+        rounds: Clock readings of each variant.
         flex: Also time FlexAttention.
-        seed: Of heads and inputs.
-        device: Where.
-        out: Write what is found there, as JSON.
+        seed: Seed of heads and inputs.
+        device: Device of the inputs.
+        out: File for the results, as JSON.
 
     Returns:
-        What is written: settings, provenance, checks, and for every length the milliseconds of every round.
+        Settings, provenance, checks, and for every length the milliseconds of every round.
 
     Raises:
         NumericsError: if outputs differ from the definition's in float64 at a short length, or from FlexAttention's at
@@ -82,48 +101,39 @@ def bench_kernel(
     ready(out)
     gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
-    chosen = sorted(random.Random(seed).sample(range(heads), dense))
+    dense_heads = sorted(random.Random(seed).sample(range(heads), dense))
     generator = torch.Generator(device).manual_seed(seed)
-    how = {"sink": sink, "window": window, "implementation": "auto" if gpu else "naive"}
+    streaming = Streaming(sink, window, "auto" if gpu else "naive")
 
-    def inputs(n: int) -> list[Tensor]:
-        """q, k, v as transformers passes them."""
+    def inputs(n: int) -> Inputs:
+        """q, k and v with the strides of transformers' projections, `[batch query head d_head]` in memory."""
         shapes = [(1, n, h, d_head) for h in (heads, kv_heads, kv_heads)]
-        return [torch.randn(s, device=device, generator=generator).to(dtype).transpose(1, 2) for s in shapes]
+        return Inputs(*(torch.randn(s, device=device, generator=generator).to(dtype).transpose(1, 2) for s in shapes))
 
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "settings": {
-            "heads": heads, "kv_heads": kv_heads, "d_head": d_head, "dense": chosen, "sink": sink, "window": window,
-            "dtype": str(dtype).removeprefix("torch."), "rounds": rounds, "seed": seed,
+            "heads": heads, "kv_heads": kv_heads, "d_head": d_head, "dense": dense_heads, "sink": sink,
+            "window": window, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds, "seed": seed,
         },
         "provenance": provenance([torch.device(device)]),
-        "checks": _against_definition(inputs(2 * (sink + window) + 37), chosen, how, dtype),
+        "checks": _against_definition(inputs(2 * (sink + window) + 37), dense_heads, streaming),
         "lengths": {},
     }  # fmt: skip
     for n in lengths:
-        q, k, v = inputs(n)
-        variants = _variants(q, k, v, chosen, how, gpu)
-        others = {}
-        if gpu:
-            others["one launch of the kernel"] = variants[f"hybrid, {dense} dense, one launch"]
-        if flex and gpu:
-            others["FlexAttention"] = partial(_flex(n, heads, chosen, sink, window, device), q, k, v)
-            variants[f"FlexAttention, {dense} dense"] = others["FlexAttention"]
-        for name, other in others.items():
-            error = largest_error(variants[f"hybrid, {dense} dense"](), other())
-            found["checks"].append({"against": name, "tokens": n, "error": error})
-            if not error < LIMITS[dtype][1]:
-                raise NumericsError(
-                    f"The op differs from {name} by {error:.2g} in some head and place at {n} tokens: nothing is timed."
-                )
-        found["lengths"][str(n)] = _timed(variants, rounds, torch.device(device))
+        variants = _variants(inputs(n), dense_heads, streaming, flex)
+        results["checks"] += _against_others(variants, n, dense, LIMITS[dtype][1])
+        results["lengths"][str(n)] = _timed(variants, rounds, torch.device(device))
         if out is not None:
-            write_json(out, KIND, found)
-    return found
+            write_json(out, KIND, results)
+    return results
 
 
 def kernel_table(found: dict[str, Any]) -> str:
-    """Medians, how many times as fast as cuDNN's dense attention (median over rounds), its range, and memory."""
+    """Medians, speedups over cuDNN's dense attention (median over rounds), their range, and memory.
+
+    Args:
+        found: Results of `bench_kernel`.
+    """
     settings = found["settings"]
     lines = [
         f"{settings['heads']} query and {settings['kv_heads']} key-value heads of width {settings['d_head']}, sink "
@@ -132,7 +142,7 @@ def kernel_table(found: dict[str, Any]) -> str:
     ]
     for n, rows in found["lengths"].items():
         base = next(iter(rows))
-        lines += ["", f"{int(n):,} tokens; ratios: {base} over the row"]
+        lines += ["", f"{int(n):,} tokens; ratios: time of {base} / time of the variant"]
         table = [("variant", "median ms", "ratio", "range", "added GiB")]
         table += [_line(name, row, rows[base]["ms"]) for name, row in rows.items()]
         lines.append(text_table(table, align="<>>>>", least=(34, 10, 7, 14, 9)))
@@ -150,65 +160,82 @@ def _line(name: str, row: dict[str, Any], base_ms: list[float]) -> tuple[str, st
     return name, f"{statistics.median(row['ms']):.3f}", ratio, spread, added
 
 
-def _against_definition(qkv: list[Tensor], chosen: list[int], how: dict[str, Any], dtype: Any) -> list[dict[str, Any]]:
-    """The op and SDPA against float64."""
-    q, k, v = qkv
+def _against_definition(inputs: Inputs, dense_heads: list[int], streaming: Streaming) -> list[dict[str, Any]]:
+    """Compare the op and SDPA with the definition in float64."""
+    q, k, v = inputs
     n, heads = q.shape[2], q.shape[1]
     start, end = torch.zeros(1, dtype=torch.long, device=q.device), torch.full((1,), n, device=q.device)
-    wide_q, wide_k, wide_v = (x.double() for x in qkv)
-    found = []
-    for some in ([], chosen, list(range(heads))):
-        flags = head_flags(some, heads, q.device)
-        scale = q.shape[-1] ** -0.5
-        sizes = how["sink"], how["window"], scale
-        want, _ = naive_hybrid_attention(wide_q, wide_k, wide_v, flags, *sizes, start, end)
-        error = relative_error(hybrid_attention(q, k, v, some, **how), want)
-        found.append({"against": f"float64, {len(some)} dense", "tokens": n, "error": error})
-        if not error < LIMITS[dtype][0]:
+    q64, k64, v64 = (x.double() for x in inputs)
+    sizes = streaming.sink, streaming.window, q.shape[-1] ** -0.5
+    checks = []
+    for dense in ([], dense_heads, list(range(heads))):
+        flags = head_flags(dense, heads, q.device)
+        want, _ = naive_hybrid_attention(q64, k64, v64, flags, *sizes, start, end)
+        error = relative_error(hybrid_attention(q, k, v, dense, **streaming._asdict()), want)
+        checks.append({"against": f"float64, {len(dense)} dense", "tokens": n, "error": error})
+        if not error < LIMITS[q.dtype][0]:
             raise NumericsError(
-                f"The op with {len(some)} dense heads differs from the definition in float64 by {error:.2g} at {n} "
+                f"The op with {len(dense)} dense heads differs from the definition in float64 by {error:.2g} at {n} "
                 "tokens: nothing is timed."
             )
-    dense = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    found.append({"against": "float64 (torch's SDPA, all dense)", "tokens": n, "error": relative_error(dense, want)})
-    return found
+    z = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    checks.append({"against": "float64 (torch's SDPA, all dense)", "tokens": n, "error": relative_error(z, want)})
+    return checks
 
 
-def _variants(
-    q: Tensor, k: Tensor, v: Tensor, chosen: list[int], how: dict[str, Any], gpu: bool
-) -> dict[str, Callable[[], Tensor]]:
+def _against_others(variants: Variants, n: int, dense: int, limit: float) -> Iterator[dict[str, Any]]:
+    """Compare the op with one launch of its kernel and with FlexAttention, as far as they are timed."""
+    others = {"one launch of the kernel": f"hybrid, {dense} dense, one launch"}
+    others["FlexAttention"] = f"FlexAttention, {dense} dense"
+    for name, variant in others.items():
+        if variant in variants:
+            error = largest_error(variants[f"hybrid, {dense} dense"](), variants[variant]())
+            yield {"against": name, "tokens": n, "error": error}
+            if not error < limit:
+                raise NumericsError(
+                    f"The op differs from {name} by {error:.2g} in some head and chunk of queries at {n} tokens: "
+                    "nothing is timed."
+                )
+
+
+def _variants(inputs: Inputs, dense_heads: list[int], streaming: Streaming, flex: bool) -> Variants:
+    q, k, v = inputs
+    label = f"{len(dense_heads)} dense"
+
     def sdpa(backend: SDPBackend | None) -> Tensor:
         with nullcontext() if backend is None else sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def hybrid(dense: list[int], **more: Any) -> Tensor:
-        return hybrid_attention(q, k, v, dense, **{**how, **more})
+    def hybrid(dense: list[int], implementation: Implementation = streaming.implementation) -> Tensor:
+        return hybrid_attention(q, k, v, dense, **streaming._replace(implementation=implementation)._asdict())
 
-    found: dict[str, Callable[[], Tensor]] = {"SDPA, all dense": partial(sdpa, None)}
-    if gpu:
-        found = {
+    variants: Variants = {"SDPA, all dense": partial(sdpa, None)}
+    if q.is_cuda:
+        variants = {
             "cuDNN, all dense": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
             "FlashAttention-2, all dense": partial(sdpa, SDPBackend.FLASH_ATTENTION),
         }
-    found["hybrid, none dense"] = partial(hybrid, [])
-    found[f"hybrid, {len(chosen)} dense"] = partial(hybrid, chosen)
-    if gpu:
-        found[f"hybrid, {len(chosen)} dense, one launch"] = partial(hybrid, chosen, implementation="triton")
-    found["hybrid, all dense"] = partial(hybrid, list(range(q.shape[1])))
-    return found
+    variants["hybrid, none dense"] = partial(hybrid, [])
+    variants[f"hybrid, {label}"] = partial(hybrid, dense_heads)
+    if q.is_cuda:
+        variants[f"hybrid, {label}, one launch"] = partial(hybrid, dense_heads, "triton")
+    variants["hybrid, all dense"] = partial(hybrid, list(range(q.shape[1])))
+    if q.is_cuda and flex:
+        variants[f"FlexAttention, {label}"] = _flex(inputs, dense_heads, streaming)
+    return variants
 
 
-def _flex(n: int, heads: int, chosen: list[int], sink: int, window: int, device: str) -> Callable[..., Tensor]:
+def _flex(inputs: Inputs, dense_heads: list[int], streaming: Streaming) -> Callable[[], Tensor]:
     """FlexAttention with the mask of hybrid attention."""
-    flags = head_flags(chosen, heads, device)
-    mask = hybrid_mask(flags, sink, window)
-    blocks: Any = torch.compile(create_block_mask)(mask, None, heads, n, n, device=device)
+    _, heads, n, _ = inputs.q.shape
+    mask = hybrid_mask(head_flags(dense_heads, heads, inputs.q.device), streaming.sink, streaming.window)
+    blocks: Any = torch.compile(create_block_mask)(mask, None, heads, n, n, device=inputs.q.device)
     run: Any = torch.compile(flex_attention)
-    return lambda q, k, v: run(q, k, v, block_mask=blocks, enable_gqa=True)
+    return lambda: run(*inputs, block_mask=blocks, enable_gqa=True)
 
 
 def hybrid_mask(dense: Bool[Tensor, " head"], sink: int, window: int) -> Callable[..., Tensor]:
-    """The mask of hybrid attention as FlexAttention takes it: a function of batch, head, query and key indices."""
+    """The mask of hybrid attention for FlexAttention: a function of batch, head, query and key indices."""
 
     @no_type_check  # FlexAttention counts the arguments, which the wrapper of a checked function does not show
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -217,19 +244,20 @@ def hybrid_mask(dense: Bool[Tensor, " head"], sink: int, window: int) -> Callabl
     return visible
 
 
-def _timed(variants: dict[str, Callable[[], Tensor]], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def _timed(variants: Variants, rounds: int, device: torch.device) -> Mapping[str, dict[str, Any]]:
+    """Milliseconds and memory of each variant; a variant that fails is recorded as failed and left out."""
     repeats = dict.fromkeys(variants, 1)
     rows: dict[str, dict[str, Any]] = {name: {"ms": [], "failed": None, "added_gib": None} for name in variants}
 
     def step(name: str, read: bool) -> None:
         run, row = variants[name], rows[name]
         if read:
-            row["ms"].append(milliseconds(partial(_many, run, repeats[name]), [device]) / repeats[name])
+            row["ms"].append(milliseconds(partial(_repeat, run, repeats[name]), [device]) / repeats[name])
             return
         run()
         memory = peak_memory(run, [device])
         row["added_gib"] = None if memory is None else memory[1]
-        if device.type == "cuda":  # a reading over less would hold the host's time for a call
+        if device.type == "cuda":  # a shorter reading would measure the host's time of a call
             repeats[name] = max(1, min(200, round(READING_MS / milliseconds(run, [device]))))
 
     for read in [False] + [True] * rounds:
@@ -244,6 +272,6 @@ def _timed(variants: dict[str, Callable[[], Tensor]], rounds: int, device: torch
     return rows
 
 
-def _many(run: Callable[[], Any], n: int) -> None:
+def _repeat(run: Callable[[], object], n: int) -> None:
     for _ in range(n):
         run()

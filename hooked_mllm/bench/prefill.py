@@ -1,16 +1,17 @@
-"""Prefill of a whole text decoder, timed as the paper times it (arXiv:2606.05843, appendix G.4)."""
+"""Times the prefill of a whole text decoder, with the protocol of arXiv:2606.05843, appendix G.4."""
 
 import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-from hooked_mllm.bench.check import check_at_length, check_variants
+from hooked_mllm.bench.check import check_at_length, check_variants, input_device
 from hooked_mllm.bench.choices import RUNS, WARM_UP
 from hooked_mllm.bench.compiled import CompiledBlocks
 from hooked_mllm.bench.record import Cell, PrefillRecord, provenance
@@ -22,10 +23,12 @@ from hooked_mllm.families.parts import decoder_sizes
 from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names, parse_heads
 from hooked_mllm.storage import ready
 
+Result = TypeVar("Result")
+
 
 @torch.no_grad()
 def bench_prefill(
-    model: Any,
+    model: PreTrainedModel,
     variants: Sequence[Variant],
     contexts: Iterable[int],
     *,
@@ -41,27 +44,27 @@ def bench_prefill(
 ) -> PrefillRecord:
     """Time a text decoder's forward pass under each variant at each length.
 
-    Random token ids, batch 1, no padding, no cache, the last hidden state and no logits. At each length every variant
-    is warmed up, then variants take turns, one forward each, round after round. Outputs are compared first. A variant
-    that runs out of memory is recorded as such, and the run continues.
+    Random token ids, batch 1, no padding, no cache, the last hidden state and no logits. Outputs are compared first. At
+    each length every variant is warmed up, then variants take turns, one forward pass each, round after round. A
+    variant that runs out of memory is recorded as failed, and the run continues.
 
     Args:
-        model: A text decoder, such as `random_text_model` makes.
-        variants: The ways to run it.
+        model: A text decoder, such as that of `random_text_model`.
+        variants: The variants to time.
         contexts: Lengths in tokens.
-        name: What the model is called in the record.
-        runs: Timed forwards of each variant at each length.
-        warm_up: Forwards before them, at least 1.
-        seed: Of the token ids.
-        settings: More facts that a continued record must share.
-        also_check: Variants whose outputs are compared too, without being timed.
-        out: Where the record is written after every length, and whenever the run is stopped.
-        resume: Continue the record at `out`, leaving out what it holds.
-        progress: Show a bar.
+        name: Name of the model in the record.
+        runs: Timed forward passes of each variant at each length.
+        warm_up: Forward passes before them, at least 1.
+        seed: Seed of the token ids.
+        settings: Further settings that a continued record must share.
+        also_check: Variants whose outputs are compared but not timed.
+        out: File of the record, which is written after every length.
+        resume: Continue the record at `out` with the cells that it lacks.
+        progress: Show a progress bar.
 
     Raises:
         NumericsError: if a variant's outputs are wrong; nothing is timed then.
-        InputError: if a record at `out` cannot be continued, or is there and was not to be.
+        InputError: if a record at `out` cannot be continued, or exists without `resume`.
         CacheFileError: If `out` cannot be written.
 
     Source: arXiv:2606.05843, appendix G.4.
@@ -78,22 +81,23 @@ def bench_prefill(
     record.titles |= {v.name: v.title for v in variants}
     record.sessions.append(provenance(devices) | {"started": time.strftime("%Y-%m-%d %H:%M:%S")})
     compiled = CompiledBlocks(model) if any(v.compiled for v in variants) else None
-    wanted = [v for v in variants if any(v in left for left in todo.values())]
-    widest = max(v.sink + v.window for v in wanted)
-    record.checks += check_variants(model, [*also_check, *wanted], compiled, min(2 * widest + 37, max(contexts)), seed)
+    pending = [v for v in variants if any(v in remaining for remaining in todo.values())]
+    # longer than every sink and window, so that streaming heads do not see all keys
+    length = min(2 * max(v.sink + v.window for v in pending) + 37, max(contexts))
+    record.checks += check_variants(model, [*also_check, *pending], compiled, length, seed)
     total = sum(map(len, todo.values())) * (runs + warm_up)
     with tqdm(total=total, disable=not progress, desc="prefill", unit="forward") as bar:
-        for context, left in todo.items():
+        for context, remaining in todo.items():
             bar.set_postfix_str(f"{context:,} tokens")
-            record.checks += _unless_out_of_memory(check_at_length, model, left, context, seed) or []
-            record.add(_length(model, left, context, devices, compiled, runs, warm_up, seed, session, bar.update))
+            record.checks += _unless_out_of_memory(check_at_length, model, remaining, context, seed) or []
+            record.add(_length(model, remaining, context, devices, compiled, runs, warm_up, seed, session, bar.update))
             if out is not None:
                 record.save(out)
     return record
 
 
 def _length(
-    model: Any,
+    model: PreTrainedModel,
     variants: Sequence[Variant],
     context: int,
     devices: Sequence[torch.device],
@@ -102,12 +106,11 @@ def _length(
     warm_up: int,
     seed: int,
     session: int,
-    tick: Callable[[int], Any],
+    tick: Callable[[int], object],
 ) -> list[Cell]:
-    """All variants at one length."""
+    """Time all variants at one length; `tick` counts the forward passes."""
     generator = torch.Generator().manual_seed(seed + context)
-    tokens = torch.randint(model.config.vocab_size, (1, context), generator=generator)
-    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    tokens = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(input_device(model))
 
     def forward() -> None:
         model(input_ids=tokens, use_cache=False)
@@ -137,13 +140,15 @@ def _length(
 
 
 def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: Cell) -> None:
+    """Run a step; a variant that does not fit in memory is recorded as failed."""
     why = None
     try:
         step(variant, cell)
     except RuntimeError as error:
-        why = failure(error)  # cleaned up below, where the error and the tensors of its frames are gone
+        why = failure(error)
         if why is None:
             raise
+    # outside the except block, the error no longer keeps the tensors of its frames alive
     if why is not None:
         cell.failed, cell.ms, cell.peak_gib, cell.added_gib = why, [], None, None
     if why is not None or step.__name__ == "warm":
@@ -153,8 +158,8 @@ def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: 
             torch.cuda.empty_cache()
 
 
-def _unless_out_of_memory(run: Callable[..., Any], *arguments: Any) -> Any:
-    """What `run` returns, or None if it does not fit in memory; the forward passes then record that."""
+def _unless_out_of_memory(run: Callable[..., Result], *arguments: Any) -> Result | None:
+    """The result of `run`, or None if it does not fit in memory; the forward passes then record that."""
     try:
         return run(*arguments)
     except torch.OutOfMemoryError:
@@ -165,7 +170,13 @@ def _unless_out_of_memory(run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _settings(
-    model: Any, variants: Sequence[Variant], name: str, runs: int, warm_up: int, seed: int, devices: Sequence[Any]
+    model: PreTrainedModel,
+    variants: Sequence[Variant],
+    name: str,
+    runs: int,
+    warm_up: int,
+    seed: int,
+    devices: Sequence[torch.device],
 ) -> dict[str, Any]:
     config, sizes = model.config, decoder_sizes(model.config)
     hybrid = [v for v in variants if v.dense is not None]
@@ -192,29 +203,29 @@ def _record(out: Path | None, resume: bool, settings: dict[str, Any]) -> Prefill
     if out is None or not out.exists():
         return PrefillRecord(settings)
     if not resume:
-        raise InputError(f"{out} is there already: --resume continues it; or give another --out.")
+        raise InputError(f"{out} exists already: --resume continues it; or give another --out.")
     return PrefillRecord.load(out).continued(settings)
 
 
 def choose_heads(
     numbers: Iterable[int], n_layers: int, n_heads: int, source: Path | HeadsLike | None, seed: int
 ) -> dict[int, HeadSet]:
-    """The dense heads of each number: the top ones of a ranking, or random ones, each number holding the smaller.
+    """Nested sets of dense heads: the first k heads of a ranking, or of a random order, for each number k.
 
     Args:
-        numbers: How many.
+        numbers: The numbers k.
         n_layers: Layers of the model.
         n_heads: Query heads per layer.
-        source: The ranking: the file of a saved `HeadScores`, or heads in order, such as "L2H4, L3H1"; None for random
-            heads.
-        seed: Of random heads.
+        source: The ranking: the file of a saved `HeadScores`, or heads in order, such as "L2H4, L3H1"; None for a
+            random order.
+        seed: Seed of the random order.
 
     Returns:
-        Number -> HeadSet.
+        The set of each number.
 
     Raises:
-        InputError: for more heads than there are, or scores of another model.
-        HeadError: for heads that the model lacks.
+        InputError: for a number larger than that of the heads, or scores of another model.
+        HeadError: for heads that the model does not have.
 
     Examples:
         >>> choose_heads([0, 2], n_layers=3, n_heads=4, source="L2H1, L0H3, L1H0", seed=0)

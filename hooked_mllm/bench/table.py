@@ -1,4 +1,4 @@
-"""Prefill times as text: one table a length, ratios next to the ceiling."""
+"""Prefill times as text: one table for each length."""
 
 from hooked_mllm.bench.record import Cell, PrefillRecord
 from hooked_mllm.display.text import text_table
@@ -9,16 +9,16 @@ _WIDTHS = (38, 9, 6, 7, 6, 7, 8, 7)
 
 
 def table(record: PrefillRecord) -> str:
-    """Every length of a record.
+    """The tables of all lengths of a record.
 
-    "x cuDNN" and "x FA2": how many times as fast as the uncompiled model on that attention ("x SDPA" where torch chose
-    the kernel). "ceiling": "x cuDNN" of the same model with attention removed, compiled where the row is. "peak GiB":
-    all that was allocated on the fullest GPU. "first s": the first warm-up forward; what it compiled is in it.
+    "x cuDNN" and "x FA2": speedup over the uncompiled model with that attention ("x SDPA" where torch selected the
+    kernel). "ceiling": "x cuDNN" of the same model without attention, compiled if the variant is. "peak GiB": peak of
+    the memory allocated on the fullest GPU. "first s": the first warm-up forward pass, compilation included.
     """
     settings = record.settings
     lines = [
         f"{settings['model']}: {settings['n_layers']} layers x {settings['n_heads']} heads, {settings['dtype']}, "
-        f"{' + '.join(settings['devices'])}; timed forwards: {settings['runs']}, {settings['clock']}"
+        f"{' + '.join(settings['devices'])}; timed forward passes: {settings['runs']}, {settings['clock']}"
     ]
     for context in record.contexts:
         cells = [cell for cell in record.cells if cell.context == context]
@@ -27,7 +27,7 @@ def table(record: PrefillRecord) -> str:
         table_lines = [header, *(_line(record, cell, base) for cell in cells)]
         lines += ["", f"{context:,} tokens", text_table(table_lines, align="<>>>>>>>", least=_WIDTHS)]
         if len({cell.session for cell in cells}) > 1:
-            lines.append("(rows of several runs of the command: these did not take turns)")
+            lines.append("(rows of several runs of the command, which were not interleaved)")
     return "\n".join(lines)
 
 

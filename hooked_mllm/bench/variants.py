@@ -1,13 +1,15 @@
-"""The ways to run one model's attention that are timed side by side."""
+"""The variants of one model's attention that a benchmark compares."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from hooked_mllm.attention.registered import register_hybrid_attention
 from hooked_mllm.bench.choices import BACKENDS
@@ -17,7 +19,7 @@ from hooked_mllm.heads import HeadSet
 from hooked_mllm.kernels.implementations import Implementation
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
-#: the implementation that leaves attention out
+#: the attention implementation that computes no attention
 REMOVED = "hooked_bench_removed"
 _ON_GPU = ("cudnn", "flash", "hybrid", "cudnn-compiled", "hybrid-compiled", "removed", "removed-compiled")
 _ON_CPU = ("sdpa", "hybrid", "removed")
@@ -32,10 +34,10 @@ class Variant:
         name: Its key in the record.
         title: Its name in tables.
         attention: A name of transformers' attention interface.
-        pinned: The one SDPA backend that may be used.
+        pinned: The only SDPA backend that may be used; None for torch's choice.
         compiled: Whether everything but attention is compiled.
-        dense: The heads that must see everything; None for all of them.
-        exact: Whether it computes attention at all: if not, its outputs are compared with nothing.
+        dense: The heads that see all keys; None if all heads do.
+        exact: Whether it computes attention; if not, its outputs are not compared.
         sink: First keys that the other heads see.
         window: Last keys that the other heads see.
     """
@@ -51,12 +53,12 @@ class Variant:
     window: int = 1024
 
     @contextmanager
-    def on(self, model: Any, compiled: CompiledBlocks | None = None) -> Iterator[None]:
-        """Within it, the model runs this way.
+    def on(self, model: PreTrainedModel, compiled: CompiledBlocks | None = None) -> Iterator[None]:
+        """Within it, the variant is active.
 
         Args:
             model: A text decoder.
-            compiled: Its compiled blocks, for a variant that runs them.
+            compiled: Its compiled blocks, for a variant that uses them.
         """
         config = text_backbone(model).config
         before = config._attn_implementation
@@ -71,7 +73,7 @@ class Variant:
 
 
 def default_backends(device_type: str) -> tuple[str, ...]:
-    """What is compared when nothing is named."""
+    """The backends that are compared by default."""
     return _ON_GPU if device_type == "cuda" else _ON_CPU
 
 
@@ -87,10 +89,10 @@ def prefill_variants(
 
     Args:
         backends: Names of `BACKENDS`; "hybrid" is one variant for each number of dense heads.
-        heads: Number of dense heads -> which.
+        heads: The dense heads of each number.
         sink: First keys that streaming heads see.
         window: Last keys that they see.
-        implementation: Of `hybrid_attention`.
+        implementation: Implementation of `hybrid_attention`.
 
     Raises:
         InputError: for an unknown name, hybrid attention without numbers of dense heads, or a sink or window out of
@@ -103,7 +105,7 @@ def prefill_variants(
         ["SDPA, torch's choice", 'hybrid, 2 dense']
     """
     sink, window = check_sink_and_window(sink, window)
-    found: list[Variant] = []
+    variants: list[Variant] = []
     for name in dict.fromkeys(backends):
         if name not in BACKENDS:
             hint = nearest(name, BACKENDS)
@@ -112,23 +114,25 @@ def prefill_variants(
         if base == "hybrid":
             if not heads:
                 raise InputError(f"The backend {name!r} needs numbers of dense heads (--dense).")
-            for number, chosen in heads.items():
+            for number, dense in heads.items():
                 key = name.replace("hybrid", f"hybrid-{number}")
                 attention = f"hooked_bench_hybrid_{number}"
-                register_hybrid_attention(attention, chosen, sink=sink, window=window, implementation=implementation)
-                where = {"dense": chosen, "sink": sink, "window": window}
-                found.append(Variant(key, title.format(number), attention, None, compiled, **where))
+                register_hybrid_attention(attention, dense, sink=sink, window=window, implementation=implementation)
+                streaming = {"dense": dense, "sink": sink, "window": window}
+                variants.append(Variant(key, title.format(number), attention, None, compiled, **streaming))
         elif base == "removed":
-            found.append(Variant(name, title, REMOVED, None, compiled, exact=False))
+            variants.append(Variant(name, title, REMOVED, None, compiled, exact=False))
         else:
             attention = "eager" if base == "eager" else "sdpa"
-            found.append(Variant(name, title, attention, _PINNED.get(base), compiled))
-    return found
+            variants.append(Variant(name, title, attention, _PINNED.get(base), compiled))
+    return variants
 
 
-def _removed(module: nn.Module, q: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """Queries as they came, laid out as attention's output: what is left is the model without attention."""
-    return q.transpose(1, 2), None
+def _removed(
+    module: nn.Module, q: Float[Tensor, "batch head query d_head"], *args: Any, **kwargs: Any
+) -> tuple[Float[Tensor, "batch query head d_head"], None]:
+    """The queries in place of attention's output: what remains is the model without attention."""
+    return rearrange(q, "batch head query d_head -> batch query head d_head"), None
 
 
 def _no_mask(**arguments: Any) -> None:

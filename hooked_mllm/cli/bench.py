@@ -35,7 +35,7 @@ def prefill(arguments: argparse.Namespace) -> None:
     out = folder(arguments.out) / "prefill.json"
     picture = out.with_suffix(".png")
     if out.exists() and not arguments.resume:
-        raise InputError(f"{out} is there already: --resume continues it; or give another --out.")
+        raise InputError(f"{out} exists already: --resume continues it; or give another --out.")
     text, name, numbers = _text_model(arguments, device, dtype)
     shape = text.config.num_hidden_layers, text.config.num_attention_heads
     heads = choose_heads(numbers, *shape, arguments.heads, arguments.seed)

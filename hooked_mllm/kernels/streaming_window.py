@@ -1,4 +1,4 @@
-"""The arguments of streaming attention, checked alike by every kernel and by all that call one."""
+"""Sink, window and dense heads: one check and one mask for all kernels and their callers."""
 
 from collections.abc import Iterable
 from numbers import Integral
@@ -14,7 +14,7 @@ from hooked_mllm.errors import InputError
 if TYPE_CHECKING:
     #: an int of Python or NumPy
     WholeNumber = SupportsIndex
-else:  # at run time anything, so that another value reaches the check, whose error states what was expected
+else:  # at run time any value, so that a wrong one reaches the check, whose error states what is expected
     WholeNumber = Any
 
 
@@ -23,8 +23,8 @@ def check_sink_and_window(sink: WholeNumber, window: WholeNumber, window_name: s
 
     Args:
         sink: First keys of the sequence that streaming heads see.
-        window: Last keys that they see, the query's own among them.
-        window_name: What the caller names the window, for the error message.
+        window: Last keys that they see, the query's own included.
+        window_name: The caller's name of the window, for the error message.
 
     Raises:
         InputError: unless both are whole numbers, sink 0 or more and window 1 or more.
@@ -44,13 +44,13 @@ def check_sink_and_window(sink: WholeNumber, window: WholeNumber, window_name: s
 def _as_int(value: object) -> int | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, int):  # left as it is: under torch.compile it may be symbolic
+    if isinstance(value, int):  # not converted: under torch.compile it may be symbolic
         return value
     return int(value) if isinstance(value, Integral) else None
 
 
 def head_flags(heads: Iterable[int], n_heads: int, device: torch.device | str = "cpu") -> Bool[Tensor, " head"]:
-    """True at these heads of one layer.
+    """A mask of one layer's heads, True at `heads`.
 
     Examples:
         >>> head_flags((0, 2), n_heads=4).tolist()
@@ -74,6 +74,15 @@ def visible_keys_at(
 
     A query at position p sees key j iff `start <= j < end`, `j <= p`, and, unless the head is dense,
     `j < start + sink` or `j > p - window`.
+
+    Args:
+        positions: The position of each query among the keys; one row for all sequences, or one for each.
+        n_keys: Number of keys.
+        dense: True at the dense heads.
+        sink: First keys that the other heads see.
+        window: Last keys that they see, the query's own included.
+        start: The first real key of each sequence.
+        end: One past its last real key.
     """
     device = positions.device
     key = torch.arange(n_keys, device=device)

@@ -30,7 +30,7 @@ def test_every_row_has_its_ratios_and_the_ceiling():
             Cell(1024, "removed", [2.0, 2.0]),
         )
     )
-    assert text.splitlines()[0] == "tiny: 3 layers x 4 heads, float32, a + b; timed forwards: 2, CUDA events"
+    assert text.splitlines()[0] == "tiny: 3 layers x 4 heads, float32, a + b; timed forward passes: 2, CUDA events"
     assert "1,024 tokens" in text and "x cuDNN" in text
     assert line(text, "cuDNN") == ["8.0", "0.0", "1.00", "2.00", "4.00", "2.2", "1.5"]
     assert line(text, "hybrid, 2 dense") == ["4.0", "1.4", "2.00", "4.00", "4.00"]
@@ -47,7 +47,7 @@ def test_without_cudnn_ratios_are_to_sdpa():
 @pytest.mark.parametrize("sessions", [(0, 0), (0, 1)])
 def test_rows_of_several_runs_are_marked(sessions):
     cells = [Cell(64, name, [1.0], session=s) for name, s in zip(("cudnn", "flash"), sessions, strict=True)]
-    assert ("did not take turns" in table(record(*cells))) == (sessions == (0, 1))
+    assert ("were not interleaved" in table(record(*cells))) == (sessions == (0, 1))
 
 
 def test_a_failure_takes_the_place_of_the_times():
