@@ -30,13 +30,12 @@ def test_version(capsys):
     assert printed(capsys, "--version") == f"hooked-mllm {__version__}\n"
 
 
-@pytest.mark.parametrize("way", ["console", "module"])
-def test_help_and_version_import_neither_torch_nor_transformers(way):
+@pytest.mark.parametrize("module", [None, "hooked_mllm", "hooked_mllm.cli"])
+def test_help_and_version_import_neither_torch_nor_transformers(module):
     """As the console script and `python -m` start it."""
-    call = {
-        "console": "from hooked_mllm.cli import main\nmain(arguments)",
-        "module": "sys.argv[1:] = arguments\nrunpy.run_module('hooked_mllm', run_name='__main__')",
-    }[way]
+    call = "from hooked_mllm.cli import main\nmain(arguments)"
+    if module is not None:
+        call = f"sys.argv[1:] = arguments\nrunpy.run_module({module!r}, run_name='__main__')"
     lists = [["--version"], ["--help"], *([*command, "--help"] for command in COMMANDS)]
     code = "import runpy, sys\n" + "".join(
         f"arguments = {arguments!r}\ntry:\n    "

@@ -1,0 +1,39 @@
+"""The folder of results, and the bar that transformers shows while it loads."""
+
+import pytest
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from hooked_mllm.cli.files import folder, loading_bar
+from hooked_mllm.errors import InputError
+
+
+def test_a_folder_is_made(tmp_path):
+    made = folder(tmp_path / "a" / "b")
+    assert made.is_dir() and folder(made) == made and not list(made.iterdir())
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("results of another run")
+    with pytest.raises(InputError, match="^--out: "):
+        folder(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "results of another run"
+
+
+@pytest.fixture
+def bar():
+    """The bar is as it was after the test."""
+    before = is_progress_bar_enabled()
+    yield
+    (enable_progress_bar if before else disable_progress_bar)()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_bar_is_shown_if_it_is_wanted_and_not_switched_off(bar, wanted, enabled):
+    (enable_progress_bar if enabled else disable_progress_bar)()
+    with loading_bar(wanted):
+        assert is_progress_bar_enabled() == (wanted and enabled)
+    assert is_progress_bar_enabled() == enabled
+    with pytest.raises(KeyboardInterrupt), loading_bar(wanted):
+        raise KeyboardInterrupt
+    assert is_progress_bar_enabled() == enabled
