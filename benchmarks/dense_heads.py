@@ -114,13 +114,13 @@ def check() -> None:
         heads, kv = rng.choice([(32, 8), (8, 8), (14, 2), (8, 1)])
         dense = tuple(sorted(rng.sample(range(heads), rng.randint(1, heads))))
         q, k, v = (torch.randn(1, 20, h, 8).transpose(1, 2) for h in (heads, kv, kv))
-        want = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
+        expected = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
         for name, way in WAYS.items():
             others = [head for head in range(heads) if head not in dense]
             out = torch.full((1, 20, heads, 8), float("nan")).transpose(1, 2)
             with way(q, k, v, out, dense, 0.3):
                 out[:, others] = 0
-            error = (out[:, list(dense)] - want[:, list(dense)]).abs().max().item()
+            error = (out[:, list(dense)] - expected[:, list(dense)]).abs().max().item()
             if not error < 1e-5 or not bool((out[:, others] == 0).all()):
                 sys.exit(f"{name}: wrong for heads {dense} of {heads} over {kv}, by {error:.2g}")
     print("all ways agree")
@@ -163,12 +163,12 @@ def main() -> None:
         timed: dict[str, Callable[[], Any]] = {"cuDNN, all dense": cudnn}
         for label, dense in SETS.items():
             ways = variants(q, k, v, dense)
-            want = ways["one launch"]().float()
+            expected = ways["one launch"]().float()
             for name, run in ways.items():
-                error = float((run().float() - want).norm() / want.norm())
+                error = float((run().float() - expected).norm() / expected.norm())
                 if not error < 4e-3:
                     sys.exit(f"{label} by {name} differs from one launch by {error:.4f}, so nothing is timed")
-            del want
+            del expected
             timed |= {f"{label}: {name}": run for name, run in ways.items()}
         timings = interleaved(timed, max(1, 65536 // n), arguments.rounds, "cuda")
         print(report(f"\n{n} tokens", timings, dict.fromkeys(timed, "cuDNN, all dense")))

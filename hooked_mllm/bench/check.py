@@ -50,9 +50,9 @@ class Witness:
         """The attention of one layer."""
         z, _ = implementation(module, self.variant.attention)(module, q, k, v, mask, **kwargs)
         layer: Any = module.layer_idx
-        want = self.defined(layer, q, k, v, kwargs["scaling"])
-        self.errors.append(relative_error(z, want))
-        return want.to(q.dtype), None
+        expected = self.defined(layer, q, k, v, kwargs["scaling"])
+        self.errors.append(relative_error(z, expected))
+        return expected.to(q.dtype), None
 
     def defined(
         self,
@@ -196,10 +196,10 @@ def _errors(
     """The largest error in a layer, and that of the last hidden state."""
     witness = Witness(variant)
     with _active(witness) as name, replace(variant, attention=name, compiled=False).on(model):
-        want = model(input_ids=tokens, use_cache=False).last_hidden_state
+        expected = model(input_ids=tokens, use_cache=False).last_hidden_state
     with variant.on(model, compiled):
         got = model(input_ids=tokens, use_cache=False).last_hidden_state
-    return max(witness.errors), relative_error(got, want)
+    return max(witness.errors), relative_error(got, expected)
 
 
 #: the witnesses whose attention is active, the innermost last

@@ -128,19 +128,22 @@ def bench_kernel(
     return results
 
 
-def kernel_table(found: dict[str, Any]) -> str:
+def kernel_table(results: dict[str, Any]) -> str:
     """Medians, speedups over cuDNN's dense attention (median over rounds), their range, and memory.
 
     Args:
-        found: Results of `bench_kernel`.
+        results: Results of `bench_kernel`.
     """
-    settings = found["settings"]
+    settings, checks = results["settings"], results["checks"]
     lines = [
         f"{settings['heads']} query and {settings['kv_heads']} key-value heads of width {settings['d_head']}, sink "
-        f"{settings['sink']}, window {settings['window']}, {settings['dtype']}, {found['provenance']['devices'][0]}",
-        *(f"relative error against {c['against']}, {c['tokens']:,} tokens: {c['error']:.2g}" for c in found["checks"]),
+        f"{settings['sink']}, window {settings['window']}, {settings['dtype']}, {results['provenance']['devices'][0]}",
+        *(
+            f"relative error against {c['against']}, {c['tokens']:,} tokens: {c['error']:.2g}"
+            for c in results["checks"]
+        ),
     ]
-    for n, rows in found["lengths"].items():
+    for n, rows in results["lengths"].items():
         base = next(iter(rows))
         lines += ["", f"{int(n):,} tokens; ratios: time of {base} / time of the variant"]
         table = [("variant", "median ms", "ratio", "range", "added GiB")]
@@ -170,8 +173,8 @@ def _against_definition(inputs: Inputs, dense_heads: list[int], streaming: Strea
     checks = []
     for dense in ([], dense_heads, list(range(heads))):
         flags = head_flags(dense, heads, q.device)
-        want, _ = naive_hybrid_attention(q64, k64, v64, flags, *sizes, start, end)
-        error = relative_error(hybrid_attention(q, k, v, dense, **streaming._asdict()), want)
+        expected, _ = naive_hybrid_attention(q64, k64, v64, flags, *sizes, start, end)
+        error = relative_error(hybrid_attention(q, k, v, dense, **streaming._asdict()), expected)
         checks.append({"against": f"float64, {len(dense)} dense", "tokens": n, "error": error})
         if not error < LIMITS[q.dtype][0]:
             raise NumericsError(
@@ -179,7 +182,7 @@ def _against_definition(inputs: Inputs, dense_heads: list[int], streaming: Strea
                 "tokens: nothing is timed."
             )
     z = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    checks.append({"against": "float64 (torch's SDPA, all dense)", "tokens": n, "error": relative_error(z, want)})
+    checks.append({"against": "float64 (torch's SDPA, all dense)", "tokens": n, "error": relative_error(z, expected)})
     return checks
 
 

@@ -28,7 +28,7 @@ def pattern_from_mask_types(
 ) -> HeadPattern:
     """A layer's dense heads, sink and window from Block-Sparse-Attention's mask types.
 
-    Type 0 is a dense head, -1 a streaming one. Types above 0 are heads with a block mask of their own, which
+    Type 0 is a dense head, -1 a streaming one. Types above 0 are heads with their own block mask, which
     `hybrid_attention` does not support. Both libraries count the query's own position as part of the window.
 
     Sizes are tokens, as in "exact" streaming, or with `block` blocks of that size. There, the window ends at the border
