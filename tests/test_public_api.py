@@ -31,6 +31,11 @@ def test_exported_names_are_listed():
     assert not unlisted, f"run `PYTHONPATH=tests python -m helpers.public_api`: {', '.join(sorted(unlisted))}"
 
 
+def test_options_may_become_parameters():
+    assert not changes(["self", "**options"], ["self", "*", "title=None", "cmap=None"])
+    assert changes(["self", "**options"], ["self"]) == ["parameter options is gone"]
+
+
 def test_new_optional_parameters_break_no_call():
     assert not changes(["a", "b=1", "*", "c"], ["a", "b=1", "new=None", "*", "c", "extra=2", "**kwargs"])
 

@@ -151,9 +151,11 @@ def _changes(path: str, listed: Any, today: Any) -> Iterator[str]:
 def signature_changes(listed: list[str], today: list[str]) -> Iterator[str]:
     """What breaks a call that was right for the listed signature; new optional parameters break none."""
     before, after = ({name: (kind, default) for name, kind, default in read(s)} for s in (listed, today))
+    by_name = {name for name, (kind, _) in after.items() if kind == "KEYWORD_ONLY" and name not in before}
     for name, value in before.items():
         if name not in after:
-            yield f"parameter {name} is gone"
+            if value[0] != "VAR_KEYWORD" or not by_name:  # `**options` may become the options by name
+                yield f"parameter {name} is gone"
         elif after[name] != value:
             yield f"parameter {name} was {_shown(value)}, is {_shown(after[name])}"
     for name, (kind, default) in after.items():
