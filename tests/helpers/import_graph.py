@@ -110,10 +110,10 @@ def room_of(module: str) -> str:
     return [*module.split("."), "__init__"][1]
 
 
-def upward(found: Iterable[Import], floor_of: Mapping[str, int]) -> list[str]:
+def upward(entries: Iterable[Import], floor_of: Mapping[str, int]) -> list[str]:
     """Imports of a room on the importer's own floor or above it, and rooms that are on no floor."""
     out = []
-    for entry in found:
+    for entry in entries:
         importer, imported = room_of(entry.importer), room_of(entry.imported)
         if importer == imported:
             continue
@@ -126,10 +126,10 @@ def upward(found: Iterable[Import], floor_of: Mapping[str, int]) -> list[str]:
     return out
 
 
-def circles(found: Iterable[Import], rooms: bool = False) -> list[str]:
+def circles(entries: Iterable[Import], rooms: bool = False) -> list[str]:
     """A shortest circle through each group of files (or rooms) that import one another, with file and line."""
     edges: dict[str, dict[str, Import]] = {}
-    for entry in found:
+    for entry in entries:
         ends = [room_of(m) if rooms else m for m in (entry.importer, entry.imported)]
         if ends[0] != ends[1]:
             edges.setdefault(ends[0], {}).setdefault(ends[1], entry)
@@ -143,14 +143,14 @@ def circles(found: Iterable[Import], rooms: bool = False) -> list[str]:
 
 
 def _back_to(start: str, edges: Mapping[str, Mapping[str, Import]]) -> list[str]:
-    """The nodes of a shortest way from `start` back to itself; empty if there is none."""
-    ways, reached = deque([[start]]), {start}
-    while ways:
-        way = ways.popleft()
-        for node in edges.get(way[-1], {}):
+    """The nodes of a shortest path from `start` back to itself; empty if there is none."""
+    paths, reached = deque([[start]]), {start}
+    while paths:
+        path = paths.popleft()
+        for node in edges.get(path[-1], {}):
             if node == start:
-                return way
+                return path
             if node not in reached:
                 reached.add(node)
-                ways.append([*way, node])
+                paths.append([*path, node])
     return []

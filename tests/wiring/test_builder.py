@@ -74,7 +74,7 @@ def test_one_side_of_a_module_has_one_module_hook(built):
     assert builder.module_hook("0", "output") is not builder.module_hook("1", "output")
 
 
-def test_listeners_hear_every_change(built):
+def test_listeners_are_called_after_every_change(built):
     _, builder, point, _ = built
     changes = []
     builder.on_change(point, lambda: changes.append(point.has_hooks()))
