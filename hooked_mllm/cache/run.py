@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.capture import Capture, CaptureOptions
@@ -75,8 +75,8 @@ def cached_forward(model: Model, inputs: ResolvedInput, request: CacheRequest) -
 
 def cached_generation(
     model: Model, inputs: ResolvedInput, request: CacheRequest
-) -> tuple[Int[Tensor, "batch pos"], GenerationCache]:
-    """A generation with the activations of every step cached; returns token ids and the cache."""
+) -> tuple[Tensor | ModelOutput, GenerationCache]:
+    """A generation with the activations of every step cached; returns what transformers returns, and the cache."""
     output, capture, cache_of = _captured(model, inputs, request)
     caches = [cache_of(capture.entries(step)) for step in sorted(capture.steps)]
     for decoding_step in caches[1:]:

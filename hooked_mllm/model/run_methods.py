@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, cast, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -145,8 +145,18 @@ class RunMethods:
         with self.registry.running_on(inputs):
             self.hf_model.model(**{"use_cache": False, **tensors, **kwargs})
 
+    @overload
+    def generate(
+        self, inputs: ModelInput | None = None, *, return_dict_in_generate: Literal[True], **kwargs: Any
+    ) -> ModelOutput: ...
+
+    @overload
+    def generate(
+        self, inputs: ModelInput | None = None, *, return_dict_in_generate: Literal[False] = False, **kwargs: Any
+    ) -> Tensor: ...
+
     @torch.no_grad()
-    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Int[Tensor, "batch pos"]:
+    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor | ModelOutput:
         """Generate; hooks fire in the prefill (`hook.step == 0`) and in every decoding step (`hook.step == n`).
 
         Args:
@@ -154,7 +164,8 @@ class RunMethods:
             **kwargs: For transformers' `generate`, such as `max_new_tokens=20, do_sample=False`.
 
         Returns:
-            What transformers returns: token ids `[batch pos]`, the prompt's included.
+            What transformers returns: token ids `[batch pos]`, the prompt's included, or an object that holds them with
+            `return_dict_in_generate=True`.
 
         Raises:
             InputError: For a batch padded on the right.
@@ -218,7 +229,9 @@ class RunMethods:
         clear_contexts: bool = False,
         return_cache_object: bool = True,
         **forward: Any,
-    ) -> tuple[Tensor | None, ActivationCache | GenerationCache | dict[str, Tensor] | list[dict[str, Tensor]]]:
+    ) -> tuple[
+        Tensor | ModelOutput | None, ActivationCache | GenerationCache | dict[str, Tensor] | list[dict[str, Tensor]]
+    ]:
         """One forward pass, or a generation, with its activations cached.
 
         Caching does not change the run: activations are cached after the edits of registered hooks, attention patterns

@@ -244,6 +244,7 @@ def test_a_cache_file_of_the_first_format_is_read(tmp_path):
     with safe_open(tmp_path / "now.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["hooked_mllm"])
     header["format"] = "hooked_mllm.ActivationCache/1"
+    del header["digest"]  # files of that format had none
     for entry in header["steps"][0]["entries"].values():
         for new in ("streaming", "q_offset"):
             entry.pop(new, None)

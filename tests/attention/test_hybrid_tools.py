@@ -84,7 +84,7 @@ def test_a_sweep_is_a_loop_of_forward_passes(family):
 
 def test_a_sweep_under_a_policy_and_gates_under_a_backend_are_refused():
     model = hooked("internvl")
-    with model.attention(hybrid(Policy())), pytest.raises(HookValueError, match="give HybridAttention what the policy"):
+    with model.attention(hybrid(Policy())), pytest.raises(HookValueError, match="routing policy selects dense heads for all rows"):
         Sweep(model, sample("internvl"), LogitDifference(5, wrong=9))
     with model.attention(hybrid()), pytest.raises(HookValueError, match=r"leave model.attention\(...\) first"):
         metrics.DuoGate(steps=2).run(model, sample("internvl"), progress=False)

@@ -189,6 +189,7 @@ def test_a_wrapped_model_under_the_name_shows_what_it_runs(family):
 @torch.no_grad()
 def test_heads_of_another_model_are_refused_when_it_first_runs():
     inputs, _ = prompts()
+    register(["L0H0"])
     model = decoder("qwen3", NAME)
     for heads, message in (
         (["L3H0"], "Layer 3 of head L3H0 is not there"),
@@ -206,8 +207,8 @@ def test_heads_of_another_model_are_refused_when_it_first_runs():
 @torch.no_grad()
 def test_a_part_of_the_heads_is_refused():
     inputs, _ = prompts()
-    model = decoder("llama", NAME)
     register(["L0H1"])
+    model = decoder("llama", NAME)
     keep_half_of_the_heads(model.model.layers)
     with pytest.raises(HeadError, match=r"2 heads in this process and 4 in the whole model.*device_map"):
         model(**inputs)

@@ -100,7 +100,7 @@ def test_refusals(family):
     inputs = model.prepare("Where is the dog?", images=tiny_image(32, 24))
     with pytest.raises(InputError, match="the first 3 layers; the model has 3"):
         model.measure(inputs, LocalizationHeads(skip_layers=3), progress=False)
-    with pytest.raises(InputError, match="which pixels each token sees"):
+    with pytest.raises(InputError, match="needs token layouts"):
         model.measure(inputs.inputs, LocalizationHeads(), progress=False)
     with pytest.raises(LayoutError):
         model.measure(inputs, LocalizationHeads(image=1), progress=False)
