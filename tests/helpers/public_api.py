@@ -6,10 +6,12 @@ the same object under another name; anything else is "value" or "module".
 """
 
 import ast
+import enum
 import importlib
 import inspect
 import json
 import pkgutil
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,11 @@ def described(thing: Any) -> Any:
     """What the list holds of one object."""
     if inspect.isclass(thing):
         members = {n: _member(inspect.getattr_static(thing, n)) for n in dir(thing) if _is_public(thing, n)}
-        constructor = {} if getattr(thing, "_is_protocol", False) else {"__init__": parameters(thing)}
-        return constructor | members
+        # the constructors of Protocols and enumerations are Python's own, and differ between its versions
+        plain = getattr(thing, "_is_protocol", False) or issubclass(thing, enum.Enum)
+        return members if plain else {"__init__": parameters(thing)} | members
+    if typing.get_origin(thing) is not None:  # an alias of types
+        return "value"
     if callable(thing):
         return parameters(thing)
     return "module" if inspect.ismodule(thing) else "value"
