@@ -1,7 +1,7 @@
 """HeadSet: an immutable, ordered set of attention heads of one model shape."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class HeadSet:
     n_heads: int
     _heads: dict[tuple[int, int], None]
 
-    def __init__(self, heads: HeadsLike = (), *, n_layers: int, n_heads: int) -> None:
+    def __init__(self, heads: HeadsLike = (), *, n_layers: SupportsIndex, n_heads: SupportsIndex) -> None:
         shape = whole_number(n_layers) or 0, whole_number(n_heads) or 0
         if min(shape) < 1:
             raise HeadError(f"A model has at least one layer and one head; got {n_layers} layers of {n_heads} heads.")
@@ -101,7 +101,7 @@ class HeadSet:
         return _rebuild, (tuple(self._heads), self.n_layers, self.n_heads)
 
     @classmethod
-    def parse(cls, text: str, *, n_layers: int, n_heads: int) -> "HeadSet":
+    def parse(cls, text: str, *, n_layers: SupportsIndex, n_heads: SupportsIndex) -> "HeadSet":
         """Read the text form "L20H15, L3H2" (commas, semicolons or spaces between heads; empty text, empty set).
 
         Raises:
