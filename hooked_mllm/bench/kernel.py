@@ -138,10 +138,7 @@ def kernel_table(results: dict[str, Any]) -> str:
     lines = [
         f"{settings['heads']} query and {settings['kv_heads']} key-value heads of width {settings['d_head']}, sink "
         f"{settings['sink']}, window {settings['window']}, {settings['dtype']}, {results['provenance']['devices'][0]}",
-        *(
-            f"relative error against {c['against']}, {c['tokens']:,} tokens: {c['error']:.2g}"
-            for c in results["checks"]
-        ),
+        *(f"relative error against {c['against']}, {c['tokens']:,} tokens: {c['error']:.2g}" for c in checks),
     ]
     for n, rows in results["lengths"].items():
         base = next(iter(rows))

@@ -83,11 +83,11 @@ def test_blocks_compiled_wrongly_are_found(model, monkeypatch):
 
 
 def test_one_wrong_tile_among_many_is_found():
-    want = torch.randn(1, 4, 5000, 8)
-    got = want.clone()
+    expected = torch.randn(1, 4, 5000, 8)
+    got = expected.clone()
     got[:, 2, 4096:4160] = 0
-    assert relative_error(got, want) < 0.06 and largest_error(got, want) > 0.2
-    assert largest_error(want, want) == 0
+    assert relative_error(got, expected) < 0.06 and largest_error(got, expected) > 0.2
+    assert largest_error(expected, expected) == 0
 
 
 @pytest.mark.parametrize("dense", [None, HeadSet(["L1H0", "L1H3"], n_layers=3, n_heads=4)])
@@ -99,8 +99,8 @@ def test_the_definition_is_causal_attention_written_out(dense):
         whole = dense is None or head in (0, 3)
         keys = [j for j in range(i + 1) if whole or j < 2 or j > i - 3]
         weights = np.exp((k[batch, head // 2, keys] @ q[batch, head, i]).double().numpy() * 0.5)
-        want = (weights / weights.sum()) @ v[batch, head // 2, keys].double().numpy()
-        np.testing.assert_allclose(z[batch, i, head], want, atol=1e-5)
+        expected = (weights / weights.sum()) @ v[batch, head // 2, keys].double().numpy()
+        np.testing.assert_allclose(z[batch, i, head], expected, atol=1e-5)
 
 
 def test_every_layer_of_a_right_variant_is_within_its_limit(model):

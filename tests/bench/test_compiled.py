@@ -50,12 +50,12 @@ def test_compiled_equals_uncompiled(family, attention, backend):
     register_hybrid_attention("compiled_hybrid", HEADS, sink=2, window=8, implementation="naive")
     text = text_backbone(tiny_model(family))
     text.set_attn_implementation(attention)
-    want = hidden(text, 65)
+    expected = hidden(text, 65)
     with compile_blocks(text, backend=backend):
         got = hidden(text, 65)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     assert text.config._attn_implementation == attention
-    assert not torch.allclose(want, hidden(text, 65) * 1.01)  # the comparison can fail
+    assert not torch.allclose(expected, hidden(text, 65) * 1.01)  # the comparison can fail
 
 
 def test_what_is_compiled_serves_all_layers_lengths_and_models():
@@ -76,20 +76,20 @@ def test_padding_reaches_the_attention_outside():
     text = text_backbone(tiny_model("internvl"))
     mask = torch.ones(1, 40, dtype=torch.long)
     mask[:, :9] = 0
-    want = hidden(text, 40, attention_mask=mask)
+    expected = hidden(text, 40, attention_mask=mask)
     with compile_blocks(text, backend=counting):
         got = hidden(text, 40, attention_mask=mask)
-    torch.testing.assert_close(got[:, 9:], want[:, 9:])
+    torch.testing.assert_close(got[:, 9:], expected[:, 9:])
     assert not torch.allclose(got[:, 9:], hidden(text, 40)[:, 9:], atol=1e-3)
 
 
 def test_a_whole_model_and_a_wrapped_one():
     model = tiny_model("llava_onevision")
     ids = tokens(30)
-    want = model(input_ids=ids).logits
+    expected = model(input_ids=ids).logits
     with compile_blocks(model, backend=counting) as blocks:
         assert blocks.text is model.model.language_model
-        torch.testing.assert_close(model(input_ids=ids).logits, want)
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
     assert compile_blocks(HookedMLLM.from_model(model), backend=counting).text is model.model.language_model
 
 
@@ -137,13 +137,13 @@ def test_what_cannot_be_compiled():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("default")  # what torch's compiler says of itself
+@pytest.mark.filterwarnings("default")  # warnings of torch's compiler
 def test_inductor_on_the_gpu(family):
     register_hybrid_attention("compiled_hybrid", HEADS, sink=2, window=8)
     text = text_backbone(tiny_model(family)).to("cuda")
     text.set_attn_implementation("compiled_hybrid")
     ids = tokens(65).to("cuda")
-    want = text(input_ids=ids, use_cache=False).last_hidden_state
+    expected = text(input_ids=ids, use_cache=False).last_hidden_state
     with compile_blocks(text):
         got = text(input_ids=ids, use_cache=False).last_hidden_state
-    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)

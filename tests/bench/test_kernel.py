@@ -57,15 +57,17 @@ def test_flex_attention_takes_the_mask_of_hybrid_attention():
     mask = module.hybrid_mask(torch.tensor(dense), sink, window)
     index = [torch.arange(size) for size in (1, 4, n, n)]
     batch, head, query, key = torch.meshgrid(*index, indexing="ij")  # each [batch head query key]
-    want = [[[k <= q and (flag or k < sink or k > q - window) for k in range(n)] for q in range(n)] for flag in dense]
-    assert mask(batch, head, query, key)[0].tolist() == want
+    expected = [
+        [[k <= q and (flag or k < sink or k > q - window) for k in range(n)] for q in range(n)] for flag in dense
+    ]
+    assert mask(batch, head, query, key)[0].tolist() == expected
 
     blocks = create_block_mask(mask, None, 4, n, n, device="cpu")
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, n, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2))
     z = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k.repeat_interleave(2, 1)) / 8**0.5
-    pattern = scores.masked_fill(~torch.tensor(want), -math.inf).softmax(-1)
+    pattern = scores.masked_fill(~torch.tensor(expected), -math.inf).softmax(-1)
     torch.testing.assert_close(z, pattern @ v.repeat_interleave(2, 1))
 
 

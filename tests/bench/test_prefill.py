@@ -1,15 +1,16 @@
 """Prefill times of variants in turns, stopped and continued."""
 
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.bench_variants import bench, registered, variants
-from hooked_mllm import HeadSet
+from hooked_mllm import HeadScores, HeadSet
 from hooked_mllm.bench import PrefillRecord, Variant, choose_heads
 from hooked_mllm.bench.table import table
-from hooked_mllm.errors import InputError
+from hooked_mllm.errors import HeadError, InputError
 
 
 def test_every_cell_is_timed_in_turns(model, monkeypatch):
@@ -93,3 +94,19 @@ def test_random_heads_are_nested_and_seeded():
     assert set(found[5]) != set(choose_heads([5], 3, 4, None, seed=4)[5])
     with pytest.raises(InputError, match="0 to 12"):
         choose_heads([13], 3, 4, None, seed=0)
+
+
+def test_dense_heads_are_the_first_of_a_ranking(tmp_path):
+    scores = HeadScores([[0.1, 0.9], [0.8, 0.2]], name="RAM")
+    scores.save(tmp_path / "scores")
+    ranked = [(0, 1), (1, 0), (1, 1), (0, 0)]
+    for source in (tmp_path / "scores.json", str(tmp_path / "scores"), "L0H1, L1H0, L1H1, L0H0", ranked):
+        chosen = choose_heads([3, 0], 2, 2, source, seed=0)
+        assert {k: list(heads) for k, heads in chosen.items()} == {0: [], 3: ranked[:3]}
+    assert list(choose_heads([1], 2, 2, Path("L1H0,L0H1"), seed=0)[1]) == [(1, 0)]  # as the command line passes it
+    with pytest.raises(InputError, match="ranks 2 heads; got a number of dense heads of 3"):
+        choose_heads([3], 2, 2, "L0H1, L1H0", seed=0)
+    with pytest.raises(HeadError, match="Layer 2 of head L2H0"):
+        choose_heads([1], 2, 2, "L2H0", seed=0)
+    with pytest.raises(InputError, match="2 layers x 2 heads; the model has 3 x 4"):
+        choose_heads([1], 3, 4, tmp_path / "scores.json", seed=0)

@@ -27,10 +27,10 @@ def test_attention_removed_is_the_model_without_it(model):
 
         handles.append(attn.o_proj.register_forward_pre_hook(replace_input))
     with torch.no_grad():
-        want = model(input_ids=ids, use_cache=False).last_hidden_state
+        expected = model(input_ids=ids, use_cache=False).last_hidden_state
     for handle in handles:
         handle.remove()
-    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(got, expected)
 
 
 def test_names_of_backends():

@@ -19,7 +19,7 @@ N = 1
 @pytest.fixture(scope="module")
 def example():
     if not (EXAMPLES / "adaptive_routing.py").is_file():
-        pytest.skip("the examples are not beside the tests")
+        pytest.skip("the examples are not next to the tests")
     sys.path.insert(0, str(EXAMPLES))
     try:
         import adaptive_routing
@@ -63,13 +63,13 @@ def test_budgets_are_equal_and_kept(example, made):
 
 
 def test_samples_to_rank_by_and_to_try_on_are_disjoint(example, made):
-    _, _, model, asked = made
+    _, _, model, evaluated = made
     known = {p.sample.id for p in example.prompts(model, example.DETECTION, N)}
-    assert len(known) == 2 * N and not known & {p.sample.id for p in asked}
+    assert len(known) == 2 * N and not known & {p.sample.id for p in evaluated}
 
 
 def test_an_adaptive_row_is_what_its_heads_give(example, made):
-    _, found, model, asked = made
+    _, found, model, evaluated = made
     known = example.prompts(model, example.DETECTION, N)
     pages, videos = (
         model.measure([p.sample for p in known if p.task == task], RetrievalAttentionMass(), progress=False)
@@ -78,7 +78,7 @@ def test_an_adaptive_row_is_what_its_heads_give(example, made):
     scores = (pages + videos) / 2
     policy = QueryAwareHeads(Total(4, like=scores.top(4)), queries=example.QUERIES, order=2, prior=scores)
     row = found["equal"]["adaptive: RAM x lost length"][4]
-    for i, prompt in enumerate(asked):
+    for i, prompt in enumerate(evaluated):
         with model.attention(HybridAttention(policy, sink=4, window=16, implementation="naive")):
             model(prompt.sample)
         heads = [(layer, head) for layer, some in policy.chosen.items() for head in some]

@@ -17,7 +17,7 @@ N = 6
 @pytest.fixture(scope="module")
 def example():
     if not (EXAMPLES / "annotation_free.py").is_file():
-        pytest.skip("the examples are not beside the tests")
+        pytest.skip("the examples are not next to the tests")
     sys.path.insert(0, str(EXAMPLES))
     try:
         import annotation_free
@@ -61,8 +61,8 @@ def test_numbers_are_those_of_plain_transformers(example, made):
 
 
 def test_every_wording_asks_for_the_same_shape(example):
-    asked = {one.shape: example.wordings(one.question) for one in VisualRetrieval().examples(20)}
-    for shape, texts in asked.items():
+    wordings = {item.shape: example.wordings(item.question) for item in VisualRetrieval().examples(20)}
+    for shape, texts in wordings.items():
         assert len(set(texts)) == 4 and all(shape in text for text in texts)
-    for one in VisualRetrieval().examples(20):
-        assert one.question in asked[one.shape]
+    for item in VisualRetrieval().examples(20):
+        assert item.question in wordings[item.shape]

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture
 def example():
     if not (EXAMPLES / "attribution_patching.py").is_file():
-        pytest.skip("the examples are not beside the tests")
+        pytest.skip("the examples are not next to the tests")
     sys.path.insert(0, str(EXAMPLES))
     try:
         import attribution_patching
@@ -40,8 +40,8 @@ def test_its_tables(example, tmp_path, capsys, monkeypatch):
     pairs = [(s, corruptions.MeanRegion()(model, s)) for s in example.TASK.samples(model, 2, answer=True)]
     how = {"objective": objectives.LogitDifference(wrong=example.TASK.answers), "progress": False}
     real = metrics.PatchingEffect("z", direction="noising").run(model, pairs, **how).values.flatten()
-    mine = metrics.AttributionPatching("z", direction="noising").run(model, pairs, **how).values.flatten()
+    estimate = metrics.AttributionPatching("z", direction="noising").run(model, pairs, **how).values.flatten()
     row = found["rows"]["/".join(shown)]["estimates"]["none"]
-    rank, linear = spearmanr(mine, real).statistic, np.corrcoef(mine, real)[0, 1]
+    rank, linear = spearmanr(estimate, real).statistic, np.corrcoef(estimate, real)[0, 1]
     assert (row["spearman"], row["pearson"]) == pytest.approx((rank, linear), abs=1e-6)
     assert f"| {rank:.2f} / {linear:.2f} / " in lines[3]

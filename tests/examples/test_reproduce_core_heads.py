@@ -1,4 +1,4 @@
-"""The reproduction on one toy, in a hurry: its numbers against plain transformers, its words against its numbers."""
+"""A quick reproduction on one toy: numbers against plain transformers, generated sentences against the numbers."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ ALL = VisualRetrieval(seed=0, pages=4, filler=48)
 @pytest.fixture(scope="module")
 def script():
     if not (EXAMPLES / "reproduce_core_heads.py").is_file():
-        pytest.skip("the examples are not beside the tests")
+        pytest.skip("the examples are not next to the tests")
     sys.path.insert(0, str(EXAMPLES))
     try:
         import reproduce_core_heads
@@ -44,7 +44,7 @@ def pairs(names):
 
 def test_ram_and_accuracies_are_those_of_plain_transformers(run):
     _, found = run
-    ranked_on, asked = list(ALL.examples(N)), list(ALL.examples(N, start=10_000))
+    ranked_on, held_out = list(ALL.examples(N)), list(ALL.examples(N, start=10_000))
     ram = torch.tensor(found["domains"]["4 pages + 48 words"]["ram"])
     witness = toy_witness.retrieval_attention_mass(ranked_on, TOY)
     torch.testing.assert_close(ram.double(), witness, atol=1e-4, rtol=1e-3)
@@ -54,9 +54,11 @@ def test_ram_and_accuracies_are_those_of_plain_transformers(run):
     ablation = found["ablation"]
     assert ablation["ks"] == [0, 4, 16] and ablation["n_samples"] == N
     for i, k in enumerate((0, 4, 16)):
-        assert ablation["top"]["mean"][i] == toy_witness.accuracy(asked, order[:k], name=TOY)
+        assert ablation["top"]["mean"][i] == toy_witness.accuracy(held_out, order[:k], name=TOY)
     bottom = pairs(found["bottom"])
-    assert found["domains"]["4 pages + 48 words"]["accuracy"]["bottom"] == toy_witness.accuracy(asked, bottom, name=TOY)
+    assert found["domains"]["4 pages + 48 words"]["accuracy"]["bottom"] == toy_witness.accuracy(
+        held_out, bottom, name=TOY
+    )
     one = list(VisualRetrieval(seed=0, pages=1, filler=0).examples(N, start=10_000))
     assert found["domains"]["1 page"]["accuracy"]["clean"] == toy_witness.accuracy(one, name=TOY)
 
@@ -69,8 +71,8 @@ def test_key_tokens_are_those_of_eager_attention(run):
     for e in ALL.examples(N, start=10_000):
         inputs = toy_witness.inputs([e], TOY)
         attention = torch.cat(model(**inputs, output_attentions=True, use_cache=False).attentions)  # [layer head q k]
-        asked = len(toy_witness.processor(TOY).tokenizer(e.question)["input_ids"])
-        row = attention[:, :, -3 - asked : -3].mean(2).flatten(0, 1)  # [layer*head key]
+        n_question = len(toy_witness.processor(TOY).tokenizer(e.question)["input_ids"])
+        row = attention[:, :, -3 - n_question : -3].mean(2).flatten(0, 1)  # [layer*head key]
         visual = (inputs["input_ids"][0] == model.config.image_token_id).nonzero()[:, 0].view(4, -1)
         target = visual[e.target.image, toy_witness.within_page(e, TOY)]
         most = row.topk(math.ceil(0.05 * row.shape[1])).indices
@@ -121,7 +123,7 @@ def test_words_follow_the_numbers(run, script):
     found = copy.deepcopy(run[1])
     for domain in found["domains"].values():
         domain["top"] = found["planted"][::-1]
-    words = {section: " ".join(said) for section, said in script.findings(found).items()}
+    words = {section: " ".join(sentences) for section, sentences in script.findings(found).items()}
     assert "exactly the planted ones" in words["maps"] and "free model" not in words["toy"]
     other = copy.deepcopy(found)
     other["domains"]["1 page"]["top"] = ["L0H0", "L2H5", "L2H6", "L2H7"]
@@ -145,10 +147,10 @@ def test_words_follow_the_numbers(run, script):
     other["key_tokens"]["ratio"] = {"top": 0.1, "bottom": 0.2}
     assert "unlike in the paper, they have no more" in script.findings(other)["ratio"][0]
     other["key_tokens"]["coverage"] = {"top": [0.2, 0.7, 0.8], "bottom": [0.1, 0.1, 0.8], "random": [0.75, 0.8, 0.8]}
-    said = (
+    sentence = (
         "cover 80.0% of the target's tokens; to cover 70% it takes 2 heads from the top, 3 heads from the bottom, 1 he"
     )
-    assert said in script.findings(other)["coverage"][0]
+    assert sentence in script.findings(other)["coverage"][0]
     other["key_tokens"]["coverage"]["top"][2] = 0.6
     assert "cover 60.0% of the target's tokens and never reach 70%" in script.findings(other)["coverage"][0]
     other["ablation"]["top"]["mean"], other["ablation"]["moved"] = [1.0, 0.1, 0.1], [[0, 3, 9]]

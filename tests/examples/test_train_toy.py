@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.fixture(scope="module")
 def script():
     if not (EXAMPLES / "train_toy.py").is_file():
-        pytest.skip("the examples are not beside the tests")
+        pytest.skip("the examples are not next to the tests")
     sys.path.insert(0, str(EXAMPLES))
     try:
         import train_toy
@@ -67,7 +67,7 @@ def test_a_free_model_has_neither_window_nor_spared_heads(script):
     assert trainer.reach.dropout > 0
 
 
-def test_each_drawn_cell_is_asked_for_its_shape(script, family):
+def test_each_drawn_cell_has_its_shape_as_target(script, family):
     """The first stage draws 6 shapes; each cell's own tokens, and no other, carry its name."""
     tokenizer = script.build_processor(family).tokenizer
     _, _, ids, names = script.Batches(recipe(script, family), tokenizer, 0, start=0)[0]
@@ -82,7 +82,7 @@ def test_each_drawn_cell_is_asked_for_its_shape(script, family):
         assert (row >= 0).sum() == 6 * tokens.shape[1]
 
 
-def test_each_cell_of_a_video_is_asked_for_its_shape(script, family):
+def test_each_cell_of_a_video_has_its_shape_as_target(script, family):
     """Four shapes a moment, each named by all tokens of its cell: 2 x 2 where frames merge, else one a frame."""
     tokenizer = script.build_processor(family).tokenizer
     batches = script.Batches(recipe(script, family, video_share=1), tokenizer, 3, start=0)
@@ -101,7 +101,7 @@ def test_each_cell_of_a_video_is_asked_for_its_shape(script, family):
         assert (row >= 0).sum() == 4 * moments * tokens.shape[2]
 
 
-def test_heads_drop_out_as_asked(script):
+def test_head_dropout_follows_its_settings(script):
     """Whole layers but for the planted heads, and of the planted heads some, never all."""
     reach = script.Reach(8, PLANTED)
     reach.dropout, reach.layer_dropout, reach.planted_dropout = 0.2, 0.5, 0.5

@@ -10,7 +10,7 @@ SMALL = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2, "maxnreg
 
 
 def tensors(batch, heads, kv, q_length, kv_length, d, dtype=torch.float32, seed=0):
-    """q, k, v as transformers hands them over: `[batch head pos d]`, views of `[batch pos head d]`."""
+    """q, k, v with the strides of transformers: `[batch head pos d]`, views of `[batch pos head d]`."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((q_length, heads), (kv_length, kv), (kv_length, kv))
     made = [torch.randn(batch, n, h, d, generator=generator).to(DEVICE, dtype) for n, h in shapes]

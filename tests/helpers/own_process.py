@@ -1,4 +1,4 @@
-"""Runs a file of cases in a process of its own: pytest with no plugin but its own ones and no type checks.
+"""Runs a file of cases in a separate process: pytest with only its own plugins and without type checks.
 
 Triton reads `TRITON_INTERPRET` when it is first imported, which may be before any test; and checks of shapes and types
 would answer bad input before the errors that the cases expect.

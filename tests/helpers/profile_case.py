@@ -12,7 +12,7 @@ SMALL = {"ROWS": 32, "N": 16, "num_warps": 4, "num_stages": 2}
 
 
 class Case:
-    """Random layers as transformers hands them over, views of `[batch pos head d]`, and question tokens."""
+    """Random layers with the strides of transformers, views of `[batch pos head d]`, and question tokens."""
 
     def __init__(self, batch, heads, kv, queries, keys, d, *, layers=2, padded=False, streaming=None, uneven=False,
                  dtype=torch.float32, sharpness=1.0, seed=0):  # fmt: skip

@@ -85,8 +85,8 @@ def retrieval_attention_mass(examples: Examples, name: str = NAME) -> Tensor:
     for row, e in enumerate(examples):
         visual = (batch["input_ids"][row] == toy.config.image_token_id).nonzero()[:, 0]
         keys = visual.view(len(e.images), -1)[e.target.image, within_page(e, name)]
-        asked = len(processor(name).tokenizer(e.question)["input_ids"])
-        question = slice(-3 - asked, -3)  # the prompt ends with <|im_end|> <|im_start|> assistant
+        n_question = len(processor(name).tokenizer(e.question)["input_ids"])
+        question = slice(-3 - n_question, -3)  # the prompt ends with <|im_end|> <|im_start|> assistant
         total += pattern[:, row, :, question][..., keys].double().sum(-1).mean(-1)
     return total / len(examples)
 
@@ -104,8 +104,8 @@ def _video_mass(example: VideoExample, name: str) -> Tensor:
         cells = [moment * 36 + (2 * row + i) * 6 + 2 * col + j for i in range(2) for j in range(2)]
     else:  # each frame 3 x 3
         cells = [(2 * moment + frame) * 9 + row * 3 + col for frame in range(2)]
-    asked = len(processor(name).tokenizer(example.question)["input_ids"])
-    return pattern[:, :, -3 - asked : -3][..., visual[cells]].double().sum(-1).mean(-1)
+    n_question = len(processor(name).tokenizer(example.question)["input_ids"])
+    return pattern[:, :, -3 - n_question : -3][..., visual[cells]].double().sum(-1).mean(-1)
 
 
 def within_page(example: Example, name: str) -> list[int]:

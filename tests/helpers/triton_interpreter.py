@@ -5,7 +5,7 @@ from triton.runtime import interpreter
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-if not GPU:  # Triton 3.6's interpreter takes int() of arrays of one number, which NumPy 2.5 refuses
+if not GPU:  # Triton 3.6's interpreter calls int() on arrays of one number, which raises in NumPy 2.5
     _patch = interpreter._patch_lang_tensor
 
     def _patch_lang_tensor(tensor, *rest):

@@ -45,6 +45,6 @@ def test_visible_keys_are_those_of_the_formula(positions, dense, sink, window, b
     for batch, head, query, key in np.ndindex(*seen.shape):
         p = positions[batch if len(positions) == 2 else 0][query]  # one row of positions is that of every sequence
         first, last = bounds[batch]
-        want = first <= key < last and key <= p
-        want = want and (dense[head] or key < first + sink or key > p - window)
-        assert bool(seen[batch, head, query, key]) == want
+        expected = first <= key < last and key <= p
+        expected = expected and (dense[head] or key < first + sink or key > p - window)
+        assert bool(seen[batch, head, query, key]) == expected

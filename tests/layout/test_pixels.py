@@ -1,4 +1,4 @@
-"""The pixels that regions touch, against every pixel looked at by itself."""
+"""The pixels that regions touch, against a test of every single pixel."""
 
 import math
 

@@ -50,6 +50,6 @@ def test_a_tube_between_its_times_is_interpolated_by_numpy():
     boxes = {0.0: (0, 0, 10, 10), 2.0: (20, 4, 50, 10), 3.0: None, 5.0: (0, 0, 1, 1)}
     tube = Tube(boxes)
     for time in np.linspace(0, 2, 9):
-        want = [np.interp(time, [0, 2], [boxes[0.0][i], boxes[2.0][i]]) for i in range(4)]
-        np.testing.assert_allclose(tube.at(float(time)), want)
+        expected = [np.interp(time, [0, 2], [boxes[0.0][i], boxes[2.0][i]]) for i in range(4)]
+        np.testing.assert_allclose(tube.at(float(time)), expected)
     assert [tube.at(t) for t in (-0.1, 3.0, 5.1)] == [None, None, None]

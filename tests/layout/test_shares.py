@@ -163,7 +163,7 @@ def test_a_tube_follows_its_box():
     tube = Tube({0.0: (0, 0, 10, 10), 2.0: (20, 0, 30, 10), 2.5: None})
     grid = found.target(tube)[found.pixels].reshape(4, 4)
     assert grid.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    # a whole frame beside it swallows the tube's box there
+    # a whole frame in the union covers the tube's box there
     union = found.target([tube, Frames(1.0, 1.0)])[found.pixels].reshape(4, 4)
     assert union[1].all() and union[0].tolist() == [1, 0, 0, 0]
 
@@ -172,7 +172,7 @@ ONE, CLIP = image(30, 20, 3, 2), video(30, 20, 3, 2, times=(0.0, 1.0, 2.0))
 
 
 @pytest.mark.parametrize(
-    ("items", "ask", "message"),
+    ("items", "call", "message"),
     [
         ([ONE], lambda o: o.target(Box(30, 0, 40, 10)), "lies outside image 0, which is 30 x 20 pixels"),
         ([ONE], lambda o: o.target(Box(-9, -9, 0, 0)), "lies outside image 0"),
@@ -200,9 +200,9 @@ ONE, CLIP = image(30, 20, 3, 2), video(30, 20, 3, 2, times=(0.0, 1.0, 2.0))
         ([ONE], lambda o: o.region(Box(0, 0, 1, 1), image=0, video=0), "one image or one video"),
     ],
 )
-def test_questions_that_the_layout_cannot_answer(items, ask, message):
+def test_questions_that_the_layout_cannot_answer(items, call, message):
     with pytest.raises(LayoutError, match=message):
-        ask(layout(*items))
+        call(layout(*items))
 
 
 def test_a_region_that_only_padding_or_dead_pixels_hold_maps_to_no_token():

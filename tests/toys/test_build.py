@@ -12,10 +12,10 @@ def test_its_files_are_those_the_code_builds():
     assert witness.processor().tokenizer.get_vocab() == build_tokenizer().get_vocab()
     config, built = witness.model().config, build_config(build_tokenizer())
     for part in ("text_config", "vision_config"):
-        ours, theirs = getattr(built, part).to_dict(), getattr(config, part).to_dict()
+        expected, actual = getattr(built, part).to_dict(), getattr(config, part).to_dict()
         for volatile in ("dtype", "transformers_version", "_attn_implementation"):
-            ours.pop(volatile, None), theirs.pop(volatile, None)
-        assert ours == theirs
+            expected.pop(volatile, None), actual.pop(volatile, None)
+        assert actual == expected
     assert config.vision_config.deepstack_visual_indexes
 
 

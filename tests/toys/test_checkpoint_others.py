@@ -1,4 +1,4 @@
-"""The toys beside `toy-qwen3-vl`: they answer, their layouts are those of their classes, and their cards are true."""
+"""The toys other than `toy-qwen3-vl`: their answers, the layouts of their classes, and their cards."""
 
 import itertools
 import json
@@ -44,10 +44,10 @@ def test_it_is_bundled_small_and_built_by_the_code(name):
     assert witness.processor(name).tokenizer.get_vocab() == build_tokenizer(family).get_vocab()
     config, built = witness.model(name=name).config, build_config(build_tokenizer(family), family)
     for part in ("text_config", "vision_config"):
-        ours, theirs = getattr(built, part).to_dict(), getattr(config, part).to_dict()
+        expected, actual = getattr(built, part).to_dict(), getattr(config, part).to_dict()
         for volatile in ("dtype", "transformers_version", "_attn_implementation"):
-            ours.pop(volatile, None), theirs.pop(volatile, None)
-        assert ours == theirs
+            expected.pop(volatile, None), actual.pop(volatile, None)
+        assert actual == expected
 
 
 @pytest.mark.parametrize(

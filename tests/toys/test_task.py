@@ -29,7 +29,7 @@ def shape_in(cell):
 
 
 def color_in(cell, shape):
-    """The colour word nearest to the median of the pixels that stand out from the grey."""
+    """The colour word nearest to the median of the pixels that differ from the grey."""
     drawn = np.abs(cell - BACKGROUND).max(-1) > NOISE + 8
     shade = np.median(cell[drawn], axis=0)
     return min(COLORS, key=lambda name: np.abs(shade - COLORS[name]).max())
@@ -37,7 +37,7 @@ def color_in(cell, shape):
 
 def test_an_example_depends_on_seed_split_and_index_only():
     a, b = VisualRetrieval(seed=3, pages=2), VisualRetrieval(seed=3, pages=2)
-    b.example(5)  # what was asked before does not matter
+    b.example(5)  # earlier examples have no effect
     first, again = a.example(7), b.example(7)
     assert (first.question, first.system, first.answer, first.target, first.id) == (
         (again.question, again.system, again.answer, again.target, again.id)

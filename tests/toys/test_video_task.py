@@ -61,7 +61,7 @@ def test_every_moment_shows_its_own_shapes_in_two_frames_that_differ_in_noise():
 
 def test_an_example_depends_on_seed_split_and_index_only():
     a, b = VideoRetrieval(seed=3), VideoRetrieval(seed=3)
-    b.example(5)  # what was asked before does not matter
+    b.example(5)  # earlier examples have no effect
     first, again = a.example(7), b.example(7)
     assert (first.video.frames == again.video.frames).all()
     assert (first.question, first.system, first.answer, first.target, first.id) == (

@@ -70,13 +70,13 @@ def test_the_grid_on_a_gpu(group, queries, dtype):
 @pytest.mark.skipif(not GPU, reason="needs a GPU, better two")
 def test_on_every_gpu_whichever_is_the_current_one():
     made = Case(2, 8, 2, 30, 500, 128, dtype=torch.bfloat16, padded=True)
-    want = made.kernel(None)
-    marks = triton_top_mask(want.to(DEVICE), 25)
+    expected = made.kernel(None)
+    marks = triton_top_mask(expected.to(DEVICE), 25)
     for gpu in range(torch.cuda.device_count()):
         q, k = ([x.to(f"cuda:{gpu}") for x in some] for some in (made.q, made.k))
         rest = [x.to(f"cuda:{gpu}") for x in (made.places, made.weight, made.start, made.end)]
         found = triton_attention_profile(q, k, made.scale, *rest, made.streaming)
-        assert found.device.index == gpu and torch.equal(found.cpu(), want)
+        assert found.device.index == gpu and torch.equal(found.cpu(), expected)
         assert torch.equal(triton_top_mask(found, 25).cpu(), marks.cpu())
 
 
@@ -87,9 +87,9 @@ def test_the_same_twice():
 
 def test_inputs_of_any_stride_and_layers_of_different_ones():
     made = Case(2, 4, 2, 5, 40, 16, padded=True)
-    want = made.kernel()
+    expected = made.kernel()
     made.q[0], made.k[1] = made.q[0].contiguous(), made.k[1].contiguous()
-    assert torch.allclose(made.kernel(), want, atol=1e-6)
+    assert torch.allclose(made.kernel(), expected, atol=1e-6)
     storage = torch.zeros(2 * 40 * 2 * 16 * 2 + 1, device=DEVICE)  # neither aligned nor dense
     view = storage[1:].as_strided((2, 2, 40, 16), (40 * 64, 32, 64, 2))
     view.copy_(made.k[0])
@@ -107,11 +107,11 @@ def test_extreme_scores():
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter
 def test_nan_and_infinity_never_pass_and_never_come_from_padding():
     made = Case(2, 2, 1, 5, 40, 16, padded=True)
-    want = made.kernel()
+    expected = made.kernel()
     for layer in range(2):
         made.k[layer][0, :, : int(made.start[0])] = torch.nan
         made.k[layer][1, :, int(made.end[1]) :] = torch.inf
-    assert torch.equal(made.kernel(), want)
+    assert torch.equal(made.kernel(), expected)
     for value in (torch.nan, torch.inf):
         spoilt = Case(2, 4, 2, 2, 20, 16)
         spoilt.k[1][1, 0, 0, 3] = value

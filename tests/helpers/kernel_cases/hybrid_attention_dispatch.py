@@ -14,10 +14,10 @@ def test_dense_heads_by_sdpa_and_the_rest_by_a_kernel(dense):
     dtype = torch.float16 if GPU else torch.float32
     q, k, v = tensors(1, 8, 2, 45, 45, 64 if GPU else 16, dtype)
     both = torch.zeros(1, device=DEVICE), torch.full((1,), 45, device=DEVICE)
-    want, want_lse = naive_hybrid_attention(q, k, v, flags(dense, 8), 4, 9, 0.3, *both)
+    expected, expected_lse = naive_hybrid_attention(q, k, v, flags(dense, 8), 4, 9, 0.3, *both)
     z, none = triton_hybrid_attention(q, k, v, dense, 4, 9, 0.3, sdpa=True, config=SMALL)
     assert none is None and z.transpose(1, 2).is_contiguous()
-    assert torch.allclose(z.float(), want.float(), atol=3e-3 if GPU else 2e-6)
-    if len(dense) == 3:  # what SDPA cannot do is not asked of it
+    assert torch.allclose(z.float(), expected.float(), atol=3e-3 if GPU else 2e-6)
+    if len(dense) == 3:  # SDPA has no log-sum-exp: a kernel computes it
         _, lse = triton_hybrid_attention(q, k, v, dense, 4, 9, 0.3, with_lse=True, sdpa=True, config=SMALL)
-        assert torch.allclose(lse, want_lse, atol=2e-4 if GPU else 2e-6)
+        assert torch.allclose(lse, expected_lse, atol=2e-4 if GPU else 2e-6)

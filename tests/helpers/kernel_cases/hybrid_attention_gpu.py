@@ -1,6 +1,6 @@
 """Hybrid attention as compiled for a GPU: a grid of shapes against float64, and errors against cuDNN's own.
 
-Memory that nobody wrote is NaN in all of these.
+Uninitialized memory is NaN in all of these.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.kernels.hybrid_attention import dispatch, hybrid_attention, naive_hybrid_attention, op
 
-os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # asked for by torch's deterministic mode, which the fixture needs
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by torch's deterministic mode, which the fixture sets
 BFLOAT16_ERROR, FLOAT16_ERROR, FLOAT32_ERROR = 6e-3, 1e-3, 3e-6
 TOLERANCE = {torch.bfloat16: BFLOAT16_ERROR, torch.float16: FLOAT16_ERROR, torch.float32: FLOAT32_ERROR}
 
@@ -28,7 +28,7 @@ def unwritten_memory_is_nan():
 
 
 def tensors(batch, heads, kv, q_length, kv_length, d, dtype=torch.bfloat16, seed=0):
-    """q, k, v as transformers hands them over: `[batch head pos d]`, views of `[batch pos head d]`."""
+    """q, k, v with the strides of transformers: `[batch head pos d]`, views of `[batch pos head d]`."""
     generator = torch.Generator("cuda").manual_seed(seed)
     shapes = ((q_length, heads), (kv_length, kv), (kv_length, kv))
     return [
@@ -46,8 +46,8 @@ def exact(q, k, v, dense, sink, window, scale=None, start=None, end=None):
     return naive_hybrid_attention(q.double(), k.double(), v.double(), flags, sink, window, scale, start, end)
 
 
-def error(x, want):
-    return ((x.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+def error(x, expected):
+    return ((x.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 LENGTHS = [(1, 1), (63, 63), (65, 65), (1000, 1000), (1023, 1023), (1, 1000), (65, 1023), (1023, 65)]
@@ -63,13 +63,13 @@ def test_lengths_groups_and_masks(rows, length, group, sink, window):
     end = torch.tensor([length - length // 5, length], dtype=torch.int32, device="cuda")
     for dense in ((), (0,), tuple(range(heads))):
         for given in ({}, {"start": start, "end": end}):
-            want, want_lse = exact(q, k, v, dense, sink, window, **given)
+            expected, expected_lse = exact(q, k, v, dense, sink, window, **given)
             z, lse = hybrid_attention(q, k, v, dense, sink=sink, window=window, return_lse=True, **given)
-            assert error(z, want) < BFLOAT16_ERROR
-            assert torch.equal(lse.isinf(), want_lse.isinf()) and (z[lse.isinf()] == 0).all()
-            assert torch.allclose(lse.double(), want_lse, atol=1e-4)
+            assert error(z, expected) < BFLOAT16_ERROR
+            assert torch.equal(lse.isinf(), expected_lse.isinf()) and (z[lse.isinf()] == 0).all()
+            assert torch.allclose(lse.double(), expected_lse, atol=1e-4)
             alone = hybrid_attention(q, k, v, dense, sink=sink, window=window, **given)
-            assert error(alone, want) < BFLOAT16_ERROR  # without the log-sum-exp, by SDPA if all are dense
+            assert error(alone, expected) < BFLOAT16_ERROR  # without the log-sum-exp, by SDPA if all are dense
 
 
 @pytest.mark.parametrize("d", [16, 40, 64, 72, 80, 96, 128, 256])
@@ -77,9 +77,9 @@ def test_lengths_groups_and_masks(rows, length, group, sink, window):
 def test_head_dims_and_dtypes(d, dtype):
     q, k, v = tensors(1, 8, 2, 1023, 1023, d, dtype)
     for dense in ((), (0, 5)):
-        want, _ = exact(q, k, v, dense, 64, 256)
+        expected, _ = exact(q, k, v, dense, 64, 256)
         z = hybrid_attention(q, k, v, dense, window=256)
-        assert z.dtype == dtype and error(z, want) < TOLERANCE[dtype]
+        assert z.dtype == dtype and error(z, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -88,16 +88,16 @@ def test_head_dims_and_dtypes(d, dtype):
 def test_errors_are_no_larger_than_cudnns(d, dtype, length):
     """The rule: relative error against float64 within 5 percent of cuDNN's on the same inputs.
 
-    cuDNN knows the causal mask; so does every one of our kernels, if all heads are dense or the window holds all.
+    cuDNN supports the causal mask; every kernel here has it if all heads are dense or the window contains all keys.
     """
     q, k, v = tensors(1, 8, 2, length, length, d, dtype)
-    want, _ = exact(q, k, v, range(8), 0, 1)
+    expected, _ = exact(q, k, v, range(8), 0, 1)
     torch.use_deterministic_algorithms(False)  # torch keeps cuDNN's attention out of that mode
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        theirs = error(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), want)
+        cudnn_error = error(scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), expected)
     for dense in (range(8), (), (0, 5, 6)):
         z = hybrid_attention(q, k, v, dense, window=length, implementation="triton")
-        assert error(z, want) <= 1.05 * theirs
+        assert error(z, expected) <= 1.05 * cudnn_error
 
 
 @pytest.mark.parametrize("dense", [(), (0, 3), tuple(range(8))])
@@ -106,12 +106,13 @@ def test_extreme_scores(dense, dtype):
     q, k, v = tensors(1, 8, 2, 700, 700, 128, dtype)
     q, k = (x * 100 / x.float().norm(dim=-1, keepdim=True).to(dtype) for x in (q, k))
     k[:, :, 5] = q[:, ::4, 5]  # q . k up to 1e4
-    want, want_lse = exact(q, k, v, dense, 64, 200, 1.0)
+    expected, expected_lse = exact(q, k, v, dense, 64, 200, 1.0)
     z, lse = hybrid_attention(q, k, v, dense, window=200, scale=1.0, return_lse=True)
     assert z.isfinite().all() and lse.isfinite().all()
     assert (q.double() @ k.double().repeat_interleave(4, dim=1).mT).abs().max() > 9e3
-    assert torch.allclose(lse.double(), want_lse, rtol=1e-5)
-    assert error(z, want) < (1e-2 if dtype == torch.float32 else 2e-2)  # a score of 1e4 has 3 digits behind the point
+    assert torch.allclose(lse.double(), expected_lse, rtol=1e-5)
+    # a float32 score of 1e4 has 3 decimal places
+    assert error(z, expected) < (1e-2 if dtype == torch.float32 else 2e-2)
 
 
 def test_one_visible_key_and_none():
@@ -137,9 +138,9 @@ def test_what_no_descriptor_can_stand_for_is_read_too():
     shifted.copy_(k)
     sparse = torch.zeros(1, 2, 300, 256, device="cuda", dtype=k.dtype)[..., ::2].copy_(k)
     for dense in ((), (1,)):
-        want, _ = exact(q, k, v, dense, 64, 100)
+        expected, _ = exact(q, k, v, dense, 64, 100)
         for keys in (shifted, sparse):
-            assert error(hybrid_attention(q, keys, v, dense, window=100), want) < BFLOAT16_ERROR
+            assert error(hybrid_attention(q, keys, v, dense, window=100), expected) < BFLOAT16_ERROR
         alike = hybrid_attention(q, k[:, :1].expand(-1, 2, -1, -1), v, dense, window=100)  # a stride of 0
         assert error(alike, exact(q, k[:, :1].expand(-1, 2, -1, -1), v, dense, 64, 100)[0]) < BFLOAT16_ERROR
 
@@ -150,12 +151,12 @@ def test_places_past_two_to_the_31st():
     keys, values = (rows[None, :, i : i + 128].unsqueeze(1) for i in (0, 128))
     keys.copy_(k), values.copy_(v)
     for dense in ((), (0,)):
-        want = exact(q, k, v, dense, 64, 1024)[0]
-        assert error(hybrid_attention(q, keys, values, dense), want) < BFLOAT16_ERROR
+        expected = exact(q, k, v, dense, 64, 1024)[0]
+        assert error(hybrid_attention(q, keys, values, dense), expected) < BFLOAT16_ERROR
     odd = rows.view(-1)[1 : 1 + 69999 * 32768].view(69999, 32768)[None, :, :128].unsqueeze(1)  # no descriptor
     odd.copy_(k[:, :, :69999])
-    want = exact(q, k[:, :, :69999], v[:, :, :69999], (0,), 64, 1024)[0]
-    assert error(hybrid_attention(q, odd, v[:, :, :69999], (0,)), want) < BFLOAT16_ERROR
+    expected = exact(q, k[:, :, :69999], v[:, :, :69999], (0,), 64, 1024)[0]
+    assert error(hybrid_attention(q, odd, v[:, :, :69999], (0,)), expected) < BFLOAT16_ERROR
 
 
 def test_dense_heads_by_sdpa_where_it_is_faster(monkeypatch):
@@ -183,13 +184,13 @@ def test_dense_heads_by_sdpa_where_it_is_faster(monkeypatch):
 
 
 def test_what_comes_before_and_after_waits_for_the_dense_heads(monkeypatch):
-    """They run on streams of their own; the inputs are written just before and overwritten just after."""
+    """They run on separate streams; the inputs are written just before and overwritten just after."""
     monkeypatch.setattr(op, "SDPA_FROM", 1)
     made = tensors(1, 16, 4, 4096, 4096, 128)
-    want = exact(*made, (0, 5, 6, 10, 15), 64, 1024)[0]
+    expected = exact(*made, (0, 5, 6, 10, 15), 64, 1024)[0]
     inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in made]
-    mine = torch.cuda.Stream()
-    for stream in (torch.cuda.current_stream(), mine):
+    side_stream = torch.cuda.Stream()
+    for stream in (torch.cuda.current_stream(), side_stream):
         with torch.cuda.stream(stream):
             for _ in range(3):
                 for x, y in zip(inputs, made, strict=True):
@@ -197,7 +198,7 @@ def test_what_comes_before_and_after_waits_for_the_dense_heads(monkeypatch):
                 z = hybrid_attention(*inputs, (0, 5, 6, 10, 15))
                 for x in inputs:
                     x.fill_(float("nan"))
-                assert error(z, want) < BFLOAT16_ERROR
+                assert error(z, expected) < BFLOAT16_ERROR
 
 
 def test_an_error_beside_the_dense_heads_leaves_nothing_running(monkeypatch):
@@ -221,8 +222,10 @@ def test_on_every_gpu_whichever_is_the_current_one(gpu, monkeypatch):
         z = hybrid_attention(*there, dense, window=100)
         assert z.device.index == gpu and torch.equal(z.to("cuda:0"), hybrid_attention(q, k, v, dense, window=100))
         padded = hybrid_attention(*there, dense, window=100, start=padding[0], end=padding[1])
-        want = hybrid_attention(q, k, v, dense, window=100, start=padding[0].to(q.device), end=padding[1].to(q.device))
-        assert torch.equal(padded.to("cuda:0"), want)
+        expected = hybrid_attention(
+            q, k, v, dense, window=100, start=padding[0].to(q.device), end=padding[1].to(q.device)
+        )
+        assert torch.equal(padded.to("cuda:0"), expected)
 
 
 @pytest.mark.parametrize("least", [1, 24576])
@@ -259,8 +262,8 @@ def test_gradients_are_those_of_the_definition():
     weights = torch.randn(1, 4, 200, 64, device="cuda")
     z = hybrid_attention(q, k, v, [1], sink=4, window=50)
     found = torch.autograd.grad((z * weights).sum(), (q, k, v))
-    want = torch.autograd.grad((exact(q, k, v, [1], 4, 50)[0] * weights).sum(), (q, k, v))
-    assert all(error(x, y.double()) < 1e-5 for x, y in zip(found, want, strict=True))
+    expected = torch.autograd.grad((exact(q, k, v, [1], 4, 50)[0] * weights).sum(), (q, k, v))
+    assert all(error(x, y.double()) < 1e-5 for x, y in zip(found, expected, strict=True))
 
 
 def test_other_devices_and_dtypes_fall_back_with_a_notice(recwarn, monkeypatch):

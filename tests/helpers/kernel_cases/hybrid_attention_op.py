@@ -53,11 +53,11 @@ def test_the_first_call_may_be_a_compiled_one(monkeypatch):
 def test_under_autocast_it_takes_what_sdpa_takes():
     q, k, v = tensors(1, 4, 2, 24, 24, 64)
     mixed = q, k, v.bfloat16()
-    want = hybrid_attention(*(x.bfloat16() for x in mixed), [0], window=8)
+    expected = hybrid_attention(*(x.bfloat16() for x in mixed), [0], window=8)
     with pytest.raises(InputError, match="one dtype"):
         hybrid_attention(*mixed, [0], window=8)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        assert torch.equal(hybrid_attention(*mixed, [0], window=8), want)
+        assert torch.equal(hybrid_attention(*mixed, [0], window=8), expected)
 
 
 @pytest.mark.parametrize("how", ["naive", "triton"])
@@ -76,9 +76,9 @@ def test_bounds_beyond_the_keys_and_numbers_beyond_32_bits(how, monkeypatch):
         return torch.tensor([start], device=DEVICE), torch.tensor([end], device=DEVICE)
 
     close = {"atol": 2e-6, "rtol": 0}
-    want = naive_hybrid_attention(*made, flags([1], 4), 4, 8, 0.25, *bounds(0, 40))[0]
+    expected = naive_hybrid_attention(*made, flags([1], 4), 4, 8, 0.25, *bounds(0, 40))[0]
     for padding in (bounds(0, 40), bounds(0, 70), bounds(-9, 70)):
-        torch.testing.assert_close(run(q, k, v, [1], 4, 8, 0.25, *padding, False, how)[0], want, **close)
+        torch.testing.assert_close(run(q, k, v, [1], 4, 8, 0.25, *padding, False, how)[0], expected, **close)
     causal = naive_hybrid_attention(*made, flags(range(4), 4), 0, 1, 0.25, *bounds(0, 40))[0]
     for sink, window in ((2**62, 1), (2**31 - 1, 8), (0, 2**63 - 1)):
         torch.testing.assert_close(run(q, k, v, [1], sink, window, 0.25, None, None, False, how)[0], causal, **close)

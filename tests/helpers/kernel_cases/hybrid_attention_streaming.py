@@ -29,15 +29,15 @@ def test_the_streaming_kernel_against_the_definition(case, padded):
     dtype = torch.float16 if GPU else torch.float32  # descriptors of a GPU need more than a few bytes in a row
     q, k, v = tensors(2, heads, kv, rows, length, 64 if GPU else 16, dtype)
     start, end = bounds(length, padded)
-    want, want_lse = naive_hybrid_attention(q, k, v, flags((), heads), sink, window, 0.3, start, end)
+    expected, expected_lse = naive_hybrid_attention(q, k, v, flags((), heads), sink, window, 0.3, start, end)
     around = torch.full((2, rows, heads + 2, q.shape[-1]), float("nan"), device=DEVICE, dtype=dtype)
     out = around[:, :, 1:-1].transpose(1, 2)
-    lse = torch.full(want_lse.shape, float("nan"), device=DEVICE)
+    lse = torch.full(expected_lse.shape, float("nan"), device=DEVICE)
     rows_of = plan((), heads, kv, q.device).rows
     given = (start, end) if padded else (None, None)
     launch_streaming(q, k, v, out, lse, rows_of, sink, window, 0.3, *given, SMALL)
-    assert torch.allclose(out.float(), want.float(), atol=3e-3 if GPU else 2e-6)
-    assert torch.allclose(lse, want_lse, atol=2e-4 if GPU else 2e-6)
+    assert torch.allclose(out.float(), expected.float(), atol=3e-3 if GPU else 2e-6)
+    assert torch.allclose(lse, expected_lse, atol=2e-4 if GPU else 2e-6)
     assert around[:, :, 0].isnan().all() and around[:, :, -1].isnan().all()
 
 
@@ -50,6 +50,6 @@ def test_some_groups_of_a_layer_by_the_streaming_kernel():
     whole = groups.rows[groups.n_dense : groups.n_dense + groups.n_whole]
     launch_streaming(q, k, v, out, None, whole, 16, 9, 0.3, None, None, SMALL)
     bounds_of = torch.zeros(1, device=DEVICE), torch.full((1,), 40, device=DEVICE)
-    want, _ = naive_hybrid_attention(q, k, v, flags((), 8), 16, 9, 0.3, *bounds_of)
+    expected, _ = naive_hybrid_attention(q, k, v, flags((), 8), 16, 9, 0.3, *bounds_of)
     assert out[:, [2, 3, 6, 7]].isnan().all()  # groups 1 and 3 have dense heads
-    assert torch.allclose(out[:, [0, 1, 4, 5]].float(), want[:, [0, 1, 4, 5]].float(), atol=3e-3 if GPU else 2e-6)
+    assert torch.allclose(out[:, [0, 1, 4, 5]].float(), expected[:, [0, 1, 4, 5]].float(), atol=3e-3 if GPU else 2e-6)

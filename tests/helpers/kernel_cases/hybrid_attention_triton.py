@@ -34,11 +34,11 @@ def test_the_kernel_against_the_definition(case, padded):
     rows, length, sink, window, dense, heads, kv = CASES[case]
     q, k, v = tensors(2, heads, kv, rows, length, 16)
     start, end = bounds(length, padded)
-    want, want_lse = naive_hybrid_attention(q, k, v, flags(dense, heads), sink, window, 0.3, start, end)
+    expected, expected_lse = naive_hybrid_attention(q, k, v, flags(dense, heads), sink, window, 0.3, start, end)
     given = (start, end) if padded else (None, None)
     z, lse = triton_hybrid_attention(q, k, v, dense, sink, window, 0.3, *given, True, config=SMALL)
-    assert torch.allclose(z, want, atol=2e-6)
-    assert torch.allclose(lse, want_lse, atol=2e-6)
+    assert torch.allclose(z, expected, atol=2e-6)
+    assert torch.allclose(lse, expected_lse, atol=2e-6)
 
 
 @pytest.mark.parametrize("d", [64, 72, 80, 96, 128, 256])
@@ -47,11 +47,11 @@ def test_head_dims_and_dtypes(d, dtype):
     length = 300 if GPU else 24
     q, k, v = tensors(1, 2, 1, length, length, d, dtype)
     both = torch.zeros(1, device=DEVICE), torch.full((1,), length, device=DEVICE)
-    want, _ = naive_hybrid_attention(q.double(), k.double(), v.double(), flags((1,), 2), 5, 20, d**-0.5, *both)
+    expected, _ = naive_hybrid_attention(q.double(), k.double(), v.double(), flags((1,), 2), 5, 20, d**-0.5, *both)
     config = None if GPU else SMALL
     z, _ = triton_hybrid_attention(q, k, v, (1,), 5, 20, d**-0.5, config=config)
     assert z.dtype == dtype
-    error = ((z.double() - want).norm() / want.norm()).item()
+    error = ((z.double() - expected).norm() / expected.norm()).item()
     assert error < {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}[dtype]
 
 
@@ -72,11 +72,11 @@ def test_extreme_scores_and_rows_that_see_nothing(dense):
     k = k * 100 / k.norm(dim=-1, keepdim=True)  # q . k up to 1e4
     start = torch.tensor([0, 40], dtype=torch.int32, device=DEVICE)  # the second sequence is padding
     end = torch.tensor([40, 40], dtype=torch.int32, device=DEVICE)
-    want, want_lse = naive_hybrid_attention(q, k, v, flags(dense, 4), 4, 8, 1.0, start, end)
+    expected, expected_lse = naive_hybrid_attention(q, k, v, flags(dense, 4), 4, 8, 1.0, start, end)
     z, lse = triton_hybrid_attention(q, k, v, dense, 4, 8, 1.0, start, end, True, config=SMALL)
-    assert torch.allclose(z, want, atol=2e-3 if GPU else 1e-4) and torch.isfinite(z).all()
+    assert torch.allclose(z, expected, atol=2e-3 if GPU else 1e-4) and torch.isfinite(z).all()
     assert (z[1] == 0).all() and (lse[1] == -torch.inf).all()
-    assert torch.allclose(lse[0], want_lse[0], rtol=1e-5)
+    assert torch.allclose(lse[0], expected_lse[0], rtol=1e-5)
 
 
 def test_rows_with_one_visible_key_are_its_value():

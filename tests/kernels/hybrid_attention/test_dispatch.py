@@ -39,9 +39,9 @@ def test_sdpa_writes_the_dense_heads_and_no_others(dense):
     with dense_by_sdpa(q, k, v, out, dense, 0.3):
         pass
     start, end = torch.tensor([0, 0]), torch.tensor([12, 12])
-    want, _ = in_numpy(q, k, v, range(6), 0, 1, 0.3, start, end)  # causal in every head
+    expected, _ = in_numpy(q, k, v, range(6), 0, 1, 0.3, start, end)  # causal in every head
     others = [head for head in range(6) if head not in dense]
-    torch.testing.assert_close(out[:, list(dense)].cpu(), want[:, list(dense)], atol=1e-12, rtol=0)
+    torch.testing.assert_close(out[:, list(dense)].cpu(), expected[:, list(dense)], atol=1e-12, rtol=0)
     assert out[:, others].isnan().all()
 
 

@@ -31,12 +31,12 @@ def test_sizes_in_blocks_hold_every_key_of_the_block_window():
     dense, sink, window = pattern_from_mask_types([-1], [sinks, local], block=block)
     assert (dense, sink, window) == ((), 4, 8)
     i, j = np.arange(n)[:, None], np.arange(n)
-    theirs = (j <= i) & ((j // block < sinks) | (j // block > i // block - local))
+    block_mask = (j <= i) & ((j // block < sinks) | (j // block > i // block - local))
     flags = torch.tensor([False])
     ours = visible_keys(flags, n, n, sink, window, torch.tensor([0]), torch.tensor([n]))[0, 0].numpy()
-    assert (ours >= theirs).all()
+    assert (ours >= block_mask).all()
     last = np.arange(n) % block == block - 1  # at the last place of a block the two agree
-    assert (ours[last] == theirs[last]).all()
+    assert (ours[last] == block_mask[last]).all()
 
 
 def test_a_layer_without_streaming_heads():
@@ -51,7 +51,7 @@ def test_a_pattern_is_what_the_op_takes():
 
 
 @pytest.mark.parametrize(
-    ("types", "info", "settings", "error", "says"),
+    ("types", "info", "settings", "error", "message"),
     [
         ([1, 0, 2], [1, 1] * 3, {}, HeadError, r"Heads \[0, 2\] .*block masks"),
         ([-2, 0], [1, 1] * 2, {}, HeadError, r"\[0\]"),
@@ -66,6 +66,6 @@ def test_a_pattern_is_what_the_op_takes():
         ([-1, 0], [1, 3] * 2, {"block": 0}, InputError, "block"),
     ],
 )
-def test_mask_types_that_do_not_fit(types, info, settings, error, says):
-    with pytest.raises(error, match=says):
+def test_mask_types_that_do_not_fit(types, info, settings, error, message):
+    with pytest.raises(error, match=message):
         pattern_from_mask_types(types, info, **settings)

@@ -25,9 +25,9 @@ def test_the_definition_against_numpy(q_length, more, sink, window, dense, left,
     q, k, v = (x.cpu().double() for x in tensors(2, 4, 2, q_length, length, 4))
     start, end = torch.tensor([0, left]), torch.tensor([length, length - right])
     z, lse = naive_hybrid_attention(q, k, v, flags(dense, 4).cpu(), sink, window, 0.5, start, end, chunk)
-    want, want_lse = in_numpy(q, k, v, dense, sink, window, 0.5, start.tolist(), end.tolist())
-    assert torch.allclose(z, want, atol=1e-12)
-    assert torch.allclose(lse, want_lse, atol=1e-12)
+    expected, expected_lse = in_numpy(q, k, v, dense, sink, window, 0.5, start.tolist(), end.tolist())
+    assert torch.allclose(z, expected, atol=1e-12)
+    assert torch.allclose(lse, expected_lse, atol=1e-12)
 
 
 def test_gradients_in_pieces_are_those_of_autograd():
@@ -37,8 +37,8 @@ def test_gradients_in_pieces_are_those_of_autograd():
     z, lse = naive_hybrid_attention(q, k, v, *how)
     seen = lse.isfinite()
     dz, dlse = torch.randn_like(z), torch.randn_like(lse) * seen
-    want = torch.autograd.grad([z, lse[seen]], (q, k, v), [dz, dlse[seen]])
+    expected = torch.autograd.grad([z, lse[seen]], (q, k, v), [dz, dlse[seen]])
     for chunk in (1, 4, 100):
         found = naive_gradients(q.detach(), k.detach(), v.detach(), *how, dz, dlse, chunk=chunk)
-        for a, b in zip(found, want, strict=True):
+        for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
