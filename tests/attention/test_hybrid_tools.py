@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import InternVLForConditionalGeneration
@@ -13,6 +14,7 @@ from helpers.tiny import tiny_config, tiny_processor
 from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import AttentionKnockout, HeadAblation, HeadSet, HookedMLLM, HybridAttention, metrics, toys
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.routing import PerLayer, QueryAwareHeads, StaticHeads
 from hooked_mllm.errors import HeadError, HookValueError, InputError, UnsupportedModelError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
@@ -84,7 +86,10 @@ def test_a_sweep_is_a_loop_of_forward_passes(family):
 
 def test_a_sweep_under_a_policy_and_gates_under_a_backend_are_refused():
     model = hooked("internvl")
-    with model.attention(hybrid(Policy())), pytest.raises(HookValueError, match="routing policy selects dense heads for all rows"):
+    with (
+        model.attention(hybrid(Policy())),
+        pytest.raises(HookValueError, match="policy selects dense heads for all"),
+    ):
         Sweep(model, sample("internvl"), LogitDifference(5, wrong=9))
     with model.attention(hybrid()), pytest.raises(HookValueError, match=r"leave model.attention\(...\) first"):
         metrics.DuoGate(steps=2).run(model, sample("internvl"), progress=False)
@@ -273,3 +278,32 @@ def test_two_models_of_one_configuration_do_not_disturb_each_other():
         with two.attention("eager"):
             assert (two(inputs) - own)[inputs["attention_mask"].bool()].abs().max() < 1e-3
     assert torch.equal(two(inputs), own)
+
+
+@pytest.mark.parametrize("dense", ["L2H5, L2H4", [(2, 4), "L2H5"], {2: [5, 4]}, "mask", "set", "lists"], ids=str)
+def test_dense_heads_are_specified_in_any_way(dense):
+    mask = torch.zeros(6, 8, dtype=torch.bool)
+    mask[2, 4:6] = True
+    heads = {"mask": mask, "set": HeadSet.from_mask(mask), "lists": mask.tolist()}
+    attention = HybridAttention(heads[dense] if str(dense) in heads else dense)
+    attention.validate(6, 8, causal=True)
+    assert attention.describe()["dense"] == ["L2H4", "L2H5"] and str(attention).startswith("hybrid(2 heads dense")
+    assert attention.dense.by_layer == {2: (4, 5)} and not attention.adaptive
+
+
+def test_a_policy_of_fixed_heads_is_not_adaptive():
+    static = StaticHeads(HeadSet(["L2H4"], n_layers=6, n_heads=8))
+    attention = HybridAttention(static, sink=np.int64(4), window=np.int32(16))
+    assert not attention.adaptive and HybridAttention(QueryAwareHeads(PerLayer(1))).adaptive
+    assert attention.describe() == {
+        "backend": "HybridAttention",
+        "dense": {"policy": "StaticHeads", "heads": ["L2H4"]},
+        "sink": 4,
+        "window": 16,
+    }
+    assert type(attention.sink) is type(attention.window) is int
+    for sink, window in ((4.0, 16), (4, "16"), (None, 16), (np.True_, 16)):
+        with pytest.raises(InputError, match="whole numbers sink >= 0 and window >= 1"):
+            HybridAttention([], sink=sink, window=window)
+        with pytest.raises(InputError, match="whole numbers sink >= 0 and window >= 1"):
+            QueryAwareHeads(PerLayer(1), sink=sink if sink is not None else -1, window=window)
