@@ -28,8 +28,10 @@ from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.hooks.point import HookFunction as HookFunction
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookList, HookRegistry
+from hooked_mllm.inputs.images import Images
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.video import Videos
 from hooked_mllm.layout import Region as Region
 from hooked_mllm.wiring.model import Wiring
 
@@ -53,8 +55,12 @@ if TYPE_CHECKING:
     Tower = Literal["text", "vision"]
     #: the steps in which an intervention acts: the prompt, generated tokens, or both
     Phase = Literal["prefill", "decode", "both"]
-else:  # at run time a plain string, so that another one reaches the check whose error lists the choices
+    #: `images=` and `videos=`: of one question one picture or several; of a list of questions an entry for each
+    AnyImages = Images | Sequence[Images | None] | None
+    AnyVideos = Videos | Sequence[Videos | None] | None
+else:  # at run time wider, so that another value reaches the check whose error lists the choices
     ReturnType = Tower = Phase = str
+    AnyImages = AnyVideos = object
 
 
 @dataclass(frozen=True)
@@ -168,15 +174,23 @@ class Model(Protocol):
         ...
 
     @overload
-    def prepare(self, question: str, images: Any = None, videos: Any = None, **options: Any) -> Sample: ...
+    def prepare(self, question: str, images: AnyImages = None, videos: AnyVideos = None, **options: Any) -> Sample: ...
 
     @overload
     def prepare(
-        self, question: list[str] | tuple[str, ...], images: Any = None, videos: Any = None, **options: Any
+        self,
+        question: list[str] | tuple[str, ...],
+        images: AnyImages = None,
+        videos: AnyVideos = None,
+        **options: Any,
     ) -> SampleBatch: ...
 
     def prepare(
-        self, question: str | Sequence[str], images: Any = None, videos: Any = None, **options: Any
+        self,
+        question: str | Sequence[str],
+        images: AnyImages = None,
+        videos: AnyVideos = None,
+        **options: Any,
     ) -> Sample | SampleBatch:
         """A Sample for a question, a SampleBatch for a list of questions."""
         ...

@@ -170,7 +170,7 @@ def implementation(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, 
 
 
 class _ActiveSwitches:
-    """Number of switches that need the hooked variant for one configuration, which is kept so that its id stays its own."""
+    """Number of switches that need the hooked variant of a configuration; keeping it keeps its id unique."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

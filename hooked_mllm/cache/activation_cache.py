@@ -1,6 +1,7 @@
 """ActivationCache: the activations of one run by name, patterns computed when they are read."""
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
+from os import PathLike
 from typing import Any
 
 import torch
@@ -85,20 +86,20 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    def name_of(self, key: Any) -> str:
+    def name_of(self, key: object) -> str:
         """The hook name that a key means, whether or not the cache holds it."""
         if isinstance(key, str) and key in self._entries:
             return key
         return full_name(key, self._n_layers)
 
-    def entry(self, key: Any) -> Entry:
+    def entry(self, key: object) -> Entry:
         """What the cache holds under a key: a tensor, or the recipe of one."""
         name = self.name_of(key)
         if name not in self._entries:
             raise missing(name, self._entries, key)
         return self._entries[name]
 
-    def __getitem__(self, key: Any) -> Tensor:
+    def __getitem__(self, key: object) -> Tensor:
         return self._unbatched(value_of(self.entry(key)))
 
     def _unbatched(self, value: Tensor, dim: int = 0) -> Tensor:
@@ -316,7 +317,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: Any) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write the cache to a safetensors file; what patterns are computed from is written, not the patterns.
 
         Raises:
@@ -325,7 +326,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         save_fields([self._fields()], path)
 
     @classmethod
-    def load(cls, path: Any, model: Model | None = None) -> "ActivationCache":
+    def load(cls, path: str | PathLike[str], model: Model | None = None) -> "ActivationCache":
         """Read a cache that `save` wrote.
 
         Args:

@@ -6,6 +6,7 @@ of head results; and what several entries share, such as the keys of all steps o
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class _Writer:
         }
 
 
-def save_fields(caches: Sequence[CacheFields], path: Any, *, generation: bool = False) -> None:
+def save_fields(caches: Sequence[CacheFields], path: str | PathLike[str], *, generation: bool = False) -> None:
     """Write a cache, or the caches of a generation's steps, to `path`.
 
     Raises:
@@ -127,7 +128,7 @@ def known_masks(masks: KindMasks) -> Mapping[str, Tensor]:
     return known
 
 
-def load_fields(path: Any, *, generation: bool = False) -> list[CacheFields]:
+def load_fields(path: str | PathLike[str], *, generation: bool = False) -> list[CacheFields]:
     """Read from `path` what was saved of a cache, or of the caches of a generation's steps.
 
     Raises:

@@ -1,7 +1,7 @@
 """The caches of a generation: one for the prefill, one for each decoding step, and the two read as one sequence."""
 
 from collections.abc import Iterator
-from typing import Any
+from os import PathLike
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class GenerationCache:
     def __contains__(self, key: object) -> bool:
         return key in self.steps[0]
 
-    def __getitem__(self, key: Any) -> Tensor:
+    def __getitem__(self, key: object) -> Tensor:
         first = self.steps[0].entry(key)
         name = self.steps[0].name_of(key)
         parts = [s.entry(key) for s in self.steps if key in s]
@@ -79,7 +79,7 @@ class GenerationCache:
     def _ipython_key_completions_(self) -> list[Key]:
         return key_completions(self.steps[0])
 
-    def save(self, path: Any) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write all steps to one safetensors file, what they share once.
 
         Raises:
@@ -88,7 +88,7 @@ class GenerationCache:
         save_fields([step._fields() for step in self.steps], path, generation=True)
 
     @classmethod
-    def load(cls, path: Any, model: Model | None = None) -> "GenerationCache":
+    def load(cls, path: str | PathLike[str], model: Model | None = None) -> "GenerationCache":
         """Read what `save` wrote.
 
         Raises:

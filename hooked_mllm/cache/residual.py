@@ -40,7 +40,7 @@ class ResidualTools(ABC):
     _masks: KindMasks | None
 
     @abstractmethod
-    def entry(self, key: Any) -> Entry:
+    def entry(self, key: object) -> Entry:
         """The cached tensor of a key, or the inputs that it is computed from."""
 
     @abstractmethod
@@ -254,7 +254,7 @@ class ResidualTools(ABC):
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
-    def _need(self, *key: Any) -> Tensor:
+    def _need(self, *key: object) -> Tensor:
         try:
             return value_of(self.entry(key[0] if len(key) == 1 else key))
         except HookNameError as error:

@@ -58,7 +58,7 @@ def as_samples_or_pairs(items: Any, purpose: str = "run") -> list[tuple[ModelInp
     return collected
 
 
-def check_pair(clean: Any, corrupted: Any) -> None:
+def check_pair(clean: object, corrupted: object) -> None:
     """Reject a pair whose positions do not correspond: patching replaces position i of one run by i of the other.
 
     Both must have the same number of tokens, and at each position the same kind of token, of the same image or video.
@@ -103,15 +103,15 @@ def check_pair(clean: Any, corrupted: Any) -> None:
     )
 
 
-def _sample_or_pair(value: Any, name: str) -> tuple[ModelInput, ModelInput | None]:
+def _sample_or_pair(value: object, name: str) -> tuple[ModelInput, ModelInput | None]:
     return value if _is_pair(value) else (check_model_input(value, name), None)
 
 
-def _is_pair(value: Any) -> TypeGuard[tuple[ModelInput, ModelInput]]:
+def _is_pair(value: object) -> TypeGuard[tuple[ModelInput, ModelInput]]:
     return isinstance(value, tuple) and len(value) == 2 and all(map(is_model_input, value))
 
 
-def _no_pair(value: Any) -> InputError:
+def _no_pair(value: object) -> InputError:
     return InputError(
         f"Expected pairs (clean sample, corrupted sample); got {type(value).__name__}. A corruption makes the second: "
         "`(sample, BlurRegion(sigma=8)(model, sample))`."

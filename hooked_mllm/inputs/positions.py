@@ -128,7 +128,7 @@ def describe_positions(selected: Positions | None) -> Any:
     return index.tolist()
 
 
-def is_token_kind(selected: Any) -> TypeGuard[TokenKind]:
+def is_token_kind(selected: object) -> TypeGuard[TokenKind]:
     """Whether positions depend on a sample's layout: a name, a region, or a list of regions."""
     if isinstance(selected, str | Region):
         return True
@@ -174,7 +174,7 @@ class MappingMasks:
 # -- resolving -----------------------------------------------------------------------------------------------------
 
 
-def _resolved(selected: Any, batch: int, length: int | None, masks: KindMasks | None) -> Tensor:
+def _resolved(selected: object, batch: int, length: int | None, masks: KindMasks | None) -> Tensor:
     """A mask `[batch pos]`, or indices `[batch n]` from 0; on the CPU, checked."""
     if isinstance(selected, slice):
         return _of_slice(selected, length).expand(batch, -1)
@@ -201,7 +201,7 @@ def _of_slice(selected: slice, length: int | None) -> Int[Tensor, " n"]:
     return torch.tensor(index)
 
 
-def _checked_mask(mask: Tensor, selected: Any, batch: int, length: int | None) -> Bool[Tensor, "batch pos"]:
+def _checked_mask(mask: Tensor, selected: object, batch: int, length: int | None) -> Bool[Tensor, "batch pos"]:
     # [pos] -> [batch pos]
     each = mask.expand(batch, -1) if mask.dim() == 1 else mask
     if each.dim() != 2 or each.shape[0] != batch or (length is not None and each.shape[1] != length):
@@ -215,7 +215,7 @@ def _checked_mask(mask: Tensor, selected: Any, batch: int, length: int | None) -
     return each
 
 
-def _checked_indices(index: Tensor, selected: Any, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
+def _checked_indices(index: Tensor, selected: object, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
     if index.numel() > 2 and index.shape[-1] == length and bool(((index == 0) | (index == 1)).all()):
         raise _error(selected, "zeros and ones, one for each position, read like a mask: give mask.bool().")
     # one index, or [n] for all samples -> [batch n]
@@ -234,7 +234,7 @@ def _checked_indices(index: Tensor, selected: Any, batch: int, length: int | Non
     return torch.where(each < 0, each + length, each)
 
 
-def _tensor(selected: Any) -> Tensor:
+def _tensor(selected: object) -> Tensor:
     """Indices or a mask as a tensor.
 
     Raises:
@@ -264,12 +264,12 @@ def _label(selected: Positions) -> str:
     return _shown(selected) if is_token_kind(selected) else "given"
 
 
-def _shown(selected: Any) -> str:
+def _shown(selected: object) -> str:
     if isinstance(selected, Tensor | np.ndarray):
         return f"({selected.dtype} of shape {list(selected.shape)})"
     text = repr(selected)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _error(selected: Any, problem: str) -> LayoutError:
+def _error(selected: object, problem: str) -> LayoutError:
     return LayoutError(f"Positions {_shown(selected)}: {problem}")

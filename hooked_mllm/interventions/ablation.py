@@ -13,7 +13,7 @@ from hooked_mllm.errors import HookValueError
 from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
-from hooked_mllm.inputs.resolve import ModelInputs
+from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
@@ -87,7 +87,8 @@ class HeadAblation(Intervention):
         check_edited_positions(positions, phase, tower)
         self.heads = keep_heads(heads)
         self.mode, self.phase, self.positions = mode, phase, positions
-        self.source, self.factor, self.seed, self.tower = reference, factor, seed, tower
+        self.source, self.factor, self.seed = reference, factor, seed
+        self.tower: Tower = tower
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -174,7 +175,7 @@ class HeadAblation(Intervention):
         optional = {"factor": self.factor, "seed": self.seed, "reference": _described(self.source)}
         return {**settings, **{name: value for name, value in optional.items() if value is not None}}
 
-    def first_position(self, model: Model, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_edited(self.positions, inputs) if self.tower == "text" else 0
 

@@ -13,6 +13,7 @@ from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
 from hooked_mllm.heads.parsing import Pairs
 from hooked_mllm.hooks import Handle, HookPoint
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.records import Record, Records
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Intervention(ABC):
     def describe(self) -> dict[str, Any]:
         """Its settings, as values that JSON can hold."""
 
-    def first_position(self, model: Model, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
         """The first prompt position that it may change in any sample; earlier positions need no second run.
 
         0 unless a subclass overrides it.

@@ -72,7 +72,8 @@ class AttentionKnockout(Intervention):
         check_edited_positions(keys, "prefill", tower)
         self.heads = None if heads is None else keep_heads(heads)
         self.layers = None if layers is None else keep_layers(layers)
-        self.queries, self.keys, self.phase, self.tower = queries, keys, phase, tower
+        self.queries, self.keys, self.phase = queries, keys, phase
+        self.tower: Tower = tower
 
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""

@@ -14,6 +14,7 @@ from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.hooks.table import is_quadratic, spec_of
 from hooked_mllm.inputs.positions import Positions, describe_positions
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
@@ -81,7 +82,8 @@ class ActivationPatch(Intervention):
         check_choice("tower", tower, ("text", "vision"))
         kind = "projector" if site.startswith("projector.") else tower
         check_edited_positions(positions, "prefill", "vision" if kind == "projector" else tower)
-        self.site, self.whole, self.tower, self.kind = site, whole, tower, kind
+        self.site, self.whole, self.kind = site, whole, kind
+        self.tower: Tower = tower
         self.given = source_of(source)
         self.layers = None if layers is None else keep_layers(layers)
         self.heads = None if heads is None else keep_head_numbers(heads)
@@ -108,7 +110,7 @@ class ActivationPatch(Intervention):
             settings["source_positions"] = describe_positions(self.source_positions)
         return settings
 
-    def first_position(self, model: Model, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_edited(self.positions, inputs) if self.tower == "text" else 0
 
@@ -256,7 +258,7 @@ class HeadPatch(Intervention):
             settings["source_positions"] = describe_positions(self.source_positions)
         return settings
 
-    def first_position(self, model: Model, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_edited(self.positions, inputs) if self.tower == "text" else 0
 

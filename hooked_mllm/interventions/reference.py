@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.heads import HeadSet, HeadsLike
 from hooked_mllm.hooks import HookPoint
@@ -97,7 +97,7 @@ def head_reference(
     heads: HeadsLike,
     *,
     positions: Positions | None = None,
-    tower: str = "text",
+    tower: Tower = "text",
     keep_tokens: bool = False,
 ) -> HeadReference:
     """The body of `HeadAblation.reference`; arguments and errors are those listed there."""

@@ -10,6 +10,7 @@ from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
+from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.base import (
     Edit,
     Intervention,
@@ -69,7 +70,8 @@ class Steer(Intervention):
             raise HookValueError("The direction or the coefficient is not finite.")
         self.direction, self.coefficient = direction, float(coefficient)
         self.layer = layer if isinstance(layer, int) else tuple(layer)
-        self.positions, self.phase, self.site, self.tower = positions, phase, site, tower
+        self.positions, self.phase, self.site = positions, phase, site
+        self.tower: Tower = tower
 
     def describe(self) -> dict[str, Any]:
         """What it does, as values that JSON can hold."""
@@ -84,7 +86,7 @@ class Steer(Intervention):
             "tower": self.tower,
         }
 
-    def first_position(self, model: Model, inputs: Any) -> int:
+    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
         """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
         return first_edited(self.positions, inputs) if self.tower == "text" else 0
 

@@ -113,7 +113,7 @@ def identity_of(model: Model) -> dict[str, Any]:
     return json.loads(json.dumps(facts, default=lambda value: type(value).__name__))
 
 
-def _backend(backend: Any) -> str:
+def _backend(backend: object) -> str:
     describe = getattr(backend, "describe", None)
     return json.dumps(describe()) if describe else getattr(backend, "__name__", type(backend).__name__)
 
@@ -132,11 +132,11 @@ def _weights(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
-def _content(intervention: Any) -> str:
+def _content(intervention: object) -> str:
     """A fingerprint of the tensors of an intervention, which its description leaves out."""
     digest = hashlib.sha256()
 
-    def take(value: Any) -> None:
+    def take(value: object) -> None:
         if isinstance(value, Tensor):
             flat = value.detach().reshape(-1)
             part = flat[:: max(1, len(flat) // NUMBERS)]

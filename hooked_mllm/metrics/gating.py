@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.attention.masks import MaskRows
@@ -54,7 +54,11 @@ class MixedAttention:
 def last_hidden(model: Model, inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]) -> Float[Tensor, "row d_model"]:
     """The states that the unembedding takes, after the final norm, at some positions; float32."""
     kept: list[Tensor] = []
-    handle = model.ln_final.register_forward_hook(lambda module, args, output: kept.append(output))
+
+    def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.append(output)
+
+    handle = model.ln_final.register_forward_hook(keep)
     try:
         model.run_trunk(inputs)
     finally:

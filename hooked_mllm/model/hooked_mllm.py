@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hooked_mllm.contracts import Metric, ModelInfo
+from hooked_mllm.contracts import AnyImages, AnyVideos, Metric, ModelInfo
 from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.families.registry import family_of
@@ -232,15 +232,23 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         return Preparer(self.processor, self.hf_model.config, self.family)
 
     @overload
-    def prepare(self, question: str, images: Any = None, videos: Any = None, **options: Any) -> Sample: ...
+    def prepare(self, question: str, images: AnyImages = None, videos: AnyVideos = None, **options: Any) -> Sample: ...
 
     @overload
     def prepare(
-        self, question: list[str] | tuple[str, ...], images: Any = None, videos: Any = None, **options: Any
+        self,
+        question: list[str] | tuple[str, ...],
+        images: AnyImages = None,
+        videos: AnyVideos = None,
+        **options: Any,
     ) -> SampleBatch: ...
 
     def prepare(
-        self, question: str | Sequence[str], images: Any = None, videos: Any = None, **options: Any
+        self,
+        question: str | Sequence[str],
+        images: AnyImages = None,
+        videos: AnyVideos = None,
+        **options: Any,
     ) -> Sample | SampleBatch:
         """Build model inputs through the model's own processor and chat template, and the layout of their tokens.
 
@@ -268,7 +276,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             >>> int(sample.mask("target").sum())
             1
         """
-        return self._preparer(cast(str, question), images, videos, **options)
+        preparer: Any = self._preparer
+        return preparer(question, images, videos, **options)
 
     def resolve(self, inputs: ModelInput) -> ResolvedInput:
         """Check model inputs of any accepted kind and move them to the model's device."""

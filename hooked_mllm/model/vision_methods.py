@@ -117,7 +117,7 @@ class VisionMethods:
             )
 
 
-def _samples(inputs: Any) -> list[Sample]:
+def _samples(inputs: object) -> list[Sample]:
     if isinstance(inputs, Sample):
         return [inputs]
     if isinstance(inputs, SampleBatch):
@@ -128,7 +128,7 @@ def _samples(inputs: Any) -> list[Sample]:
     )
 
 
-def _each(regions: Any, batch: SampleBatch) -> list[Any]:
+def _each(regions: object, batch: SampleBatch) -> list[Any]:
     if not isinstance(regions, Sequence) or len(regions) != len(batch):
         count = f"{len(regions)} regions" if isinstance(regions, Sequence) else type(regions).__name__
         raise InputError(f"For a batch give 'target' or a list of {len(batch)} regions, one a sample; got {count}.")

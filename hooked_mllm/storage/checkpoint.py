@@ -124,6 +124,6 @@ def _as_read(identity: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(identity), parse_constant=str)
 
 
-def _difference(name: str, kept: Any, now: Any) -> str:
+def _difference(name: str, kept: object, now: object) -> str:
     texts = [json.dumps(value) for value in (kept, now)]
     return f"{name} ({texts[0]} in the file, {texts[1]} now)" if max(map(len, texts)) <= _SHOWN else name

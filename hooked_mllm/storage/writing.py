@@ -39,7 +39,7 @@ _ADVICE = {
 def ready(path: None) -> None: ...
 @overload
 def ready(path: str | os.PathLike[str]) -> Path: ...
-def ready(path: Any) -> Path | None:
+def ready(path: object) -> Path | None:
     """Make the folder of a file and check that the file can be written, before the work whose result it will hold.
 
     Args:
@@ -109,7 +109,7 @@ def write_figure(path: str | os.PathLike[str], figure: Any, **options: Any) -> N
     write_atomically(path, lambda temporary: figure.savefig(temporary, **{"format": "png", "dpi": 120, **options}))
 
 
-def as_path(path: Any) -> Path:
+def as_path(path: object) -> Path:
     """`path` as a `Path`.
 
     Raises:
