@@ -40,6 +40,7 @@ def test_compiled_and_in_inference_mode(dense):
         assert torch.equal(again[0], z) and torch.equal(again[1], lse)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch 2.11 on a machine with a GPU
 @pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
 def test_the_first_call_may_be_a_compiled_one(monkeypatch):
     monkeypatch.setattr(op, "_noticed", set())
