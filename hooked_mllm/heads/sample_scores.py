@@ -63,12 +63,12 @@ class SampleScores:
 
     def mean(self, samples: Sequence[int] | None = None) -> HeadScores:
         """The mean over all samples, or over those of the given numbers (one may come several times)."""
-        chosen = self.values if samples is None else self.values[list(samples)]
+        selected = self.values if samples is None else self.values[list(samples)]
         return HeadScores(
-            chosen.mean(0),
+            selected.mean(0),
             name=self.name,
-            provenance={**self.provenance, "n_samples": len(chosen)},
-            counts=[0 if layer in self.missing else len(chosen) for layer in range(self.shape[0])],
+            provenance={**self.provenance, "n_samples": len(selected)},
+            counts=[0 if layer in self.missing else len(selected) for layer in range(self.shape[0])],
             missing=self.missing,
         )
 

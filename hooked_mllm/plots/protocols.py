@@ -162,6 +162,8 @@ if TYPE_CHECKING:
     CurvesLike = Curve | Mapping[str, Curve]
     #: one coverage curve, a measured one or shares `[k]`, or several by label
     CoverageLike = Coverage | Numbers
+    #: a record of times, or label -> context length -> milliseconds
+    TimesLike = TimedVariants | Mapping[str, Mapping[int, Numbers]]
     StabilityLike = TaskAgreement
     TableLike = Table
     #: how many of the top heads (int), which share of them (float), or which heads
@@ -208,4 +210,5 @@ if TYPE_CHECKING:
             """The region that the question is about."""
             ...
 else:  # at run time anything, so that another value reaches the check whose error states what was expected
-    Numbers = ScoresLike = CurvesLike = CoverageLike = StabilityLike = TableLike = HeadChoice = Clip = Pictured = Any
+    Numbers = ScoresLike = CurvesLike = CoverageLike = TimesLike = Any
+    StabilityLike = TableLike = HeadChoice = Clip = Pictured = Any

@@ -7,7 +7,7 @@ from hooked_mllm.bench import PrefillRecord
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.metrics import AblationCurveResult, CausalTable, CoverageCurve, stability
-from hooked_mllm.plots import ablation_curves, protocols, stability_map, table_map
+from hooked_mllm.plots import ablation_curves, prefill, protocols, stability_map, table_map
 
 SCORES = HeadScores([[0.9, 0.1], [0.2, 0.3]])
 RESULTS = {
@@ -28,7 +28,12 @@ def test_each_result_satisfies_its_protocol_and_no_other(name):
 
 @pytest.mark.parametrize(
     ("plot", "message"),
-    [(ablation_curves, "AblationCurve.run"), (stability_map, "metrics.stability"), (table_map, "CausalTable")],
+    [
+        (ablation_curves, "AblationCurve.run"),
+        (stability_map, "metrics.stability"),
+        (table_map, "CausalTable"),
+        (prefill, "bench_prefill returns"),
+    ],
 )
 @pytest.mark.parametrize("value", [None, 3, SCORES], ids=["none", "number", "scores"])
 def test_something_else_is_rejected(plot, message, value):
