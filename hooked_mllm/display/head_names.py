@@ -1,60 +1,13 @@
-"""The written form of attention heads: `L2H4` as text, and one reader for every way to specify heads.
-
-It imports no `HeadSet`, so that plots, which lie below the heads, read heads in the same way; `heads.parsing` builds
-the set.
-"""
+"""The written form of attention heads: `L2H4` as text, written and read."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
-
-import numpy as np
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
 from hooked_mllm.errors import HeadError
 
 _NAME = re.compile(r"\s*L(\d+)\s*H(\d+)\s*", re.IGNORECASE)
 _SEPARATOR = re.compile(r"[,;\s]+")
 _LONGEST = 80  # characters of a value in an error message
-
-
-@runtime_checkable
-class HeadCollection(Protocol):
-    """Pairs (layer, head) of a model of known shape, such as a `HeadSet`."""
-
-    @property
-    def n_layers(self) -> int:
-        """Layers of the model."""
-        ...
-
-    @property
-    def n_heads(self) -> int:
-        """Heads per layer."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[int, int]]: ...
-
-
-if TYPE_CHECKING:
-    _OneOrMore = str | tuple[int, int] | HeadCollection | Tensor | np.ndarray | Sequence[int] | Sequence[bool]
-    #: every way to specify heads: "L2H4", "L2H4, L3H1", (2, 4), a HeadSet, a mask [layer head], {2: [4, 5]}, or a list
-    HeadsLike = _OneOrMore | Mapping[int, int | Iterable[int]] | Iterable[_OneOrMore]
-else:  # at run time anything, so that another value reaches `read_heads`, whose error states what was expected
-    HeadsLike = Any
-
-
-class HeadPairs(NamedTuple):
-    """Heads as they were read.
-
-    Attributes:
-        pairs: (layer, head) in the order of the input, each once.
-        shape: (layers, heads per layer) of the model; None where neither the caller nor the input states it.
-    """
-
-    pairs: tuple[tuple[int, int], ...]
-    shape: tuple[int, int] | None
 
 
 def head_name(layer: int, head: int) -> str:
@@ -89,26 +42,10 @@ def parse_head(text: str) -> tuple[int, int]:
     """
     match = _NAME.fullmatch(text)
     if match is None:
-        raise HeadError(f"Expected a head written like 'L20H15' (layer 20, head 15, both from 0); got {_shown(text)}.")
+        raise HeadError(
+            f"Expected a head written like 'L20H15' (layer 20, head 15, both from 0); got {shortened_repr(text)}."
+        )
     return int(match[1]), int(match[2])
-
-
-def read_head(head: object) -> tuple[int, int]:
-    """One head: a name, or a pair of integers.
-
-    Raises:
-        HeadError: for anything else.
-
-    Examples:
-        >>> read_head("L2H4"), read_head([2, 4])
-        ((2, 4), (2, 4))
-    """
-    if isinstance(head, str):
-        return parse_head(head)
-    pair = head.tolist() if isinstance(head, Tensor | np.ndarray) else head
-    if not isinstance(pair, tuple | list) or not _is_pair(pair):
-        raise not_heads(head)
-    return _pair(pair)
 
 
 def parse_names(text: str) -> list[tuple[int, int]]:
@@ -135,198 +72,12 @@ def is_heads_text(text: str) -> bool:
         return False
 
 
-def whole_number(value: object) -> int | None:
-    """An integer of Python, NumPy or torch as a plain int; None for anything else, booleans included.
+def shortened_repr(value: object) -> str:
+    """The repr of a value, cut after 80 characters, for an error message.
 
     Examples:
-        >>> whole_number(np.int64(4)), whole_number(True), whole_number(4.0)
-        (4, None, None)
+        >>> shortened_repr("L2H4")
+        "'L2H4'"
     """
-    if type(value) is int:  # the usual case
-        return value
-    if isinstance(value, Tensor | np.ndarray):
-        return int(value) if value.ndim == 0 and _dtype_kind(value) == "i" else None
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-
-
-def check_in_range(layer: int, head: int, shape: tuple[int, int] | None) -> tuple[int, int]:
-    """The same head, if a model of this shape has it; with an unknown shape, if both numbers are 0 or more.
-
-    Raises:
-        HeadError: if it does not exist.
-    """
-    name = head_name(layer, head)
-    if layer < 0 or (shape is not None and layer >= shape[0]):
-        known = f"are 0 to {shape[0] - 1}" if shape else "count from 0"
-        raise HeadError(f"Layer {layer} of head {name} is not there: layers {known}.")
-    if head < 0 or (shape is not None and head >= shape[1]):
-        known = f"are 0 to {shape[1] - 1} in every layer" if shape else "count from 0"
-        raise HeadError(f"Head {head} of {name} is not there: heads {known}.")
-    return layer, head
-
-
-def read_heads(heads: HeadsLike, shape: tuple[int, int] | None = None, *, whose: str = "this model") -> HeadPairs:
-    """Read heads that are specified in any of the accepted ways.
-
-    - Text: "L2H4" or "L2H4, L3H1".
-    - A pair (2, 4), an integer array `[2]` or `[n, 2]`.
-    - A `HeadSet`, or a mapping of layers to heads such as {2: [4, 5]}.
-    - A boolean mask `[layer head]`: a tensor, an array or nested lists.
-    - An iterable of these.
-
-    Args:
-        heads: The heads; may be empty.
-        shape: (layers, heads per layer) of the model; None if it is not known yet.
-        whose: What has this shape, for error messages.
-
-    Raises:
-        HeadError: for anything else, a head out of range, or heads of a model of another shape.
-
-    Examples:
-        >>> read_heads(["L2H4", (3, 1)]).pairs
-        ((2, 4), (3, 1))
-        >>> read_heads([[False, True], [True, False]])
-        HeadPairs(pairs=((0, 1), (1, 0)), shape=(2, 2))
-    """
-    pairs: list[tuple[int, int]] = []
-    stated: list[tuple[int, int]] = []  # shapes of the sets and masks in the input
-    _read(heads, shape, pairs, stated)
-    known = shape or (stated[0] if stated else None)
-    for other in stated:
-        if other != known:
-            raise other_shape(other, known, whose if shape else "another set or mask among them")
-    return HeadPairs(tuple(dict.fromkeys(check_in_range(*pair, known) for pair in pairs)), known)
-
-
-def other_shape(
-    own: tuple[int, int], expected: tuple[int, int] | None, whose: str = "this model", hint: str = ""
-) -> HeadError:
-    """The error for heads of a model of another shape.
-
-    Args:
-        own: (layers, heads) of the heads.
-        expected: The shape that they must have.
-        whose: What has the expected shape.
-        hint: What to do instead.
-    """
-    sizes = [f"{layers} x {heads}" for layers, heads in (own, expected or own)]
-    text = f"These heads belong to a model of {sizes[0]} (layers x heads); {whose} has {sizes[1]}."
-    return HeadError(f"{text} {hint}".rstrip())
-
-
-def not_heads(value: object) -> HeadError:
-    """The error for a value that specifies no heads."""
-    return HeadError(
-        "Expected a head as (layer, head) or 'L2H4', or heads as a HeadSet, a boolean mask [layer head], a mapping of "
-        f"layers to query heads such as {{2: [4, 5]}}, or a list of these; got {_shown(value)}."
-    )
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _read(
-    value: Any, shape: tuple[int, int] | None, pairs: list[tuple[int, int]], stated: list[tuple[int, int]]
-) -> None:
-    if isinstance(value, str):
-        pairs += parse_names(value)
-    elif isinstance(value, Tensor | np.ndarray):
-        _read_array(value, shape, pairs, stated)
-    elif isinstance(value, Mapping):
-        for layer, inside in value.items():
-            several = isinstance(inside, Iterable) and not isinstance(inside, str)
-            pairs += [_pair((layer, head)) for head in (inside if several else [inside])]
-    elif isinstance(value, HeadCollection):
-        pairs += value
-        stated.append((int(value.n_layers), int(value.n_heads)))
-    elif isinstance(value, tuple) and _is_pair(value):
-        pairs.append(_pair(value))
-    elif isinstance(value, Iterable):
-        _read_items([*value], value, shape, pairs, stated)
-    else:
-        raise not_heads(value)
-
-
-def _read_items(
-    items: list[Any],
-    whole: object,
-    shape: tuple[int, int] | None,
-    pairs: list[tuple[int, int]],
-    stated: list[tuple[int, int]],
-) -> None:
-    if items and all(_is_flags(item) for item in items):
-        mask = [[bool(flag) for flag in row] for row in items]
-        if len({len(row) for row in mask}) > 1:
-            raise not_heads(whole)
-        _read_array(np.array(mask), shape, pairs, stated)
-        return
-    if items and shape in (None, (len(items), 2)) and all(isinstance(i, list) and _is_pair(i, (0, 1)) for i in items):
-        raise HeadError(
-            f"{_shown(whole)} may be pairs (layer, head) or a mask of 0 and 1: write pairs as tuples, such as (0, 1), "
-            "or a mask with True and False."
-        )
-    for item in items:
-        if isinstance(item, tuple | list) and _is_pair(item):
-            pairs.append(_pair(item))
-        elif isinstance(item, Iterable):
-            _read(item, shape, pairs, stated)
-        else:
-            raise not_heads(whole if isinstance(whole, tuple) else item)
-
-
-def _read_array(
-    array: Tensor | np.ndarray,
-    shape: tuple[int, int] | None,
-    pairs: list[tuple[int, int]],
-    stated: list[tuple[int, int]],
-) -> None:
-    kind, size = _dtype_kind(array), tuple(array.shape)
-    if kind == "b" and len(size) == 2:
-        stated.append((size[0], size[1]))
-        layers, heads = torch.as_tensor(array).nonzero(as_tuple=True)
-        pairs += zip(layers.tolist(), heads.tolist(), strict=True)
-    elif kind == "i" and size[-1:] == (2,) and len(size) <= 2:
-        pairs += [_pair(pair) for pair in array.reshape(-1, 2).tolist()]
-    elif 0 in size and kind != "b":
-        return
-    elif kind == "O":
-        _read_items(array.tolist(), array, shape, pairs, stated)
-    else:
-        raise not_heads(array)
-
-
-def _pair(value: Sequence[Any]) -> tuple[int, int]:
-    layer, head = (whole_number(number) for number in value)
-    if layer is None or head is None:
-        raise not_heads(value)
-    return layer, head
-
-
-def _is_pair(value: Sequence[Any], among: tuple[int, ...] | None = None) -> bool:
-    if len(value) != 2:
-        return False
-    numbers = [whole_number(number) for number in value]
-    return None not in numbers and (among is None or set(numbers) <= set(among))
-
-
-def _is_flags(value: object) -> TypeGuard[Iterable[Any]]:
-    """Whether a value is one row of a boolean mask."""
-    if isinstance(value, Tensor | np.ndarray):
-        return value.ndim == 1 and len(value) > 0 and _dtype_kind(value) == "b"
-    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(x, bool | np.bool_) for x in value)
-
-
-def _dtype_kind(array: Tensor | np.ndarray) -> str:
-    """One of: "b" for booleans, "i" for integers, "O" for text and objects, "f" for other numbers."""
-    if isinstance(array, Tensor):
-        if array.dtype == torch.bool:
-            return "b"
-        return "f" if array.is_floating_point() or array.is_complex() else "i"
-    return {"b": "b", "i": "i", "u": "i", "U": "O", "O": "O"}.get(array.dtype.kind, "f")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, Tensor | np.ndarray) and value.ndim:
-        return f"an array of {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({type(value).__name__})"

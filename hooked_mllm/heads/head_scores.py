@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.display.blocks import html_block, html_table
-from hooked_mllm.display.head_names import head_name, head_names, whole_number
+from hooked_mllm.display.head_names import head_name, head_names
 from hooked_mllm.display.heat import html_heat
+from hooked_mllm.display.read_heads import whole_number
 from hooked_mllm.display.text import number_runs, text_table
 from hooked_mllm.errors import HeadError, InputError, NumericsError
 from hooked_mllm.heads.arithmetic import Arithmetic

@@ -9,17 +9,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_mllm.display.blocks import html_block, html_table
-from hooked_mllm.display.head_names import (
-    HeadsLike,
-    check_in_range,
-    head_names,
-    not_heads,
-    parse_head,
-    parse_names,
-    read_head,
-    read_heads,
-    whole_number,
-)
+from hooked_mllm.display.head_names import head_names, parse_head, parse_names
+from hooked_mllm.display.read_heads import HeadsLike, check_in_range, not_heads, read_head, read_heads, whole_number
 from hooked_mllm.errors import HeadError
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import numpy as np
 from torch import Tensor
 
-from hooked_mllm.display.head_names import HeadsLike as HeadsLike
-from hooked_mllm.display.head_names import head_names, not_heads, other_shape, read_heads, whole_number
+from hooked_mllm.display.head_names import head_names
+from hooked_mllm.display.read_heads import HeadsLike as HeadsLike
+from hooked_mllm.display.read_heads import not_heads, other_shape, read_heads, whole_number
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads.head_set import HeadSet
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from hooked_mllm.contracts import Model, Tower
-from hooked_mllm.display.head_names import whole_number
+from hooked_mllm.display.read_heads import whole_number
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
 from hooked_mllm.heads.parsing import Pairs

@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 from jaxtyping import Bool, Float
 
-from hooked_mllm.display.head_names import HeadsLike, not_heads, read_heads, whole_number
+from hooked_mllm.display.read_heads import HeadsLike, not_heads, read_heads, whole_number
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.plots.figure import as_array
 from hooked_mllm.plots.protocols import HeadChoice, Numbers, Scores, ScoresLike

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mllm.display.head_names import HeadsLike
+from hooked_mllm.display.read_heads import HeadsLike
 from hooked_mllm.layout import Region, TokenLayout
 
 
