@@ -1,34 +1,35 @@
-"""How many variants go in one batch: from free memory, and fewer after running out of it."""
+"""The number of variants in a batch: set by free memory, reduced when memory runs out."""
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from hooked_mllm.errors import HookValueError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 #: tokens in a batch beyond which larger ones are no faster: matrix products are at their full rate
 MAX_TOKENS = {"cuda": 8192, "cpu": 4096}
-#: share of free memory that a batch may be expected to take
+#: largest expected share of free memory that a batch takes
 SHARE = 0.8
-#: what edits and fragmentation add to the memory of a block
+#: factor for the memory of edits and fragmentation
 SLACK = 1.25
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that could be allocated on a device; None where that is not known."""
+    """Bytes that can be allocated on a device; None where that is unknown."""
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def peak_bytes(device: torch.device, fn: Callable[[], Any]) -> int:
-    """Bytes that `fn` needs at most beyond what is allocated before it."""
+def peak_bytes(device: torch.device, fn: Callable[[], object]) -> int:
+    """The most bytes that `fn` allocates at any time."""
     gc.collect()
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -43,63 +44,64 @@ class BatchSize:
 
     Args:
         tokens: Tokens of one variant: samples times positions.
-        device: Where the model runs.
-        given: A number of the caller's own; it may still shrink.
-        block: Runs one block on so many variants, to see what memory it takes.
+        device: The device of the model.
+        size: A fixed number; it is reduced when memory runs out.
+        block: Runs one block on a number of variants, to measure its memory.
 
     Attributes:
         now: Variants in a batch.
-        shrunk: How often it had to shrink.
+        shrunk: How often it was reduced.
     """
 
     def __init__(
         self,
         tokens: int,
         device: torch.device,
-        given: int | None = None,
-        block: Callable[[int], Any] | None = None,
+        size: int | None = None,
+        block: Callable[[int], object] | None = None,
     ) -> None:
-        if given is not None and given < 1:
-            raise HookValueError(f"batch_size must be at least 1; got {given}.")
+        if size is not None and size < 1:
+            raise HookValueError(f"batch_size must be at least 1; got {size}.")
         self.shrunk = 0
-        if given is not None:
-            self.now = given
+        if size is not None:
+            self.now = size
             return
         self.now = max(1, MAX_TOKENS["cuda" if device.type == "cuda" else "cpu"] // tokens)
         free = free_bytes(device)
         if free is not None and block is not None and self.now > 1:
-            one, two = (peak_bytes(device, partial(block, n)) for n in (1, 2))
-            each = max(two - one, 1) * SLACK
-            self.now = int(min(self.now, max(1.0, SHARE * free / each)))
+            of_one, of_two = (peak_bytes(device, partial(block, n)) for n in (1, 2))
+            per_variant = max(of_two - of_one, 1) * SLACK
+            self.now = int(min(self.now, max(1.0, SHARE * free / per_variant)))
 
     def shrink(self) -> None:
         """Halve it."""
         self.now = max(1, self.now // 2)
         self.shrunk += 1
 
-    def split(self, items: Sequence[T], more: int = 1) -> Iterator[Sequence[T]]:
-        """Batches as even as they can be, none larger than `more` times what `now` is when it is taken."""
+    def split(self, items: Sequence[T], factor: int = 1) -> Iterator[Sequence[T]]:
+        """Batches of nearly equal size, of at most `factor * now` items at the time when each is taken."""
         start = 0
         while start < len(items):
-            left = len(items) - start
-            size = -(-left // -(-left // (self.now * more)))
+            remaining = len(items) - start
+            n_batches = -(-remaining // (self.now * factor))
+            size = -(-remaining // n_batches)
             yield items[start : start + size]
             start += size
 
     def run(
-        self, items: Sequence[T], fn: Callable[[Sequence[T]], Any], more: int = 1
-    ) -> Iterator[tuple[Sequence[T], Any]]:
-        """Call `fn` on batch after batch; one that runs out of memory is tried again in halves.
+        self, items: Sequence[T], fn: Callable[[Sequence[T]], R], factor: int = 1
+    ) -> Iterator[tuple[Sequence[T], R]]:
+        """Call `fn` on every batch; a batch that runs out of memory is repeated in halves.
 
         Args:
-            items: What to go through.
+            items: All items.
             fn: Called on each batch.
-            more: So many times as many items go in a batch, where an item is smaller than usual.
+            factor: A batch has at most `factor * now` items, for items that are smaller than usual.
 
         Raises:
-            torch.OutOfMemoryError: when a single item does not fit.
+            torch.OutOfMemoryError: If a single item does not fit.
         """
-        for batch in self.split(items, more):
+        for batch in self.split(items, factor):
             pending = [batch]
             while pending:
                 part = pending.pop(0)
@@ -108,18 +110,18 @@ class BatchSize:
                 except torch.OutOfMemoryError as error:
                     if len(part) == 1:
                         error.add_note(
-                            "One variant at a time does not fit beside the model: take a shorter sample, or keep the "
-                            "residual streams elsewhere with offload='cpu'."
+                            "A single variant does not fit in memory in addition to the model: use a shorter sample, "
+                            "or keep the residual streams on the CPU with offload='cpu'."
                         )
                         raise
-                    result = None
-                if result is None:  # outside the handler, whose traceback would keep the batch's tensors alive
-                    while self.now > 1 and self.now * more >= len(part):
-                        self.shrink()
-                    if torch.cuda.is_available():
-                        gc.collect()
-                        torch.cuda.empty_cache()
-                    half = -(-len(part) // 2)
-                    pending = [part[:half], part[half:], *pending]
+                else:
+                    yield part, result
                     continue
-                yield part, result
+                # outside the handler, whose traceback would keep the batch's tensors alive
+                while self.now > 1 and self.now * factor >= len(part):
+                    self.shrink()
+                if torch.cuda.is_available():
+                    gc.collect()
+                    torch.cuda.empty_cache()
+                half = -(-len(part) // 2)
+                pending = [part[:half], part[half:], *pending]

@@ -1,8 +1,8 @@
-"""Sweep: the same run in many variants, each taken up at the block where it first differs, many in one batch."""
+"""Sweep: many variants of a run in batches, each computed from the first block that it changes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -12,50 +12,56 @@ from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, NumericsError
 from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.inputs.resolve import ModelInput
-from hooked_mllm.interventions import Intervention
-from hooked_mllm.objectives import BoundObjective, as_objective
+from hooked_mllm.interventions.base import Edit
+from hooked_mllm.objectives.function import ObjectiveLike
+from hooked_mllm.objectives.values import bound_objective
 from hooked_mllm.sweep.batching import BatchSize, free_bytes
 from hooked_mllm.sweep.trunk import Trunk
-from hooked_mllm.sweep.variant import Prepared, Variant, on_rows, prepare
+from hooked_mllm.sweep.variant import Prepared, Variant, edit_by_variant, prepare
 
+if TYPE_CHECKING:
+    #: the device that holds the residual streams
+    Offload = Literal["auto", "device", "cpu"]
+else:
+    Offload = str
 #: share of free memory beyond which the residual streams are kept on the CPU
 KEEP_SHARE = 0.2
-#: the sequence is divided into so many places, and variants that first change the same one share batches
-PLACES = 16
-#: times as many variants that change only the end of a sequence go in a batch
-MOST_MORE = 8
+#: the sequence is divided into this many parts; variants whose first changed position is in the same part share batches
+POSITION_GROUPS = 16
+#: largest factor by which batches grow whose variants change only the end of a sequence
+MAX_BATCH_FACTOR = 8
 
 
 class Sweep:
-    r"""One run, and an objective of as many variants of it as are asked for.
+    r"""One run, and an objective of many variants of it.
 
-    What a variant does in block l changes nothing before block l. The run is made once and the residual stream entering
+    A variant that edits block l changes nothing before block l. The run is made once and the residual stream entering
     each block is kept; a variant starts at the first block that it edits, and variants that start at the same block
-    share a batch. Of a variant that edits only late positions, only these are run again: earlier ones see nothing of
-    it, and their keys and values are those of the clean run. The numbers are those of a loop of forward passes, one a
-    variant, within floating-point noise (in bfloat16 the order of summation depends on the batch).
+    share a batch. If variants edit only late positions, only these are computed again: earlier positions do not depend
+    on them, and their keys and values are those of the clean run. The values are those of a loop with one forward pass
+    for each variant, within floating-point noise (in bfloat16 the order of summation depends on the batch).
 
     Variants that edit something outside the decoder blocks (the vision tower, the embedding, the logits) are run as
-    whole forward passes. Hooks and interventions that hang already are part of every run.
+    whole forward passes. Registered hooks and interventions apply to every run.
 
     Args:
         model: A `HookedMLLM`.
         inputs: A sample, a batch, or a mapping of model inputs.
-        objective: What is computed of each variant: an `Objective`, one that is bound to other inputs of the same
-            layout, or a function of logits `[batch n d_vocab]` at the last prompt position.
+        objective: Computed for each variant: an `Objective`, one that is bound to other inputs of the same layout, or a
+            function of logits `[batch 1 d_vocab]` at the last position of the prompt.
         corrupted: The other run of a pair, for objectives that compare two.
-        batch_size: Variants in a batch; None chooses by free memory. It shrinks when memory runs out.
-        offload: Where the residual streams are kept: "auto", "device" or "cpu".
-        compile: Run blocks without hooks through `torch.compile`: worth its half minute for many heads of a large
-            model on a GPU.
+        batch_size: Variants in a batch; None: set by free memory. It is reduced when memory runs out.
+        offload: The device that keeps the residual streams: "auto", "device" or "cpu".
+        compile: Run blocks without hooks through `torch.compile`, which takes about half a minute: for many heads of a
+            large model on a GPU.
 
     Attributes:
         clean: The objective without any variant, `[sample]`.
-        batch: How many variants go in a batch, and how often that had to shrink.
+        batch: The number of variants in a batch, and how often it was reduced.
 
     Raises:
-        HookValueError: under an attention whose heads depend on the batch (a routing policy).
-        NumericsError: when the clean run's objective is not finite.
+        HookValueError: Under an attention whose heads depend on the batch (a routing policy).
+        NumericsError: If the clean run's objective is not finite.
 
     Examples:
         >>> from hooked_mllm import HeadAblation, HookedMLLM, objectives, toys
@@ -72,34 +78,31 @@ class Sweep:
         self,
         model: Model,
         inputs: ModelInput,
-        objective: Any,
+        objective: ObjectiveLike,
         *,
         corrupted: ModelInput | None = None,
         batch_size: int | None = None,
-        offload: str = "auto",
+        offload: Offload = "auto",
         compile: bool = False,
     ) -> None:
         if offload not in ("auto", "device", "cpu"):
             raise HookValueError(f"offload is 'auto', 'device' or 'cpu'; got {offload!r}.")
         if getattr(model.wiring.text[0].running, "adaptive", False):
             raise HookValueError(
-                "A routing policy chooses dense heads for all rows of a batch at once, so that variants that share one "
-                "would change each other. Run the prompt once and give HybridAttention what the policy chose."
+                "A routing policy selects dense heads for all rows of a batch at once, so that variants in one batch "
+                "would change each other. Run the prompt once and pass the heads that it selected to HybridAttention."
             )
         self.model = model
         self.inputs = model.resolve(inputs)
-        bound = objective
-        if not isinstance(bound, BoundObjective):
-            other = None if corrupted is None else model.resolve(corrupted)
-            bound = as_objective(objective).bind(model, self.inputs, other)
-        self.trunk = Trunk.record(model, self.inputs, self._keep_on(offload))
+        bound = bound_objective(model, self.inputs, objective, corrupted)
+        self.trunk = Trunk.record(model, self.inputs, self._stream_device(offload))
         self.trunk.compiled = compile
         logits = self.trunk.logits(self.trunk.start(self.trunk.n_layers, 1), bound.positions)
-        needed = bound.objective.needs_clean and bound.clean is None
-        self.bound = bound.with_clean(logits) if needed else bound
+        clean_is_missing = bound.objective.needs_clean and bound.clean is None
+        self.bound = bound.with_clean(logits) if clean_is_missing else bound
         self.clean = self._finite(self.bound(logits).detach()[None], ())[0]
         tokens = self.inputs.batch * self.inputs.length
-        self.batch = BatchSize(tokens, model.device, batch_size, self._one_block)
+        self.batch = BatchSize(tokens, model.device, batch_size, self._run_last_block)
 
     def run(
         self,
@@ -112,12 +115,12 @@ class Sweep:
 
         Args:
             variants: An intervention each, or several.
-            skip: Whether a variant, by its number, is left out; its row is NaN.
-            done: Told numbers and values, float64 `[variant sample]`, of each batch as it is finished.
+            skip: Whether the variant of an index is left out; its values are NaN.
+            done: Called after each batch with indices and values, float64 `[variant sample]`.
 
         Raises:
-            HookNameError, HeadError, HookValueError: for a variant that does not fit the model, before anything runs.
-            NumericsError: when an objective is not finite.
+            HookNameError, HeadError, HookValueError: For a variant that does not fit the model, before anything runs.
+            NumericsError: If an objective is not finite.
         """
         prepared = [p for p in prepare(self.model, variants, self.inputs) if skip is None or not skip(p.number)]
         out = torch.full((len(variants), self.inputs.batch), torch.nan, dtype=torch.float64)
@@ -129,31 +132,32 @@ class Sweep:
         return out
 
     def _values(self, prepared: Sequence[Prepared]) -> Iterator[tuple[Sequence[Prepared], Tensor]]:
+        """Values of all variants, in groups that start at the same block and about the same position."""
         groups: dict[tuple[int, int], list[Prepared]] = {}
         alone, length = self.trunk.alone, self.inputs.length
-        step = -(-length // PLACES)
-        if alone and any(each.first for each in prepared):
+        group_length = -(-length // POSITION_GROUPS)
+        if alone and any(variant.first for variant in prepared):
             _ = self.trunk.attention  # recorded now, while no variant is applied
-        for each in prepared:
-            if each.layer is None:
-                yield [each], self._whole(each)[None]
+        for variant in prepared:
+            if variant.layer is None:
+                yield [variant], self._whole(variant)[None]
             else:
-                first = each.first // step * step if alone else 0
-                groups.setdefault((each.layer, first), []).append(each)
+                first = variant.first // group_length * group_length if alone else 0
+                groups.setdefault((variant.layer, first), []).append(variant)
         for layer, first in sorted(groups):
-            more = min(length // (length - first), MOST_MORE)
+            factor = min(length // (length - first), MAX_BATCH_FACTOR)
             group = sorted(groups[layer, first], key=lambda p: p.first)
 
-            def one(part: Sequence[Prepared], layer: int = layer) -> Tensor:
-                return self.tail(part, layer, min(p.first for p in part) if alone else 0)
+            def run(part: Sequence[Prepared], layer: int = layer) -> Tensor:
+                return self.tail(part, layer, part[0].first if alone else 0)
 
-            yield from self.batch.run(group, one, more)
+            yield from self.batch.run(group, run, factor)
 
     def tail(self, part: Sequence[Prepared], layer: int, first: int = 0) -> Float[Tensor, "variant sample"]:
         """The objective of a batch of variants that start at block `layer` and change nothing before `first`."""
         residual = self.forward(part, layer, first=first)
         logits = self.trunk.logits(residual, self.bound.positions, first)
-        logits = logits.unflatten(0, (self.inputs.batch, len(part)))
+        logits = logits.unflatten(0, (self.inputs.batch, len(part)))  # [row n d_vocab] -> [sample variant n d_vocab]
         values = torch.stack([self.bound(logits[:, i]).detach() for i in range(len(part))])
         return self._finite(values, part)
 
@@ -169,27 +173,25 @@ class Sweep:
         residual = self.trunk.start(layer, len(part), first)
         with self.applied(part):
             residual = self.trunk.resume(layer, residual, last, first)
-        return self.trunk.resume(last, residual, stop, first)  # nothing of the sweep's own hangs there
+        return self.trunk.resume(last, residual, stop, first)  # without hooks of the sweep
 
     @contextmanager
     def applied(self, part: Sequence[Prepared]) -> Iterator[None]:
-        """Within it, each row of a resumed run has its own variant's edits."""
-        entries: dict[str, list[tuple[int, Any]]] = {}
-        for place, variant in enumerate(part):
+        """Apply the edits of each variant to its own rows of a resumed run, for the body of a `with` statement."""
+        edits: dict[str, list[tuple[int, Edit]]] = {}
+        for index, variant in enumerate(part):
             for name, edit in variant.edits:
-                entries.setdefault(name, []).append((place, edit))
+                edits.setdefault(name, []).append((index, edit))
         added: list[tuple[HookPoint, Handle]] = []
         try:
-            for name, edits in entries.items():
-                point = self.model.registry[name]
-                added.append((point, point.add_hook(on_rows(edits, self.inputs.batch, len(part)))))
+            for name, edits_here in edits.items():
+                added += self.model.registry.attach(name, edit_by_variant(edits_here, self.inputs.batch, len(part)))
             yield
         finally:
             self.model.registry.detach(added)
 
     def _whole(self, variant: Prepared) -> Float[Tensor, " sample"]:
-        chosen: tuple[Intervention, ...] = variant.interventions
-        with self.model.intervene(*chosen), torch.no_grad():
+        with self.model.intervene(*variant.interventions), torch.no_grad():
             residual = self.model.run(self.inputs, stop_at_layer=self.trunk.n_layers)
             logits = self.trunk.logits(residual, self.bound.positions)
         return self._finite(self.bound(logits).detach()[None], [variant])[0]
@@ -198,14 +200,15 @@ class Sweep:
         values = values.double().cpu()
         bad = (~torch.isfinite(values)).any(1).nonzero()
         if len(bad):
-            what = repr(part[int(bad[0])].interventions) if part else "the run without any variant"
+            run = repr(part[int(bad[0])].interventions) if part else "the run without any variant"
             raise NumericsError(
-                f"The objective is not finite ({values[bad[0]].flatten().tolist()}) in {what}: the model overflowed, "
+                f"The objective is not finite ({values[bad[0]].flatten().tolist()}) in {run}: the model overflowed, "
                 "or the objective is not defined there. Load the model with dtype='bfloat16' or 'float32'."
             )
         return values
 
-    def _keep_on(self, offload: str) -> torch.device | None:
+    def _stream_device(self, offload: Offload) -> torch.device | None:
+        """The device that keeps the residual streams; None for that of the model."""
         if offload == "device":
             return None
         free = free_bytes(self.model.device)
@@ -216,6 +219,6 @@ class Sweep:
         needed = (cfg.n_layers + 1) * self.inputs.batch * self.inputs.length * cfg.d_model * width
         return torch.device("cpu") if needed > KEEP_SHARE * free else None
 
-    def _one_block(self, repeats: int) -> None:
+    def _run_last_block(self, repeats: int) -> None:
         layer = self.trunk.n_layers - 1
         self.trunk.resume(layer, self.trunk.start(layer, repeats))

@@ -1,6 +1,6 @@
-"""Running the end of a sequence alone: keys, values and masks of its beginning, taken from a run that is recorded."""
+"""The end of a sequence alone: keys, values and masks of its beginning are those of a recorded run."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,39 +8,34 @@ from torch import Tensor
 from hooked_mllm.attention.site import AttentionCall
 
 
+@dataclass
 class Prefix:
-    """Stands where transformers puts a KV cache, for one block and one call.
+    """Replaces the KV cache of transformers for one call of one block, with `repeats` rows of each sample.
 
-    Args:
-        call: What the block's attention was called with in the recorded run.
-        first: Keys before this position are taken from it.
-        repeats: Rows of a sample.
+    Keys and values before position `first` are those of the block's recorded call.
     """
 
-    def __init__(self, call: AttentionCall, first: int, repeats: int) -> None:
-        self.call, self.first, self.repeats = call, first, repeats
+    call: AttentionCall
+    first: int
+    repeats: int
 
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole sequence: `[row kv_head key d_head]`."""
         return self._joined(self.call.k, key), self._joined(self.call.v, value)
 
     def _joined(self, recorded: Tensor, new: Tensor) -> Tensor:
-        begin = recorded[:, :, : self.first].repeat_interleave(self.repeats, dim=0)
-        return torch.cat([begin.to(new.device), new], dim=2)
+        # [batch kv_head key d_head] -> [row kv_head first d_head]
+        prefix = recorded[:, :, : self.first].repeat_interleave(self.repeats, dim=0)
+        return torch.cat([prefix.to(new.device), new], dim=2)
 
 
 def suffix_mask(call: AttentionCall, first: int, implementation: str) -> Tensor:
-    """The rows of a mask from `first` on, as an attention implementation takes them: `[batch 1 query key]`.
-
-    Args:
-        call: What the block's attention was called with.
-        first: The first query.
-        implementation: "sdpa" (boolean) or "eager" (additive).
-    """
-    rows = call.mask
-    index = torch.arange(first, rows.q_length, device=rows.device).expand(rows.batch, -1)
-    visible = rows.rows(index)
-    visible = (visible | ~visible.any(-1, keepdim=True))[:, None]  # padding that sees nothing would become NaN
+    """The mask of the queries from `first` on, boolean for "sdpa" and additive for "eager": `[batch 1 query key]`."""
+    mask = call.mask
+    queries = torch.arange(first, mask.q_length, device=mask.device).expand(mask.batch, -1)  # [batch query]
+    visible = mask.rows(queries)  # [batch query key]
+    # padding that attends to nothing would become NaN
+    visible = (visible | ~visible.any(-1, keepdim=True))[:, None]
     if implementation == "sdpa":
         return visible
     hidden = torch.finfo(call.k.dtype).min

@@ -1,12 +1,13 @@
-"""A forward pass of the language model that can be taken up again at any block."""
+"""A recorded forward pass of the language model that can be resumed at any block."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from hooked_mllm.attention.site import AttentionCall
 from hooked_mllm.contracts import Model
@@ -17,15 +18,18 @@ from hooked_mllm.sweep.prefix import Prefix, suffix_mask
 
 @dataclass
 class Trunk:
-    """What each decoder block was called with, and the means to go on from there.
+    """The arguments of each decoder block in a run, from which it can be resumed.
 
-    Rows of a resumed run are samples repeated side by side: row `sample * repeats + repeat`.
+    Rows of a resumed run are repeated samples: row `sample * repeats + repeat`.
 
     Attributes:
         model: The `HookedMLLM`.
-        inputs: What was run.
-        residual: The residual stream entering each block, before its hooks; the last one leaves the last block.
+        inputs: The inputs of the run.
+        residual: The residual stream entering each block, before its hooks; the last entry leaves the last block.
         arguments: The other arguments of each block.
+        features: DeepStack's features `[visual d_model]`, one tensor for each block that adds them.
+        visual: The mask of visual positions that DeepStack uses.
+        compiled: Whether blocks without hooks are compiled.
     """
 
     model: Model
@@ -34,48 +38,43 @@ class Trunk:
     arguments: list[dict[str, Any]] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     visual: Tensor | None = None
-    #: blocks that run without hooks are compiled
     compiled: bool = False
-    _compiled: dict[int, Any] = field(default_factory=dict)
+    _compiled: dict[int, Callable[..., Tensor]] = field(default_factory=dict)
 
     @classmethod
     @torch.no_grad()
     def record(cls, model: Model, inputs: ResolvedInput, device: torch.device | str | None = None) -> "Trunk":
-        """Run the model once, under whatever hooks hang now, and keep what enters each block.
+        """Run the model once, with the hooks that are registered, and keep what enters each block.
 
         Args:
             model: A `HookedMLLM`.
-            inputs: What to run.
-            device: Where the residual streams are kept; None for where they are.
+            inputs: The inputs of the run.
+            device: The device that keeps the residual streams; None for that of each block.
         """
         trunk = cls(model, inputs)
         family, hf = model.family, model.hf_model
         blocks = hf.get_submodule(family.text.blocks)
-        handles = []
 
-        def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             trunk.features, trunk.visual = family.deepstack_of(kwargs)
 
         def keep(residual: Tensor) -> None:
-            # a hook may edit the stream in place: what is kept must not be what it is handed
-            kept = residual.detach().clone() if device is None else residual.detach().to(device, copy=True)
-            trunk.residual.append(kept)
+            # a copy: a hook may edit the stream in place
+            trunk.residual.append(residual.detach().to(device or residual.device, copy=True))
 
-        def block(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            more = dict(kwargs)
-            keep(args[0] if args else more.pop("hidden_states"))
-            trunk.arguments.append(more)
+        def enter_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = dict(kwargs)
+            keep(args[0] if args else arguments.pop("hidden_states"))
+            trunk.arguments.append(arguments)
 
-        def end(_: Any, args: tuple[Any, ...]) -> None:
+        def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
             keep(args[0])
 
+        # before the hooks of hook points, whose edits are made again when the run is resumed
+        handles = [block.register_forward_pre_hook(enter_block, prepend=True, with_kwargs=True) for block in blocks]
+        handles.append(model.ln_final.register_forward_pre_hook(leave, prepend=True))
+        handles.append(hf.get_submodule(family.language_model).register_forward_pre_hook(enter, with_kwargs=True))
         try:
-            # in front of the hook points' own: an edit of the stream is made again when the run is taken up
-            entrance = hf.get_submodule(family.language_model)
-            handles.append(entrance.register_forward_pre_hook(enter, with_kwargs=True))
-            for module in blocks:
-                handles.append(module.register_forward_pre_hook(block, prepend=True, with_kwargs=True))
-            handles.append(hf.get_submodule(family.ln_final).register_forward_pre_hook(end, prepend=True))
             model.run_trunk(inputs)
         finally:
             for handle in handles:
@@ -89,7 +88,7 @@ class Trunk:
 
     @cached_property
     def attention(self) -> list[AttentionCall]:
-        """Keys, values and masks of every block: what the end of the sequence needs of its beginning."""
+        """Keys, values and masks of every block, which the end of the sequence needs of its beginning."""
         calls: list[AttentionCall] = []
         sites = self.model.wiring.text
         try:
@@ -101,23 +100,25 @@ class Trunk:
             for site in sites:
                 site.remove_tap(calls.append)
         for call in calls:
-            call.q = call.q[:0]  # not needed, and as large as the residual stream
+            call.q = call.q[:0]  # not needed, and of the size of the residual stream
         return calls
 
     @property
     def alone(self) -> bool:
-        """Whether nothing hangs in the language model, and its attention is one whose masks are known."""
+        """Whether the language model has no active hook, and an attention whose masks are known."""
         registry, wiring = self.model.registry, self.model.wiring
-        hung = any(point.active for point in registry.hook_dict.values() if point.tower == "text")
+        active = any(point.active for point in registry.hook_dict.values() if point.tower == "text")
         sites = any(site.taps or site.backend is not None for site in wiring.text)
-        return not hung and not sites and wiring.switches["text"].base in ("sdpa", "eager")
+        return not active and not sites and wiring.switches["text"].base in ("sdpa", "eager")
 
     def start(self, layer: int, repeats: int, first: int = 0) -> Float[Tensor, "row pos d_model"]:
         """The residual stream entering a block, each sample `repeats` times, from position `first` on."""
         weight = next(self._block(layer).parameters())
+        # [batch pos d_model] -> [row pos d_model]
         return self.residual[layer][:, first:].to(weight.device).repeat_interleave(repeats, dim=0)
 
-    def _block(self, layer: int) -> Any:
+    def _block(self, layer: int) -> nn.Module:
+        """A block; the final norm after the last."""
         if layer == self.n_layers:
             return self.model.ln_final
         return self.model.hf_model.get_submodule(self.model.family.text.blocks)[layer]
@@ -126,13 +127,13 @@ class Trunk:
     def resume(
         self, layer: int, residual: Float[Tensor, "row pos d_model"], stop: int | None = None, first: int = 0
     ) -> Float[Tensor, "row pos d_model"]:
-        """Run the blocks from `layer` on, hooks and all.
+        """Run the blocks from `layer` on, with their hooks.
 
         Args:
             layer: The first block to run.
-            residual: What enters it; rows as `start` gives them.
-            stop: The first block that is not run; None for all of them.
-            first: The position of the first row. Above 0, keys and values before it are those of the recorded run.
+            residual: The stream entering it, with the rows of `start`.
+            stop: The first block that is not run; None for the end.
+            first: The first position of `residual`. Keys and values before it are those of the recorded run.
         """
         model, batch = self.model, self.inputs.batch
         repeats = len(residual) // batch
@@ -146,12 +147,12 @@ class Trunk:
                 residual = block(residual, **self._arguments(index, repeats, first))
                 if index < len(features):
                     assert visual is not None
-                    mask = visual.to(residual.device)
+                    mask = visual.to(residual.device)  # [row pos], as many visual positions as features
                     residual = residual.clone()
                     residual[mask] = residual[mask] + features[index].to(residual.device, residual.dtype)
         return residual
 
-    def _compiled_block(self, index: int) -> Any:
+    def _compiled_block(self, index: int) -> Callable[..., Tensor]:
         if index not in self._compiled:
             self._compiled[index] = torch.compile(self._block(index), dynamic=False)
         return self._compiled[index]
@@ -160,31 +161,31 @@ class Trunk:
     def logits(
         self, residual: Float[Tensor, "row pos d_model"], positions: Int[Tensor, "batch n"], first: int = 0
     ) -> Float[Tensor, "row n d_vocab"]:
-        """Logits at some positions of each sample, from what leaves the last block.
+        """Logits at positions of each sample, from the stream that leaves the last block.
 
-        Positions before `first`, which a run of the end alone has not changed, are those of the recorded run.
+        Positions before `first`, which are not in `residual`, are those of the recorded run.
         """
         model = self.model
         repeats = len(residual) // self.inputs.batch
-        rows = positions.repeat_interleave(repeats, dim=0)
         if first and bool(((positions >= 0) & (positions < first)).any()):
-            begin = self.start(self.n_layers, repeats)[:, :first].to(residual.device)
-            residual, first = torch.cat([begin, residual], dim=1), 0
-        rows = torch.where(rows < 0, rows, rows - first)
-        late = ("ln_final.hook_scale", "ln_final.hook_normalized", "hook_logits")
+            prefix = self.start(self.n_layers, repeats)[:, :first].to(residual.device)
+            residual, first = torch.cat([prefix, residual], dim=1), 0
+        index = torch.where(positions < 0, positions, positions - first).repeat_interleave(repeats, dim=0)  # [row n]
+        after_blocks = ("ln_final.hook_scale", "ln_final.hook_normalized", "hook_logits")
         with model.registry.running_on(self.inputs):
-            if any(model.registry[name].active for name in late):  # their hooks expect every position
-                return gather_logits(model.lm_head(model.ln_final(residual)), rows)
-            return model.lm_head(model.ln_final(gather_logits(residual, rows)))
+            if any(model.registry[name].active for name in after_blocks):  # hooks there expect every position
+                return gather_logits(model.lm_head(model.ln_final(residual)), index)
+            return model.lm_head(model.ln_final(gather_logits(residual, index)))
 
     def _features(self, repeats: int, first: int) -> list[Tensor]:
-        """DeepStack's features for every row, in the order in which a mask of the rows takes them."""
+        """DeepStack's features for every row, in the order in which a mask `[row pos]` selects them."""
         if not self.features:
             return []
         assert self.visual is not None
-        late = self.visual.nonzero()[:, 1] >= first
-        counts = self.visual[:, first:].sum(1).tolist()
+        late = self.visual.nonzero()[:, 1] >= first  # [visual]
+        counts = self.visual[:, first:].sum(1).tolist()  # visual positions of each sample
         kept = [f[late.to(f.device)] if first else f for f in self.features]
+        # [visual d_model] -> [repeats * visual d_model], sample by sample
         return [torch.cat([part.repeat(repeats, 1) for part in f.split(counts)]) for f in kept]
 
     def _arguments(self, layer: int, repeats: int, first: int) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Trunk:
         if first:
             call = self.attention[layer]
             arguments = {
-                **{name: _from(value, first, self.inputs.length) for name, value in arguments.items()},
+                **{name: _suffix(value, first, self.inputs.length) for name, value in arguments.items()},
                 "attention_mask": suffix_mask(call, first, self.model.wiring.switches["text"].base),
                 "past_key_values": Prefix(call, first, repeats),
             }
@@ -201,17 +202,17 @@ class Trunk:
         return {name: _repeated(value, batch, repeats) for name, value in arguments.items()}
 
 
-def _from(value: Any, first: int, length: int) -> Any:
+def _suffix(value: object, first: int, length: int) -> Any:
     """An argument of a block from position `first` on: cosines, sines `[batch pos d]`, position ids `[batch pos]`."""
     if isinstance(value, tuple):
-        return tuple(_from(v, first, length) for v in value)
+        return tuple(_suffix(v, first, length) for v in value)
     if isinstance(value, Tensor) and value.dim() in (2, 3) and value.shape[1] == length:
         return value[:, first:]
     return value
 
 
-def _repeated(value: Any, batch: int, repeats: int) -> Any:
-    """An argument of a block for every row: what has the batch in front is repeated, everything else is shared."""
+def _repeated(value: object, batch: int, repeats: int) -> Any:
+    """An argument of a block for every row: tensors with a batch axis are repeated, all others are shared."""
     if isinstance(value, tuple):
         return tuple(_repeated(v, batch, repeats) for v in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or len(value) not in (1, batch):

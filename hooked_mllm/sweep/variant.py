@@ -1,8 +1,8 @@
-"""One variant of a run: the interventions that make it, and the block from which it differs."""
+"""One variant of a run: its interventions, and the blocks and positions that they change."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,8 +13,11 @@ from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions import Intervention
 from hooked_mllm.interventions.base import Edit
 
-#: an intervention, or a sequence of several that make one variant; anything else is refused with a word
-Variant = Any
+if TYPE_CHECKING:
+    #: an intervention, or several that make one variant
+    Variant = Intervention | Sequence[Intervention]
+else:  # at run time anything, so that another value reaches the check whose error states what was expected
+    Variant = Any
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,11 @@ class Prepared:
     """A variant, checked against the model.
 
     Attributes:
-        number: Its place among all variants.
-        interventions: What makes it.
-        edits: Hook points and what is done there.
-        layer: The first block that it changes; None where something before the first block, or behind the last one,
-            is edited.
+        number: Its index among all variants.
+        edits: Names of hook points with the edits there.
+        layer: The first block that it changes; None if it edits something outside the blocks.
         last: The last block that it edits.
-        first: The first position whose row it changes.
+        first: The first position that it changes.
     """
 
     number: int
@@ -40,48 +41,42 @@ class Prepared:
 
 
 def prepare(model: Model, variants: Sequence[Variant], inputs: ResolvedInput) -> list[Prepared]:
-    """Check every variant before anything runs.
-
-    Raises:
-        HookValueError: for anything but interventions.
-        HookNameError: for a hook point that the model lacks.
-    """
+    """Variants checked before anything runs; raises for values that are no interventions, or do not fit the model."""
     prepared = []
     for number, variant in enumerate(variants):
-        several = isinstance(variant, list | tuple)
-        chosen: tuple[Any, ...] = tuple(variant) if several else (variant,)
-        for each in chosen:
+        interventions: tuple[Any, ...] = tuple(variant) if isinstance(variant, list | tuple) else (variant,)
+        for each in interventions:
             if not isinstance(each, Intervention):
                 raise HookValueError(
                     f"A variant is an intervention or several, such as HeadAblation(...); got {type(each).__name__}."
                 )
-        edits = tuple(edit for each in chosen for edit in each.edits(model))
+        edits = tuple(edit for each in interventions for edit in each.edits(model))
         points = [model.registry[name] for name, _ in edits]
-        inside = [p.layer() if p.tower == "text" and p.name.startswith("blocks.") else None for p in points]
-        known = [layer for layer in inside if layer is not None]
-        layer = min(known) if known and len(known) == len(inside) else None
-        first = min((each.first_position(model, inputs) for each in chosen), default=0)
-        prepared.append(Prepared(number, chosen, edits, layer, max(known, default=-1), first))
+        layers = [p.layer() if p.tower == "text" and p.name.startswith("blocks.") else None for p in points]
+        in_blocks = [layer for layer in layers if layer is not None]
+        layer = min(in_blocks) if in_blocks and len(in_blocks) == len(layers) else None
+        first = min((each.first_position(model, inputs) for each in interventions), default=0)
+        prepared.append(Prepared(number, interventions, edits, layer, max(in_blocks, default=-1), first))
     return prepared
 
 
-def on_rows(entries: Sequence[tuple[int, Edit]], samples: int, repeats: int) -> HookFunction:
-    """One hook that gives each variant of a batch its own edit.
+def edit_by_variant(edits: Sequence[tuple[int, Edit]], samples: int, repeats: int) -> HookFunction:
+    """One hook that applies to each variant of a batch its own edit.
 
     Args:
-        entries: Which variant of the batch has which edit.
+        edits: Indices of variants in the batch, each with its edit.
         samples: Samples in the run.
         repeats: Variants in the batch; row `sample * repeats + variant`.
     """
 
     def edit(activation: Tensor, hook: HookPoint) -> Tensor:
         out = activation.clone()
-        split = out.unflatten(0, (samples, repeats))
-        for variant, change in entries:
-            own = split[:, variant]
-            new = change(own, hook)
-            if new is not None and new is not own:
-                own.copy_(new)
+        by_variant = out.unflatten(0, (samples, repeats))  # [row ...] -> [sample variant ...], a view
+        for variant, change in edits:
+            old = by_variant[:, variant]
+            new = change(old, hook)
+            if new is not None and new is not old:
+                old.copy_(new)
         return out
 
     return edit

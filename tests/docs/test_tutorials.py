@@ -1,4 +1,4 @@
-"""The tutorials' code runs and shows what their text says; outputs are made by the manual's build, not committed."""
+"""The tutorials run, and their results are those of their text; the build of the manual makes the outputs."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ def cells(book, kind):
 
 @cache
 def names_after(stem):
-    """What a notebook's cells leave behind, run one after the other."""
+    """The names that the cells of a notebook define, run in order."""
     book, names = ROOT / "docs" / "tutorials" / f"{stem}.ipynb", {"__name__": "__main__"}
     for index, source in cells(book, "code"):
         exec(compile(source, f"{book.name}, cell {index}", "exec"), names)
@@ -33,11 +33,11 @@ def names_after(stem):
 def test_notebooks_run_from_top_to_bottom(book, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert names_after(book.stem)
-    assert not [*tmp_path.iterdir()]  # a reader's folder stays as it was
+    assert not [*tmp_path.iterdir()]  # nothing is written to the working folder
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
-def test_notebooks_are_committed_bare_and_say_that_the_toy_was_planted(book):
+def test_notebooks_have_no_outputs_and_state_that_the_toy_was_planted(book):
     data = json.loads(book.read_text(encoding="utf-8"))
     code = [c for c in data["cells"] if c["cell_type"] == "code"]
     assert code and not any(c["outputs"] or c["execution_count"] for c in code)
@@ -48,7 +48,7 @@ def test_notebooks_are_committed_bare_and_say_that_the_toy_was_planted(book):
 
 @cache
 def notebook_links():
-    """The hook that mkdocs.yml names, without mkdocs."""
+    """The hook of mkdocs.yml, without mkdocs."""
     (path,) = re.findall(r"^hooks: \[(.+)\]$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     spec = importlib.util.spec_from_file_location("notebook_links", ROOT / path)
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +58,7 @@ def notebook_links():
 
 @cache
 def site():
-    """The manual's files by their path, each with the address that its page gets."""
+    """The files of the manual by path, with the address of each page."""
     sources = re.findall(r"([\w/-]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     addresses = {s: re.sub(r"(^|/)index/$", r"\1", s.rsplit(".", 1)[0] + "/") or "./" for s in sources}
     return {source: SimpleNamespace(src_uri=source, url=url) for source, url in addresses.items()}
@@ -71,15 +71,15 @@ def on_site(html, source):
 
 
 @pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
-def test_links_lead_somewhere_in_the_folder_and_on_the_site(book, caplog):
+def test_links_exist_in_the_folder_and_on_the_site(book, caplog):
     source = f"tutorials/{book.name}"
     links = [link for _, text in cells(book, "markdown") for link in re.findall(r"\]\(([^):]+)\)", text)]
     assert links
     for link in links:
         path = link.split("#")[0]
         assert (book.parent / path).exists(), link
-        (found,) = re.findall('href="([^"#]*)', on_site(f'<a href="{link}">', source))
-        address = urljoin("https://site/" + site()[source].url, found)
+        (link_on_site,) = re.findall('href="([^"#]*)', on_site(f'<a href="{link}">', source))
+        address = urljoin("https://site/" + site()[source].url, link_on_site)
         assert address.removeprefix("https://site/") in {page.url for page in site().values()}, link
     assert not caplog.records
 
@@ -91,27 +91,27 @@ def test_links_of_notebooks_become_links_to_pages(caplog):
     assert [on_site(f'<a href="{link}">', source) for link in links] == [f'<a href="{page}">' for page in pages]
     for other in ("https://a.org/b.md", "#here.md", "/c.md", "picture.png", "mailto:a@b.md"):
         assert on_site(f'<a href="{other}">', source) == f'<a href="{other}">'
-    assert on_site('<a href="cli.md">', "index.md") == '<a href="cli.md">'  # mkdocs does these
+    assert on_site('<a href="cli.md">', "index.md") == '<a href="cli.md">'  # mkdocs rewrites links of Markdown pages
     assert not caplog.records
     assert on_site('<a href="05_gone.ipynb">', source) == '<a href="05_gone.ipynb">'
     assert "tutorials/03_ablation.ipynb links to 05_gone.ipynb, which is no page" in caplog.text
 
 
-def test_a_first_look_finds_what_was_planted():
+def test_a_first_look_finds_the_planted_heads():
     names = names_after("01_first_look")
     assert set(names["core"]) == PLANTED
-    assert names["example"].answer == names["say"](names["sample"])
+    assert names["example"].answer == names["answer"](names["sample"])
     with names["model"].intervene(names["HeadAblation"](names["core"], mode="zero", phase="prefill")):
-        assert names["say"](names["sample"]) != names["example"].answer
+        assert names["answer"](names["sample"]) != names["example"].answer
 
 
 def test_the_metrics_of_the_second_tutorial_agree_on_the_planted_heads():
     names = names_after("02_your_own_metric")
     assert set(names["share"].top(4)) == set(names["ram"].top(4)) == PLANTED
-    assert PLANTED & set(names["sharp"].top(4)) and 0 < names["ram"].spearman(names["share"]) < 1
+    assert PLANTED & set(names["sharpness"].top(4)) and 0 < names["ram"].spearman(names["share"]) < 1
 
 
-def test_the_third_tutorial_takes_away_what_the_answer_needs():
+def test_the_third_tutorial_ablates_the_heads_that_the_answer_needs():
     names = names_after("03_ablation")
     assert set(names["sets"]["top"]) == set(names["effect"].top(4)) == PLANTED
     result = names["result"]
@@ -120,7 +120,7 @@ def test_the_third_tutorial_takes_away_what_the_answer_needs():
     whole, without = (
         names["measure"](ablation(names["sets"]["top"], mode="zero", phase=phase)) for phase in ("decode", "both")
     )
-    assert whole == names["measure"]() != without  # one token of answer is out of reach for "decode"
+    assert whole == names["measure"]() != without  # "decode" has no effect on an answer of one token
 
 
 def test_the_fourth_tutorial_follows_the_difference_through_the_planted_heads():

@@ -1,4 +1,4 @@
-"""The sweep engine against one whole forward pass a variant."""
+"""The sweep engine against a whole forward pass for each variant."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def every_head(**how):
     return [HeadAblation([(layer, head)], **how) for layer in range(LAYERS) for head in range(HEADS)]
 
 
-def one_by_one(model, inputs, variants, score):
-    """`score(logits at the last prompt position [batch d_vocab])` of a whole forward pass a variant."""
+def in_a_loop(model, inputs, variants, score):
+    """`score(logits at the last prompt position [batch d_vocab])` of a whole forward pass for each variant."""
     last = inputs.mask("last")
     values = []
     for variant in variants:
@@ -34,24 +34,24 @@ def difference(logits):
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_each_head_alone_against_a_torch_hook_on_the_plain_model(family):
+def test_each_head_against_a_torch_hook_on_the_plain_model(family):
     inputs, model = sample(family), plain(family)
     got = Sweep(wrapped(family), inputs, DIFFERENCE).run(every_head())
     want = []
     for layer in range(LAYERS):
         for head in range(HEADS):
 
-            def silence(_, args, head=head):
+            def zero(_, args, head=head):
                 z = args[0].clone()
                 z[..., head * HEAD_DIM : (head + 1) * HEAD_DIM] = 0
                 return (z,)
 
-            handle = o_proj(model, layer).register_forward_pre_hook(silence)
+            handle = o_proj(model, layer).register_forward_pre_hook(zero)
             with torch.no_grad():
                 want.append(difference(model(**inputs.inputs, use_cache=False).logits[:, -1]))
             handle.remove()
     assert torch.allclose(got, torch.stack(want).double(), atol=1e-5)
-    assert got.std() > 1e-3  # the heads of a random model do differ
+    assert got.std() > 1e-3, "all heads have the same effect"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,11 +62,11 @@ def test_a_batch_of_unequal_samples(family, side, size):
     variants = every_head()
     got = Sweep(model, inputs, DIFFERENCE, batch_size=size).run(variants)
     assert got.shape == (LAYERS * HEADS, 2)
-    assert torch.allclose(got, one_by_one(model, inputs, variants, difference), atol=1e-5)
+    assert torch.allclose(got, in_a_loop(model, inputs, variants, difference), atol=1e-5)
 
 
-def many_kinds(model, inputs):
-    """Variants at every kind of site, some of several interventions, some outside the blocks."""
+def variants_at_all_sites(model, inputs):
+    """Variants at every kind of site, of one or two interventions, inside and outside the blocks."""
     _, cache = model.run_with_cache(inputs)
     other = {name: value.roll(1, -1) for name, value in cache.items() if name.endswith(("resid_mid", "mlp_out"))}
     mean = HeadAblation.reference(model, inputs, [(1, 2)])
@@ -90,11 +90,11 @@ def many_kinds(model, inputs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_of_variant(family):
     model, inputs = wrapped(family), batch(family)
-    variants = list(many_kinds(model, inputs))
+    variants = list(variants_at_all_sites(model, inputs))
     got = Sweep(model, inputs, DIFFERENCE).run(variants)
-    want = one_by_one(model, inputs, variants, difference)
+    want = in_a_loop(model, inputs, variants, difference)
     assert torch.allclose(got, want, atol=1e-5)
-    clean = one_by_one(model, inputs, [()], difference)
+    clean = in_a_loop(model, inputs, [()], difference)
     assert bool(((got - clean).abs() > 1e-5).any(1).all()), "a variant did nothing"
 
 
@@ -103,32 +103,32 @@ def test_deepstack_patched_in_a_sweep():
     _, cache = model.run_with_cache(inputs, "*hook_deepstack")
     variants = [ActivationPatch("deepstack", {layer: cache["deepstack", layer] * 2}) for layer in range(2)]
     got = Sweep(model, inputs, DIFFERENCE).run(variants)
-    assert torch.allclose(got, one_by_one(model, inputs, variants, difference), atol=1e-5)
+    assert torch.allclose(got, in_a_loop(model, inputs, variants, difference), atol=1e-5)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_late_positions_are_run_alone(family, side, attention, monkeypatch):
+def test_only_late_positions_are_computed(family, side, attention, monkeypatch):
     model, inputs = wrapped(family, attention), batch(family, side)
     variants = [v for i, where in enumerate(("last", "question", "visual")) for v in every_head(positions=where)[i::3]]
     sweep = Sweep(model, inputs, DIFFERENCE)
-    seen, resume = [], sweep.trunk.resume
+    calls, resume = [], sweep.trunk.resume
 
-    def watched(layer, residual, stop=None, first=0):
-        seen.append((residual.shape[1], first))
+    def recorded(layer, residual, stop=None, first=0):
+        calls.append((residual.shape[1], first))
         return resume(layer, residual, stop, first)
 
-    monkeypatch.setattr(sweep.trunk, "resume", watched)
+    monkeypatch.setattr(sweep.trunk, "resume", recorded)
     got = sweep.run(variants)
-    assert torch.allclose(got, one_by_one(model, inputs, variants, difference), atol=1e-5)
+    assert torch.allclose(got, in_a_loop(model, inputs, variants, difference), atol=1e-5)
     length = inputs.inputs["input_ids"].shape[1]
-    assert all(rows + first == length for rows, first in seen)
-    assert min(rows for rows, _ in seen) < length / 2, "the whole sequence was run again"
+    assert all(positions + first == length for positions, first in calls)
+    assert min(positions for positions, _ in calls) < length / 2, "the whole sequence was run again"
 
 
 @pytest.mark.parametrize("where", ["hook_pattern", "hook_z"])
-def test_hooks_that_hang_already_are_part_of_every_run(where):
+def test_registered_hooks_apply_to_every_run(where):
     model, inputs = wrapped("qwen3_vl"), sample("qwen3_vl")
     variants = [*every_head(positions="last")[:6], Steer(torch.ones(model.cfg.d_model), layer=2, positions="last")]
     hooks = [
@@ -137,31 +137,31 @@ def test_hooks_that_hang_already_are_part_of_every_run(where):
     ]
     with model.hooks(fwd_hooks=hooks):
         got = Sweep(model, inputs, DIFFERENCE).run(variants)
-        want = one_by_one(model, inputs, variants, difference)
+        want = in_a_loop(model, inputs, variants, difference)
     assert torch.allclose(got, want, atol=1e-5)
     assert not torch.allclose(got, Sweep(model, inputs, DIFFERENCE).run(variants), atol=1e-3)
 
 
-def test_an_intervention_that_hangs_already_keeps_to_its_positions():
+def test_an_active_intervention_keeps_its_positions():
     model, inputs = wrapped("llava_onevision"), batch("llava_onevision")
     outer = HeadAblation([(2, 1)], mode="zero", phase="prefill", positions="question")
     with model.intervene(outer):
         got = Sweep(model, inputs, DIFFERENCE, batch_size=4).run(every_head())
-        assert torch.allclose(got, one_by_one(model, inputs, every_head(), difference), atol=1e-5)
+        assert torch.allclose(got, in_a_loop(model, inputs, every_head(), difference), atol=1e-5)
 
 
-def test_kl_is_to_the_clean_run():
+def test_kl_compares_with_the_clean_run():
     model, inputs = wrapped("internvl"), sample("internvl")
     sweep = Sweep(model, inputs, KLDivergence())
     got = sweep.run(every_head())
     with torch.no_grad():
         p = model(inputs)[:, -1].double().log_softmax(-1)
-    want = one_by_one(model, inputs, every_head(), lambda x: (p.exp() * (p - x.double().log_softmax(-1))).sum(-1))
+    want = in_a_loop(model, inputs, every_head(), lambda x: (p.exp() * (p - x.double().log_softmax(-1))).sum(-1))
     assert sweep.clean.abs().max() < 1e-6
     assert torch.allclose(got, want, atol=1e-6)
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged_after_an_error():
     model, inputs = wrapped("qwen3_vl"), sample("qwen3_vl")
     before = model(inputs)
     sweep = Sweep(model, inputs, DIFFERENCE)
@@ -179,28 +179,28 @@ def test_the_model_is_left_as_it_was():
     assert torch.equal(model.generate(inputs, **GREEDY), plain("qwen3_vl").generate(**inputs.inputs, **GREEDY))
 
 
-def test_skipped_variants_stay_open_and_batches_are_told():
-    model, inputs, told = wrapped("internvl"), sample("internvl"), {}
+def test_skipped_variants_are_nan_and_done_is_called_after_each_batch():
+    model, inputs, values = wrapped("internvl"), sample("internvl"), {}
     sweep = Sweep(model, inputs, DIFFERENCE, batch_size=3)
     whole = sweep.run(every_head())
     part = sweep.run(
-        every_head(), skip=lambda n: n % 3 == 0, done=lambda n, v: told.update(zip(n, v.tolist(), strict=True))
+        every_head(), skip=lambda n: n % 3 == 0, done=lambda n, v: values.update(zip(n, v.tolist(), strict=True))
     )
-    open_ = torch.arange(len(whole)) % 3 == 0
-    assert bool(part[open_].isnan().all()) and torch.allclose(part[~open_], whole[~open_], atol=1e-6)
-    assert sorted(told) == (~open_).nonzero().flatten().tolist()
-    assert all(told[n] == part[n].tolist() for n in told)
+    skipped = torch.arange(len(whole)) % 3 == 0
+    assert bool(part[skipped].isnan().all()) and torch.allclose(part[~skipped], whole[~skipped], atol=1e-6)
+    assert sorted(values) == (~skipped).nonzero().flatten().tolist()
+    assert all(values[n] == part[n].tolist() for n in values)
 
 
-def test_residual_streams_may_be_kept_elsewhere():
+def test_residual_streams_can_be_kept_on_another_device():
     model, inputs = wrapped("qwen3_vl"), sample("qwen3_vl")
-    a, b = (Sweep(model, inputs, DIFFERENCE, offload=where) for where in ("cpu", "device"))
-    assert torch.equal(a.run(every_head()), b.run(every_head()))
+    on_cpu, on_device = (Sweep(model, inputs, DIFFERENCE, offload=where) for where in ("cpu", "device"))
+    assert torch.equal(on_cpu.run(every_head()), on_device.run(every_head()))
     with pytest.raises(HookValueError, match="offload"):
         Sweep(model, inputs, DIFFERENCE, offload="disk")
 
 
-def test_compiled_blocks_give_the_same():
+def test_compiled_blocks_have_the_same_values():
     model, inputs = wrapped("qwen3_vl"), sample("qwen3_vl")
     calls, compile_ = [], torch.compile
     sweep = Sweep(model, inputs, DIFFERENCE, compile=True)
@@ -212,7 +212,7 @@ def test_compiled_blocks_give_the_same():
     assert torch.allclose(got, Sweep(model, inputs, DIFFERENCE).run(every_head()), atol=1e-5)
 
 
-def test_bad_variants_are_refused_before_anything_runs():
+def test_bad_variants_raise_before_anything_runs():
     model, inputs = wrapped("qwen3_vl"), sample("qwen3_vl")
     sweep = Sweep(model, inputs, DIFFERENCE)
     with pytest.raises(HeadError):
@@ -225,11 +225,11 @@ def test_bad_variants_are_refused_before_anything_runs():
         Sweep(model, inputs, LogitDifference(10**9, wrong=1))
 
 
-def test_an_objective_that_is_not_finite_is_not_passed_on():
+def test_an_objective_that_is_not_finite_raises():
     model, inputs = wrapped("qwen3_vl"), sample("qwen3_vl")
-    broken = FunctionObjective(lambda logits: logits[:, 0, 0] / (logits[:, 0, 0] * 0))
+    nan = FunctionObjective(lambda logits: logits[:, 0, 0] / (logits[:, 0, 0] * 0))
     with pytest.raises(NumericsError, match="without any variant"):
-        Sweep(model, inputs, broken)
+        Sweep(model, inputs, nan)
     late = ActivationPatch("resid_post", torch.full((1, len(inputs), model.cfg.d_model), torch.inf), layers=1)
     with pytest.raises(NumericsError, match="ActivationPatch"):
         Sweep(model, inputs, DIFFERENCE).run([late])

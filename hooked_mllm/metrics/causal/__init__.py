@@ -1,4 +1,4 @@
-"""Causal metrics: heads and activations scored by what the model loses without them."""
+"""Causal metrics: scores of heads and activations by the effect of interventions on an objective."""
 
 from hooked_mllm.metrics.causal.ablation_curve import AblationCurve as AblationCurve
 from hooked_mllm.metrics.causal.ablation_effect import AblationEffect as AblationEffect

@@ -1,21 +1,21 @@
-"""AblationCurve: what a model can still do without its top, bottom or random heads, as more and more are taken away."""
+"""AblationCurve: an objective against the number of ablated heads: the top, bottom or random ones of a ranking."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Phase
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.heads.head_scores import ScoresInput, check_scores
-from hooked_mllm.inputs.positions import Positions
 from hooked_mllm.inputs.resolve import ModelInputs, each_prepared, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.interventions import HeadAblation, HeadReference
@@ -25,19 +25,28 @@ from hooked_mllm.metrics.causal.ablation_effect import ablated_positions
 from hooked_mllm.metrics.causal.ablation_result import AblationCurveResult
 from hooked_mllm.metrics.causal.controls import random_control
 from hooked_mllm.objectives import GreedyAccuracy, Objective, as_objective, logits_at
+from hooked_mllm.objectives.function import ObjectiveLike
 from hooked_mllm.storage import ValueCheckpoint, ready
 
-RANKINGS = ("top", "bottom", "random")
+if TYPE_CHECKING:
+    #: the heads of a curve
+    Ranking = Literal["top", "bottom", "random"]
+    #: the replacement of a head's z
+    Mode = Literal["zero", "mean", "uniform"]
+else:
+    Ranking = Mode = str
+
+RANKINGS: tuple[Ranking, ...] = ("top", "bottom", "random")
 MODES = ("zero", "mean", "uniform")
-#: numbers of heads where none are given, as far as the model has them
+#: numbers of heads by default, up to that of ranked heads
 DEFAULT_KS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 250)
 
 
 @dataclass(frozen=True)
 class _Point:
-    """One point of a curve: where it belongs, and which heads it takes away (None: there is no control)."""
+    """One point of a curve, and the heads that it ablates; None if there is no control."""
 
-    ranking: str
+    ranking: Ranking
     seed: int
     k: int
     heads: HeadSet | None
@@ -45,38 +54,38 @@ class _Point:
 
 
 class AblationCurve:
-    r"""What a model can still do when the top k, the bottom k or k random heads of a ranking are taken away, against k.
+    r"""An objective with the top k, the bottom k or k random heads of a ranking ablated, against k.
 
     $$\mathrm{curve}_R(k) = \frac{1}{|D|}\sum_{x \in D} m\big(\text{model without } R_k \,\big|\, x\big)$$
 
-    - $R_k$: the k highest (`top`) or lowest (`bottom`) heads of `scores`, or as many random ones (`random`).
+    - $R_k$: the k highest (`top`) or lowest (`bottom`) heads of `scores`, or k random ones (`random`).
     - $m$: the objective, by default whether greedy decoding gives the answer. k = 0 is the clean model.
 
-    The random heads are a control of the top ones: as many, in the same layers, none of them among the top k, once for
-    each seed. Where a layer has too few left, the rest is drawn from other layers, and `result.moved` counts them.
-    Where fewer heads than k are left in all, there is no control and the curve ends (NaN).
+    The random heads are a control of the top ones: the same number in the same layers, none of them among the top k,
+    once for each seed. If a layer has too few left, others are drawn from other layers, and `result.moved` counts them.
+    If fewer than k heads are left in all layers, there is no control and the curve ends (NaN).
 
-    Answers are teacher-forced: one forward pass sees the prompt and the answer, and heads are taken away at all
-    positions (`phase="both"`), at those of the prompt ("prefill": its last position, which gives the answer's first
-    token, is among them) or at those of the answer ("decode"). Greedy accuracy is then what `model.generate` gives
-    under `HeadAblation` with this phase. Measure on samples that the ranking was not made of.
+    Answers are teacher-forced: one forward pass has the prompt and the answer, and heads are ablated at all positions
+    (`phase="both"`), at those of the prompt ("prefill", with its last position, which predicts the answer's first
+    token) or at those of the answer ("decode"). Greedy accuracy is then that of `model.generate` under `HeadAblation`
+    with this phase. Use other samples than those that the ranking was measured on.
 
     Args:
-        scores: Ranks the heads; only measured heads take part.
+        scores: Ranks the heads; only measured heads are used.
         ks: Numbers of heads (int) or shares of them (float, rounded up); by default 0, 5, 10, 15, 20, 30, 40, 50, 75,
-            100, 150, 200, 250, as far as the ranking goes.
-        mode: What the z of an ablated head becomes: "zero", "mean" or "uniform", see `HeadAblation`.
+            100, 150, 200, 250, up to the number of ranked heads.
+        mode: The replacement of an ablated head's z: "zero", "mean" or "uniform", see `HeadAblation`.
         phase: "prefill", "decode" or "both".
-        rankings: Which curves: "top", "bottom", "random".
+        rankings: The curves: "top", "bottom", "random".
         seeds: One random control for each.
-        keep_layer_histogram: Draw controls from the same layers; False draws from all.
-        exclude_ranked: Draw none of the top k; False draws from all heads, as the paper's random baseline does.
-        reference: For "mean": what `HeadAblation.reference` gives, or means `[layer head d_head]`.
+        keep_layer_histogram: Draw controls from the same layers; False: from all layers.
+        exclude_ranked: Draw none of the top k; False: from all heads, as the paper's random baseline.
+        reference: For "mean": the result of `HeadAblation.reference`, or means `[layer head d_head]`.
 
     Raises:
-        HookValueError: for an unknown mode, phase or ranking, or a reference that is missing or not asked for.
-        HeadError: for a k beyond the number of ranked heads.
-        InputError: for no k, no ranking, or no seed for random heads.
+        HookValueError: For an unknown mode, phase or ranking, or a reference without mode "mean" or the reverse.
+        HeadError: For a k above the number of ranked heads.
+        InputError: For no k, no ranking, or no seed.
 
     Source: arXiv:2606.05843 figure 6a, algorithm 2 (where masking a head sets its output to zero in both phases).
 
@@ -97,9 +106,9 @@ class AblationCurve:
         scores: ScoresInput,
         ks: Sequence[int | float] | None = None,
         *,
-        mode: str = "zero",
-        phase: str = "both",
-        rankings: Sequence[str] = RANKINGS,
+        mode: Mode = "zero",
+        phase: Phase = "both",
+        rankings: Sequence[Ranking] = RANKINGS,
         seeds: Sequence[int] = (0, 1, 2),
         keep_layer_histogram: bool = True,
         exclude_ranked: bool = True,
@@ -112,44 +121,43 @@ class AblationCurve:
             check_choice("rankings", ranking, RANKINGS)
         if (mode == "mean") != (reference is not None):
             raise HookValueError(
-                "mode='mean' needs `reference=`, what HeadAblation.reference(model, samples, heads) gives, and no "
+                "mode='mean' needs `reference=`, the result of HeadAblation.reference(model, samples, heads), and no "
                 f"other mode takes one; got mode={mode!r}, reference={type(reference).__name__}."
             )
-        self.scores, self.mode, self.phase, self.reference = scores, mode, phase, reference
+        self.scores, self.mode, self.reference = scores, mode, reference
+        self.phase: Phase = phase
         self.rankings, self.seeds = tuple(dict.fromkeys(rankings)), tuple(dict.fromkeys(seeds))
         self.keep_layer_histogram, self.exclude_ranked = keep_layer_histogram, exclude_ranked
         count = len(scores.ranking)
-        asked = [k for k in DEFAULT_KS if k <= count] if ks is None else ks
-        self.ks = tuple(sorted({resolve_count(k, count, "ranked heads") for k in asked}))
+        ks = [k for k in DEFAULT_KS if k <= count] if ks is None else ks
+        self.ks = tuple(sorted({resolve_count(k, count, "ranked heads") for k in ks}))
         if not self.ks or not self.rankings or not self.seeds:
             raise InputError(
-                f"An ablation curve needs a k, a ranking and a seed at least; got {ks=}, {rankings=}, {seeds=}."
+                f"An ablation curve needs at least a k, a ranking and a seed; got {ks=}, {rankings=}, {seeds=}."
             )
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
-        plain = ("mode", "phase", "keep_layer_histogram", "exclude_ranked")
-        config: dict[str, Any] = {name: getattr(self, name) for name in plain}
+        names = ("mode", "phase", "keep_layer_histogram", "exclude_ranked")
+        config: dict[str, Any] = {name: getattr(self, name) for name in names}
         if isinstance(self.reference, HeadReference):
             config["reference"] = self.reference.describe()
         return config | {"ks": list(self.ks), "rankings": list(self.rankings), "seeds": list(self.seeds)}
 
     def points(self) -> list[_Point]:
         """Every point of every curve, with its heads."""
-        points = []
-        for ranking in self.rankings:
-            for seed in self.seeds if ranking == "random" else (0,):
-                for k in self.ks:
-                    points.append(self._point(ranking, seed, k))
-        return points
+        return [
+            self._point(ranking, seed, k)
+            for ranking in self.rankings
+            for seed in (self.seeds if ranking == "random" else (0,))
+            for k in self.ks
+        ]
 
-    def _point(self, ranking: str, seed: int, k: int) -> _Point:
+    def _point(self, ranking: Ranking, seed: int, k: int) -> _Point:
         if ranking != "random":
             return _Point(ranking, seed, k, getattr(self.scores, ranking)(k))
-        keep, exclude = self.keep_layer_histogram, self.exclude_ranked
-        control = random_control(
-            self.scores, self.scores.top(k), seed, keep_layer_histogram=keep, exclude_ranked=exclude
-        )
+        keep, exclude, top = self.keep_layer_histogram, self.exclude_ranked, self.scores.top(k)
+        control = random_control(self.scores, top, seed, keep_layer_histogram=keep, exclude_ranked=exclude)
         return _Point(ranking, seed, k, control and control.heads, control and control.moved)
 
     def run(
@@ -157,9 +165,9 @@ class AblationCurve:
         model: Model,
         samples: ModelInputs,
         *,
-        objective: Any = None,
+        objective: ObjectiveLike | None = None,
         batch_size: int = 8,
-        checkpoint: str | Path | None = None,
+        checkpoint: str | PathLike[str] | None = None,
         save_every: int = 50,
         progress: bool = True,
     ) -> AblationCurveResult:
@@ -167,32 +175,29 @@ class AblationCurve:
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples or batches, one or several; for the default objective prepared with `answer=`. Those of a
-                batch are run like samples by themselves.
+            samples: Samples or batches, one or several; for the default objective prepared with `answer=`.
             objective: An objective, or a function of the last prompt position's logits; by default `GreedyAccuracy()`.
-            batch_size: Samples run together, padded on the left.
-            checkpoint: A file in which the values are kept every `save_every` passes and when interrupted; a later call
-                with the same samples, settings and file goes on where that one stopped.
+            batch_size: Samples run together, padded on the left; batches in `samples` are split.
+            checkpoint: A file that keeps the values, after every `save_every` passes and when interrupted; a later call
+                with the same samples, settings and file continues from there.
             save_every: Forward passes between two savings.
             progress: Show a progress bar.
 
         Raises:
-            InputError: for no sample, inputs that are no samples, or answers that are missing.
-            HeadError: when the ranking is of a model of another shape.
-            CacheFileError: for the checkpoint of another run.
-            NumericsError: when the objective is not finite.
+            InputError: For no sample, plain mappings, or samples without the answers that are needed.
+            HeadError: If the ranking is of a model of another shape.
+            CacheFileError: For the checkpoint of another run.
+            NumericsError: If the objective is not finite.
         """
         ready(checkpoint)
-        chosen = list(each_prepared(samples))
-        if not chosen:
+        prepared = list(each_prepared(samples))
+        if not prepared:
             raise no_sample("ablate heads on")
         if batch_size < 1:
             raise InputError(f"batch_size must be 1 or more; got {batch_size}.")
-        if self.scores.shape != (model.cfg.n_layers, model.cfg.n_heads):
-            raise HeadError(
-                f"The ranking is of a model of {self.scores.shape} (layers, heads), the model at hand has "
-                f"{(model.cfg.n_layers, model.cfg.n_heads)}."
-            )
+        shape = model.cfg.n_layers, model.cfg.n_heads
+        if self.scores.shape != shape:
+            raise HeadError(f"The ranking is of a model of {self.scores.shape} (layers, heads); this one has {shape}.")
         goal = GreedyAccuracy() if objective is None else as_objective(objective)
         points = self.points()
         sets = list(dict.fromkeys(p.heads for p in points if p.heads is not None))
@@ -201,57 +206,49 @@ class AblationCurve:
             "objective": goal.describe(),
             "model": model.info.provenance(),
             "sets": [str(heads) for heads in sets],
-            "samples": [fingerprint(s) for s in chosen] if checkpoint is not None else [],
+            "samples": [fingerprint(s) for s in prepared] if checkpoint is not None else [],
         }
-        state = ValueCheckpoint(checkpoint, identity, (len(sets), len(chosen)))
-        bar = tqdm(total=len(sets) * len(chosen), desc="ablating heads", unit="run", disable=not progress)
+        state = ValueCheckpoint(checkpoint, identity, (len(sets), len(prepared)))
+        bar = tqdm(total=state.values.size, desc="ablating heads", unit="run", disable=not progress)
         try:
-            for start in range(0, len(chosen), batch_size):
-                part = slice(start, min(start + batch_size, len(chosen)))
-                self._batch(model, chosen[part], goal, sets, state.values[:, part], state, save_every, bar)
+            for start in range(0, len(prepared), batch_size):
+                batch = prepared[start : start + batch_size]
+                values = state.values[:, start : start + batch_size]  # [set sample], a view
+                missing = np.isnan(values).any(1)
+                bar.update(int((~missing).sum()) * len(batch))
+                indices = np.flatnonzero(missing)
+                measured = self._measured(model, batch, goal, [sets[index] for index in indices])
+                for index, of_set in zip(indices, measured, strict=True):
+                    values[index] = of_set
+                    bar.update(len(batch))
+                    state.tick(save_every)
         finally:
             state.save()
             bar.close()
-        return self._result(model, chosen, goal, points, {heads: state.values[i] for i, heads in enumerate(sets)})
+        return self._result(model, prepared, goal, points, dict(zip(sets, state.values, strict=True)))
 
-    def _batch(
-        self,
-        model: Model,
-        samples: list[Sample],
-        goal: Objective,
-        sets: list[HeadSet],
-        values: np.ndarray,
-        state: ValueCheckpoint,
-        save_every: int,
-        bar: Any,
-    ) -> None:
-        """Fill in what is missing of `values` [set sample], a part of the state's."""
-        bar.update(int((~np.isnan(values).any(1)).sum()) * len(samples))
-        if not np.isnan(values).any():
+    def _measured(
+        self, model: Model, samples: list[Sample], goal: Objective, sets: list[HeadSet]
+    ) -> Iterator[Float[np.ndarray, " sample"]]:
+        """The objective of a batch without each set of heads."""
+        if not sets:
             return
         inputs = model.resolve(SampleBatch.collate(samples))
         bound = goal.bind(model, inputs)
         if goal.needs_clean:
             with torch.no_grad():
                 bound = bound.with_clean(logits_at(model, inputs, bound.positions))
-        where = ablated_positions(inputs, self.phase, None)
-        for i, heads in enumerate(sets):
-            if not np.isnan(values[i]).any():
-                continue
-            with torch.no_grad(), model.intervene(*self._ablation(heads, where)):
-                result = bound(logits_at(model, inputs, bound.positions)).double().cpu().numpy()
-            if not np.isfinite(result).all():
-                names = [s.id or f"number {n}" for n, s in enumerate(samples) if not np.isfinite(result[n])]
+        # teacher-forced answers are part of the prefill: positions distinguish them from the prompt
+        positions = ablated_positions(inputs, self.phase, None)
+        settings = {"mode": self.mode, "phase": "prefill", "positions": positions, "reference": self.reference}
+        for heads in sets:
+            ablations = [HeadAblation(heads, **settings)] if heads else []
+            with torch.no_grad(), model.intervene(*ablations):
+                values = bound(logits_at(model, inputs, bound.positions)).double().cpu().numpy()
+            if not np.isfinite(values).all():
+                names = [s.id or f"number {n}" for n, s in enumerate(samples) if not np.isfinite(values[n])]
                 raise NumericsError(f"The objective is not finite without {heads}, for {', '.join(names)}.")
-            values[i] = result
-            bar.update(len(samples))
-            state.tick(save_every)
-
-    def _ablation(self, heads: HeadSet, where: Positions | None) -> list[HeadAblation]:
-        if not heads:
-            return []
-        # teacher-forced answers stand in the prefill: `where` tells them from the prompt
-        return [HeadAblation(heads, mode=self.mode, phase="prefill", positions=where, reference=self.reference)]
+            yield values
 
     def _result(
         self,
@@ -259,17 +256,17 @@ class AblationCurve:
         samples: list[Sample],
         goal: Objective,
         points: list[_Point],
-        found: dict[HeadSet, np.ndarray],
+        values: dict[HeadSet, Float[np.ndarray, " sample"]],
     ) -> AblationCurveResult:
         absent = np.full(len(samples), np.nan)
         per_sample, heads, moved = {}, {}, []
         for ranking in self.rankings:
-            own = [p for p in points if p.ranking == ranking]
-            rows = [own[i : i + len(self.ks)] for i in range(0, len(own), len(self.ks))]  # one for each seed
-            per_sample[ranking] = np.array([[absent if p.heads is None else found[p.heads] for p in r] for r in rows])
-            heads[ranking] = [[None if p.heads is None else str(p.heads) for p in r] for r in rows]
+            of_ranking = [p for p in points if p.ranking == ranking]
+            seeds = [of_ranking[i : i + len(self.ks)] for i in range(0, len(of_ranking), len(self.ks))]  # [seed][k]
+            per_sample[ranking] = np.array([[absent if p.heads is None else values[p.heads] for p in s] for s in seeds])
+            heads[ranking] = [[None if p.heads is None else str(p.heads) for p in s] for s in seeds]
             if ranking == "random":
-                moved = [[p.moved for p in r] for r in rows]
+                moved = [[p.moved for p in s] for s in seeds]
         ids = [s.id for s in samples if s.id is not None]
         provenance = {
             "metric": type(self).__name__,
@@ -284,5 +281,5 @@ class AblationCurve:
         return AblationCurveResult(self.ks, per_sample, heads, moved, name, goal.larger_is_better, provenance)
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
-        return f"AblationCurve({self.scores.name}, {told})"
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+        return f"AblationCurve({self.scores.name}, {settings})"

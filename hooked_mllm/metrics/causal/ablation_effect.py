@@ -29,6 +29,12 @@ else:
 MODES = ("zero", "mean", "uniform", "scale")
 
 
+class RunOptions(SweepOptions):
+    """Arguments of `AblationEffect.run`; see there."""
+
+    objective: ObjectiveLike
+
+
 class AblationEffect(SweptMetric):
     r"""How much of an objective the model loses without each head, one head at a time.
 
@@ -98,24 +104,12 @@ class AblationEffect(SweptMetric):
 
     @overload
     def run(
-        self,
-        model: Model,
-        samples: ModelInputs,
-        *,
-        objective: ObjectiveLike,
-        per_sample: Literal[False] = False,
-        **options: Unpack[SweepOptions],
+        self, model: Model, samples: ModelInputs, *, per_sample: Literal[False] = False, **options: Unpack[RunOptions]
     ) -> HeadScores: ...
 
     @overload
     def run(
-        self,
-        model: Model,
-        samples: ModelInputs,
-        *,
-        objective: ObjectiveLike,
-        per_sample: Literal[True],
-        **options: Unpack[SweepOptions],
+        self, model: Model, samples: ModelInputs, *, per_sample: Literal[True], **options: Unpack[RunOptions]
     ) -> SampleScores: ...
 
     def run(

@@ -1,4 +1,4 @@
-"""What an ablation curve measured: every sample's value for every number of heads taken away."""
+"""The result of an ablation curve: the value of every sample for every number of ablated heads."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,16 +22,16 @@ KIND = "hooked_mllm.AblationCurve"
 
 @dataclass(frozen=True, eq=False)
 class AblationCurveResult:
-    """An objective against the number of heads ablated, for each ranking; `AblationCurve.run` measures it.
+    """An objective against the number of ablated heads, for each ranking; `AblationCurve.run` measures it.
 
     Attributes:
         ks: Numbers of heads, ascending.
         per_sample: The objective of every sample by ranking, `[seed k sample]`; "top" and "bottom" have one seed. NaN
-            where there is no control: fewer heads are left than were ranked.
-        heads: The heads ablated, by ranking, `[seed][k]` as text; None where there is no control.
-        moved: Of the random heads, how many had to be drawn from another layer than the ranked heads', `[seed][k]`.
+            where there is no control, because fewer heads are left than were ranked.
+        heads: The ablated heads by ranking, `[seed][k]` as text; None where there is no control.
+        moved: Number of random heads that are in another layer than the ranked heads, `[seed][k]`.
         objective: Name of the objective.
-        larger_is_better: Whether ablation that hurts lowers it.
+        larger_is_better: Whether larger values mean a better model.
         provenance: Model, ranking, settings, objective, sample ids, versions.
 
     Examples:
@@ -66,23 +66,19 @@ class AblationCurveResult:
 
     @property
     def clean(self) -> float | None:
-        """The mean of the model as it is; None where k = 0 was not asked for."""
+        """The mean without ablation; None if k = 0 was not measured."""
         return float(next(iter(self.values.values()))[0, 0]) if self.ks[0] == 0 else None
 
     def mean(self, ranking: str) -> Float[np.ndarray, " k"]:
-        """The mean over samples and seeds.
-
-        Raises:
-            InputError: for a ranking that was not measured.
-        """
+        """The mean over samples and seeds; raises an InputError for a ranking that was not measured."""
         return self._of(ranking).mean((0, 2))
 
     def at(self, ranking: str, k: int) -> float:
         """The mean over samples and seeds with `k` heads ablated.
 
         Raises:
-            HeadError: for a k that was not measured.
-            InputError: for a ranking that was not.
+            HeadError: For a k that was not measured.
+            InputError: For a ranking that was not.
         """
         if k not in self.ks:
             raise HeadError(f"{k} heads were not ablated; the curve has k in {list(self.ks)}.")
@@ -93,12 +89,12 @@ class AblationCurveResult:
     ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
         r"""Percentile bootstrap of the mean: (low, high) for each k.
 
-        Each of `n` times, as many samples as there are get drawn with replacement, the same for every k and every seed
-        of the controls, and averaged; low and high are the $(1\mp\text{level})/2$ quantiles. The interval is about
-        which samples were asked, with the heads of the controls as they were drawn.
+        Samples are drawn with replacement `n` times, the same for every k and every seed of the controls, and averaged;
+        low and high are the $(1\mp\text{level})/2$ quantiles. The interval covers the choice of samples, not that of
+        the controls' heads.
 
         Raises:
-            InputError: for fewer than two samples, a level that is not between 0 and 1, or no draw.
+            InputError: For fewer than two samples, a level that is not between 0 and 1, or no draw.
 
         Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
         """
@@ -138,17 +134,13 @@ class AblationCurveResult:
     def plot(
         self, *, chance: float | int | None = None, level: float | None = 0.95, title: str | None = None
     ) -> Figure:
-        """Draw the curves; the arguments are those of `hooked_mllm.plots.ablation_curves`."""
+        """A figure of the curves; arguments as for `hooked_mllm.plots.ablation_curves`."""
         from hooked_mllm.plots import ablation_curves
 
         return ablation_curves(self, chance=chance, level=level, title=title)
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON.
-
-        Raises:
-            CacheFileError: If the file cannot be written.
-        """
+        """Write everything as JSON; raises a CacheFileError if that is not possible."""
         content = {
             "ks": list(self.ks),
             "per_sample": {name: to_lists(values) for name, values in self.per_sample.items()},
@@ -158,11 +150,7 @@ class AblationCurveResult:
 
     @classmethod
     def load(cls, path: str | Path) -> "AblationCurveResult":
-        """Read what `save` wrote.
-
-        Raises:
-            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
-        """
+        """Read a file of `save`; raises a CacheFileError if it is missing, damaged, a pickle, or of another kind."""
         content = read_json(Path(path), KIND)
         with restoring(path):
             per_sample = {name: from_lists(values) for name, values in content["per_sample"].items()}

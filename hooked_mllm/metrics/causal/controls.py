@@ -1,4 +1,4 @@
-"""Random heads to compare a ranking's heads with: the same number, in the same layers, none of the ranked ones."""
+"""Random controls of ranked heads: the same number, in the same layers, none of the ranked heads."""
 
 import random
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 
 @dataclass(frozen=True)
 class Control:
-    """A control group; `random_control` draws one.
+    """A control group, drawn by `random_control`.
 
     Attributes:
-        heads: The heads drawn.
-        moved: How many of them are in another layer than the head that they are the control of.
+        heads: The heads.
+        moved: How many of them are in another layer than the ranked head that they correspond to.
     """
 
     heads: HeadSet
@@ -23,23 +23,23 @@ class Control:
 def random_control(
     scores: ScoresInput, ranked: HeadsLike, seed: int, *, keep_layer_histogram: bool = True, exclude_ranked: bool = True
 ) -> Control | None:
-    """The same number of heads as `ranked` has, drawn at random from the measured ones.
+    """The same number of heads as in `ranked`, drawn at random from the measured ones.
 
-    The draw is one shuffled order of all heads for each seed, so that the controls of growing sets mostly grow too.
+    A seed determines one order of all heads, so that the controls of growing sets mostly grow, too.
 
     Args:
-        scores: The scores whose measured heads are drawn from.
-        ranked: The heads to compare with: a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask, or a list of these.
-        seed: Seed of the draw.
-        keep_layer_histogram: Draw as many heads in each layer as `ranked` has there. A layer that has too few left
-            gives all it has, and the rest is drawn from all other layers (`Control.moved` counts them).
+        scores: Scores; heads are drawn from those that were measured.
+        ranked: The ranked heads: a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask, or a list of these.
+        seed: Seed of the order.
+        keep_layer_histogram: Draw the same number of heads in each layer as `ranked` has there. If a layer has too few
+            left, all of them are drawn, and the others from all other layers (`Control.moved` counts these).
         exclude_ranked: Draw none of the ranked heads.
 
     Returns:
-        The control; None where fewer heads are left than were ranked, so that there is none.
+        The control; None if fewer heads are left than were ranked.
 
     Raises:
-        HeadError: for heads of a model of another shape, or something else than scores and heads.
+        HeadError: For heads of a model of another shape, or anything but scores and heads.
 
     Examples:
         >>> from hooked_mllm import HeadScores
@@ -50,17 +50,16 @@ def random_control(
     """
     check_scores(scores, "A random control")
     top = parse_heads(ranked, scores.shape, whose=scores.name)
-    draw = random.Random(seed)
-    order = sorted(sorted(scores.ranking), key=lambda _: draw.random())  # as HeadScores.random
-    left = [head for head in order if not (exclude_ranked and head in top)]
-    if len(left) < len(top):
+    generator = random.Random(seed)
+    order = sorted(sorted(scores.ranking), key=lambda _: generator.random())  # as HeadScores.random
+    candidates = [head for head in order if not (exclude_ranked and head in top)]
+    if len(candidates) < len(top):
         return None
     if not keep_layer_histogram:
-        return Control(parse_heads(left[: len(top)], scores.shape), 0)
+        return Control(parse_heads(candidates[: len(top)], scores.shape), 0)
     drawn: list[tuple[int, int]] = []
     for layer, heads in top.by_layer.items():
-        drawn += [head for head in left if head[0] == layer][: len(heads)]
+        drawn += [head for head in candidates if head[0] == layer][: len(heads)]
     moved = len(top) - len(drawn)
-    taken = set(drawn)
-    drawn += [head for head in left if head not in taken][:moved]
+    drawn += [head for head in candidates if head not in drawn][:moved]
     return Control(parse_heads(drawn, scores.shape), moved)

@@ -1,7 +1,8 @@
-"""Activations of one run times gradients of another, gathered hook point by hook point during one backward pass."""
+"""Activations of one run times gradients of another, summed at each hook point during one backward pass."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,11 +19,11 @@ from hooked_mllm.objectives import BoundObjective, logits_at
 def activations(
     model: Model, inputs: ResolvedInput, names: Sequence[str], positions: Int[Tensor, "batch n"]
 ) -> tuple[dict[str, Tensor], Float[Tensor, "batch n d_vocab"]]:
-    """What some hook points hold in a run, and its logits at some positions."""
+    """Activations of hook points in a run, and its logits at positions."""
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: HookPoint) -> None:
-        kept[hook.name] = x.clone()  # hooks of the user's may go on to edit it in place
+        kept[hook.name] = x.clone()  # a later hook may edit it in place
 
     added = model.registry.attach(names, keep, reads_only=True)
     try:
@@ -33,13 +34,13 @@ def activations(
 
 
 def entrances(model: Model) -> list[str]:
-    """The hook points where something enters the decoder blocks: the embeddings, and DeepStack's features."""
+    """The hook points of all that enters the decoder blocks: the embeddings, and DeepStack's features."""
     return [name for name in model.hook_dict if name == "hook_embed" or name.endswith("hook_deepstack")]
 
 
 @contextmanager
 def between(model: Model, start: Mapping[str, Tensor], change: Mapping[str, Tensor], share: float) -> Iterator[None]:
-    """Within it, what enters the decoder blocks is `start` and a share of the change."""
+    """Set what enters the decoder blocks to `start + share * change`, for the body of a `with` statement."""
 
     def mix(x: Tensor, hook: HookPoint) -> Tensor:
         return start[hook.name] + share * change[hook.name]
@@ -48,24 +49,23 @@ def between(model: Model, start: Mapping[str, Tensor], change: Mapping[str, Tens
         yield
 
 
+@dataclass
 class Products:
-    """Sums over an activation's width of gradients times something given, in float64.
-
-    Args:
-        model: A `HookedMLLM`, its parameters frozen.
-        names: Hook points of the language model.
-        inputs: What the model runs on.
-        rows: Positions that count; padding never does.
+    """Products of gradients and changes of activations, summed over the activation's width in float64.
 
     Attributes:
+        model: A `HookedMLLM`, its parameters frozen.
+        names: Hook points of the language model.
+        inputs: The inputs of the run.
+        mask: Positions that are summed, without padding.
         sums: By hook point, `[batch pos]`, or `[batch pos head]` for a point of heads.
     """
 
-    def __init__(
-        self, model: Model, names: Sequence[str], inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]
-    ) -> None:
-        self.model, self.names, self.inputs, self.rows = model, names, inputs, rows
-        self.sums: dict[str, Tensor] = {}
+    model: Model
+    names: Sequence[str]
+    inputs: ResolvedInput
+    mask: Bool[Tensor, "batch pos"]
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(
         self,
@@ -78,12 +78,12 @@ class Products:
 
         Args:
             bound: The objective whose gradient is taken, summed over samples.
-            to: Multiply gradients by how far these activations are from the run's own.
-            change: Multiply gradients by these.
+            to: Multiply gradients by these activations minus those of the run.
+            change: Multiply gradients by these changes.
 
         Raises:
-            HookValueError: for an objective that does not depend on the activations.
-            NumericsError: for gradients that are not finite.
+            HookValueError: For an objective that does not depend on the activations.
+            NumericsError: For gradients that are not finite.
         """
         own: dict[str, Tensor] = {}
 
@@ -94,14 +94,18 @@ class Products:
                 self.sums[hook.name] = torch.zeros(x.shape[:-1], dtype=torch.float64)
 
         def multiply(gradient: Tensor, hook: HookPoint) -> None:
-            other = change[hook.name] if change is not None else _difference(to, own, hook.name)
-            product = (gradient.double() * other.double()).sum(-1).cpu()
-            if not bool(torch.isfinite(product[self.rows]).all()):
+            if change is not None:
+                difference = change[hook.name].double()
+            else:
+                assert to is not None
+                difference = to[hook.name].double() - own.pop(hook.name).double()
+            product = (gradient.double() * difference).sum(-1).cpu()  # [batch pos ... width] -> [batch pos ...]
+            if not bool(torch.isfinite(product[self.mask]).all()):
                 raise NumericsError(
                     f"The gradient at {hook.name} is not finite: the model overflowed. Load it with dtype='bfloat16' "
                     "or 'float32'."
                 )
-            product[~self.rows] = 0.0  # what stands at padding is noise, and may be NaN
+            product[~self.mask] = 0.0  # values at padding are meaningless, and may be NaN
             self.sums[hook.name] += product
 
         registry = self.model.registry
@@ -119,9 +123,3 @@ class Products:
         finally:
             registry.detach(added)
         return logits.detach()
-
-
-def _difference(to: Mapping[str, Tensor] | None, own: dict[str, Tensor], name: str) -> Tensor:
-    assert to is not None
-    mine = own.pop(name)
-    return to[name].double() - mine.double()

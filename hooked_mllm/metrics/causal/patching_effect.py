@@ -1,36 +1,60 @@
-"""PatchingEffect: how far one activation of the other run carries its result over, for every head, layer or place."""
+"""PatchingEffect: the effect of one activation of the other run, for every head, position, kind of token or layer."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.lazy import value_of
+from hooked_mllm.cache.run import CacheRequest, cached_forward
 from hooked_mllm.contracts import Model
-from hooked_mllm.corruptions.pair import as_pairs
-from hooked_mllm.errors import HookNameError, HookValueError, InputError, NumericsError
+from hooked_mllm.corruptions.pair import Pairs
+from hooked_mllm.errors import HookNameError, HookValueError, InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
+from hooked_mllm.inputs.resolve import ModelInput
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.interventions import ActivationPatch
-from hooked_mllm.interventions.base import LayersLike, check_choice, keep_layers, layers_of
-from hooked_mllm.metrics.causal.swept import Job, SweptMetric
+from hooked_mllm.interventions.base import LayersLike, check_choice, keep_layers
+from hooked_mllm.metrics.causal.swept import Direction, Job, PairedMetric, SweepOptions
 from hooked_mllm.metrics.causal.table import CausalTable
-from hooked_mllm.storage import ready
+from hooked_mllm.objectives.function import ObjectiveLike
+
+if TYPE_CHECKING:
+    HeadSite = Literal["z", "q", "rot_q", "pattern", "k", "v", "rot_k"]
+    StreamSite = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+    #: what is patched at once
+    Unit = Literal["head", "position", "kind", "layer"]
+else:
+    HeadSite = StreamSite = Unit = str
 
 #: sites of query heads, of key-value heads, and of the residual stream
 QUERY_SITES, KEY_VALUE_SITES = ("z", "q", "rot_q", "pattern"), ("k", "v", "rot_k")
 STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-#: the kinds of token that "kind" tells apart, if the samples have them
+#: the kinds of token of by="kind", where the samples have them
 KINDS = ("target", "visual", "system", "template", "question", "answer")
 
+#: HeadScores for sites of heads, CausalTable for those of the residual stream
+Result = TypeVar("Result")
 
-class PatchingEffect(SweptMetric):
-    r"""How far an activation of one run carries its result into the other: activation patching, one place at a time.
+
+class PatchingOptions(TypedDict, total=False):
+    """Optional arguments of `PatchingEffect`; see there."""
+
+    direction: Direction
+    by: Unit | None
+    positions: Positions | None
+    layers: LayersLike | None
+    normalise: bool
+
+
+class PatchingEffect(PairedMetric, Generic[Result]):
+    r"""The effect of one activation of the source run on the base run: activation patching, one activation at a time.
 
     $$\mathrm{effect}_a = \frac{\sum_x m(\text{base} \mid a \leftarrow \text{source}) - m(\text{base})}
     {\sum_x m(\text{source}) - m(\text{base})}$$
@@ -41,20 +65,20 @@ class PatchingEffect(SweptMetric):
       activation is necessary.
 
     Without `normalise`, the numerator is averaged over the pairs and signed so that "denoising" is positive where the
-    clean result comes back and "noising" where it is lost.
+    clean result is restored and "noising" where it is lost.
 
     Args:
         site: "z", "q", "k", "v", "rot_q", "rot_k", "pattern" (heads); "resid_pre", "resid_mid", "resid_post",
-            "attn_out", "mlp_out" (layers and places).
+            "attn_out", "mlp_out" (residual stream).
         direction: "denoising" or "noising".
-        by: "head" for sites of heads; "position" (all pairs need one length), "kind" (of token: target, the other
-            visual ones, system, template, question, answer) or "layer" for the others.
+        by: What is patched at once: "head" for sites of heads; "position" (all pairs need one length), "kind" (of
+            token: target, other visual tokens, system, template, question, answer) or "layer" for the others.
         positions: Only these positions, for "head" and "layer".
         layers: Only these layers.
-        normalise: Divide by the whole difference of the two runs.
+        normalise: Divide by the difference of the two runs.
 
     Raises:
-        HookValueError: for a site that has no such places, or an unknown direction.
+        HookValueError: For an unknown site or direction, or a `by` that the site does not support.
 
     Source: Vig et al. 2020 (arXiv:2004.12265); Meng et al. 2022 (arXiv:2202.05262); Heimersheim and Nanda 2024
     (arXiv:2404.15255) on the two directions.
@@ -72,94 +96,93 @@ class PatchingEffect(SweptMetric):
     """
 
     doing = "patching"
-    paired = True
+
+    @overload
+    def __init__(
+        self: "PatchingEffect[HeadScores]", site: HeadSite = "z", **options: Unpack[PatchingOptions]
+    ) -> None: ...
+
+    @overload
+    def __init__(self: "PatchingEffect[CausalTable]", site: StreamSite, **options: Unpack[PatchingOptions]) -> None: ...
+
+    @overload
+    def __init__(self: "PatchingEffect[Any]", site: str, **options: Unpack[PatchingOptions]) -> None: ...
 
     def __init__(
         self,
         site: str = "z",
         *,
-        direction: str = "denoising",
-        by: str | None = None,
+        direction: Direction = "denoising",
+        by: Unit | None = None,
         positions: Positions | None = None,
         layers: LayersLike | None = None,
         normalise: bool = True,
     ) -> None:
         check_choice("site", site, (*QUERY_SITES, *KEY_VALUE_SITES, *STREAM_SITES))
         check_choice("direction", direction, ("denoising", "noising"))
-        heads = site not in STREAM_SITES
-        by = by or ("head" if heads else "position")
-        check_choice("by", by, ("head",) if heads else ("position", "kind", "layer"))
+        of_heads = site not in STREAM_SITES
+        by = by or ("head" if of_heads else "position")
+        check_choice("by", by, ("head",) if of_heads else ("position", "kind", "layer"))
         if positions is not None:
             check_positions(positions)
-        if positions is not None and by not in ("head", "layer"):
-            raise HookValueError(
-                f"`positions` go with by='head' or 'layer'; by={by!r} goes through the positions itself."
-            )
-        self.site, self.direction, self.by = site, direction, by
+            if by not in ("head", "layer"):
+                raise HookValueError(f"`positions` need by='head' or 'layer'; by={by!r} patches every position.")
+        self.site, self.by, self.positions, self.normalise = site, by, positions, normalise
+        self.direction = direction
         self.layers = None if layers is None else keep_layers(layers)
-        self.positions, self.normalise = positions, normalise
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
-        layers = self.layers if self.layers is None or isinstance(self.layers, int) else [*self.layers]
-        plain = {"site": self.site, "direction": self.direction, "by": self.by, "normalise": self.normalise}
-        return {**plain, "positions": describe_positions(self.positions), "layers": layers}
+        settings = {"site": self.site, "direction": self.direction, "by": self.by, "normalise": self.normalise}
+        return {**settings, "positions": describe_positions(self.positions), "layers": self._layers_config()}
 
     def run(
         self,
         model: Model,
-        pairs: Any,
+        pairs: Pairs,
         *,
-        objective: Any,
-        checkpoint: str | Path | None = None,
+        objective: ObjectiveLike,
+        checkpoint: str | PathLike[str] | None = None,
         batch_size: int | None = None,
         compile: bool = False,
         progress: bool = True,
-    ) -> Any:
-        """Measure the effect of every head, or of every layer at every place.
+    ) -> Result:
+        """Measure the effect of every head, or of every position, kind of token or layer.
 
         Args:
             model: A `HookedMLLM`.
             pairs: (clean sample, corrupted sample), or several; a corruption makes the second.
             objective: An `Objective`, or a function of the last prompt position's logits. It is bound to the clean
-                sample, and read at the same positions of either run.
-            checkpoint: A file in which values are kept; see `AblationEffect.run`.
-            batch_size: Patches in a batch; None chooses by free memory.
+                sample, and read at the same positions of both runs.
+            checkpoint: A file that keeps the values; see `AblationEffect.run`.
+            batch_size: Patches in a batch; None: set by free memory.
             compile: See `Sweep`.
             progress: Show a progress bar.
 
         Returns:
-            HeadScores for by="head" (of query heads: those of a key-value head share its effect), else a CausalTable.
+            HeadScores for by="head" (query heads have the effect of their key-value head), else a CausalTable.
 
         Raises:
-            LayoutError: for a pair of other token counts, naming both layouts.
-            InputError: for no pair, or answers that the objective needs.
-            NumericsError: when the two runs of all pairs do not differ, so that nothing can be normalised.
+            LayoutError: For a pair of different token layouts, with both.
+            InputError: For no pair, or without the answers that the objective needs.
+            NumericsError: If the two runs of all pairs have the same objective, so that nothing can be normalised.
         """
-        ready(checkpoint)
-        items = as_pairs(pairs)
-        how = {"checkpoint": checkpoint, "batch_size": batch_size, "compile": compile, "progress": progress}
-        (clean, corrupted), variants, facts = self.sweep(model, items, objective, **how)
-        effect, more = normalised(clean, corrupted, variants, self.direction, self.normalise)
-        return self._result(model, items, effect, {**facts, **more})
-
-    def _result(self, model: Model, items: Sequence[Any], effect: np.ndarray, facts: dict[str, Any]) -> Any:
-        layers, places = self._layers(model), self._places(model, items)
-        grid, name = effect.reshape(len(layers), len(places)), f"PatchingEffect({self.site})"
+        options = SweepOptions(checkpoint=checkpoint, batch_size=batch_size, compile=compile, progress=progress)
+        items, effects, facts = self._effects(model, pairs, objective, options)
+        layers, units = self._layers(model), self._units(model, items)
+        grid = effects.reshape(len(layers), len(units))  # [layer * unit] -> [layer unit]
+        name = f"{type(self).__name__}({self.site})"
         if self.by != "head":
-            return CausalTable(grid, places=places, layers=layers, name=name, provenance=facts)
-        values = np.full((model.cfg.n_layers, len(places)), np.nan)
+            return cast("Result", CausalTable(grid, places=units, layers=layers, name=name, provenance=facts))
+        values = np.full((model.cfg.n_layers, len(units)), np.nan)
         values[layers] = grid
-        absent = sorted(set(range(model.cfg.n_layers)) - set(layers))
-        counts = [0 if layer in absent else facts["n_samples"] for layer in range(model.cfg.n_layers)]
-        scores = HeadScores(values, name=name, provenance=facts, counts=counts, missing=absent)
-        return scores.to_query(model.cfg.n_heads) if self.site in KEY_VALUE_SITES else scores
+        missing = sorted(set(range(model.cfg.n_layers)) - set(layers))
+        counts = [0 if layer in missing else facts["n_samples"] for layer in range(model.cfg.n_layers)]
+        scores = HeadScores(values, name=name, provenance=facts, counts=counts, missing=missing)
+        return cast("Result", scores.to_query(model.cfg.n_heads) if self.site in KEY_VALUE_SITES else scores)
 
-    def _layers(self, model: Model) -> list[int]:
-        count = model.cfg.n_layers
-        return [*range(count)] if self.layers is None else layers_of(self.layers, count, "text")
-
-    def _places(self, model: Model, items: Sequence[Any]) -> list[Any]:
+    def _units(self, model: Model, items: Sequence[Any]) -> list[Any]:
+        """Heads, positions, kinds of token, or one entry for the whole layer."""
         if self.by == "head":
             return [*range(model.cfg.n_key_value_heads if self.site in KEY_VALUE_SITES else model.cfg.n_heads)]
         if self.by == "layer":
@@ -168,89 +191,58 @@ class PatchingEffect(SweptMetric):
             lengths = sorted({model.resolve(clean).length for clean, _ in items})
             if len(lengths) > 1:
                 raise InputError(
-                    f"Position by position, all pairs need one length; they have {', '.join(map(str, lengths))} tokens."
-                    " Use by='kind', or run the lengths apart."
+                    f"by='position' needs pairs of one length; these have {', '.join(map(str, lengths))} tokens. Use "
+                    "by='kind', or run each length separately."
                 )
             return [*range(lengths[0])]
-        found = [kinds_of(clean) for clean, _ in items]
-        return [kind for kind in KINDS if all(kind in each for each in found)]
+        kinds = [kinds_of(clean) for clean, _ in items]
+        return [kind for kind in KINDS if all(kind in each for each in kinds)]
 
     def count(self, model: Model, items: Sequence[Any]) -> int:
-        """Layers times places."""
+        """Layers times heads, positions or kinds of token."""
         if self.by == "kind" and not all(isinstance(clean, Sample) for clean, _ in items):
-            raise InputError("by='kind' takes pairs of Samples, not of batches: their kinds of token lie elsewhere.")
+            raise InputError("by='kind' takes pairs of Samples: in a batch, kinds have other positions in each sample.")
         name = full_name((self.site, 0), {"text": model.cfg.n_layers})
         if name not in model.hook_dict:
             raise HookNameError(f"{model.cfg.model_class} has no {self.site!r}: there is no hook point {name!r}.")
-        return len(self._layers(model)) * len(self._places(model, items))
+        return len(self._layers(model)) * len(self._units(model, items))
 
     def values(self, job: Job) -> None:
         """Every patch of one pair."""
-        model, (clean, corrupted) = job.model, job.item
-        resolved = model.resolve(clean), model.resolve(corrupted)
-        bound, *runs = job.bound(*resolved)
-        job.runs[:] = np.stack([r.numpy() for r in runs])
-        base, source = (corrupted, clean) if self.direction == "denoising" else (clean, corrupted)
-        activations = source_activations(model, source, self.site, self._layers(model))
-        engine = job.engine(base, bound)
-        where = kinds_of(clean) if self.by == "kind" else {}
+        bound, model, layers = job.run_pair(), job.model, self._layers(job.model)
+        base, source = self._base_and_source(*job.item)
+        activations = source_activations(model, source, self.site, layers)
+        masks = kinds_of(job.item[0]) if self.by == "kind" else {}
         patches = [
-            self._patch({layer: activations[layer]}, place, where)
-            for layer in self._layers(model)
-            for place in self._places(model, job.items)
+            self._patch({layer: activations[layer]}, unit, masks)
+            for layer in layers
+            for unit in self._units(model, job.items)
         ]
-        engine.run(patches, skip=job.known, done=job.store)
+        job.engine(base, bound).run(patches, skip=job.known, done=job.store)
 
-    def _patch(self, given: Mapping[int, Tensor], place: Any, where: Mapping[str, Tensor]) -> ActivationPatch:
+    def _patch(self, source: Mapping[int, Tensor], unit: Any, masks: Mapping[str, Tensor]) -> ActivationPatch:
         if self.by == "head":
-            return ActivationPatch(self.site, given, heads=place, positions=self.positions)
+            return ActivationPatch(self.site, source, heads=unit, positions=self.positions)
         if self.by == "layer":
-            return ActivationPatch(self.site, given, positions=self.positions)
-        return ActivationPatch(self.site, given, positions=where.get(place, place))
-
-    def __repr__(self) -> str:
-        return f"PatchingEffect({', '.join(f'{k}={v!r}' for k, v in self.config().items() if v is not None)})"
+            return ActivationPatch(self.site, source, positions=self.positions)
+        return ActivationPatch(self.site, source, positions=masks.get(unit, unit))
 
 
-def normalised(
-    clean: np.ndarray, corrupted: np.ndarray, patched: np.ndarray, direction: str, normalise: bool
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Effects `[variant]` of objectives `[sample]`, `[sample]` and `[variant sample]`, and the means of the two runs.
-
-    Raises:
-        NumericsError: when the two runs do not differ.
-    """
-    base, sign = (corrupted, 1.0) if direction == "denoising" else (clean, -1.0)
-    change, whole = sign * (patched - base).sum(1), float((clean - corrupted).sum())
-    means = {"clean": float(clean.mean()), "corrupted": float(corrupted.mean())}
-    if not normalise:
-        return change / len(clean), means
-    if abs(whole) < 1e-9:
-        raise NumericsError(
-            "The clean and the corrupted runs have the same objective, so that effects cannot be a share of the "
-            "difference: take a stronger corruption, another objective, or normalise=False."
-        )
-    return change / whole, means
-
-
-def source_activations(model: Model, inputs: Any, site: str, layers: Sequence[int]) -> dict[int, Tensor]:
+def source_activations(
+    model: Model, inputs: ModelInput, site: str, layers: Sequence[int]
+) -> dict[int, Float[Tensor, "batch ..."]]:
     """A site's activations in each layer of a run."""
     names = {layer: full_name((site, layer), {"text": model.cfg.n_layers}) for layer in layers}
     with torch.no_grad():
-        _, cache = model.run_with_cache(inputs, names_filter=[*names.values()], return_logits=False)
+        request = CacheRequest(names_filter=[*names.values()], return_logits=False)
+        _, cache = cached_forward(model, model.resolve(inputs), request)
     return {layer: value_of(cache.entry(name)) for layer, name in names.items()}
 
 
 def kinds_of(sample: Sample) -> dict[str, Tensor]:
-    """Positions of each kind of token that a sample has; the target's are not among the other visual ones."""
-    found: dict[str, Tensor] = {}
+    """Positions `[pos]` of each kind of token of a sample; "visual" is without those of the target."""
+    masks = {kind: sample.layout.mask(kind) for kind in KINDS[1:]}
     target = sample.target_mask
     if target is not None:
-        found["target"] = target
-    for kind in KINDS[1:]:
-        mask = sample.layout.mask(kind)
-        if kind == "visual" and target is not None:
-            mask = mask & ~target
-        if bool(mask.any()):
-            found[kind] = mask
-    return found
+        masks |= {"target": target, "visual": masks["visual"] & ~target}
+    return {kind: mask for kind, mask in masks.items() if kind == "target" or bool(mask.any())}

@@ -1,57 +1,59 @@
-"""PathPatching: what one head passes on to others, or straight to the output, and to nothing else."""
+"""PathPatching: the effect of one head along the direct path to other heads, or to the output."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
+from os import PathLike
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.contracts import Model
-from hooked_mllm.corruptions.pair import as_pairs
+from hooked_mllm.corruptions.pair import Pairs
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names
-from hooked_mllm.heads.parsing import Pairs
+from hooked_mllm.heads.parsing import Pairs as HeadPairs
 from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.interventions import ActivationPatch, HeadPatch
 from hooked_mllm.interventions.base import check_choice, heads_of, keep_heads
-from hooked_mllm.metrics.causal.patching_effect import normalised, source_activations
-from hooked_mllm.metrics.causal.swept import Job, SweptMetric
-from hooked_mllm.storage import ready
+from hooked_mllm.metrics.causal.patching_effect import source_activations
+from hooked_mllm.metrics.causal.swept import Direction, Job, PairedMetric, SweepOptions
+from hooked_mllm.objectives.function import ObjectiveLike
 from hooked_mllm.sweep import Sweep
 from hooked_mllm.sweep.variant import Prepared, prepare
 
 #: activations of a run by site and layer
-Held = dict[str, dict[int, Tensor]]
-#: what of a receiver may be patched
+Activations = dict[str, dict[int, Tensor]]
+#: inputs of a receiver
 INPUTS = ("q", "k", "v")
 
 
-class PathPatching(SweptMetric):
-    r"""What each head passes on directly to the receivers: patched along these paths alone.
+class PathPatching(PairedMetric):
+    r"""The direct effect of each head on the receivers: patched along these paths only.
 
-    For each sender head, three runs (Wang et al. 2022): (1) the base and the source; (2) the base, in which the
-    sender's z is the source's and every later head is held at the base's z, so that the change travels along the
-    residual stream (and through MLPs, unless they are held, too) but through no other head; the receivers' inputs are
-    kept; (3) the base, in which the receivers take these inputs and everything behind them runs freely.
+    For each sender head, three runs (Wang et al. 2022): (1) the base and the source; (2) the base with the source's z
+    in the sender and the base's z in every later head, so that the change passes through the residual stream (and
+    MLPs, unless they are frozen, too) but through no other head; the receivers' inputs are recorded; (3) the base, in
+    which the receivers take these inputs and everything after them is computed.
 
     $$\mathrm{effect}_{s \to R} = \frac{\sum_x m(\text{base} \mid R \leftarrow R(s)) - m(\text{base})}
     {\sum_x m(\text{source}) - m(\text{base})}$$
 
-    With `receivers="logits"`, run 2 goes on to the logits and is the answer: the sender's direct effect.
+    With `receivers="logits"`, run 2 continues to the logits: the sender's direct effect.
 
     Args:
         receivers: Heads that receive: a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask `[layer head]`, or a list of
             these; or "logits".
-        inputs: Which of their inputs are patched: "q", "k", "v". Key and value belong to the whole key-value head.
+        inputs: Their inputs that are patched: "q", "k", "v". Key and value are those of the whole key-value head.
         direction: "noising" (base: clean; an effect of 1 loses the clean result) or "denoising" (base: corrupted).
-        freeze_mlps: Hold MLPs in run 2 at the base's outputs as well.
-        normalise: Divide by the whole difference of the two runs.
+        freeze_mlps: In run 2, replace the outputs of MLPs by those of the base.
+        normalise: Divide by the difference of the two runs.
 
     Raises:
-        HeadError: for no receivers, or receivers in the first layer, which receive nothing from heads.
+        HeadError: For no receivers, or receivers in the first layer, which have no heads before them.
 
     Source: Wang et al. 2022, arXiv:2211.00593 (section 3.1); Goldowsky-Dill et al. 2023, arXiv:2304.05969.
 
@@ -67,14 +69,13 @@ class PathPatching(SweptMetric):
     """
 
     doing = "patching paths"
-    paired = True
 
     def __init__(
         self,
         receivers: HeadsLike,
         *,
         inputs: Sequence[str] = INPUTS,
-        direction: str = "noising",
+        direction: Direction = "noising",
         freeze_mlps: bool = False,
         normalise: bool = True,
     ) -> None:
@@ -83,154 +84,142 @@ class PathPatching(SweptMetric):
         for each in self.inputs or ("",):
             check_choice("inputs", each, INPUTS)
         to_logits = isinstance(receivers, str) and receivers == "logits"
-        self.receivers: HeadSet | Pairs | str = "logits" if to_logits else keep_heads(receivers)
-        self.direction, self.freeze_mlps, self.normalise = direction, freeze_mlps, normalise
+        self.receivers: HeadSet | HeadPairs | str = "logits" if to_logits else keep_heads(receivers)
+        self.freeze_mlps, self.normalise = freeze_mlps, normalise
+        self.direction = direction
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
-        told = {"direction": self.direction, "freeze_mlps": self.freeze_mlps, "normalise": self.normalise}
+        settings = {"direction": self.direction, "freeze_mlps": self.freeze_mlps, "normalise": self.normalise}
         if isinstance(self.receivers, str):
-            return {"receivers": self.receivers, **told}
-        return {"receivers": head_names(self.receivers), "inputs": list(self.inputs), **told}
+            return {"receivers": self.receivers, **settings}
+        return {"receivers": head_names(self.receivers), "inputs": list(self.inputs), **settings}
 
     def run(
         self,
         model: Model,
-        pairs: Any,
+        pairs: Pairs,
         *,
-        objective: Any,
-        checkpoint: str | Path | None = None,
+        objective: ObjectiveLike,
+        checkpoint: str | PathLike[str] | None = None,
         batch_size: int | None = None,
         compile: bool = False,
         progress: bool = True,
     ) -> HeadScores:
-        """Measure every sender's effect; heads that come too late to reach a receiver have no score.
+        """Measure every sender's effect; heads that are not before a receiver have no score.
 
-        Args:
-            model: A `HookedMLLM`.
-            pairs: (clean sample, corrupted sample), or several.
-            objective: An `Objective`, or a function of the last prompt position's logits.
-            checkpoint: A file in which values are kept; see `AblationEffect.run`.
-            batch_size: Senders in a batch; None chooses by free memory.
-            compile: See `Sweep`.
-            progress: Show a progress bar.
+        Arguments and errors are those of `PatchingEffect.run`.
 
         Raises:
-            HeadError: for receivers that the model lacks, or in its first layer.
-            LayoutError: for a pair of other token counts, naming both layouts.
-            NumericsError: when the two runs of all pairs do not differ.
+            HeadError: For receivers that the model lacks, or in its first layer.
         """
-        ready(checkpoint)
-        items = as_pairs(pairs)
-        how = {"checkpoint": checkpoint, "batch_size": batch_size, "compile": compile, "progress": progress}
-        (clean, corrupted), variants, facts = self.sweep(model, items, objective, **how)
-        effect, more = normalised(clean, corrupted, variants, self.direction, self.normalise)
-        last, shape = self._last(model), (model.cfg.n_layers, model.cfg.n_heads)
-        values = np.full(shape, np.nan)
-        values[:last] = effect.reshape(last, shape[1])
-        counts = [facts["n_samples"] if layer < last else 0 for layer in range(shape[0])]
-        return HeadScores(
-            values, name="PathPatching", provenance={**facts, **more}, counts=counts, missing=range(last, shape[0])
-        )
+        options = SweepOptions(checkpoint=checkpoint, batch_size=batch_size, compile=compile, progress=progress)
+        _, effects, facts = self._effects(model, pairs, objective, options)
+        n_sending, (n_layers, n_heads) = self._n_sending(model), (model.cfg.n_layers, model.cfg.n_heads)
+        values = np.full((n_layers, n_heads), np.nan)
+        values[:n_sending] = effects.reshape(n_sending, n_heads)  # [layer * head] -> [layer head]
+        counts = [facts["n_samples"] if layer < n_sending else 0 for layer in range(n_layers)]
+        missing = range(n_sending, n_layers)
+        return HeadScores(values, name="PathPatching", provenance=facts, counts=counts, missing=missing)
 
     def _heads(self, model: Model) -> HeadSet:
         return heads_of(self.receivers, model, "text")
 
-    def _last(self, model: Model) -> int:
-        """The number of layers whose heads can reach a receiver."""
+    def _n_sending(self, model: Model) -> int:
+        """The number of layers whose heads are before a receiver."""
         if self.receivers == "logits":
             return model.cfg.n_layers
-        last = max(self._heads(model).by_layer)
-        if last == 0:
-            raise HeadError("Receivers in layer 0 receive nothing from other heads: take later ones.")
-        return last
+        last_receiver = max(self._heads(model).by_layer)
+        if last_receiver == 0:
+            raise HeadError("Receivers in layer 0 have no heads before them: specify receivers in later layers.")
+        return last_receiver
 
     def count(self, model: Model, items: Sequence[Any]) -> int:
-        """One variant a sender."""
-        return self._last(model) * model.cfg.n_heads
+        """One variant for each sender."""
+        return self._n_sending(model) * model.cfg.n_heads
 
     def values(self, job: Job) -> None:
         """Every sender of one pair."""
-        model, (clean, corrupted) = job.model, job.item
-        bound, *runs = job.bound(model.resolve(clean), model.resolve(corrupted))
-        job.runs[:] = np.stack([r.numpy() for r in runs])
-        base, source = (corrupted, clean) if self.direction == "denoising" else (clean, corrupted)
-        last, every = self._last(model), [*range(model.cfg.n_layers)]
-        given = source_activations(model, source, "z", every[:last])
-        held: Held = {"z": source_activations(model, base, "z", every)}
+        bound, model = job.run_pair(), job.model
+        base, source = self._base_and_source(*job.item)
+        layers, sending = [*range(model.cfg.n_layers)], [*range(self._n_sending(model))]
+        source_z = source_activations(model, source, "z", sending)
+        frozen: Activations = {"z": source_activations(model, base, "z", layers)}
         if self.freeze_mlps:
-            held["mlp_out"] = source_activations(model, base, "mlp_out", every)
+            frozen["mlp_out"] = source_activations(model, base, "mlp_out", layers)
         engine = job.engine(base, bound)
         senders = [
-            HeadPatch([(layer, head)], given[layer]) for layer in every[:last] for head in range(model.cfg.n_heads)
+            HeadPatch([(layer, head)], source_z[layer]) for layer in sending for head in range(model.cfg.n_heads)
         ]
-        open_ = [p for p in prepare(model, senders, engine.inputs) if not job.known(p.number)]
-        for layer in every[:last]:
-            group = [p for p in open_ if p.layer == layer]
-            sent = engine.batch.run(group, lambda part, layer=layer: self._sent(engine, part, layer, held))
-            for part, found in sent:
-                self._received(engine, part, found, job)
+        remaining = [p for p in prepare(model, senders, engine.inputs) if not job.known(p.number)]
+        for layer in sending:
+            group = [p for p in remaining if p.layer == layer]
+            if self.receivers == "logits":
+                for part, values in engine.batch.run(group, partial(self._direct, engine, frozen, layer)):
+                    job.store([p.number for p in part], values)
+            else:
+                for part, inputs in engine.batch.run(group, partial(self._receiver_inputs, engine, frozen, layer)):
+                    variants = [self._patches(model, inputs, index) for index in range(len(part))]
+                    job.store([p.number for p in part], engine.run(variants))
 
-    def _sent(self, engine: Sweep, part: Sequence[Prepared], layer: int, held: Held) -> Any:
-        """Run 2: the objective, or what reaches the receivers, `{hook name: [sample variant pos head d_head]}`."""
-        model, shape = engine.model, (engine.inputs.batch, len(part))
-        if self.receivers == "logits":
-            with _frozen(model, held, layer):
-                return engine.tail(part, layer)
-        found: dict[str, Tensor] = {}
-        added: list[tuple[HookPoint, Handle]] = []
+    def _direct(
+        self, engine: Sweep, frozen: Activations, layer: int, part: Sequence[Prepared]
+    ) -> Float[Tensor, "variant sample"]:
+        """Run 2 up to the logits: the objective."""
+        with _replaced(engine.model, frozen, layer):
+            return engine.tail(part, layer)
+
+    def _receiver_inputs(
+        self, engine: Sweep, frozen: Activations, layer: int, part: Sequence[Prepared]
+    ) -> dict[str, Tensor]:
+        """Run 2 up to the last receiver: receivers' inputs `[sample variant pos head d_head]` by hook name."""
+        model, receiving = engine.model, self._heads(engine.model).by_layer
+        recorded: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: HookPoint) -> None:
-            found[hook.name] = x.detach().unflatten(0, shape).clone()
+            # [row pos head d_head] -> [sample variant pos head d_head]
+            recorded[hook.name] = x.detach().unflatten(0, (engine.inputs.batch, len(part))).clone()
 
-        by_layer = self._heads(model).by_layer
+        names = [_input_name(receiver, each) for receiver in receiving if receiver > layer for each in self.inputs]
+        added = model.registry.attach(names, keep, reads_only=True)
         try:
-            for receiver in by_layer:
-                if receiver > layer:
-                    for each in self.inputs:
-                        added += model.registry.attach(f"blocks.{receiver}.attn.hook_{each}", keep, reads_only=True)
-            with _frozen(model, held, layer):
-                engine.forward(part, layer, max(by_layer) + 1)
+            with _replaced(model, frozen, layer):
+                engine.forward(part, layer, max(receiving) + 1)
         finally:
             model.registry.detach(added)
-        return found
+        return recorded
 
-    def _received(self, engine: Sweep, part: Sequence[Prepared], found: Any, job: Job) -> None:
-        numbers = [p.number for p in part]
-        if self.receivers == "logits":
-            job.store(numbers, found)
-            return
-        model = engine.model
-        groups = model.cfg.n_heads // model.cfg.n_key_value_heads
-        variants = []
-        for place in range(len(part)):
-            patches = []
-            for layer, heads in self._heads(model).by_layer.items():
-                for each in self.inputs:
-                    name = f"blocks.{layer}.attn.hook_{each}"
-                    if name in found:
-                        inside = heads if each == "q" else sorted({head // groups for head in heads})
-                        patches.append(ActivationPatch(each, {layer: found[name][:, place]}, heads=inside))
-            variants.append(patches)
-        job.store(numbers, engine.run(variants))
+    def _patches(self, model: Model, inputs: dict[str, Tensor], variant: int) -> list[ActivationPatch]:
+        """Run 3 of one variant: its receivers take the recorded inputs."""
+        group_size = model.cfg.n_heads // model.cfg.n_key_value_heads
+        patches = []
+        for layer, heads in self._heads(model).by_layer.items():
+            for each in self.inputs:
+                value = inputs.get(_input_name(layer, each))
+                if value is not None:
+                    patched = heads if each == "q" else sorted({head // group_size for head in heads})
+                    patches.append(ActivationPatch(each, {layer: value[:, variant]}, heads=patched))
+        return patches
 
-    def __repr__(self) -> str:
-        return f"PathPatching({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
+
+def _input_name(layer: int, name: str) -> str:
+    return f"blocks.{layer}.attn.hook_{name}"
 
 
 @contextmanager
-def _frozen(model: Model, held: Held, layer: int) -> Iterator[None]:
-    """Within it, heads behind a layer give what they give in the base run, and MLPs too if that is asked."""
+def _replaced(model: Model, activations: Activations, layer: int) -> Iterator[None]:
+    """Replace z after a layer, and outputs of MLPs from it on, by those of a recorded run."""
     added: list[tuple[HookPoint, Handle]] = []
     try:
-        for site, values in held.items():
-            for behind, value in values.items():
-                if behind > layer or (behind == layer and site == "mlp_out"):
+        for site, by_layer in activations.items():
+            for later, value in by_layer.items():
+                if later > layer or (later == layer and site == "mlp_out"):
 
-                    def hold(x: Tensor, hook: HookPoint, value: Tensor = value) -> Tensor:
+                    def replace(x: Tensor, hook: HookPoint, value: Tensor = value) -> Tensor:
+                        # [batch ...] -> [row ...]
                         return value.to(x).repeat_interleave(len(x) // len(value), dim=0)
 
-                    added += model.registry.attach(full_name((site, behind), {"text": model.cfg.n_layers}), hold)
+                    added += model.registry.attach(full_name((site, later), {"text": model.cfg.n_layers}), replace)
         yield
     finally:
         model.registry.detach(added)

@@ -1,16 +1,16 @@
-"""CausalTable: effects by layer and place, such as patching the residual stream at every position."""
+"""CausalTable: effects by layer and position or kind of token, such as those of patching the residual stream."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hooked_mllm.display.blocks import html_block
 from hooked_mllm.display.heat import html_heat
 from hooked_mllm.errors import HeadError, NumericsError
+from hooked_mllm.heads.head_values import Numbers, as_float64
 from hooked_mllm.storage import described, read_tensors, restoring, write_tensors
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ KIND = "hooked_mllm.CausalTable"
 
 
 class CausalTable:
-    """One number for each layer and place, with where it came from.
+    """One number for each layer and place, a position or a kind of token, with its provenance.
 
     Args:
         values: `[layer place]`; kept as float64 on the CPU.
-        places: What each column is: a position, or a kind of token.
-        layers: What each row is; 0, 1, ... by default.
-        name: What the numbers are.
+        places: The position or kind of token of each column.
+        layers: The layer of each row; 0, 1, ... by default.
+        name: Name of the values.
         provenance: JSON-able facts, as in `HeadScores`.
 
     Raises:
-        HeadError: for values of another shape.
-        NumericsError: for a value that is not finite.
+        HeadError: For values of another shape.
+        NumericsError: For a value that is not finite.
 
     Examples:
         >>> table = CausalTable([[0.1, 0.9], [0.0, 0.2]], places=["visual", "question"], name="demo")
@@ -46,16 +46,14 @@ class CausalTable:
 
     def __init__(
         self,
-        values: Any,
+        values: Numbers,
         *,
         places: Sequence[str | int],
         layers: Sequence[int] | None = None,
         name: str = "effect",
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(values, Tensor):
-            values = torch.from_numpy(np.array(values, dtype=np.float64))
-        self.values = values.detach().to(device="cpu", dtype=torch.float64, copy=True)
+        self.values = as_float64(values, "values [layer place]")
         self.places = tuple(places)
         self.layers = tuple(range(len(self.values)) if layers is None else layers)
         if self.values.dim() != 2 or self.values.shape != (len(self.layers), len(self.places)) or not self.places:
@@ -64,9 +62,9 @@ class CausalTable:
                 f"{list(self.values.shape)}."
             )
         if not bool(torch.isfinite(self.values).all()):
-            row, column = (~torch.isfinite(self.values)).nonzero()[0].tolist()
+            layer, place = (~torch.isfinite(self.values)).nonzero()[0].tolist()
             raise NumericsError(
-                f"{name} is not finite in layer {self.layers[row]} at {self.places[column]!r}: the run overflowed."
+                f"{name} is not finite in layer {self.layers[layer]} at {self.places[place]!r}: the run overflowed."
             )
         self.name = name
         self.provenance = dict(provenance or {})
@@ -83,27 +81,19 @@ class CausalTable:
         return float(self.values[self.layers.index(layer), self.places.index(place)])
 
     def plot(self, *, title: str | None = None, cmap: str | Colormap | None = None) -> Figure:
-        """Draw it: layers up, positions or kinds of token across; see `hooked_mllm.plots.table_map`."""
+        """A heat map of layers and places; see `hooked_mllm.plots.table_map`."""
         from hooked_mllm.plots import table_map
 
         return table_map(self, title=title, cmap=cmap)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file.
-
-        Raises:
-            CacheFileError: If the file cannot be written.
-        """
+        """Write a safetensors file; raises a CacheFileError if that is not possible."""
         header = {"name": self.name, "places": self.places, "layers": self.layers, "provenance": self.provenance}
         write_tensors(Path(path), KIND, {"values": self.values}, header)
 
     @classmethod
     def load(cls, path: str | Path) -> "CausalTable":
-        """Read what `save` wrote.
-
-        Raises:
-            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
-        """
+        """Read a file of `save`; raises a CacheFileError if it is missing, damaged, a pickle, or of another kind."""
         tensors, header = read_tensors(Path(path), KIND)
         with restoring(path):
             return cls(tensors["values"], places=header["places"], layers=header["layers"], **described(header))
