@@ -1,7 +1,6 @@
 """ActivationCache: the activations of one run by name, patterns computed when they are read."""
 
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from os import PathLike
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.cache.completion import Key, key_completions
-from hooked_mllm.cache.files import CacheFields, load_fields, save_fields
+from hooked_mllm.cache.files import CacheFields, PathInput, load_fields, save_fields
 from hooked_mllm.cache.keys import full_name, missing
 from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, take, value_of
 from hooked_mllm.cache.logit_tools import LogitTools
@@ -317,7 +316,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: PathInput) -> None:
         """Write the cache to a safetensors file; what patterns are computed from is written, not the patterns.
 
         Raises:
@@ -326,7 +325,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         save_fields([self._fields()], path)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], model: Model | None = None) -> "ActivationCache":
+    def load(cls, path: PathInput, model: Model | None = None) -> "ActivationCache":
         """Read a cache that `save` wrote.
 
         Args:

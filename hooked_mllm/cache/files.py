@@ -7,7 +7,7 @@ of head results; and what several entries share, such as the keys of all steps o
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
 from hooked_mllm.families.base import Rows
 from hooked_mllm.inputs.positions import KindMasks, TokenKind
 from hooked_mllm.storage import read_tensors, ready, restoring, write_tensors
+
+if TYPE_CHECKING:
+    PathInput = str | PathLike[str]
+else:  # at run time anything, so that another value reaches the error of `storage.ready`
+    PathInput = object
 
 FORMAT = "hooked_mllm.ActivationCache/2"
 #: formats that are read; the first had neither streaming heads nor offsets
@@ -105,7 +110,7 @@ class _Writer:
         }
 
 
-def save_fields(caches: Sequence[CacheFields], path: str | PathLike[str], *, generation: bool = False) -> None:
+def save_fields(caches: Sequence[CacheFields], path: PathInput, *, generation: bool = False) -> None:
     """Write a cache, or the caches of a generation's steps, to `path`.
 
     Raises:
@@ -128,7 +133,7 @@ def known_masks(masks: KindMasks) -> Mapping[str, Tensor]:
     return known
 
 
-def load_fields(path: str | PathLike[str], *, generation: bool = False) -> list[CacheFields]:
+def load_fields(path: PathInput, *, generation: bool = False) -> list[CacheFields]:
     """Read from `path` what was saved of a cache, or of the caches of a generation's steps.
 
     Raises:

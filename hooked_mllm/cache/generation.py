@@ -1,14 +1,13 @@
 """The caches of a generation: one for the prefill, one for each decoding step, and the two read as one sequence."""
 
 from collections.abc import Iterator
-from os import PathLike
 
 import torch
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import ActivationCache, held_bytes
 from hooked_mllm.cache.completion import Key, key_completions
-from hooked_mllm.cache.files import load_fields, save_fields
+from hooked_mllm.cache.files import PathInput, load_fields, save_fields
 from hooked_mllm.cache.lazy import LazyPattern, value_of
 from hooked_mllm.contracts import Model
 from hooked_mllm.display.blocks import html_block
@@ -79,7 +78,7 @@ class GenerationCache:
     def _ipython_key_completions_(self) -> list[Key]:
         return key_completions(self.steps[0])
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: PathInput) -> None:
         """Write all steps to one safetensors file, what they share once.
 
         Raises:
@@ -88,7 +87,7 @@ class GenerationCache:
         save_fields([step._fields() for step in self.steps], path, generation=True)
 
     @classmethod
-    def load(cls, path: str | PathLike[str], model: Model | None = None) -> "GenerationCache":
+    def load(cls, path: PathInput, model: Model | None = None) -> "GenerationCache":
         """Read what `save` wrote.
 
         Raises:

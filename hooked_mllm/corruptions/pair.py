@@ -1,7 +1,7 @@
 """Pairs of a clean and a corrupted sample: coerced and checked for positions that correspond."""
 
 from collections.abc import Iterable
-from typing import Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 
@@ -9,10 +9,13 @@ from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.resolve import ModelInput, check_model_input, each_element, is_model_input, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 
-#: a clean sample and its corrupted counterpart, or batches of them
-Pair = tuple[Sample, Sample] | tuple[SampleBatch, SampleBatch]
-#: one pair, or several
-Pairs = Pair | Iterable[Pair]
+if TYPE_CHECKING:
+    #: a clean sample and its corrupted counterpart, or batches of them
+    Pair = tuple[Sample, Sample] | tuple[SampleBatch, SampleBatch]
+    #: one pair, or several
+    Pairs = Pair | Iterable[Pair]
+else:  # at run time anything, so that another value reaches the error of `as_pairs`
+    Pair = Pairs = object
 
 
 def as_pairs(pairs: Pairs) -> list[tuple[Sample | SampleBatch, Sample | SampleBatch]]:

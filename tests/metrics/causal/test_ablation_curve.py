@@ -218,9 +218,9 @@ def test_runs_that_cannot_be(samples):
             curve.run(model, mapping)
     with pytest.raises(InputError, match="GreedyAccuracy reads the answer's tokens"):
         curve.run(model, bare, progress=False)
-    with pytest.raises(InputError, match="phase='decode' takes heads away at the answer's positions"):
+    with pytest.raises(InputError, match="phase='decode' ablates heads at the answer's positions"):
         AblationCurve(SCORES, ks=[2], phase="decode").run(model, bare, objective=KLDivergence(), progress=False)
-    with pytest.raises(HeadError, match=r"\(2, 2\) \(layers, heads\), the model at hand has \(3, 4\)"):
+    with pytest.raises(HeadError, match=r"model of \(2, 2\) \(layers, heads\); this one has \(3, 4\)"):
         AblationCurve(HeadScores(torch.rand(2, 2))).run(model, bare)
     with pytest.raises(InputError, match="batch_size must be 1 or more"):
         curve.run(model, bare, batch_size=0)

@@ -301,9 +301,9 @@ def test_settings_that_do_not_do():
     with pytest.raises(HookValueError, match="at least 1, or None; got 0"):
         AttributionPatching(integrated=0)
     model, two = wrapped("qwen3_vl"), pair("qwen3_vl")
-    with pytest.raises(HookValueError, match="no gradient: take LogitDifference"):
+    with pytest.raises(HookValueError, match="no gradient: use LogitDifference"):
         AttributionPatching().run(model, two, objective=GreedyAccuracy())
-    with pytest.raises(HookValueError, match="at its least in the clean run"):
+    with pytest.raises(HookValueError, match="has its minimum in the clean run"):
         AttributionPatching(direction="noising").run(model, two, objective=KLDivergence())
     mixed = batch("qwen3_vl", "left", 0), batch("qwen3_vl", "right", 3)
     with pytest.raises(LayoutError, match="different sides"):
