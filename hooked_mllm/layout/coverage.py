@@ -23,11 +23,12 @@ class Coverage:
             ys.extend(_changing_columns(mask.T))
         self._x, self._y = np.unique(np.asarray(xs, float)), np.unique(np.asarray(ys, float))
         inside = np.zeros((len(self._y) - 1, len(self._x) - 1), dtype=bool)  # [row col] of cells
-        for x0, y0, x1, y1 in boxes:
+        for x0, y0, x1, y1 in boxes:  # every edge of a box is an edge of cells
             rows, cols = np.searchsorted(self._y, (y0, y1)), np.searchsorted(self._x, (x0, x1))
             inside[slice(*rows), slice(*cols)] = True
         for mask in masks:
             inside |= _mask_of_cells(mask, self._x, self._y)
+        # [row col], in pixels
         area = inside * np.diff(self._y)[:, None] * np.diff(self._x)
         # 2D cumulative area; a zero row and column in front: [row col] of cells -> [row + 1, col + 1] of corners
         self._integral = np.pad(area.cumsum(0).cumsum(1), ((1, 0), (1, 0)))

@@ -50,6 +50,7 @@ def _cells(
     start: Float[np.ndarray, " token"], end: Float[np.ndarray, " token"], n: int
 ) -> tuple[Int[np.ndarray, " token"], Int[np.ndarray, " pixel"], Bool[np.ndarray, " pixel"]]:
     """The cell of each token, the cell of each of `n` pixels, and whether that cell contains the pixel's centre."""
+    # tokens of a column (or row) share their start: its rank is the number of the column
     starts, first, cell = np.unique(start, return_index=True, return_inverse=True)
     centre = np.arange(n) + 0.5
     of_pixel = (np.searchsorted(starts, centre, side="right") - 1).clip(0)

@@ -74,7 +74,7 @@ def _video_shares(
 
     def count(frames: Bool[np.ndarray, " frame"], tokens: np.ndarray | slice) -> Int[np.ndarray, " token"]:
         """How many of `frames` each of `tokens` sees."""
-        total = np.concatenate([[0], np.cumsum(frames)])
+        total = np.concatenate([[0], np.cumsum(frames)])  # frames before each index: a range is a difference
         return total[after[tokens]] - total[first[tokens]]
 
     covered = count(whole, slice(None)).astype(float)
@@ -115,7 +115,7 @@ def _boxes_of_frames(
 
 
 def _covered(coverage: Coverage, boxes: Float[np.ndarray, "token 4"]) -> Float[np.ndarray, " token"]:
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # of the whole footprints
     return coverage.area(boxes) / area
 
 
@@ -157,6 +157,7 @@ def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]
     times = np.asarray(item.times_s)
     start = -np.inf if region.start_s is None else float(region.start_s)
     end = np.inf if region.end_s is None else float(region.end_s)
+    # a tolerance for the rounding of times, so that frames at the ends are included
     frames = np.flatnonzero((times >= start - 1e-6) & (times <= end + 1e-6))
     if len(frames):
         return frames

@@ -1,31 +1,22 @@
 """The tables of adaptive routing on few prompts: equal budgets, disjoint samples, numbers recomputed from parts."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.example_script import import_example
 from hooked_mllm import HeadSet, HookedMLLM, HybridAttention
 from hooked_mllm.attention.routing import QueryAwareHeads, Total
 from hooked_mllm.metrics import RetrievalAttentionMass
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TOY = "toy-internvl"
 N = 1
 
 
 @pytest.fixture(scope="module")
 def example():
-    if not (EXAMPLES / "adaptive_routing.py").is_file():
-        pytest.skip("the examples are not next to the tests")
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import adaptive_routing
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return adaptive_routing
+    return import_example("adaptive_routing")
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,20 @@
 """The table of annotation-free scores: disjoint samples, and numbers that the parts give by themselves."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers import toy_witness
+from helpers.example_script import import_example
 from hooked_mllm.toys import VisualRetrieval
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 N = 6
 
 
 @pytest.fixture(scope="module")
 def example():
-    if not (EXAMPLES / "annotation_free.py").is_file():
-        pytest.skip("the examples are not next to the tests")
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import annotation_free
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return annotation_free
+    return import_example("annotation_free")
 
 
 @pytest.fixture(scope="module")

@@ -1,28 +1,18 @@
 """The tables of attribution against patching: what is printed is what the metrics give."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from helpers.example_script import import_example
 from hooked_mllm import HookedMLLM, corruptions, metrics, objectives
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
 def example():
-    if not (EXAMPLES / "attribution_patching.py").is_file():
-        pytest.skip("the examples are not next to the tests")
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import attribution_patching
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return attribution_patching
+    return import_example("attribution_patching")
 
 
 def test_its_tables(example, tmp_path, capsys, monkeypatch):

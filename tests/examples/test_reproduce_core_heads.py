@@ -4,30 +4,21 @@ import copy
 import json
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import toy_witness
+from helpers.example_script import import_example
 from hooked_mllm.toys import VisualRetrieval
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TOY, N = "toy-qwen3-vl", 4
 ALL = VisualRetrieval(seed=0, pages=4, filler=48)
 
 
 @pytest.fixture(scope="module")
 def script():
-    if not (EXAMPLES / "reproduce_core_heads.py").is_file():
-        pytest.skip("the examples are not next to the tests")
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import reproduce_core_heads
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return reproduce_core_heads
+    return import_example("reproduce_core_heads")
 
 
 @pytest.fixture(scope="module")

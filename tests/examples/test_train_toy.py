@@ -1,29 +1,18 @@
-"""The training script: what it feeds the model is what the processor gives, and what it saves loads."""
-
-import sys
-from pathlib import Path
+"""The training script: prompts and pixels against the processor, losses and dropout, and checkpoints that load."""
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from helpers.example_script import import_example
 from hooked_mllm.toys import path
 from hooked_mllm.toys.build import PLANTED
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def script():
-    if not (EXAMPLES / "train_toy.py").is_file():
-        pytest.skip("the examples are not next to the tests")
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        import train_toy
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    return train_toy
+    return import_example("train_toy")
 
 
 def recipe(script, family="qwen3_vl", **more):

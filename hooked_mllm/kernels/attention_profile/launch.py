@@ -49,7 +49,7 @@ def layer_table(
         if words:
             dense, sink, window = (range(n_heads), 0, 1) if item is None else item
             table[layer, 3:HEADER] = min(sink, n_keys), min(window, n_keys)  # larger ones have the same effect
-            for head in dense:
+            for head in dense:  # one bit per head, in words of 32
                 table[layer, HEADER + head // 32] |= 1 << head % 32
     table[:, 2] = (np.array(scale) * LOG2_E).astype(np.float32).view(np.int32)
     return table
@@ -83,6 +83,7 @@ def triton_attention_profile(
         out: Contiguous memory for the result.
         splits: Number of chunks of keys, in place of one that suits the device.
     """
+    # one launch for all layers: a table has the addresses of their q and k, which share shape and strides
     q, k = _equal_strides(q), _equal_strides(k)
     n_layers, (batch, n_heads, length, d_head), (n_kv, n_keys) = len(q), q[0].shape, k[0].shape[1:3]
     device, group, dtype = q[0].device, n_heads // n_kv, q[0].dtype
@@ -92,28 +93,16 @@ def triton_attention_profile(
     padded = start is not None or end is not None
     bounds = [_bound(start, 0, batch, device), _bound(end, n_keys, batch, device)] if padded else [table, table]
     tiling = _Tiling(config or settings_for(d_head, dtype), group, length, n_keys)
-    constants: dict[str, Any] = {
-        "WORDS": host_table.shape[1] - HEADER,
-        "GROUP": group,
-        "D": d_head,
-        "BLOCK_D": max(16, triton.next_power_of_2(d_head)),
-        "PADDED": padded,
-        "STREAMING": host_table.shape[1] > HEADER,
-        "ALIGNED": not bool((host_table[:, :2] % 16).any()),
-        "HEADER": HEADER,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        **tiling.constants,
-        **FUSED,
-    }
+    constants = {**_constants(host_table, group, d_head, dtype), "PADDED": padded, **tiling.constants, **FUSED}
     strides = (*q[0].stride(), *k[0].stride(), places.stride(0))
     bound_strides = [x.stride(0) if padded else 0 for x in bounds]
     chunk_keys = None if splits is None else -(-n_keys // splits)
-    columns = (n_kv * batch, n_layers)
+    columns = (n_kv * batch, n_layers)  # the second and third axis of both grids; the first is tiles and chunks
     result = torch.empty(n_layers, batch, n_heads, n_keys, dtype=torch.float32, device=device) if out is None else out
     with _launch_device(device):
         chunk = tiling.chunk(columns, tiling.head_tiles * tiling.query_tiles, device, chunk_keys)
         parts = -(-n_keys // chunk)
-        # [part (layer batch head query)]
+        # maximum and sum of each row in each chunk of keys: [part (layer batch head query)]
         row_max, row_sum = torch.empty(
             2, parts, n_layers * batch * n_heads * length, dtype=torch.float32, device=device
         )
@@ -122,7 +111,7 @@ def triton_attention_profile(
             table, q[0], k[0], places, *bounds, row_max, row_sum, *strides, *bound_strides, n_kv, n_keys, n_layers,
             length, chunk, tiling.head_tiles, tiling.query_tiles, **constants,
         )  # fmt: skip
-        if parts > 1:
+        if parts > 1:  # into the first part
             kernel, n_rows = kernels.merge, row_max.shape[1]
             kernel[(-(-n_rows // 64),)](
                 row_max, row_sum, n_rows, parts, SPLITS=triton.next_power_of_2(parts), ROWS=64, **FUSED
@@ -135,6 +124,20 @@ def triton_attention_profile(
             SEVERAL=tiling.query_tiles > 1, **constants,
         )  # fmt: skip
     return result
+
+
+def _constants(table: Int64[np.ndarray, "layer column"], group: int, d_head: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time constants of both passes that follow from the inputs."""
+    return {
+        "WORDS": table.shape[1] - HEADER,
+        "GROUP": group,
+        "D": d_head,
+        "BLOCK_D": max(16, triton.next_power_of_2(d_head)),
+        "STREAMING": table.shape[1] > HEADER,
+        "ALIGNED": not bool((table[:, :2] % 16).any()),  # addresses of q and k, in bytes
+        "HEADER": HEADER,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
 
 
 class _Tiling:
@@ -152,6 +155,7 @@ class _Tiling:
         if n_keys is not None:
             return -(-n_keys // self.block) * self.block
         blocks = -(-self.n_keys // self.block)
+        # short prompts have few programs without a split of the keys; long ones fill the device anyway
         parts = min(max(PROGRAMS * _multiprocessors(device) // (columns[0] * columns[1] * tiles), 1), MOST_PARTS)
         return -(-blocks // parts) * self.block
 

@@ -138,6 +138,7 @@ def row_statistics(
     PADDED: tl.constexpr, STREAMING: tl.constexpr, ALIGNED: tl.constexpr, HEADER: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Largest score and sum of exponentials of the rows of a tile of one layer over one chunk of keys."""
+    # grid: [(split head_tile query_tile) (batch kv_head) layer]
     pid, layer = tl.program_id(0), tl.program_id(2)
     kv, batch = tl.program_id(1) % n_kv, (tl.program_id(1) // n_kv).to(tl.int64)
     tiles = head_tiles * query_tiles
@@ -151,8 +152,8 @@ def row_statistics(
     first, last = 0, n_keys
     if PADDED:
         first, last = tl.load(start_ptr + layer * stride_sl + batch), tl.load(end_ptr + layer * stride_el + batch)
-    row = tl.arange(0, HB * QB)
-    head = kv * GROUP + tl.minimum(group_head + row // QB, GROUP - 1)
+    row = tl.arange(0, HB * QB)  # [(head query)] of the tile
+    head = kv * GROUP + tl.minimum(group_head + row // QB, GROUP - 1)  # rows after the last head repeat it
     q = _queries(q_base + batch * stride_qb, query, head, stride_qh, stride_qm, stride_qd, D, BLOCK_D)
     k_base += batch * stride_kb + kv.to(tl.int64) * stride_kh
     low, lead_blocks, edge_blocks, tail, full, full_end, sink, window = _spans(
@@ -160,11 +161,11 @@ def row_statistics(
     )
     row_max = tl.full([HB * QB], float("-inf"), tl.float32)
     row_sum = tl.zeros([HB * QB], tl.float32)
-    for n in tl.range(full, full_end, N):
+    for n in tl.range(full, full_end, N):  # every row sees every key
         row_max, row_sum = _statistics_step(
             row_max, row_sum, q, k_base, n, stride_kn, stride_kd, position, dense, first, last, sink, window, scale,
             N, D, BLOCK_D, STREAMING, False, PRECISION)  # fmt: skip
-    for i in tl.range(0, edge_blocks):
+    for i in tl.range(0, edge_blocks):  # masked
         n = tl.where(i < lead_blocks, low + i * N, tail + (i - lead_blocks) * N)
         row_max, row_sum = _statistics_step(
             row_max, row_sum, q, k_base, n, stride_kn, stride_kd, position, dense, first, last, sink, window, scale,
@@ -231,6 +232,7 @@ def weighted_sums(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The profile of HB heads of one layer at one chunk of keys, one tile of queries after the other."""
+    # grid: [(split head_tile) (batch kv_head) layer]; each entry of the result belongs to one program
     pid, layer = tl.program_id(0), tl.program_id(2)
     kv, batch = tl.program_id(1) % n_kv, (tl.program_id(1) // n_kv).to(tl.int64)
     low, group_head = pid // head_tiles * chunk, pid % head_tiles * HB
@@ -268,12 +270,12 @@ def weighted_sums(
         counts = (row_sum != 0.0) & (weight != 0.0)
         size = row_max + tl.log2(tl.where(counts, row_sum, 1.0) / tl.where(counts, weight, 1.0))
         size = tl.where(counts, size, float("inf"))
-        for n in tl.range(full, full_end, N):
+        for n in tl.range(full, full_end, N):  # every row sees every key
             _weighted_sum_step(
                 out_ptr, tile > 0, n, q, k_base, stride_kn, stride_kd, position, dense, first, last, sink, window,
                 scale, size, high, n_keys, members, HB, QB, N, D, BLOCK_D, STREAMING, False, SEVERAL,
                 PRECISION)  # fmt: skip
-        for i in tl.range(0, edge_blocks):
+        for i in tl.range(0, edge_blocks):  # masked
             n = tl.where(i < lead_blocks, begin + i * N, tail + (i - lead_blocks) * N)
             _weighted_sum_step(
                 out_ptr, tile > 0, n, q, k_base, stride_kn, stride_kd, position, dense, first, last, sink, window,

@@ -30,6 +30,7 @@ def _streaming(
 ):  # fmt: skip
     """One tile of BLOCK_M rows: all heads of one group, head by head, at BLOCK_M / GROUP queries."""
     POSITIONS: tl.constexpr = BLOCK_M // GROUP
+    # grid: [(tile group) batch]
     batch, kv = tl.program_id(1), tl.program_id(0) % n_groups
     first_query = tl.program_id(0) // n_groups * POSITIONS
     if not EVERY:
@@ -64,7 +65,7 @@ def _streaming(
         n = tl.where(i < sink_blocks, begin + i * BLOCK_N, n)
         k = load_block(k_source, batch, kv, n, last, 0, 0, D, BLOCK_N, D, True, True)
         s = tl.dot(q, k.T)
-        position = tl.arange(0, BLOCK_M) % POSITIONS + lowest
+        position = tl.arange(0, BLOCK_M) % POSITIONS + lowest  # computed here: kept over the loop, it needs registers
         s = tl.where(visible(position, n, first, last, sink, window, BLOCK_N, PADDED), s, float("-inf"))
         v = load_block(v_source, batch, kv, n, last, 0, 0, D, BLOCK_N, D, True, True)
         acc, row_sum, row_max = softmax_step(acc, row_sum, row_max, s, v, log2_scale, True, "tf32", WAIT)
@@ -74,8 +75,9 @@ def _streaming(
         s = tl.dot(q, k.T)
         v = load_block(v_source, batch, kv, n, last, 0, 0, D, BLOCK_N, D, False, True)
         acc, row_sum, row_max = softmax_step(acc, row_sum, row_max, s, v, log2_scale, False, "tf32", WAIT)
-    empty = row_sum == 0.0
+    empty = row_sum == 0.0  # no visible key: z = 0 and log-sum-exp = -inf
     acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    # [(head query) d_head] -> [1 head query d_head]
     z_box.store([batch, kv * GROUP, first_query, 0], acc.to(z_box.dtype).reshape(1, GROUP, POSITIONS, D))
     if WITH_LSE:
         log2_sum = tl.where(empty, float("-inf"), row_max + tl.log2(tl.where(empty, 1.0, row_sum)))

@@ -59,7 +59,7 @@ def softmax_step(
     else:
         base = new_max
     p = tl.exp2(s * scale - base[:, None])
-    shrink = tl.exp2(row_max - base)
+    shrink = tl.exp2(row_max - base)  # rescales what was summed relative to the old maximum
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None]
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -113,6 +113,7 @@ def _hybrid(
     PADDED: tl.constexpr, WITH_LSE: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M rows: the queries of one group's heads, query by query."""
+    # grid: [tiles of dense groups, then of streaming ones; batch]
     pid, batch = tl.program_id(0), tl.program_id(1)
     dense_programs = n_dense * dense_tiles
     is_dense = pid < dense_programs
@@ -124,21 +125,24 @@ def _hybrid(
     else:
         entry = n_dense + (pid - dense_programs) % tl.maximum(n_streaming, 1)
         tile = (pid - dense_programs) // tl.maximum(n_streaming, 1)
+    # a row of the plan: key-value head, number of heads, the heads
     kv, count = tl.load(plan_ptr + entry * (GROUP + 2)), tl.load(plan_ptr + entry * (GROUP + 2) + 1)
     if tile * BLOCK_M < count * q_length:
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [(query head)] of the group
         query = row // count
         head = tl.load(plan_ptr + entry * (GROUP + 2) + 2 + row % count)
         valid = query < q_length
-        shift = kv_length - q_length
+        shift = kv_length - q_length  # the last query is at the last key
         position = tl.where(valid, query + shift, shift - 1)
         if PADDED:
             first, last = tl.load(start_ptr + batch), tl.load(end_ptr + batch)
         else:
             first, last = 0, kv_length
+        # positions of the first and the last row of the tile
         lowest = (tile * BLOCK_M) // count + shift
         highest = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // count, q_length - 1) + shift
         d = tl.arange(0, BLOCK_D)
+        # [row d_head]
         q_pointers = q_ptr + batch.to(tl.int64) * stride_qb + head.to(tl.int64)[:, None] * stride_qh
         q_pointers += query.to(tl.int64)[:, None] * stride_qm + d[None, :] * stride_qd
         if BLOCK_D != D:
@@ -178,7 +182,7 @@ def _hybrid(
         query = row // count
         head = tl.load(plan_ptr + entry * (GROUP + 2) + 2 + row % count)
         valid = query < q_length
-        empty = row_sum == 0.0
+        empty = row_sum == 0.0  # no visible key: z = 0 and log-sum-exp = -inf
         acc = acc / tl.where(empty, 1.0, row_sum)[:, None]
         z_pointers = z_ptr + batch.to(tl.int64) * stride_ob + head.to(tl.int64)[:, None] * stride_oh
         z_pointers += query.to(tl.int64)[:, None] * stride_om + d[None, :] * stride_od
@@ -225,6 +229,7 @@ def launch(
     batch, n_heads, q_length, d_head = q.shape
     n_kv, kv_length = k.shape[1], k.shape[2]
     settings = {**settings_for(d_head, q.dtype), **(config or {})}
+    # of a dense and of a streaming group; smaller groups leave their last tiles empty
     tiles = [-(-heads * q_length // settings["BLOCK_M"]) for heads in groups.most]
     grid = (groups.n_dense * tiles[0] + groups.n_streaming * tiles[1], batch)
     padded, rows, block_d = start is not None, groups.rows, max(16, triton.next_power_of_2(d_head))
