@@ -40,7 +40,7 @@ def test_without_arguments_the_toy_on_its_task(tmp_path):
     result = subprocess.run(
         [sys.executable, "-W", "error", "-m", "hooked_mllm", "score"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
