@@ -1,4 +1,4 @@
-"""Links of the tutorials, as the site needs them: mkdocs rewrites those of Markdown pages, not those of notebooks."""
+"""Rewrites the links of tutorials for the site: mkdocs rewrites those of Markdown pages, not those of notebooks."""
 
 import logging
 import posixpath
@@ -10,7 +10,7 @@ _LINK = re.compile(r'href="(?![a-z][a-z0-9+.-]*:|[/#])([^"#?]+\.(?:md|ipynb))(?=
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """What mkdocs calls with every page: links from a notebook to a source file, made links to its page."""
+    """Called by mkdocs for every page: a link from a notebook to a source file becomes a link to its page."""
     source = page.file
     if not source.src_uri.endswith(".ipynb"):
         return html

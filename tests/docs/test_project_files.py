@@ -1,5 +1,6 @@
 """CONTRIBUTING, CHANGELOG, CITATION.cff and the pre-commit hooks agree with the package and with one another."""
 
+import argparse
 import re
 import tomllib
 from datetime import date
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hooked_mllm.cli.parser import parser
 from hooked_mllm.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,13 @@ def test_files_that_a_page_names_exist(page):
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
+def test_modules_that_the_architecture_page_names_exist():
+    modules = re.findall(r"`(\w+/\w+\.py)`", text_of("docs/architecture.md"))
+    assert len(modules) > 10
+    folders = (ROOT / "hooked_mllm", ROOT)
+    assert [module for module in modules if not any((folder / module).exists() for folder in folders)] == []
+
+
 def test_contributing_is_short_and_has_the_five_routes():
     guide = text_of("CONTRIBUTING.md")
     assert len(guide.splitlines()) <= 55
@@ -85,3 +94,18 @@ def test_the_rooms_of_the_architecture_page_are_those_of_its_floors():
         room for line in re.findall(r"^\| (`.+?) \|", table, re.MULTILINE) for room in re.findall(r"`(\w+)`", line)
     }
     assert described == on_floors - {"__init__", "__main__"}
+
+
+def options(command):
+    """Every option of a parser and of its commands."""
+    for action in command._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from options(inner)
+        else:
+            yield from action.option_strings
+
+
+def test_the_page_of_the_command_line_has_every_option():
+    listed = set(re.findall(r"--[a-z][a-z-]*", text_of("docs/cli.md")))
+    assert listed == set(options(parser())) - {"-h", "--help", "--version"}
