@@ -208,12 +208,13 @@ class Model(Protocol):
         inputs: ResolvedInput,
         return_type: ReturnType | None = "logits",
         stop_at_layer: int | None = None,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """One forward pass on resolved inputs."""
         ...
 
-    def run_trunk(self, inputs: ResolvedInput, **kwargs: Any) -> None:
+    def run_trunk(self, inputs: ResolvedInput, prompt_length: int | None = None, **kwargs: Any) -> None:
         """A forward pass without the unembedding."""
         ...
 

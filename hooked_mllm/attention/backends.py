@@ -8,6 +8,7 @@ hooked variant only while a hook, tap or backend is active there.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -19,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.masks import MaskRows, with_recipe
 from hooked_mllm.errors import UnsupportedModelError
+from hooked_mllm.hooks.run_context import RunContext, Scope
 
 PREFIX = "hooked_mllm_"
 #: transformers passes all images of a packed vision tower in one call if the implementation's name contains this
@@ -181,19 +183,34 @@ class _ActiveSwitches:
 _ACTIVE_SWITCHES: "WeakValueDictionary[int, _ActiveSwitches]" = WeakValueDictionary()
 
 
+@dataclass(eq=False)
+class Choice:
+    """An implementation or a backend, and where it is active."""
+
+    base: str | None
+    backend: AttentionBackend | None
+    scope: Scope | None
+
+
 class TowerSwitch:
     """Switches one tower between its attention implementation and the hooked variant, as needed.
 
     Args:
         config: The tower's configuration, which all its layers share.
         packed: Whether the tower is packed.
+        context: The runs and scopes of the model.
     """
 
-    def __init__(self, config: Any, packed: bool) -> None:
+    def __init__(self, config: Any, packed: bool, context: RunContext | None = None) -> None:
         self.config = config
         self.packed = packed
+        self.context = context or RunContext()
+        self.sites: list[ReferenceType[Any]] = []
         self.users = 0
         self._slim = False
+        #: what threads and tasks have chosen, the latest last
+        self._choices: list[Choice] = []
+        self._own: str | None = None
         self._active = _ACTIVE_SWITCHES.setdefault(id(config), _ActiveSwitches(config))
 
     def _set(self, base: str) -> None:
@@ -234,15 +251,70 @@ class TowerSwitch:
             self._active.count -= 1
             self._set(self.base)
 
+    # -- choices -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_backend(self) -> bool:
+        """Whether any thread or task has chosen a backend."""
+        return any(choice.backend is not None for choice in self._choices)
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a choice is active in this thread and task."""
+        return any(self.context.sees(choice.scope) for choice in self._choices)
+
+    @property
+    def backend(self) -> AttentionBackend | None:
+        """The backend that is active in this thread and task; None for the implementation of `base`."""
+        if not self._choices:
+            return None
+        return next((c.backend for c in reversed(self._choices) if self.context.sees(c.scope)), None)
+
+    @property
+    def chosen_base(self) -> str:
+        """The implementation that is active in this thread and task."""
+        names = (c.base for c in reversed(self._choices) if c.base is not None and self.context.sees(c.scope))
+        return next(names, self._own or self.base)
+
+    def choose(self, base: str | None, backend: AttentionBackend | None) -> Choice:
+        """Run another implementation or backend, here or, while a scope is being registered in, in that scope."""
+        with self.context.lock:
+            if not self._choices:
+                self._own = self.base
+            choice = Choice(base, backend, self.context.registering)
+            self._choices.append(choice)
+            self._apply()
+        return choice
+
+    def withdraw(self, choice: Choice) -> None:
+        """Undo `choose`; in any order."""
+        with self.context.lock:
+            self._choices = [c for c in self._choices if c is not choice]
+            self._apply()
+            if not self._choices:
+                self._own = None
+
+    def _apply(self) -> None:
+        """Switch to what is active here."""
+        self._slim = restricts(self.backend)
+        for site in (reference() for reference in self.sites):
+            if site is not None:
+                site.refresh()
+        self._set(self.chosen_base)
+
     @contextmanager
-    def using(self, base: str) -> Iterator[None]:
-        """Run another implementation in the body of a `with`, hooked if the tower is in use."""
-        own = self.base
+    def applied(self) -> Iterator[None]:
+        """Run what is active in this thread and task, in the body of a `with`."""
+        if not self._choices:
+            yield
+            return
+        before = self._slim, self.base
         try:
-            self._set(base)
+            self._apply()
             yield
         finally:
-            self._set(own)
+            self._slim = before[0]
+            self._set(before[1])
 
     def release(self) -> None:
         """Drop all users."""

@@ -7,6 +7,7 @@ for that layer and that call, and what the fast attention gave is kept unless a 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +26,7 @@ from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.registered import REGISTERED, shape_of
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
+from hooked_mllm.hooks.run_context import Scope
 
 
 @dataclass
@@ -41,6 +43,10 @@ class AttentionCall:
     mask: MaskRows
     scale: float
     tower: str
+
+
+#: a function of an attention call, which does not edit it
+Tap = Callable[[AttentionCall], None]
 
 
 class AttentionSite:
@@ -73,9 +79,12 @@ class AttentionSite:
         self.causal = causal
         self.softmax_float32 = softmax_float32
         self.points = points
-        self.taps: list[Callable[[AttentionCall], None]] = []
-        self.backend: AttentionBackend | None = None
+        self.context = next(iter(points.values())).context
+        self._taps: tuple[tuple[Tap, Scope | None], ...] = ()
         self._on = False
+        switch.sites.append(ref(self))
+        for name in ("rot_q", "rot_k", "z"):  # scores and pattern are copies, which the model's own attention lacks
+            points[name].live = True
         add_site(module, self)
 
     @property
@@ -84,9 +93,24 @@ class AttentionSite:
         return self._on
 
     @property
+    def taps(self) -> list[Tap]:
+        """The taps that are active in this thread, task and run."""
+        return [tap for tap, scope in self._taps if self.context.sees(scope)]
+
+    @property
+    def backend(self) -> AttentionBackend | None:
+        """The backend that is active in this thread and task."""
+        return self.switch.backend
+
+    @property
     def running(self) -> AttentionBackend | None:
         """The backend in use: the site's own, or the one registered under the name that the tower runs."""
         return self._running(self.switch.base)
+
+    @property
+    def implementation(self) -> Callable[..., Any]:
+        """The function of transformers that computes this attention where no backend does."""
+        return implementation(self.module, self.switch.base)
 
     def _running(self, base: str) -> AttentionBackend | None:
         registered = REGISTERED.get(base)
@@ -94,22 +118,23 @@ class AttentionSite:
 
     def refresh(self) -> None:
         """Take or give back the tower's switch, as points, taps and backend need it."""
-        needed = bool(self.taps) or self.backend is not None or any(p.active for p in self.points.values())
+        needed = bool(self._taps) or self.switch.has_backend or any(p.registered for p in self.points.values())
         if needed and not self._on:
             self.switch.take()
         elif self._on and not needed:
             self.switch.give_back()
         self._on = needed
 
-    def add_tap(self, tap: Callable[[AttentionCall], None]) -> None:
+    def add_tap(self, tap: Tap) -> None:
         """Let `tap` look at every call; it must not edit."""
-        self.taps.append(tap)
-        self.refresh()
+        with self.context.lock:  # never while another thread runs the model
+            self._taps = (*self._taps, (tap, self.context.registering))
+            self.refresh()
 
-    def remove_tap(self, tap: Callable[[AttentionCall], None]) -> None:
-        """Take a tap away."""
-        if tap in self.taps:
-            self.taps.remove(tap)
+    def remove_tap(self, tap: Tap) -> None:
+        """Remove a tap; one that was removed before is ignored."""
+        with self.context.lock:
+            self._taps = tuple(pair for pair in self._taps if pair[0] != tap)
             self.refresh()
 
     def __call__(
@@ -126,7 +151,8 @@ class AttentionSite:
             key = _headed(points["rot_k"], key.clone() if points["rot_k"].may_edit else key)
         segments, base = _segments(kwargs), self.switch.base
         slim = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and base in WIDE
-        looked_at = bool(self.taps) or points["attn_scores"].active or points["pattern"].active
+        taps = self.taps
+        looked_at = bool(taps) or points["attn_scores"].active or points["pattern"].active
         backend, mask = self.backend, None
         if looked_at or backend is not None or slim:
             backend = self._running(base)
@@ -155,7 +181,7 @@ class AttentionSite:
             if slim and backend is None:
                 attention_mask = widened(own, base, query.dtype)
             call = AttentionCall(self.layer, query, key, value, mask, scale, self.tower)
-            for tap in tuple(self.taps):
+            for tap in taps:
                 tap(call)
 
         def attend() -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,7 @@
 """Caching of activations during a forward pass or a generation: what is kept, and in which form."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeAlias, TypeGuard
 
@@ -52,6 +53,7 @@ class Capture:
         self.wiring, self.options = wiring, options
         self.steps: dict[int, dict[str, list[Entry]]] = {}
         self.gradients: dict[str, list[Tensor]] = {}
+        self._scope = ExitStack()
         self._handles: list[tuple[HookPoint, Handle]] = []
         self._taps: list[tuple[AttentionSite, Callable[[AttentionCall], None]]] = []
         self._growing: dict[int, GrowingKeys] = {}
@@ -59,8 +61,11 @@ class Capture:
     # -- registering hooks ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Capture":
+        context = self.wiring.registry.context
+        scope = self._scope.enter_context(context.scope(of_run=True))
         try:
-            self._attach()
+            with context.registers_in(scope):
+                self._attach()
         except BaseException:
             self.__exit__()
             raise
@@ -72,6 +77,7 @@ class Capture:
         for site, tap in self._taps:
             site.remove_tap(tap)
         self._handles, self._taps = [], []
+        self._scope.close()
 
     def _attach(self) -> None:
         names = {p.name for p in self.options.points}
@@ -130,7 +136,7 @@ class Capture:
     # -- keeping ---------------------------------------------------------------------------------------------------
 
     def _store(self, name: str, entry: Entry) -> None:
-        step = self.wiring.registry.clock.step
+        step = self.wiring.registry.context.step
         self.steps.setdefault(step, {}).setdefault(name, []).append(entry)
 
     def _moved(self, x: Tensor) -> Tensor:
@@ -174,7 +180,7 @@ class Capture:
         return (queries if step == 0 else None), self.options.keys
 
     def _tap(self, call: AttentionCall, lazy: list[tuple[str, bool]], rot_k: str | None, grow: bool) -> None:
-        step = self.wiring.registry.clock.step
+        step = self.wiring.registry.context.step
         k: Tensor | GrowingKeys = self._grow(call) if grow else self._moved(call.k)
         if rot_k is not None:
             # [batch kv_head key d_head] -> [batch key kv_head d_head]

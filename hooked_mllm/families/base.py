@@ -144,6 +144,13 @@ class Family(ABC):
     def reset(self, model: PreTrainedModel) -> None:  # noqa: B027 (most models keep nothing)
         """Clear what the model keeps from one call to the next."""
 
+    def state(self, model: PreTrainedModel) -> Any:
+        """What the model keeps from one call to the next, for `restore`."""
+        return None
+
+    def restore(self, model: PreTrainedModel, state: Any) -> None:  # noqa: B027 (most models keep nothing)
+        """Set what the model keeps from one call to the next."""
+
     @abstractmethod
     def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
         """The rows of the vision tower's activations that belong to each sample of a batch.

@@ -93,8 +93,15 @@ class Qwen3VL(Family):
             )
 
     def reset(self, model: PreTrainedModel) -> None:
+        self.restore(model, None)  # otherwise the next text continuation is shifted
+
+    def state(self, model: PreTrainedModel) -> Any:
         backbone: Any = model.get_submodule("model")
-        backbone.rope_deltas = None  # otherwise the next text continuation is shifted
+        return backbone.rope_deltas
+
+    def restore(self, model: PreTrainedModel, state: Any) -> None:
+        backbone: Any = model.get_submodule("model")
+        backbone.rope_deltas = state
 
     def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
         tokens = inputs["input_ids"]

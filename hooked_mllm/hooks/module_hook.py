@@ -112,7 +112,7 @@ class ModuleHook:
 
     def refresh(self) -> None:
         """Register the torch hook if a point is in use, remove it otherwise."""
-        needed = any(point.active for point in self.points)
+        needed = any(point.registered for point in self.points)
         if needed and self.handle is None:
             if self.kind == "pre":
                 self.handle = self.module.register_forward_pre_hook(self._pre, prepend=True, with_kwargs=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.errors import HookValueError
+from hooked_mllm.hooks.run_context import RunContext, Scope
 from hooked_mllm.hooks.table import TowerName
 
 Direction = Literal["fwd", "bwd"]
@@ -35,19 +36,8 @@ class Handle:
     reads_only: bool = False
     #: the intervention that registered it
     owner: object = None
-
-
-class Clock:
-    """The step of a generation, shared by all hook points of a model."""
-
-    def __init__(self) -> None:
-        #: calls of the model in this generation, minus one; -1 before the first call, when images may be encoded
-        self.calls = 0
-
-    @property
-    def step(self) -> int:
-        """0 in the prefill or outside a generation, n in the n-th decoding step."""
-        return max(self.calls, 0)
+    #: where it is active; None for every run
+    scope: Scope | None = None
 
 
 class HookPoint:
@@ -74,20 +64,27 @@ class HookPoint:
         *,
         tower: TowerName,
         block: int | None,
-        clock: Clock | None = None,
+        context: RunContext | None = None,
         on_change: Callable[["HookPoint"], None] | None = None,
     ) -> None:
         self.name = name
         self.tower: TowerName = tower
         self.ctx: dict[Any, Any] = {}
         self._block = block
-        self._clock = clock or Clock()
+        self.context = context or RunContext()
         self._on_change = on_change
-        self._handles: list[Handle] = []
+        #: those of all threads; replaced at every change, so that a run in progress keeps its own
+        self._handles: tuple[Handle, ...] = ()
+        #: whether the activation that hooks get is memory that the model continues from, not a copy
+        self.live = False
 
     def __repr__(self) -> str:
-        fwd, bwd = (sum(h.dir == d for h in self._handles) for d in ("fwd", "bwd"))
-        return f"HookPoint({self.name!r}, fwd_hooks={fwd}, bwd_hooks={bwd})"
+        return f"HookPoint({self.name!r}, fwd_hooks={len(self.fwd_hooks)}, bwd_hooks={len(self.bwd_hooks)})"
+
+    @property
+    def block(self) -> int | None:
+        """The index of the block in its tower; None outside of the blocks."""
+        return self._block
 
     def layer(self) -> int:
         """The index of the block in its tower: 3 for `blocks.3...` and for `vision.blocks.3...`.
@@ -102,7 +99,7 @@ class HookPoint:
     @property
     def step(self) -> int:
         """0 in the prefill (or a plain forward), n in the n-th decoding step of `generate`."""
-        return self._clock.step
+        return self.context.step
 
     # -- adding and removing ---------------------------------------------------------------------------------------
 
@@ -138,13 +135,14 @@ class HookPoint:
                 f"A hook must be callable, got {type(fn).__name__} for {self.name}: pass a function of the activation "
                 "with a keyword argument `hook`."
             )
-        handle = Handle(fn, dir, is_permanent, level, reads_only)
-        self._handles.insert(0, handle) if prepend else self._handles.append(handle)
-        try:
-            self._changed()
-        except BaseException:
-            self._handles.remove(handle)
-            raise
+        handle = Handle(fn, dir, is_permanent, level, reads_only, scope=self.context.registering)
+        with self.context.lock:  # never while another thread runs the model
+            before = self._handles
+            try:
+                self._replace((handle, *before) if prepend else (*before, handle))
+            except BaseException:
+                self._handles = before
+                raise
         return handle
 
     def add_perma_hook(self, fn: HookFunction, dir: Direction = "fwd") -> Handle:
@@ -153,9 +151,9 @@ class HookPoint:
 
     def remove(self, handle: Handle) -> None:
         """Remove one hook; a hook that was removed before is ignored."""
-        if handle in self._handles:
-            self._handles.remove(handle)
-            self._changed()
+        with self.context.lock:
+            if handle in self._handles:
+                self._replace(tuple(h for h in self._handles if h is not handle))
 
     def remove_hooks(
         self,
@@ -175,14 +173,15 @@ class HookPoint:
         """
         if dir not in ("fwd", "bwd", "both"):
             raise HookValueError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}.")
-        self._handles = [
-            h
-            for h in self._handles
-            if (dir not in ("both", h.dir))
-            or (h.permanent and not including_permanent)
-            or (level is not None and h.level != level)
-        ]
-        self._changed()
+        removed = {
+            id(h)
+            for h in self.handles
+            if (dir in ("both", h.dir))
+            and (including_permanent or not h.permanent)
+            and (level is None or h.level == level)
+        }
+        with self.context.lock:
+            self._replace(tuple(h for h in self._handles if id(h) not in removed))
 
     def clear_context(self) -> None:
         """Empty `ctx`."""
@@ -199,34 +198,53 @@ class HookPoint:
             (dir in ("both", h.dir))
             and (including_permanent or not h.permanent)
             and (level is None or h.level == level)
-            for h in self._handles
+            for h in self.handles
         )
 
     @property
     def fwd_hooks(self) -> list[Handle]:
         """The hooks on the activation, in the order in which they run."""
-        return [h for h in self._handles if h.dir == "fwd"]
+        return [h for h in self.handles if h.dir == "fwd"]
 
     @property
     def bwd_hooks(self) -> list[Handle]:
         """The hooks on the gradient, in the order in which they run."""
-        return [h for h in self._handles if h.dir == "bwd"]
+        return [h for h in self.handles if h.dir == "bwd"]
 
-    def _changed(self) -> None:
+    def _replace(self, handles: tuple[Handle, ...]) -> None:
+        self._handles = handles
         if self._on_change is not None:
             self._on_change(self)
 
     # -- the data path ---------------------------------------------------------------------------------------------
 
     @property
-    def active(self) -> bool:
-        """Whether any hook is registered."""
+    def handles(self) -> tuple[Handle, ...]:
+        """The hooks that are active in this thread, task and run."""
+        if not self._handles:
+            return ()
+        sees, again = self.context.sees, self.context.is_recomputing
+        return tuple(h for h in self._handles if sees(h.scope) and not (again and h.reads_only))
+
+    @property
+    def all_handles(self) -> tuple[Handle, ...]:
+        """The hooks of all threads, tasks and runs."""
+        return self._handles
+
+    @property
+    def registered(self) -> bool:
+        """Whether any hook is registered, here or in another thread."""
         return bool(self._handles)
+
+    @property
+    def active(self) -> bool:
+        """Whether any hook is active here."""
+        return bool(self._handles) and bool(self.handles)
 
     @property
     def may_edit(self) -> bool:
         """Whether a hook may change the activation or needs its gradient."""
-        return any(not h.reads_only for h in self._handles)
+        return any(not h.reads_only for h in self.handles)
 
     def run(self, value: Tensor) -> tuple[Tensor, bool]:
         """Run the hooks on an activation.
@@ -235,22 +253,27 @@ class HookPoint:
             The activation, and whether the caller must write it to the model.
         """
         edited = False
-        if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in self.fwd_hooks):
+        handles = self.handles
+        run = self.context.run
+        if run is not None:
+            run.fired.add(self.name)
+        forward = [h for h in handles if h.dir == "fwd"]
+        own = self.live
+        if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in forward):
             # autograd may have saved this tensor: an edit in place would break the backward pass
-            value = value.clone()
-        for handle in tuple(self._handles):
-            if handle.dir == "bwd":
-                continue
-            version = _version(value)
-            before = value.clone() if version is None and not handle.reads_only else None
+            value, own = value.clone(), False
+        for handle in forward:
+            version = None if value.is_inference() else value._version
+            # the counter of autograd misses edits through `.data` and NumPy; in live memory they need no writing back
+            before = None if own or edited or handle.reads_only else value.detach().clone()
             result = handle.fn(value, hook=self)
             if result is not None and result is not value:
-                value, edited = self._checked(result, value), True
-            elif version is not None:
-                edited |= version != _version(value)
+                value, edited, own = self._checked(result, value), True, False
+            elif version is not None and version != value._version:
+                edited = True
             elif before is not None:
                 edited |= not torch.equal(before, value)
-        backward = self.bwd_hooks
+        backward = [h for h in handles if h.dir == "bwd"]
         if backward and torch.is_grad_enabled() and value.is_floating_point():
             value, edited = self._with_gradient_hooks(value, backward), True
         return value, edited
@@ -293,8 +316,3 @@ class HookPoint:
                     "the one received (`.to(activation)` sets dtype and device), or None to keep the activation."
                 )
         return result
-
-
-def _version(tensor: Tensor) -> int | None:
-    """The tensor's count of edits in place; None under inference mode, where tensors have no such count."""
-    return None if tensor.is_inference() else tensor._version

@@ -3,11 +3,12 @@
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from hooked_mllm.errors import HookNameError, HookValueError, nearest
-from hooked_mllm.hooks.point import Clock, Direction, Directions, Handle, HookFunction, HookPoint
+from hooked_mllm.hooks.point import Direction, Directions, Handle, HookFunction, HookPoint
+from hooked_mllm.hooks.run_context import Run, RunContext
 
 if TYPE_CHECKING:
     #: a hook name, a glob ("blocks.*.attn.hook_z"), a compiled regular expression, a predicate on names, or a point
@@ -39,11 +40,9 @@ class HookRegistry:
 
     def __init__(self, family: str) -> None:
         self.family = family
-        self.clock = Clock()
-        #: the inputs of the active run, from which hooks read what each position is; None between runs
-        self.running: Any = None
-        #: the position of the first row of text activations: above 0 where only the end of a sequence is run again
-        self.first = 0
+        self.context = RunContext()
+        #: entered at the start of every run
+        self.on_run: list[Callable[[], AbstractContextManager[Any]]] = []
         self.hook_dict: dict[str, HookPoint] = {}
 
     def add(self, point: HookPoint) -> HookPoint:
@@ -51,19 +50,35 @@ class HookRegistry:
         self.hook_dict[point.name] = point
         return point
 
+    @property
+    def running(self) -> Any:
+        """The inputs of the run in progress, from which hooks read what each position is; None between runs."""
+        run = self.context.run
+        return None if run is None else run.inputs
+
+    @property
+    def first(self) -> int:
+        """The position of the first row of text activations: above 0 where only a part of a sequence is run."""
+        run = self.context.run
+        return 0 if run is None else run.first
+
     @contextmanager
-    def running_on(self, inputs: Any, first: int = 0) -> Iterator[None]:
-        """Make `inputs` those of the active run, for the body of a `with` statement.
+    def running_on(self, inputs: Any, first: int = 0) -> Iterator[Run]:
+        """Start a run for the body of a `with` statement.
 
         Args:
             inputs: What hooks read from `running`.
             first: Position of the first row of text activations.
         """
-        before, self.running, self.first = (self.running, self.first), inputs, first
-        try:
-            yield
-        finally:
-            self.running, self.first = before
+        with self.context.running(Run(inputs, first=first)) as run, ExitStack() as stack:
+            for enter in self.on_run:
+                stack.enter_context(enter())
+            yield run
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a hook is active here."""
+        return any(point.active for point in self.hook_dict.values() if point.registered)
 
     # -- looking up ------------------------------------------------------------------------------------------------
 
@@ -193,14 +208,18 @@ class HookRegistry:
         bwd_hooks: HookList = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
+        of_run: bool = False,
     ) -> Iterator[None]:
         """Register hooks for the body of a `with` statement; at its end, by an error too, exactly these are removed.
+
+        They are active in this thread and task alone.
 
         Args:
             fwd_hooks: Pairs of a name filter and a hook on activations.
             bwd_hooks: Pairs of a name filter and a hook on gradients.
             reset_hooks_end: Remove them at the end.
             clear_contexts: Empty the points' contexts at the end.
+            of_run: Exclude runs that hooks start inside of a run.
 
         Raises:
             HookNameError: For a name that this model lacks.
@@ -208,17 +227,19 @@ class HookRegistry:
         """
         fwd_hooks, bwd_hooks = _pairs("fwd_hooks", fwd_hooks), _pairs("bwd_hooks", bwd_hooks)
         added: list[tuple[HookPoint, Handle]] = []
-        try:
-            for names, fn in fwd_hooks:
-                added += self.attach(names, fn, "fwd")
-            for names, fn in bwd_hooks:
-                added += self.attach(names, fn, "bwd")
-            yield
-        finally:
-            if reset_hooks_end:
-                self.detach(added)
-            if clear_contexts:
-                self.clear_contexts()
+        with self.context.scope(of_run) as scope:
+            try:
+                with self.context.registers_in(scope if reset_hooks_end else None):
+                    for names, fn in fwd_hooks:
+                        added += self.attach(names, fn, "fwd")
+                    for names, fn in bwd_hooks:
+                        added += self.attach(names, fn, "bwd")
+                yield
+            finally:
+                if reset_hooks_end:
+                    self.detach(added)
+                if clear_contexts:
+                    self.clear_contexts()
 
     def reset_hooks(
         self,
@@ -236,7 +257,7 @@ class HookRegistry:
             level: Remove only hooks of this level.
         """
         for point in self.hook_dict.values():
-            if point.active:
+            if point.registered:
                 point.remove_hooks(direction, including_permanent, level)
         if clear_contexts:
             self.clear_contexts()

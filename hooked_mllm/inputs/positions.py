@@ -155,7 +155,8 @@ class MappingMasks:
         ids = torch.tensor(self.family.visual_token_ids(self.config), device=tokens.device)
         visual = torch.isin(tokens, ids)
         attention = self.inputs.get("attention_mask")
-        padding = torch.zeros_like(visual) if attention is None or attention.dim() != 2 else attention == 0
+        flat = attention is not None and attention.dim() == 2  # behind a KV cache, of all positions so far
+        padding = attention[:, -tokens.shape[1] :] == 0 if flat else torch.zeros_like(visual)
         if kind == "padding":
             return padding
         if kind == "visual":

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.families.base import Family
-from hooked_mllm.inputs.positions import KindMasks, MappingMasks, Positions, resolve_mask, resolve_positions
+from hooked_mllm.inputs.positions import KindMasks, MappingMasks, Positions, TokenKind, resolve_mask, resolve_positions
 from hooked_mllm.inputs.sample import Sample, SampleBatch, moved
 from hooked_mllm.layout import TokenLayout
 
@@ -246,6 +246,26 @@ class ResolvedInput:
     def mask(self, selected: Positions) -> Bool[Tensor, "batch pos"]:
         """Positions as a mask on the CPU; arguments and errors are those of `positions`."""
         return resolve_mask(selected, self.batch, self.length, self.host_masks)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the inputs continue from `past_key_values`, so that they may be a part of a prompt."""
+        return self.tensors.get("past_key_values") is not None
+
+    def part_mask(self, selected: TokenKind, first: int, prompt_length: int) -> Bool[Tensor, "batch prompt"]:
+        """The positions of a token kind in a prompt of which these inputs are the part that begins at `first`.
+
+        Raises:
+            InputError: for a kind that the tokens of a part of a prompt do not decide.
+        """
+        mask = torch.zeros(self.batch, prompt_length, dtype=torch.bool)
+        if selected == "last":
+            mask[:, -1] = True
+        elif selected == "visual":
+            mask[:, first : first + self.length] = self.masks("visual").cpu()
+        else:
+            self.check_whole()
+        return mask
 
     def check_whole(self) -> None:
         """Reject inputs that continue from `past_key_values`, whose positions do not start at 0.

@@ -226,7 +226,7 @@ class HeadAblation(Intervention):
                 return source.fit(name, z, mask)
             tokens = self.source.tokens[layer]
             drawn = torch.zeros_like(z)
-            picked = _draw(self.seed, len(tokens), z.shape[0], z.shape[1], edited.offset(z.shape[1], hook.step))
+            picked = _draw(self.seed, len(tokens), z.shape[0], z.shape[1], edited.offset(z.shape[1]))
             columns = [self.source.heads.by_layer[layer].index(head) for head in inside]
             drawn[:, :, list(inside)] = tokens[picked][:, :, columns].to(z)
             return drawn

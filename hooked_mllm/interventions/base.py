@@ -119,12 +119,15 @@ def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[Records]
         each.validate(model)
     records = Records(Record(each.describe()) for each in chosen)
     added: list[tuple[HookPoint, Handle]] = []
-    try:
-        for each, record in zip(chosen, records, strict=True):
-            added += each.attach(model, record)
-        yield records
-    finally:
-        model.registry.detach(added)
+    context = model.registry.context
+    with context.scope() as scope:
+        try:
+            with context.registers_in(scope):
+                for each, record in zip(chosen, records, strict=True):
+                    added += each.attach(model, record)
+            yield records
+        finally:
+            model.registry.detach(added)
 
 
 # -- checks that interventions share -------------------------------------------------------------------------------

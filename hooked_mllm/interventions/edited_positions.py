@@ -7,6 +7,7 @@ from torch import Tensor
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.hooks.run_context import Run
 from hooked_mllm.inputs.positions import Positions, check_positions, is_token_kind, resolve_mask
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.interventions.base import check_choice
@@ -64,44 +65,44 @@ class EditedPositions:
         return self.registry.running if self.tower == "text" else None
 
     @property
-    def first_position(self) -> int:
-        """The position of the first row of activations, above 0 where only the end of a prompt is run again."""
-        return self.registry.first if self.tower == "text" else 0
+    def run(self) -> Run | None:
+        """The run in progress; None in a vision tower."""
+        return self.registry.context.run if self.tower == "text" else None
 
     def prompt_length(self, length: int) -> int:
         """Positions of the prompt, for an activation of `length` positions."""
+        if self.run is not None and self.run.prompt_length is not None:
+            return self.run.prompt_length
         return length if self.inputs is None else self.inputs.length
 
-    def offset(self, length: int, step: int) -> int:
+    def offset(self, length: int) -> int:
         """The position in the sequence of the first row of an activation of `length` positions."""
-        prompt = self.prompt_length(length)
-        if self.first_position:
-            return self.first_position
-        return 0 if step == 0 or length >= prompt + step else prompt + step - 1
+        run = self.run
+        if run is None:
+            return 0
+        return run.first + (0 if run.rows is None else max(0, run.rows - length))  # logits may be of the last rows only
 
     def mask(self, batch: int, length: int, hook: HookPoint, device: torch.device) -> Bool[Tensor, "batch pos"] | None:
-        """True at the positions of an activation that are edited; None where there is none.
+        """True at the positions of an activation that are edited; None where its phase excludes all.
 
         Args:
             batch: Sequences of the activation.
             length: Positions of the activation.
-            hook: The hook point, which has the step of the generation.
+            hook: The hook point.
             device: Where the activation is.
 
         Raises:
             LayoutError: for positions that the run does not have.
         """
-        prompt, step = self.prompt_length(length), hook.step
-        whole = step == 0 or length >= prompt + step
-        if (self.phase == "decode" and step == 0) or (self.phase == "prefill" and not whole):
+        prompt, offset = self.prompt_length(length), self.offset(length)
+        n_prompt = min(max(prompt - offset, 0), length)  # rows of the prompt, which come first
+        if n_prompt == (0 if self.phase == "prefill" else length if self.phase == "decode" else -1):
             return None
-        if self.first_position:
-            return self.prompt_mask(batch, prompt, device)[:, self.first_position : self.first_position + length]
         mask = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        if self.phase != "decode" and whole:
-            mask[:, :prompt] = self.prompt_mask(batch, prompt, device)[:, :length]
-        if self.phase != "prefill" and step > 0:
-            mask[:, prompt if whole else 0 : prompt + step] = True
+        if self.phase != "decode" and n_prompt:
+            mask[:, :n_prompt] = self.prompt_mask(batch, prompt, device)[:, offset : offset + n_prompt]
+        if self.phase != "prefill":
+            mask[:, n_prompt:] = True
         return mask
 
     def prompt_mask(self, batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
@@ -125,7 +126,10 @@ class EditedPositions:
             return torch.ones(batch if inputs is None else inputs.batch, length, dtype=torch.bool)
         if inputs is None:
             return resolve_mask(self.selected, batch, length, None)
-        inputs.check_whole()
+        if not is_token_kind(self.selected):
+            return resolve_mask(self.selected, inputs.batch, length, None)
+        if inputs.is_part:  # of a prompt, behind a KV cache
+            return inputs.part_mask(self.selected, self.offset(inputs.length), length)
         return resolve_mask(self.selected, inputs.batch, length, inputs.host_masks)
 
 

@@ -114,10 +114,11 @@ def _knock_out(queries: EditedPositions, keys: EditedPositions, inside: tuple[in
             return None
         # The keys are those of the KV cache, the prompt's first, in every step.
         prompt = keys.prompt_length(kv_length)
-        if kv_length < prompt:
+        if kv_length < min(prompt, queries.offset(q_length) + q_length):
             raise LayoutError(f"{hook.name} holds {kv_length} keys, fewer than the {prompt} tokens of the prompt.")
         key_mask = torch.zeros(batch, kv_length, dtype=torch.bool, device=scores.device)
-        key_mask[:, :prompt] = keys.prompt_mask(batch, prompt, scores.device)
+        # a part of a prompt has no later keys
+        key_mask[:, :prompt] = keys.prompt_mask(batch, prompt, scores.device)[:, :kv_length]
         flags = head_flags(inside, n_heads, scores.device)
         lowest = torch.finfo(scores.dtype).min
         # [head], [batch query] and [batch key] -> [batch head query key]

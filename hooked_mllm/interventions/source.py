@@ -57,13 +57,16 @@ class Source:
         batch = x.shape[0] if inputs is None else inputs.batch
         square = is_quadratic(name)
         self._check_shape(name, value, x, axis, batch, square)
-        if square and value.shape[-1] < x.shape[-1]:  # keys of a static cache, or generated since: the patch has none
+        if square:  # keys of a static cache, or generated since, of which the patch has none; or a part of a prompt
             empty = 0.0 if name.endswith("pattern") else torch.finfo(x.dtype).min
             value = torch.nn.functional.pad(value, (0, x.shape[-1] - value.shape[-1]), value=empty)
         if self.source_positions is None:
-            value = self._same_positions(name, value, x, axis)
-            if self.edited.first_position:
-                value = value.narrow(axis, self.edited.first_position, x.shape[axis])
+            self._check_positions(name, value, x, axis)
+            offset = self.edited.offset(x.shape[axis])
+            short = offset + x.shape[axis] - value.shape[axis]
+            if short > 0:  # generated tokens, which are not replaced
+                value = torch.cat([value, x.narrow(axis, x.shape[axis] - short, short)[: len(value)] * 0], dim=axis)
+            value = value.narrow(axis, offset, x.shape[axis])
         if len(value) not in (1, len(x)):
             value = value.repeat_interleave(len(x) // len(value), dim=0)
         value = value.expand(len(x), *value.shape[1:])
@@ -78,7 +81,7 @@ class Source:
                 "activation of the same point, of one sample or of the same number of samples."
             )
 
-    def _same_positions(self, name: str, value: Tensor, x: Tensor, axis: int) -> Tensor:
+    def _check_positions(self, name: str, value: Tensor, x: Tensor, axis: int) -> None:
         inputs = self.edited.inputs
         length = self.edited.prompt_length(x.shape[axis])
         if self.edited.tower != "text":
@@ -87,7 +90,7 @@ class Source:
                     f"The patch of {name} has {len(value)} x {value.shape[axis]} rows, this run {len(x)} x {length}: "
                     "the images are of other sizes."
                 )
-            return value
+            return
         if self._compared is not inputs or value.shape[axis] != length:
             source_counts = _counts(self.masks, value.shape[axis], len(value))
             run_counts = _counts(None if inputs is None else inputs.host_masks, length, len(value))
@@ -99,14 +102,17 @@ class Source:
                     "source_positions=."
                 )
             self._compared = inputs
-        short = x.shape[axis] - value.shape[axis]
-        if short <= 0 or self.edited.first_position:
-            return value
-        return torch.cat([value, x.narrow(axis, value.shape[axis], short)[: len(value)] * 0], dim=axis)
 
     def _moved(self, name: str, value: Tensor, x: Tensor, mask: Tensor, axis: int) -> Tensor:
         assert self.source_positions is not None
         index = resolve_positions(self.source_positions, len(x), value.shape[axis], self._repeated(len(x)))
+        length, rows, offset = (
+            self.edited.prompt_length(x.shape[axis]),
+            x.shape[axis],
+            self.edited.offset(x.shape[axis]),
+        )
+        if length > rows:  # a part of a prompt
+            mask = self.edited.prompt_mask(len(x), length, mask.device)
         n_targets, n_sources = mask.sum(1).tolist(), (index >= 0).sum(1).tolist()
         if n_targets != n_sources:
             raise LayoutError(
@@ -116,6 +122,7 @@ class Source:
         # the source position of each position of the run [batch pos]
         moved = torch.zeros(mask.shape, dtype=torch.long)
         moved[mask.cpu()] = index[index >= 0]
+        moved = moved[:, offset : offset + rows] if length > rows else moved
         shape = [1] * x.dim()
         shape[0], shape[axis] = moved.shape
         return torch.take_along_dim(value, moved.view(shape).to(x.device), dim=axis)

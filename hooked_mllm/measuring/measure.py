@@ -286,13 +286,17 @@ def _one(
         if shared is not None:
             run_shared(model, shared, collector)
             return collector.views
-        if any(getattr(metric, "needs_residual", False) for metric in metrics):
-            residual_hooks = model.registry.attach("blocks.*.hook_resid_pre", collector.keep_residual, reads_only=True)
-        for site in sites:
-            site.add_tap(collector)
-            taken.append(site)
-        with torch.no_grad():
-            model.run_trunk(inputs)
+        context = model.registry.context
+        with context.scope(of_run=True) as scope:
+            with context.registers_in(scope):
+                if any(getattr(metric, "needs_residual", False) for metric in metrics):
+                    name, keep = "blocks.*.hook_resid_pre", collector.keep_residual
+                    residual_hooks = model.registry.attach(name, keep, reads_only=True)
+                for site in sites:
+                    site.add_tap(collector)
+                    taken.append(site)
+            with torch.no_grad():
+                model.run_trunk(inputs)
     except BaseException:
         for metric in metrics:
             metric.setup(model.info)  # drops the half-measured sample

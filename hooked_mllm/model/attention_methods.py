@@ -1,10 +1,10 @@
 """Which attention a model runs: an implementation of transformers, or a backend."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
-from hooked_mllm.attention.backends import AttentionBackend, is_known, restricts
+from hooked_mllm.attention.backends import AttentionBackend, is_known
 from hooked_mllm.attention.site import AttentionSite
 from hooked_mllm.contracts import Tower
 from hooked_mllm.errors import HookValueError, InputError
@@ -23,12 +23,6 @@ class AttentionMethods:
 
     def _sites(self, tower: str) -> list[AttentionSite]:
         return self.wiring.text if tower == "text" else self.wiring.vision
-
-    def _set_backend(self, backend: AttentionBackend | None, tower: str) -> None:
-        self.wiring.switches[tower].slim = restricts(backend)
-        for site in self._sites(tower):
-            site.backend = backend
-            site.refresh()
 
     def _fitting(self, backend: Any, tower: str) -> AttentionBackend:
         """A backend for a tower, checked against the tower's shape."""
@@ -76,18 +70,24 @@ class AttentionMethods:
         """
         if tower not in self.wiring.switches:
             raise HookValueError(f"tower is 'text' or 'vision'; got {tower!r}.")
-        with ExitStack() as stack:
-            if isinstance(implementation, str):
-                if not is_known(implementation):
-                    raise HookValueError(
-                        f"transformers has no attention implementation {implementation!r}; 'eager' and 'sdpa' are "
-                        "always available."
-                    )
-                stack.enter_context(self.wiring.switches[tower].using(implementation))
-            backend = None if isinstance(implementation, str) else self._fitting(implementation, tower)
-            stack.callback(self._set_backend, self._sites(tower)[0].backend, tower)
-            self._set_backend(backend, tower)
-            yield
+        base, backend = None, None
+        if not isinstance(implementation, str):
+            backend = self._fitting(implementation, tower)
+        elif is_known(implementation):
+            base = implementation
+        else:
+            raise HookValueError(
+                f"transformers has no attention implementation {implementation!r}; 'eager' and 'sdpa' are always "
+                "available."
+            )
+        switch, context = self.wiring.switches[tower], self.wiring.registry.context
+        with context.scope() as scope:
+            with context.registers_in(scope):
+                choice = switch.choose(base, backend)
+            try:
+                yield
+            finally:
+                switch.withdraw(choice)
 
 
 def split_attention(

@@ -181,5 +181,5 @@ class HookMethods:
             ...     z[:, :, 4] = 0
             >>> logits = model.run_with_hooks(sample, fwd_hooks=[("blocks.2.attn.hook_z", zero_head_4)])
         """
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+        with self.registry.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts, of_run=True):
             return self.forward(inputs, **forward)

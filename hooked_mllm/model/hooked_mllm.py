@@ -120,7 +120,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         hf_model, processor = load_model(path_or_id, dtype, device, device_map, revision, named, **kwargs)
         model = cls(hf_model, processor, name=str(path_or_id), revision=revision, check=check)
         for tower, backend in backends.items():
-            model._set_backend(model._fitting(backend, tower), tower)
+            model.wiring.switches[tower].choose(None, model._fitting(backend, tower))
         return model
 
     @classmethod

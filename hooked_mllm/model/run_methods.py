@@ -15,10 +15,10 @@ from hooked_mllm.cache.run import CacheRequest, cached_forward, cached_generatio
 from hooked_mllm.contracts import Model, ReturnType
 from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.families.base import Family
-from hooked_mllm.hooks.point import Clock
 from hooked_mllm.hooks.registry import HookRegistry, NameFilter
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 from hooked_mllm.model.run_checks import check_arguments, check_generation, check_half, checking_half, labels_of
+from hooked_mllm.model.running import following_steps, running
 
 
 class StopForwardError(Exception):
@@ -73,6 +73,7 @@ class RunMethods:
         *,
         return_type: ReturnType | None = "logits",
         stop_at_layer: int | None = None,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> Tensor | tuple[Tensor, Tensor] | ModelOutput | None:
         """One forward pass.
@@ -83,6 +84,8 @@ class RunMethods:
                 of `labels`); "both"; "output" for transformers' own output; None to compute no logits.
             stop_at_layer: Return the residual stream `[batch pos d_model]` entering this block and run no further
                 block; a negative number counts from the end.
+            prompt_length: Positions of the prompt, where the inputs are a part of it behind `past_key_values`; without
+                it, one token behind a KV cache counts as generated, several as the end of the prompt.
             **kwargs: For the transformers model, such as `logits_to_keep=1`.
 
         Raises:
@@ -91,8 +94,8 @@ class RunMethods:
         """
         if inputs is None:
             check_arguments(self.hf_model, kwargs)
-            return self.run(self.resolve(kwargs), return_type, stop_at_layer)
-        return self.run(self.resolve(inputs), return_type, stop_at_layer, **kwargs)
+            return self.run(self.resolve(kwargs), return_type, stop_at_layer, prompt_length)
+        return self.run(self.resolve(inputs), return_type, stop_at_layer, prompt_length, **kwargs)
 
     __call__ = forward
 
@@ -101,6 +104,7 @@ class RunMethods:
         inputs: ResolvedInput,
         return_type: ReturnType | None = "logits",
         stop_at_layer: int | None = None,
+        prompt_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """`forward` on resolved inputs."""
@@ -108,16 +112,14 @@ class RunMethods:
             raise HookValueError(f"return_type is 'logits', 'loss', 'both', 'output' or None; got {return_type!r}.")
         check_arguments(self.hf_model, kwargs)
         if return_type is None and stop_at_layer is None:
-            self.run_trunk(inputs, **kwargs)
+            self.run_trunk(inputs, prompt_length, **kwargs)
             return None
         arguments = {"use_cache": False, **inputs.tensors, **kwargs}
         if return_type in ("loss", "both"):
             arguments["labels"] = labels_of(inputs)
-        if arguments.get("past_key_values") is None:
-            self.family.reset(self.hf_model)
         if stop_at_layer is not None:
-            return self._run_to(stop_at_layer, inputs, arguments)
-        with self.registry.running_on(inputs):
+            return self._run_to(stop_at_layer, inputs, arguments, prompt_length)
+        with running(cast(Model, self), inputs, arguments, prompt_length=prompt_length):
             output = self.hf_model(**arguments)
         check_half(output.logits)
         if return_type == "output":
@@ -127,23 +129,23 @@ class RunMethods:
         return output.loss if return_type == "loss" else output.logits
 
     def _run_to(
-        self, layer: int, inputs: ResolvedInput, arguments: dict[str, Any]
+        self, layer: int, inputs: ResolvedInput, arguments: dict[str, Any], prompt_length: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block `layer`; later blocks do not run."""
-        module = stop_module(self.hf_model, self.family, layer)
-        try:
-            with self.registry.running_on(inputs), stopping_at(module):
+        module, stop = stop_module(self.hf_model, self.family, layer)
+        with running(cast(Model, self), inputs, arguments, stop, prompt_length=prompt_length), stopping_at(module):
+            try:
                 self.hf_model(**arguments)
-        except StopForwardError as stopped:
-            return stopped.residual
+            except StopForwardError as stopped:
+                return stopped.residual
         raise AssertionError(f"the forward pass did not reach block {layer}")
 
-    def run_trunk(self, inputs: ResolvedInput, **kwargs: Any) -> None:
+    def run_trunk(self, inputs: ResolvedInput, prompt_length: int | None = None, **kwargs: Any) -> None:
         """A forward pass without the unembedding, for hooks and attention taps."""
-        self.family.reset(self.hf_model)
         tensors = {k: v for k, v in inputs.tensors.items() if k not in ("labels", "logits_to_keep")}
-        with self.registry.running_on(inputs):
-            self.hf_model.model(**{"use_cache": False, **tensors, **kwargs})
+        arguments = {"use_cache": False, **tensors, **kwargs}
+        with running(cast(Model, self), inputs, arguments, head=False, prompt_length=prompt_length):
+            self.hf_model.model(**arguments)
 
     @overload
     def generate(
@@ -178,11 +180,11 @@ class RunMethods:
     def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any:
         """`generate` on resolved inputs."""
         check_generation(inputs)
-        self.family.reset(self.hf_model)
-        tensors = {k: v for k, v in inputs.tensors.items() if k != "labels"}
-        counting = counting_steps(self.hf_model, self.registry.clock)
-        with self.registry.running_on(inputs), counting, checking_half(self.hf_model):
-            return self.hf_model.generate(**{**tensors, **kwargs})
+        arguments = {**{k: v for k, v in inputs.tensors.items() if k != "labels"}, **kwargs}
+        hf_model = self.hf_model
+        with running(cast(Model, self), inputs, {}) as run, following_steps(hf_model, run, inputs.length):
+            with checking_half(hf_model):
+                return hf_model.generate(**arguments)
 
     @overload
     def run_with_cache(
@@ -297,8 +299,8 @@ class RunMethods:
                 self.registry.clear_contexts()
 
 
-def stop_module(model: nn.Module, family: Family, layer: int) -> nn.Module:
-    """The module whose input is the residual stream entering block `layer`.
+def stop_module(model: nn.Module, family: Family, layer: int) -> tuple[nn.Module, int]:
+    """The module whose input is the residual stream entering block `layer`, and that block's index.
 
     Raises:
         HookNameError: For a layer that the model does not have.
@@ -308,7 +310,7 @@ def stop_module(model: nn.Module, family: Family, layer: int) -> nn.Module:
     if not -count <= layer <= count:
         raise HookNameError(f"stop_at_layer={layer} is out of range: the model has {count} blocks.")
     layer = layer + count if layer < 0 else layer
-    return model.get_submodule(family.ln_final) if layer == count else blocks[layer]
+    return model.get_submodule(family.ln_final) if layer == count else blocks[layer], layer
 
 
 @contextmanager
@@ -323,19 +325,3 @@ def stopping_at(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def counting_steps(model: nn.Module, clock: Clock) -> Iterator[None]:
-    """Count the calls of the model as steps of a generation in the body of a `with`: 0 is the prefill."""
-    clock.calls = -1
-
-    def count(*_: Any) -> None:
-        clock.calls += 1
-
-    handle = model.register_forward_pre_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
-        clock.calls = 0

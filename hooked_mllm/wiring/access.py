@@ -23,6 +23,8 @@ class Access(ABC):
 
     path: str
     side: Side
+    #: whether `get` returns memory that the model continues from, and no copy
+    live = False
 
     @abstractmethod
     def get(self, call: Call) -> Tensor | None:

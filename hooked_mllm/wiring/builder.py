@@ -28,8 +28,8 @@ class Builder:
 
     def point(self, spec: PointSpec, tower: TowerName, layer: int | None = None) -> HookPoint:
         """Make a hook point for an entry of the table, and register it."""
-        name, clock = spec.name(tower, layer), self.registry.clock
-        return self.registry.add(HookPoint(name, tower=tower, block=layer, clock=clock, on_change=self._changed))
+        name, context = spec.name(tower, layer), self.registry.context
+        return self.registry.add(HookPoint(name, tower=tower, block=layer, context=context, on_change=self._changed))
 
     def module_hook(self, path: str, side: Side) -> ModuleHook:
         """The module hook on one side of a module, made on first use.
@@ -42,6 +42,7 @@ class Builder:
 
     def bind(self, point: HookPoint, access: Access) -> None:
         """Let the module hook of an access run a point, and those of its watchers serve it."""
+        point.live = access.live
         self.module_hook(access.path, access.side).bind(point, access.get, access.put)
         for path, side, fn in access.watchers():
             self.module_hook(path, side).watch(fn, [point])

@@ -132,8 +132,8 @@ class ScaledOutput(Access):
     gain: str
     output_of: str
     stream_into: str
-    #: the stream and the output of the call that is under way
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    #: the streams and outputs of the calls in progress; several where a hook runs the model inside of a run
+    kept: dict[str, list[Tensor]] = field(default_factory=lambda: {"stream": [], "output": []})
 
     @classmethod
     def of(cls, spec: PointSpec, context: BlockContext) -> "ScaledOutput":
@@ -152,15 +152,15 @@ class ScaledOutput(Access):
     def watchers(self) -> list[Watcher]:
         """Keep the stream before the addition, and the output that is added to it."""
         return [
-            (self.stream_into, "input", lambda call: self.kept.__setitem__("stream", call.first())),
-            (self.output_of, "output", lambda call: self.kept.__setitem__("output", call.main())),
+            (self.stream_into, "input", lambda call: self.kept["stream"].append(call.first())),
+            (self.output_of, "output", lambda call: self.kept["output"].append(call.main())),
         ]
 
     def get(self, call: Call) -> Stream:
         """The output times the gain."""
-        call.state["stream"] = self.kept.pop("stream")
+        call.state["stream"] = self.kept["stream"].pop()
         gain: Tensor = getattr(self.block, self.gain)  # [d_model]
-        return add_batch_axis(gain * self.kept.pop("output"), self.packed)
+        return add_batch_axis(gain * self.kept["output"].pop(), self.packed)
 
     def put(self, call: Call, value: Stream) -> None:
         """Let the sum be the stream plus `value`."""

@@ -28,9 +28,28 @@ class DeepStack:
     """
 
     def __init__(self, family: Family) -> None:
-        self.features: list[Features] | None = None
-        self.mask: Bool[Tensor, "batch pos"] | None = None
+        #: of the calls in progress; several where a hook runs the model inside of a run
+        self.calls: list[tuple[list[Features] | None, Bool[Tensor, "batch pos"] | None]] = []
         self.family = family
+
+    @property
+    def features(self) -> list[Features] | None:
+        """The features of the innermost call; None without images."""
+        return self.calls[-1][0] if self.calls else None
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch pos"] | None:
+        """The visual positions of the innermost call."""
+        return self.calls[-1][1] if self.calls else None
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """Hide the features of calls outside of the body of a `with`, and of calls that raised."""
+        before, self.calls = self.calls, []
+        try:
+            yield
+        finally:
+            self.calls = before
 
     @contextmanager
     def holding(self, features: list[Features], mask: Bool[Tensor, "batch pos"] | None) -> Iterator[list[Features]]:
@@ -40,23 +59,23 @@ class DeepStack:
             features: One tensor a block; hooks replace entries of this list.
             mask: The visual positions.
         """
-        before = self.features, self.mask
-        self.features, self.mask = features or None, mask
+        self.calls.append((features or None, mask))
         try:
             yield features
         finally:
-            self.features, self.mask = before
+            self.calls.pop()
 
     def enter(self, call: Call) -> None:
         """Take the features from a call of the language model."""
-        features, self.mask = self.family.deepstack_of(call.kwargs)
-        self.features = features or None
+        features, mask = self.family.deepstack_of(call.kwargs)
+        self.calls.append((features or None, mask))
         if self.features is not None and self.family.deepstack_arguments is not None:
             call.set_argument(self.family.deepstack_arguments[0], self.features)  # a list of which entries are replaced
 
     def leave(self, call: Call) -> None:
         """Forget them after the call."""
-        self.features = self.mask = None
+        if self.calls:
+            self.calls.pop()
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
             "transformers may build the model in another way than this package supports."
         ) from error
     builder.finish()
+    registry.on_run += [wiring.deepstack.fresh, *(switch.applied for switch in wiring.switches.values())]
     # weak: a hook may hold the wrapper, and a registered module hook is held by its module
     module_hooks = [weakref.ref(m) for m in builder.module_hooks.values()]
     weakref.finalize(wiring, _unregister, module_hooks, list(wiring.switches.values()))
@@ -143,7 +144,7 @@ def _wire_blocks(tower: TowerName, model: PreTrainedModel, builder: Builder, wir
     parts, sites = (family.vision, wiring.vision) if vision else (family.text, wiring.text)
     sizes = family.vision_sizes(model) if vision else family.text_sizes(model)
     config = family.vision_config(model.config) if vision else family.text_config(model.config)
-    switch = wiring.switches[tower] = TowerSwitch(config, parts.packed)
+    switch = wiring.switches[tower] = TowerSwitch(config, parts.packed, wiring.registry.context)
     blocks = parts.modules(model)
     depth = family.vision_depth(model) if vision else len(blocks)
     n_deepstack = 0 if vision else family.n_deepstack(model)

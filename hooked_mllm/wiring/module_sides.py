@@ -34,6 +34,7 @@ class ModuleSide(Access):
     d_head: int | None = None
     in_place: bool = False
     argument: str | None = None
+    live = True
 
     def content(self, call: Call) -> Any:
         """What the module takes or returns: a tensor, or an output class whose fields the family reads."""
@@ -96,6 +97,7 @@ class FusedSide(ModuleSide):
 class FamilySide(ModuleSide):
     """An activation that functions of the family read and write, from and to what the module takes or returns."""
 
+    live = False
     read: Callable[[Any], Tensor] = field(kw_only=True)
     write: Callable[[Tensor, Any], Any] = field(kw_only=True)
 

@@ -25,7 +25,7 @@ def registry() -> HookRegistry:
     for name in NAMES:
         block = re.search(r"blocks\.(\d+)", name)
         tower = "vision" if name.startswith("vision") else "text"
-        made.add(HookPoint(name, tower=tower, block=int(block[1]) if block else None, clock=made.clock))
+        made.add(HookPoint(name, tower=tower, block=int(block[1]) if block else None, context=made.context))
     return made
 
 

@@ -1,0 +1,133 @@
+"""What is active where: the runs of one model, and the scopes of its hooks, as one thread or task sees them.
+
+A run is one forward pass or generation. A scope contains what one `with` statement or one call registered; hooks without
+a scope are active everywhere. Threads and asyncio tasks have their own runs and scopes (contextvars), and take turns.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+
+@dataclass(eq=False)
+class Run:
+    """One forward pass or generation in progress.
+
+    Attributes:
+        inputs: What hooks read each position's kind from; None where it is unknown.
+        parent: The run inside of which it was started, by a hook.
+        first: Position in the sequence of the first row of text activations.
+        prompt_length: Positions of the prompt; None where every row belongs to it.
+        rows: Rows of text activations in this call of the model; None where it is unknown.
+        step: 0 in the prefill, n in the n-th decoding step.
+        fired: Names of the points whose hooks ran.
+        kept: What the wiring keeps from one module to a later one.
+    """
+
+    inputs: Any
+    parent: Optional["Run"] = None
+    first: int = 0
+    prompt_length: int | None = None
+    rows: int | None = None
+    step: int = 0
+    fired: set[str] = field(default_factory=set)
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Scope:
+    """What one `with` statement or call registered.
+
+    Attributes:
+        of_run: Whether runs that are started inside of its run are excluded.
+        outer: The run inside of which it was opened.
+    """
+
+    of_run: bool
+    outer: Run | None
+
+
+class RunContext:
+    """The runs and scopes of one model."""
+
+    def __init__(self) -> None:
+        #: held while the model runs and while hooks are registered; one thread may take it several times
+        self.lock = threading.RLock()
+        self._run: ContextVar[Run | None] = ContextVar("run", default=None)
+        self._scopes: ContextVar[tuple[Scope, ...]] = ContextVar("scopes", default=())
+        self._registering: ContextVar[Scope | None] = ContextVar("registering", default=None)
+        self._recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+    @property
+    def run(self) -> Run | None:
+        """The innermost run in progress."""
+        return self._run.get()
+
+    @property
+    def step(self) -> int:
+        """0 in the prefill or outside of a generation, n in the n-th decoding step."""
+        run = self._run.get()
+        return 0 if run is None else run.step
+
+    @property
+    def registering(self) -> Scope | None:
+        """The scope of what is registered now; None for all runs."""
+        return self._registering.get()
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether a backward pass computes a block again: hooks that only read are then left out."""
+        return self._recomputing.get()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Mark the body of a `with` as a second computation."""
+        token = self._recomputing.set(True)
+        try:
+            yield
+        finally:
+            self._recomputing.reset(token)
+
+    def sees(self, scope: Scope | None) -> bool:
+        """Whether what a scope contains is active here."""
+        if scope is None:
+            return True
+        if scope not in self._scopes.get():
+            return False
+        if not scope.of_run:
+            return True
+        run = self._run.get()
+        return scope.outer is (None if run is None else run.parent)
+
+    @contextmanager
+    def running(self, run: Run) -> Iterator[Run]:
+        """Make `run` the one in progress; other threads wait until it has ended."""
+        with self.lock:
+            run.parent = self._run.get()
+            token = self._run.set(run)
+            try:
+                yield run
+            finally:
+                self._run.reset(token)
+
+    @contextmanager
+    def scope(self, of_run: bool = False) -> Iterator[Scope]:
+        """Open a scope for the body of a `with`; scopes may be closed in any order."""
+        scope = Scope(of_run, self._run.get())
+        self._scopes.set((*self._scopes.get(), scope))
+        try:
+            yield scope
+        finally:
+            self._scopes.set(tuple(s for s in self._scopes.get() if s is not scope))
+
+    @contextmanager
+    def registers_in(self, scope: Scope | None) -> Iterator[None]:
+        """Add everything that is registered in the body of a `with` to a scope."""
+        token = self._registering.set(scope)
+        try:
+            yield
+        finally:
+            self._registering.reset(token)

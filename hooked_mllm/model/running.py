@@ -1,0 +1,129 @@
+"""One run of the model: its place in the sequence, the attention that is active, and whether every hook fired."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hooked_mllm.contracts import Model
+from hooked_mllm.errors import HookValueError
+from hooked_mllm.hooks.point import HookPoint
+from hooked_mllm.hooks.run_context import Run
+from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.model.recomputing import hooks_when_recomputed
+
+
+@contextmanager
+def running(
+    model: Model,
+    inputs: ResolvedInput,
+    arguments: Mapping[str, Any],
+    stop: int | None = None,
+    head: bool = True,
+    prompt_length: int | None = None,
+) -> Iterator[Run]:
+    """Run the model in the body of a `with`; at its end, hooks that should have fired and did not raise.
+
+    Args:
+        model: A `HookedMLLM`.
+        inputs: What it runs on.
+        arguments: What it is called with.
+        stop: The first block that is not run; None for the end.
+        head: Whether logits are computed.
+        prompt_length: Positions of the prompt, of which the inputs may be a part; None where they complete it.
+
+    Raises:
+        HookValueError: If an activation was computed without the hooks that are registered on it.
+    """
+    past = cache_length(arguments.get("past_key_values"))
+    with model.registry.running_on(inputs, first=past) as run, ExitStack() as stack:
+        run.rows = inputs.length
+        if prompt_length is None:  # one token behind a KV cache is a generated one
+            prompt_length = past if past and inputs.length == 1 else past + inputs.length
+        run.prompt_length, run.step = prompt_length, max(0, past + inputs.length - prompt_length)
+        if run.parent is not None:  # the run outside continues with the state of its own prompt
+            stack.callback(model.family.restore, model.hf_model, model.family.state(model.hf_model))
+        if not past:
+            model.family.reset(model.hf_model)
+        if hooked(model) and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
+            # compiled code keeps the hooks and the attention of the call in which it was compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(hooks_when_recomputed(model))
+        yield run
+        check_fired(model, run, inputs, stop, head)
+
+
+def hooked(model: Model) -> bool:
+    """Whether a hook, a tap or a backend is active that compiled code could miss."""
+    wiring = model.wiring
+    if model.registry.in_use:
+        return True
+    for tower, sites in (("text", wiring.text), ("vision", wiring.vision)):
+        if any(site.taps for site in sites) or (wiring.switches[tower].chosen and not _outside_graphs(sites[0])):
+            return True
+    return False
+
+
+def _outside_graphs(site: Any) -> bool:
+    """Whether the attention of a tower is called between compiled pieces, as with `compile_blocks`."""
+    return bool(getattr(site.implementation, "_torchdynamo_disable", False))
+
+
+def cache_length(past: Any) -> int:
+    """Positions in a KV cache; 0 without one."""
+    return 0 if past is None else int(past.get_seq_length())
+
+
+@contextmanager
+def following_steps(model: nn.Module, run: Run, prompt_length: int) -> Iterator[None]:
+    """Keep the position and the step of a generation up to date, by position and not by call, in a `with`."""
+    run.prompt_length, calls, end = prompt_length, 0, 0
+
+    def follow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal calls, end
+        past, tokens = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        if past is None:
+            run.first = 0
+        else:
+            length = past.get_seq_length()
+            run.first = length if isinstance(length, int) else (end if calls else int(length))
+        if run.first >= prompt_length or (past is None and calls):
+            run.step += 1
+        rows = kwargs["inputs_embeds"].shape[1] if tokens is None else tokens.shape[1]
+        run.rows = rows
+        end, calls = run.first + rows, calls + 1
+
+    handle = model.register_forward_pre_hook(follow, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_fired(model: Model, run: Run, inputs: ResolvedInput, stop: int | None, head: bool) -> None:
+    """Raise if a hook is active on an activation that the run reached, and the hook did not run.
+
+    Raises:
+        HookValueError: With the names of the points.
+    """
+    images = any(value is not None for name, value in inputs.tensors.items() if name.startswith("pixel_values"))
+
+    def reached(point: HookPoint) -> bool:
+        if point.tower != "text" or point.name.endswith("hook_deepstack"):
+            return images and (point.block is None or stop is None or point.tower != "text" or point.block < stop)
+        if point.block is not None:
+            return stop is None or point.block < stop
+        return point.name == "hook_embed" or (stop is None and (head or point.name != "hook_logits"))
+
+    active = [p for p in model.registry.hook_dict.values() if p.registered and p.name not in run.fired and p.active]
+    lost = [point.name for point in active if reached(point)]
+    if lost:
+        shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        raise HookValueError(
+            f"This run did not call the hooks on {shown}, so what they edit or read was lost. The module was called in "
+            "another way than by the model, its torch hooks were removed, or the inputs skip it (inputs_embeds). "
+            "Load the model again, without compiled or replaced modules."
+        )
