@@ -1,7 +1,7 @@
 """What is active where: the runs of one model, and the scopes of its hooks, as one thread or task sees them.
 
-A run is one forward pass or generation. A scope contains what one `with` statement or one call registered; hooks without
-a scope are active everywhere. Threads and asyncio tasks have their own runs and scopes (contextvars), and take turns.
+A run is one forward pass or generation. A scope has what one `with` statement or one call registered; hooks without a
+scope are active everywhere. Threads and asyncio tasks have their own runs and scopes (contextvars), and take turns.
 """
 
 import threading

@@ -106,11 +106,8 @@ class Source:
     def _moved(self, name: str, value: Tensor, x: Tensor, mask: Tensor, axis: int) -> Tensor:
         assert self.source_positions is not None
         index = resolve_positions(self.source_positions, len(x), value.shape[axis], self._repeated(len(x)))
-        length, rows, offset = (
-            self.edited.prompt_length(x.shape[axis]),
-            x.shape[axis],
-            self.edited.offset(x.shape[axis]),
-        )
+        rows = x.shape[axis]
+        length, offset = self.edited.prompt_length(rows), self.edited.offset(rows)
         if length > rows:  # a part of a prompt
             mask = self.edited.prompt_mask(len(x), length, mask.device)
         n_targets, n_sources = mask.sum(1).tolist(), (index >= 0).sum(1).tolist()

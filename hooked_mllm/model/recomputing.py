@@ -1,4 +1,4 @@
-"""Gradient checkpointing with hooks: a block that the backward pass computes again gets the hooks of its forward pass."""
+"""Gradient checkpointing with hooks: blocks computed again in the backward pass have the hooks of the forward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

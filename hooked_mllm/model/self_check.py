@@ -7,7 +7,7 @@ from torch import Tensor
 from hooked_mllm.cache import ActivationCache
 from hooked_mllm.cache.run import CacheRequest, cached_forward
 from hooked_mllm.contracts import Model, Tower
-from hooked_mllm.errors import HookedMLLMError, UnsupportedModelError
+from hooked_mllm.errors import HookedMLLMError, HookValueError, UnsupportedModelError
 from hooked_mllm.inputs.sample import Sample
 
 
@@ -40,7 +40,10 @@ def self_check(model: Model) -> None:
     except HookedMLLMError as error:
         raise _fail(model, f"a sample could not be prepared ({error})") from error
     plain = model(inputs)
-    hooked, cache = cached_forward(model, model.resolve(inputs), CacheRequest())
+    try:
+        hooked, cache = cached_forward(model, model.resolve(inputs), CacheRequest())
+    except HookValueError as error:
+        raise _fail(model, str(error)) from error
     assert hooked is not None
     if not torch.equal(plain, hooked):
         difference = (plain.float() - hooked.float()).abs().max().item()

@@ -63,7 +63,7 @@ def test_a_point_that_never_fires_is_found(monkeypatch):
     family = Qwen3VL()
     family.n_deepstack = lambda model: 3  # one more than there is
     wired_as(monkeypatch, family)
-    with pytest.raises(UnsupportedModelError, match="these hook points never fired: blocks.2.hook_deepstack"):
+    with pytest.raises(UnsupportedModelError, match="did not call the hooks on blocks.2.hook_deepstack"):
         HookedMLLM.from_model(fresh("qwen3_vl"), tiny_processor("qwen3_vl"))
 
 
