@@ -15,19 +15,11 @@ from hooked_mllm.layout import Region, TokenLayout
 class Scores(Protocol):
     """Scores of attention heads, such as `HeadScores`."""
 
-    @property
-    def values(self) -> Tensor:
-        """`[layer head]`; NaN in layers that were not measured."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What the numbers are."""
-        ...
+    values: Tensor  #: `[layer head]`; NaN in layers that were not measured
+    name: str  #: what the numbers are
 
     def top(self, k: int | float) -> Iterable[tuple[int, int]]:
         """The `k` highest heads (int), or that share of them (float)."""
-        ...
 
 
 @runtime_checkable
@@ -37,75 +29,46 @@ class Curve(Protocol):
     @property
     def ks(self) -> Sequence[int]:
         """Numbers of heads, ascending."""
-        ...
 
     @property
     def objective(self) -> str:
         """Name of the objective."""
-        ...
 
     @property
     def rankings(self) -> Sequence[str]:
         """The rankings measured: "top", "bottom", "random"."""
-        ...
 
     @property
     def n_samples(self) -> int:
         """Number of samples."""
-        ...
 
     @property
     def values(self) -> Mapping[str, Float[np.ndarray, "seed k"]]:
         """The mean over samples, by ranking."""
-        ...
 
     def mean(self, ranking: str) -> Float[np.ndarray, " k"]:
         """The mean over samples and seeds."""
-        ...
 
     def interval(self, ranking: str, level: float = ...) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
         """Lower and upper ends for each k."""
-        ...
 
 
 @runtime_checkable
 class Coverage(Protocol):
     """Coverage of the target against the number of heads, such as `CoverageCurve`."""
 
-    @property
-    def ks(self) -> Sequence[int]:
-        """Numbers of heads."""
-        ...
-
-    @property
-    def coverage(self) -> Sequence[float]:
-        """The share covered by each number of heads, 0 to 1."""
-        ...
+    ks: list[int]  #: numbers of heads
+    coverage: list[float]  #: the share covered by each number of heads, 0 to 1
 
 
 @runtime_checkable
 class Table(Protocol):
     """Effects by layer and column, such as `CausalTable`."""
 
-    @property
-    def values(self) -> Tensor:
-        """`[layer column]`."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The layer of each row."""
-        ...
-
-    @property
-    def places(self) -> Sequence[str | int]:
-        """The position, or the kind of token, of each column."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What the numbers are."""
-        ...
+    values: Tensor  #: `[layer column]`
+    layers: tuple[int, ...]  #: the layer of each row
+    places: tuple[str | int, ...]  #: the position, or the kind of token, of each column
+    name: str  #: what the numbers are
 
 
 @runtime_checkable
@@ -115,22 +78,18 @@ class TaskAgreement(Protocol):
     @property
     def tasks(self) -> Sequence[str]:
         """Names of the tasks."""
-        ...
 
     @property
     def spearman(self) -> np.ndarray:
         """Rank correlations `[task task]`."""
-        ...
 
     @property
     def counts(self) -> Tensor:
         """Number of tasks in which each head is among the top, `[layer head]`."""
-        ...
 
     @property
     def percentile(self) -> float:
         """The percentile from which on a head is among the top."""
-        ...
 
 
 @runtime_checkable
@@ -143,11 +102,9 @@ class TimedVariants(Protocol):
     @property
     def base(self) -> str:
         """The variant that others are compared with."""
-        ...
 
     def times(self, variant: str) -> Mapping[int, Sequence[float]]:
         """Milliseconds of a variant by context length."""
-        ...
 
 
 if TYPE_CHECKING:
@@ -175,12 +132,10 @@ if TYPE_CHECKING:
         @property
         def frames(self) -> np.ndarray:
             """RGB, `[frame height width channel]`."""
-            ...
 
         @property
         def times_s(self) -> Sequence[float]:
             """The time of each frame in seconds."""
-            ...
 
     class Pictured(Protocol):
         """A prepared sample, such as `Sample`."""
@@ -188,27 +143,22 @@ if TYPE_CHECKING:
         @property
         def layout(self) -> TokenLayout:
             """What each position is, and which pixels it sees."""
-            ...
 
         @property
         def question(self) -> str:
             """The question about the pictures."""
-            ...
 
         @property
         def images(self) -> Sequence[Image]:
             """The images, in the order of the prompt."""
-            ...
 
         @property
         def videos(self) -> Sequence[Clip]:
             """The videos, in the order of the prompt."""
-            ...
 
         @property
         def target(self) -> Region | Sequence[Region] | None:
             """The region that the question is about."""
-            ...
 else:  # at run time anything, so that another value reaches the check whose error states what was expected
     Numbers = ScoresLike = CurvesLike = CoverageLike = TimesLike = Any
     StabilityLike = TableLike = HeadChoice = Clip = Pictured = Any
