@@ -37,12 +37,12 @@ class Handle:
     owner: object = None
 
 
+@dataclass
 class Clock:
     """The step of a generation, shared by all hook points of a model."""
 
-    def __init__(self) -> None:
-        #: calls of the model in this generation, minus one; -1 before the first call, when images may be encoded
-        self.calls = 0
+    #: calls of the model in this generation, minus one; -1 before the first call, when images may be encoded
+    calls: int = 0
 
     @property
     def step(self) -> int:
@@ -80,9 +80,7 @@ class HookPoint:
         self.name = name
         self.tower: TowerName = tower
         self.ctx: dict[Any, Any] = {}
-        self._block = block
-        self._clock = clock or Clock()
-        self._on_change = on_change
+        self._block, self._clock, self._on_change = block, clock or Clock(), on_change
         self._handles: list[Handle] = []
 
     def __repr__(self) -> str:
@@ -129,7 +127,7 @@ class HookPoint:
             The handle by which `remove` removes the hook.
 
         Raises:
-            HookValueError: If `dir` is neither "fwd" nor "bwd", or `fn` is not callable.
+            HookValueError: If `dir` is another text, or `fn` is not callable.
         """
         if dir not in ("fwd", "bwd"):
             raise HookValueError(f"dir must be 'fwd' or 'bwd', got {dir!r}.")
@@ -158,10 +156,7 @@ class HookPoint:
             self._changed()
 
     def remove_hooks(
-        self,
-        dir: Directions = "fwd",
-        including_permanent: bool = False,
-        level: int | None = None,
+        self, dir: Directions = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
         """Remove the hooks of one direction or both.
 
@@ -171,7 +166,7 @@ class HookPoint:
             level: Remove only hooks of this level.
 
         Raises:
-            HookValueError: If `dir` is none of the three.
+            HookValueError: If `dir` is another text.
         """
         if dir not in ("fwd", "bwd", "both"):
             raise HookValueError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}.")
@@ -188,12 +183,7 @@ class HookPoint:
         """Empty `ctx`."""
         self.ctx = {}
 
-    def has_hooks(
-        self,
-        dir: Directions = "both",
-        including_permanent: bool = True,
-        level: int | None = None,
-    ) -> bool:
+    def has_hooks(self, dir: Directions = "both", including_permanent: bool = True, level: int | None = None) -> bool:
         """Whether a hook is registered, of that direction, permanence and level."""
         return any(
             (dir in ("both", h.dir))
@@ -229,18 +219,12 @@ class HookPoint:
         return any(not h.reads_only for h in self._handles)
 
     def run(self, value: Tensor) -> tuple[Tensor, bool]:
-        """Run the hooks on an activation.
-
-        Returns:
-            The activation, and whether the caller must write it to the model.
-        """
-        edited = False
-        if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in self.fwd_hooks):
+        """Run the hooks on an activation; returns it, and whether the caller must write it to the model."""
+        edited, fwd_hooks = False, self.fwd_hooks
+        if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in fwd_hooks):
             # autograd may have saved this tensor: an edit in place would break the backward pass
             value = value.clone()
-        for handle in tuple(self._handles):
-            if handle.dir == "bwd":
-                continue
+        for handle in fwd_hooks:
             version = _version(value)
             before = value.clone() if version is None and not handle.reads_only else None
             result = handle.fn(value, hook=self)
@@ -250,9 +234,9 @@ class HookPoint:
                 edited |= version != _version(value)
             elif before is not None:
                 edited |= not torch.equal(before, value)
-        backward = self.bwd_hooks
-        if backward and torch.is_grad_enabled() and value.is_floating_point():
-            value, edited = self._with_gradient_hooks(value, backward), True
+        bwd_hooks = self.bwd_hooks
+        if bwd_hooks and torch.is_grad_enabled() and value.is_floating_point():
+            value, edited = self._with_gradient_hooks(value, bwd_hooks), True
         return value, edited
 
     def _with_gradient_hooks(self, value: Tensor, handles: list[Handle]) -> Tensor:
@@ -272,11 +256,7 @@ class HookPoint:
         return value
 
     def _checked(self, result: object, value: Tensor) -> Tensor:
-        """What a hook returned.
-
-        Raises:
-            HookValueError: If it is no tensor of the shape, dtype and device of `value`.
-        """
+        """What a hook returned, if it is a tensor of the shape, dtype and device of `value`."""
         if not isinstance(result, Tensor):
             raise HookValueError(
                 f"A hook on {self.name} returned {type(result).__name__}; expected None or a tensor of shape "
