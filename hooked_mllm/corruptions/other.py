@@ -120,7 +120,7 @@ class OtherQuestion(Corruption):
 
 
 def _candidates(pictures: Candidates) -> Iterator[Candidate]:
-    several = [pictures] if isinstance(pictures, Sample | SampleBatch | Video) else loading.as_list(pictures)
+    several = [pictures] if isinstance(pictures, Sample | SampleBatch | Video) else loading.media_list(pictures)
     for candidate in several:
         yield from candidate if isinstance(candidate, SampleBatch) else (candidate,)
 
@@ -128,7 +128,7 @@ def _candidates(pictures: Candidates) -> Iterator[Candidate]:
 def _pictures(candidate: Candidate) -> tuple[list[Image.Image], list[Video]]:
     if isinstance(candidate, Sample):
         return list(candidate.images), list(candidate.videos)
-    pictures = [candidate] if isinstance(candidate, Video) else loading.as_list(candidate)
+    pictures = [candidate] if isinstance(candidate, Video) else loading.media_list(candidate)
     videos = [picture for picture in pictures if isinstance(picture, Video)]
     return [loading.load_image(picture) for picture in pictures if not isinstance(picture, Video)], videos
 

@@ -1,10 +1,6 @@
-"""A chat prompt and where exactly its question and system text lie among the tokens.
+"""A chat prompt, and where its question and system text lie among the tokens.
 
-The chat template is any program: words of the question may occur in it, it may strip or repeat its input. So the range
-of a text is found by rendering the template twice, with the text and with a unique sentinel instead of it; the parts
-before and after must agree. Characters become tokens by the tokenizer's own offsets. The processor then widens every
-image and video placeholder; placeholders are special tokens, which no merge crosses, so the tokens before the first and
-after the last of them stay the same, which is checked.
+A chat template is any program, so a text is located by rendering twice, with the text and with a unique sentinel.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,19 +44,7 @@ class Prompt:
 def render(
     template: ChatTemplate, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0
 ) -> Prompt:
-    """The prompt of one question: images first, then videos, then the question, up to where the answer starts.
-
-    Args:
-        template: An object with `apply_chat_template`, such as a processor.
-        question: The user's question.
-        system: The system prompt.
-        n_images: Number of image placeholders.
-        n_videos: Number of video placeholders.
-
-    Raises:
-        LayoutError: When the rendered prompt does not hold the question or the system prompt exactly once.
-        InputError: When there is no chat template, or it raises an error.
-    """
+    """The prompt of one question: images, videos, system text and question, up to where the answer starts."""
     texts = {"question": question} | ({} if system is None else {"system": system})
     rendered = _apply(template, texts, n_images, n_videos)
     marks = {name: _sentinel(name, rendered) for name in texts}
@@ -80,17 +64,7 @@ def token_spans(
 ) -> dict[str, list[Span]]:
     """Token ranges of the prompt's texts among the processor's `input_ids`, end exclusive.
 
-    A token belongs to a text if it holds one of its characters; a token that it shares with the template only if that
-    character is not white space.
-
-    Args:
-        prompt: A rendered prompt.
-        tokenizer: A fast tokenizer, which gives the characters of each token.
-        input_ids: The processor's token ids of that prompt.
-        placeholders: Ids of the image and video placeholders in the text.
-
-    Raises:
-        LayoutError: When the ids around the text are not those of the rendered prompt.
+    `placeholders` are the ids of images and videos in the text, which the processor repeats.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise LayoutError(
@@ -119,15 +93,7 @@ def token_spans(
 
 
 def check_text(what: str, text: Any) -> None:
-    """Reject what is no text, or an empty one.
-
-    Args:
-        what: The subject of the error message.
-        text: What is checked.
-
-    Raises:
-        InputError: For such a text.
-    """
+    """Raise an InputError for what is no text, or an empty one."""
     if not isinstance(text, str):
         raise InputError(f"The {what} is a text; got {type(text).__name__}.")
     if not text.strip():
@@ -135,17 +101,7 @@ def check_text(what: str, text: Any) -> None:
 
 
 def check_special(text: str, what: str, tokenizer: Tokenizer, placeholders: Sequence[str] = ()) -> None:
-    """Reject a text that holds a special token, which would change the prompt's meaning.
-
-    Args:
-        text: What is checked.
-        what: The subject of the error message.
-        tokenizer: The tokenizer that has special tokens.
-        placeholders: More texts to reject.
-
-    Raises:
-        InputError: For such a text.
-    """
+    """Raise an InputError for a text with a special token or placeholder, which changes the prompt's meaning."""
     special = [str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special]
     found = sorted({t for t in (*special, *placeholders) if t and t in text})
     if found:

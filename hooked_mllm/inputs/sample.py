@@ -45,7 +45,7 @@ class Sample:
         inputs: Arguments of the model's `forward`; token tensors `[1 pos]`, without padding.
         layout: Which position is what.
         question: The question.
-        answer: The answer that follows the prompt (teacher forcing), or `None`.
+        answer: The answer that follows the prompt (teacher forcing).
         images: The pictures, upright RGB; `layout` counts in their pixels.
         videos: The frames given to the model, with their times.
         target: The region that the question is about, or a list of them.
@@ -53,8 +53,7 @@ class Sample:
         id: A name of the user's own.
         template: A fingerprint of the chat template.
         pad_token_id: The token that pads a batch.
-        preparation: The other settings that it was prepared with, so that it can be prepared again with one change;
-            `None` for a sample made by hand.
+        preparation: The other settings of `prepare`; `None` for a sample made by hand.
         family: The family of the model that it was prepared for; `None` for a sample made by hand.
     """
 
@@ -76,8 +75,7 @@ class Sample:
         """Positions of a token kind, on the device of the inputs.
 
         Args:
-            name: "target", or what `TokenLayout.mask` supports: "question", "answer", "system", "template", "visual",
-                "last", "text", "padding", "pixels", "generating"; or a region or several, for the tokens that see it.
+            name: "target", a name that `TokenLayout.mask` accepts, or a region or several, for the tokens that see it.
 
         Raises:
             InputError: "target" when no target was given, "answer" when no answer was.
@@ -90,11 +88,7 @@ class Sample:
         return self._positions(name)[None]  # [pos] -> [1 pos]
 
     def target_regions(self) -> list[Region]:
-        """The target in pixels of the pictures, as a list of regions.
-
-        Raises:
-            InputError: when the sample has none.
-        """
+        """The target in pixels of the pictures, as a list of regions."""
         if self.target is None:
             raise InputError(
                 f"{self.who} has no target region: give `target=` to prepare, such as Box(x0, y0, x1, y1)."
@@ -166,10 +160,7 @@ class SampleBatch:
 
     @classmethod
     def collate(cls, samples: Sequence[Sample], padding_side: str = "left") -> "SampleBatch":
-        """Join samples of one model.
-
-        Token tensors are padded and stacked; pictures of all samples are joined in order, as each family's processor
-        does for a batch (LLaVA-OneVision's are padded to the same number of tiles).
+        """Join samples of one model: token tensors are padded and stacked, pictures joined in order.
 
         Args:
             samples: At least one, prepared by one model.
