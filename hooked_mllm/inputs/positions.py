@@ -71,8 +71,9 @@ def check_positions(selected: Positions) -> None:
 def check_every_sample(present: Bool[Tensor, " batch"], selected: Positions) -> None:
     """Raise a LayoutError that names the first sample of a batch without a selected position."""
     if not bool(present.all()):
+        label = _shown(selected) if is_token_kind(selected) else "given"
         raise LayoutError(
-            f"The {_label(selected)} mask is empty for sample {int(present.int().argmin())} of the batch: every sample "
+            f"The {label} mask is empty for sample {int(present.int().argmin())} of the batch: every sample "
             "needs at least one such position. Give the sample what is missing, or select other positions."
         )
 
@@ -184,9 +185,9 @@ def _checked_indices(index: Tensor, selected: object, batch: int, length: int | 
     if not each.numel():
         raise _error(selected, "there is no index. Select at least one position.")
     each = each.long().expand(batch, -1)
-    if length is None and bool((each < 0).any()):
-        raise _error(selected, "negative indices need a sequence of known length. Count from the start.")
     if length is None:
+        if bool((each < 0).any()):
+            raise _error(selected, "negative indices need a sequence of known length. Count from the start.")
         return each
     if bool(((each < -length) | (each >= length)).any()):
         raise _error(selected, f"outside a sequence of {length} tokens. Give indices from {-length} to {length - 1}.")
@@ -195,28 +196,21 @@ def _checked_indices(index: Tensor, selected: object, batch: int, length: int | 
 
 def _tensor(selected: object) -> Tensor:
     """Indices or a mask as a tensor."""
-    if isinstance(selected, Tensor):
-        values = selected
-    else:
-        allowed = isinstance(selected, int | np.integer | np.ndarray | Sequence)
-        if not allowed or isinstance(selected, bool | str | bytes):
-            raise _error(selected, f"{EXPECTED}; got {type(selected).__name__}.")
-        try:
-            values = torch.from_numpy(np.array(selected))
-        except (TypeError, ValueError):  # ragged lists, texts and objects
-            raise _error(selected, f"{EXPECTED}; got a {type(selected).__name__} of something else.") from None
-        if not values.numel():  # NumPy takes an empty list for floats
-            values = values.long()
+    allowed = isinstance(selected, int | np.integer | np.ndarray | Sequence | Tensor)
+    if not allowed or isinstance(selected, bool | str | bytes):
+        raise _error(selected, f"{EXPECTED}; got {type(selected).__name__}.")
+    try:
+        values = selected if isinstance(selected, Tensor) else torch.from_numpy(np.array(selected))
+    except (TypeError, ValueError):  # ragged lists, texts and objects
+        raise _error(selected, f"{EXPECTED}; got a {type(selected).__name__} of something else.") from None
+    if not values.numel() and not isinstance(selected, Tensor):  # NumPy takes an empty list for floats
+        values = values.long()
     if values.is_floating_point() or values.is_complex():
         advice = ": give mask.bool() for a mask" if values.dim() else ""
         raise _error(selected, f"{EXPECTED}; got numbers of {values.dtype}{advice}.")
     if values.dtype == torch.bool and not values.dim():
         raise _error(selected, f"{EXPECTED}; got one truth value.")
     return values
-
-
-def _label(selected: Positions) -> str:
-    return _shown(selected) if is_token_kind(selected) else "given"
 
 
 def _shown(selected: object) -> str:

@@ -5,6 +5,7 @@ A chat template is any program, so a text is located by rendering twice, with th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 from hooked_mllm.errors import InputError, LayoutError
@@ -47,14 +48,16 @@ def render(
     """The prompt of one question: images, videos, system text and question, up to where the answer starts."""
     texts = {"question": question} | ({} if system is None else {"system": system})
     rendered = _apply(template, texts, n_images, n_videos)
-    marks = {name: _sentinel(name, rendered) for name in texts}
+    # more X than the prompt has, so that no mark occurs in it
+    tail = "X" * (rendered.count("X") + 1)
+    marks = {name: f"XhookedX{name}{tail}" for name in texts}
     marked = _apply(template, marks, n_images, n_videos)
     for name, mark in marks.items():
         if marked.count(mark) != 1:
+            advice = "Use another chat template" + (", or leave `system` out." if name == "system" else ".")
             raise LayoutError(
                 f"The chat template holds the {name} {marked.count(mark)} times, where once was expected: its tokens "
-                "cannot be located. Use another chat template"
-                + (", or leave `system` out." if name == "system" else ".")
+                f"cannot be located. {advice}"
             )
     return Prompt(rendered, _between(rendered, marked, texts, marks))
 
@@ -103,36 +106,26 @@ def check_text(what: str, text: Any) -> None:
 def check_special(text: str, what: str, tokenizer: Tokenizer, placeholders: Sequence[str] = ()) -> None:
     """Raise an InputError for a text with a special token or placeholder, which changes the prompt's meaning."""
     special = [str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special]
-    found = sorted({t for t in (*special, *placeholders) if t and t in text})
-    if found:
+    tokens = sorted({t for t in (*special, *placeholders) if t and t in text})
+    if tokens:
         raise InputError(
-            f"The {what} contains {', '.join(map(repr, found))}, which this model reads as a special token and not as "
+            f"The {what} contains {', '.join(map(repr, tokens))}, which this model reads as a special token and not as "
             "text. Write it differently; images and videos get their placeholders from `images=` and `videos=`."
         )
 
 
 def _apply(template: ChatTemplate, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
     parts = [{"type": "image"} for _ in range(n_images)] + [{"type": "video"} for _ in range(n_videos)]
-    user = {"role": "user", "content": [*parts, {"type": "text", "text": texts["question"]}]}
-    messages = [user]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": texts["question"]}]}]
     if "system" in texts:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts["system"]}]})
     if not getattr(template, "chat_template", None):
-        raise InputError(
-            f"{type(template).__name__} has no chat template: set `processor.chat_template`, or load the checkpoint's "
-            "own."
-        )
+        name = type(template).__name__
+        raise InputError(f"{name} has no chat template: set `processor.chat_template`, or load the checkpoint's own.")
     try:
         return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is free to raise anything, among it jinja2's own errors
         raise InputError(f"The chat template rejects this conversation: {error}") from error
-
-
-def _sentinel(name: str, taken: str) -> str:
-    mark = f"XhookedX{name}X"
-    while mark in taken:
-        mark += "X"
-    return mark
 
 
 def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mapping[str, str]) -> dict[str, Span]:
@@ -142,16 +135,14 @@ def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mappin
     for name in order:
         before, rest = rest.split(marks[name])
         pieces.append(before)
-    for strip in (str, str.strip, str.rstrip, str.lstrip):
-        for others in (str, str.strip, str.rstrip, str.lstrip):
-            spans, built = {}, ""
-            for name, before in zip(order, pieces, strict=True):
-                built += before
-                text = (strip if name == "question" else others)(texts[name])
-                spans[name] = (len(built), len(built) + len(text))
-                built += text
-            if built + rest == rendered:
-                return spans
+    for strips in product((str, str.strip, str.rstrip, str.lstrip), repeat=len(order)):
+        spans, built = {}, ""
+        for name, before, strip in zip(order, pieces, strips, strict=True):
+            start = len(built) + len(before)
+            built += before + strip(texts[name])
+            spans[name] = (start, len(built))
+        if built + rest == rendered:
+            return spans
     raise LayoutError(
         "The question was not found: the chat template changes its texts, or the rest depending on them. "
         f"With the question it gives {rendered!r}, with a mark instead of it {marked!r}."
@@ -159,11 +150,12 @@ def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mappin
 
 
 def _tokens(text: str, offsets: Sequence[Span], start: int, end: int, name: str) -> Span:
-    inside_text = []
-    for i, (a, b) in enumerate(offsets):
-        inside = text[max(a, start) : min(b, end)]
-        if a < end and b > start and ((start <= a and b <= end) or inside.strip()):
-            inside_text.append(i)
-    if not inside_text:
+    """The tokens with a character of a text; one that the template shares only if that is not white space."""
+    inside = [
+        token
+        for token, (a, b) in enumerate(offsets)
+        if a < end and b > start and ((start <= a and b <= end) or text[max(a, start) : min(b, end)].strip())
+    ]
+    if not inside:
         raise LayoutError(f"The {name} was not found: no token holds one of its characters.")
-    return inside_text[0], inside_text[-1] + 1
+    return inside[0], inside[-1] + 1

@@ -26,9 +26,6 @@ T = TypeVar("T")
 _ADVICE = "`model.prepare(question, images=...)` makes a sample."
 
 
-# -- one input or several ------------------------------------------------------------------------------------------
-
-
 def is_model_input(value: object) -> TypeGuard[ModelInput]:
     """Whether a value is one model input: a Sample, a SampleBatch or a mapping."""
     return isinstance(value, Sample | SampleBatch | Mapping)
@@ -36,12 +33,12 @@ def is_model_input(value: object) -> TypeGuard[ModelInput]:
 
 def each_sample(samples: ModelInputs) -> Iterator[ModelInput]:
     """Model inputs one after another, unchanged; an iterator is read as far as its inputs are needed."""
-    return _each_sample(samples)
+    return iter((samples,)) if is_model_input(samples) else each_element(samples, check_model_input)
 
 
 def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
     """`each_sample` as a list of at least one; `purpose` completes the message for an empty list."""
-    collected = list(_each_sample(samples))
+    collected = list(each_sample(samples))
     if not collected:
         raise no_sample(purpose)
     return collected
@@ -49,7 +46,7 @@ def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
 
 def each_prepared(samples: ModelInputs) -> Iterator[Sample]:
     """Samples one after another, those of a batch by themselves; an InputError for a mapping."""
-    return (sample for source in _each_sample(samples) for sample in prepared_samples(source))
+    return (sample for source in each_sample(samples) for sample in prepared_samples(source))
 
 
 def sample_count(samples: ModelInputs) -> int | None:
@@ -82,13 +79,6 @@ def check_model_input(value: Any, name: str = "") -> ModelInput:
         f"Expected a Sample, a SampleBatch or a mapping of model inputs{f' for {name}' if name else ''}; got "
         f"{type(value).__name__}. {_ADVICE}"
     )
-
-
-def _each_sample(samples: Any) -> Iterator[ModelInput]:
-    return iter((samples,)) if is_model_input(samples) else each_element(samples, check_model_input)
-
-
-# -- the contents of one input -------------------------------------------------------------------------------------
 
 
 def samples_of(source: ModelInput) -> tuple[Sample, ...]:
@@ -130,9 +120,6 @@ def _tokens(tensors: Mapping[str, Any]) -> Tensor:
             raise InputError(f"`{name}` must be a tensor {axes} with at least one token; got {shape}.")
         return value
     raise InputError(f"The model inputs hold no `input_ids`; they hold {', '.join(map(str, tensors)) or 'nothing'}.")
-
-
-# -- resolved inputs -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from hooked_mllm.display.blocks import html_table
-from hooked_mllm.display.text import text_table
 from hooked_mllm.layout.items import View, VisualItem
 
 HEADER = ("what", "positions", "")
@@ -16,12 +14,7 @@ TEXT_KINDS = ("system", "template", "question", "answer", "padding")
 
 
 def runs(mask: Bool[Tensor, " pos"]) -> list[tuple[int, int]]:
-    """The contiguous true ranges (start, end), end exclusive.
-
-    Examples:
-        >>> runs(torch.tensor([True, True, False, True]))
-        [(0, 2), (3, 4)]
-    """
+    """The contiguous true ranges (start, end), end exclusive."""
     edge = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff()  # 1 where a range starts, -1 where it ends
     starts, ends = (edge == 1).nonzero()[:, 0], (edge == -1).nonzero()[:, 0]
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
@@ -38,14 +31,7 @@ def overview(
     pixels: Bool[Tensor, " pos"],
     spans: Mapping[str, list[tuple[int, int]]],
 ) -> list[tuple[str, str, str]]:
-    """Name, positions and remarks of each image, each video and each kind of text.
-
-    Args:
-        items: The images and videos of a layout.
-        item_of: The index in `items` of each position's image or video.
-        pixels: The positions that see a pixel.
-        spans: The ranges of each kind of text.
-    """
+    """Name, positions and remarks of each image, each video and each kind of text."""
     table = []
     for number, item in enumerate(items):
         positions = item_of == number
@@ -63,13 +49,3 @@ def summary(parts: Sequence[tuple[str, str, str]], n: int) -> str:
     """One line from an `overview` and the number of tokens."""
     texts = [f"{name} {where}" + (f" ({what})" if what else "") for name, where, what in parts]
     return f"TokenLayout({n} tokens: {'; '.join(texts)})"
-
-
-def describe(parts: Sequence[tuple[str, str, str]], last_index: int) -> str:
-    """One line per image, video and kind of text, from an `overview`, and the last position."""
-    return text_table([HEADER, *parts, ("last", last_index, "")])
-
-
-def overview_html(parts: Sequence[tuple[str, str, str]], last_index: int) -> str:
-    """The same as a table in HTML."""
-    return html_table([*parts, ("last", last_index, "")], HEADER, named=True)

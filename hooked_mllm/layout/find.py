@@ -7,11 +7,7 @@ from hooked_mllm.layout.items import View, VisualItem
 
 
 def find_item(items: Sequence[VisualItem], image: int | None, video: int | None) -> int:
-    """The index in `items` of an image or of a video.
-
-    Raises:
-        LayoutError: when neither or both are specified, or there is no such image or video.
-    """
+    """The index in `items` of an image or of a video."""
     if (image is None) == (video is None):
         raise LayoutError(f"Name one image or one video; got image={image}, video={video}.")
     kind, index = ("image", image) if image is not None else ("video", video)
@@ -26,11 +22,7 @@ def find_item(items: Sequence[VisualItem], image: int | None, video: int | None)
 
 
 def find_view(item: VisualItem, view: str) -> View:
-    """A view of an item by its lower-case name.
-
-    Raises:
-        LayoutError: when the item has no such view.
-    """
+    """A view of an item by its lower-case name."""
     available = [v.name.lower() for v in View if v and (item.views == v).any()]
     if view not in available:
         raise LayoutError(f"{item.name} has no view {view!r}; it has {', '.join(available)}.")

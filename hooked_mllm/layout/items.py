@@ -1,6 +1,5 @@
 """The images and videos of a prompt, and what each of their visual tokens sees."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -111,27 +110,14 @@ class VisualItem:
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """What the positions of a vision tower see of one image or video.
+    """What the positions of a vision tower see: pixels, frames and a `View`, as in `VisualItem`.
 
-    Attributes:
-        boxes: x0, y0, x1, y1 in original pixels; NaN for a class token, and for a patch that sees only padding.
-        frames: The first and the last frame that the positions of a row see; -1 for images.
-        views: A `View` for each row.
+    Boxes are NaN for a class token, and for a patch that sees only padding.
     """
 
     boxes: Float[np.ndarray, "row pos 4"]
     frames: Int[np.ndarray, "row 2"]
     views: Int8[np.ndarray, " row"]
-
-
-def number_items(items: Sequence[VisualItem]) -> list[tuple[str, int]]:
-    """The kind of each of `items`, and its number within the kind if they are in prompt order."""
-    count = {"image": 0, "video": 0}
-    numbers = []
-    for item in items:
-        numbers.append((item.kind, count[item.kind]))
-        count[item.kind] += 1
-    return numbers
 
 
 def _check_size(width: int, height: int, what: str) -> None:

@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from hooked_mllm.display.blocks import html_block
+from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import LayoutError, nearest
-from hooked_mllm.layout.describe import TEXT_KINDS, describe, overview, overview_html, runs, summary
+from hooked_mllm.layout.describe import HEADER, TEXT_KINDS, overview, runs, summary
 from hooked_mllm.layout.find import find_item, find_view
-from hooked_mllm.layout.items import View, VisualItem, number_items
+from hooked_mllm.layout.items import View, VisualItem
 from hooked_mllm.layout.kinds import Kind, kinds_of_spans
 from hooked_mllm.layout.paint import paint
-from hooked_mllm.layout.regions import Frames, Number, Pages, RegionInput, as_regions, list_regions, moved
+from hooked_mllm.layout.regions import Frames, Number, Pages, RegionInput, as_regions, moved
 from hooked_mllm.layout.shares import shares
 
 #: names that `TokenLayout.mask` accepts in addition to the kinds
@@ -78,9 +79,10 @@ class TokenLayout:
         n, items = len(ids), tuple(items)
         if n == 0:
             raise LayoutError("The input has no tokens.")
-        for item, (kind, index) in zip(items, number_items(items), strict=True):
-            if (item.kind, item.index) != (kind, index):
-                raise LayoutError(f"Expected {kind} {index}, got {item.name}: list the items in prompt order.")
+        for position, item in enumerate(items):
+            index = sum(earlier.kind == item.kind for earlier in items[:position])
+            if item.index != index:
+                raise LayoutError(f"Expected {item.kind} {index}, got {item.name}: list the items in prompt order.")
         positions = torch.isin(ids, torch.tensor(sorted(visual_ids), dtype=ids.dtype)).nonzero()[:, 0]
         n_tokens = sum(map(len, items))
         if len(positions) != n_tokens:
@@ -129,8 +131,6 @@ class TokenLayout:
             self.last_index + left,
         )
 
-    # -- positions by name ---------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.kinds)
 
@@ -140,9 +140,6 @@ class TokenLayout:
         Args:
             name: A kind, or "text" (neither visual nor padding), "last", "generating" (those that predict the answer's
                 tokens: the last, and all of the answer but its end), "pixels" (visual, with a footprint).
-
-        Raises:
-            LayoutError: for another name.
         """
         names = [k.name.lower() for k in Kind]
         if name in names:
@@ -234,31 +231,23 @@ class TokenLayout:
     def tokens(
         self, image: int | None = None, video: int | None = None, view: str | None = None
     ) -> Bool[Tensor, " pos"]:
-        """All tokens of one image or video, or those of one of its views.
-
-        Raises:
-            LayoutError: when there is no such image, video or view.
-        """
+        """All tokens of one image or video, or those of one of its views."""
         number = find_item(self.items, image, video)
         mask = self.item == number
         return mask if view is None else mask & (self.view == find_view(self.items[number], view))
-
-    # -- from regions to tokens ----------------------------------------------------------------------------------------
 
     def target(self, region: RegionInput, min_overlap: Number = 0.0) -> Bool[Tensor, " pos"]:
         """The tokens whose pixels overlap a region, or the union of several.
 
         A token is a target iff the region covers a positive share of its footprint, and at least `min_overlap`; for a
-        video token, the share is the mean over the frames that it sees. Newline tokens have no footprint and are never
-        targets.
+        video token, the share is the mean over the frames that it sees. Newline tokens are never targets.
 
         Args:
             region: A region, or several.
             min_overlap: The least share, from 0 to 1.
 
         Raises:
-            LayoutError: no visual tokens, no such image or video, a region outside of it, a mask of another size,
-                or no token that overlaps enough.
+            LayoutError: no such image or video, a region outside of it, a mask of another size, or no target.
         """
         if not 0 <= min_overlap <= 1:
             raise LayoutError(f"min_overlap is a share of the token's footprint, from 0 to 1; got {min_overlap}.")
@@ -268,22 +257,18 @@ class TokenLayout:
         share = shares(self.items, self.item.numpy(), self.boxes.numpy(), self.frame_range.numpy(), regions)
         mask = torch.from_numpy(share > TOLERANCE if min_overlap == 0 else share >= min_overlap - TOLERANCE)
         if not mask.any():
+            names = ", ".join(map(repr, regions[:3])) + (f" and {len(regions) - 3} more" if len(regions) > 3 else "")
             raise LayoutError(
-                f"No token has more than {min_overlap} of its footprint in {list_regions(regions)}: the most covered "
+                f"No token has more than {min_overlap} of its footprint in {names}: the most covered "
                 f"one has {share.max():.3g}. Lower min_overlap, or give a region that the model sees."
             )
         return mask
 
     def region(
-        self,
-        region: RegionInput,
-        image: int | None = None,
-        video: int | None = None,
-        min_overlap: Number = 0.0,
+        self, region: RegionInput, image: int | None = None, video: int | None = None, min_overlap: Number = 0.0
     ) -> Bool[Tensor, " pos"]:
         """`target`, with `image` or `video` in place of the region's own."""
-        regions = [moved(item, image, video) for item in as_regions(region)]
-        return self.target(regions, min_overlap)
+        return self.target([moved(item, image, video) for item in as_regions(region)], min_overlap)
 
     def frames(
         self, video: int = 0, start_s: Number | None = None, end_s: Number | None = None
@@ -302,10 +287,7 @@ class TokenLayout:
 
         Args:
             mask: The keys K.
-            queries: The queries Q, as a name that `mask` accepts or as a mask.
-
-        Raises:
-            LayoutError: when there are no such queries.
+            queries: The queries Q, at least one, as a name that `mask` accepts or as a mask.
         """
         query_mask = self.mask(queries) if isinstance(queries, str) else queries
         query_mask = query_mask & ~self.padding
@@ -314,8 +296,6 @@ class TokenLayout:
         # at position i: the number of keys j <= i, in the mask and in all
         in_mask, visible = (mask & ~self.padding).cumsum(0), (~self.padding).cumsum(0)
         return float((in_mask[query_mask].double() / visible[query_mask]).mean())
-
-    # -- from token values to an image ---------------------------------------------------------------------------------
 
     def to_image(
         self,
@@ -327,9 +307,8 @@ class TokenLayout:
     ) -> Float[np.ndarray, "height width"]:
         """Paint one value per token onto the original image, or onto one frame of a video.
 
-        Each pixel takes the value of the token that sees its centre. Where several views do, the finest is used
-        ("highres" over "base", "tile" over "thumbnail", unless the picture is so small that these are the coarser
-        ones). Pixels that no token sees are NaN.
+        Each pixel takes the value of the token that sees its centre, of the finest view where several do; pixels that
+        no token sees are NaN. In a very small picture "base" and "thumbnail" may be finer than "highres" and "tile".
 
         Args:
             values: One number per position `[pos]`, tensor or array.
@@ -358,11 +337,9 @@ class TokenLayout:
         tokens = mask.numpy()  # [pos] -> [token]
         return paint(item.width, item.height, self.boxes.numpy()[tokens], values[tokens], self.view.numpy()[tokens])
 
-    # -- display -------------------------------------------------------------------------------------------------------
-
     def describe(self) -> str:
         """One line per span, image and video."""
-        return describe(self._overview(), self.last_index)
+        return text_table([HEADER, *self._overview(), ("last", self.last_index, "")])
 
     def __repr__(self) -> str:
         return summary(self._overview(), len(self))
@@ -372,7 +349,7 @@ class TokenLayout:
 
     def html_table(self) -> str:
         """The table of `describe` in HTML, without a title."""
-        return overview_html(self._overview(), self.last_index)
+        return html_table([*self._overview(), ("last", self.last_index, "")], HEADER, named=True)
 
     def _overview(self) -> list[tuple[str, str, str]]:
         return overview(self.items, self.item, self.pixels, {name: self.spans(name) for name in TEXT_KINDS})

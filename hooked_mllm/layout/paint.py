@@ -16,10 +16,7 @@ def paint(
     values: Float[np.ndarray, " token"],
     views: Int8[np.ndarray, " token"],
 ) -> Float[np.ndarray, "height width"]:
-    """Every pixel takes the value of the token whose box contains its centre; NaN where there is none.
-
-    Views with large footprints are painted first, finer ones over them.
-    """
+    """Every pixel takes the value of the token of the finest view whose box contains its centre; NaN without one."""
     picture = np.full((height, width), np.nan)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     present = [view for view in ORDER if (views == view).any()]
