@@ -1,4 +1,4 @@
-"""Text decoders of published sizes with random weights: the time of a forward pass does not depend on the weights."""
+"""Text decoders of published sizes with random weights, on which the time of a forward pass does not depend."""
 
 from typing import TYPE_CHECKING, Literal, cast
 

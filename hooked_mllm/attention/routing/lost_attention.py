@@ -1,4 +1,4 @@
-"""What a streaming head would lose: the attention of some queries to keys outside the sink and the window."""
+"""The attention that a streaming head would lose: that of some queries to keys outside the sink and the window."""
 
 from typing import Any
 
@@ -38,24 +38,21 @@ def lost_attention(
     A_{ij}^p\Big)^{1/p},\qquad
     A_{ij} = \frac{e^{s\, q_i \cdot k_j}}{\sum_{j' \le i} e^{s\, q_i \cdot k_{j'}}}$$
 
-    Of order p = 1 it is the lost mass: a bound on how much of its output the head loses. Of order 2 it is the length of
-    what the output loses if the lost values are unrelated vectors of one length: attention that is spread over many
-    keys, whose values then cancel, counts little; attention to a few keys counts in full.
+    Of order p = 1 it is the lost mass. Of order 2 it is the length of the lost output if the lost values are unrelated
+    vectors of one length: attention that is spread over many keys, whose values then cancel, counts little.
 
-    The sink, the window, and what only some of the queries have in their window are summed key by key. The keys that
-    all of them lose are summed in blocks of b:
+    Keys of the sink or of the window of any of the queries are summed one by one, the others in blocks of b:
 
-    - "exact": key by key after all. 2 H m N d operations for m queries.
+    - "exact": one by one too. 2 H m N d operations for m queries.
     - "mean": `b exp(s q . mean(k))`, at most the block's sum (Jensen), so that the mass is at most the exact one. It
       fails where one key of a block has a much higher score: a score x above the others raises the mean by x / b.
     - "bound": `b exp(max of s q . k over the box around the block's keys)`, at least the block's sum, so that the mass
       is at least the exact one. It detects a key with a high score, and also many that do not exist.
-    - "sample": `b exp(s q . k)` for the key in the middle of the block: neither bound, and blind to the others.
+    - "sample": `b exp(s q . k)` for the key in the middle of the block, neither an upper nor a lower bound.
 
-    Every key is read once in all four (in "sample" one of b). The last three take 2 H m N d / b operations after that
-    ("bound" twice that) and b times fewer scores. With 32 query and 8 key heads of 128, m = 64, N = 131,072, b = 64, a
-    layer: 69 GFLOP and 1 GiB of scores (in pieces of `max_bytes`), or 1.1 GFLOP and 16 MiB. Dense causal attention of
-    one head takes 4,400 GFLOP there, so even the exact sum costs 1.6 % of a dense head.
+    The last three take 2 H m N d / b operations ("bound" twice that) and b times fewer scores. With 32 query and 8 key
+    heads of 128, m = 64, N = 131,072, b = 64, a layer: 69 GFLOP and 1 GiB of scores (in pieces of `max_bytes`), or 1.1
+    GFLOP and 16 MiB. The exact sum costs 1.6 % of dense causal attention of one head, 4,400 GFLOP.
 
     Args:
         q: Queries after position encoding.
@@ -63,7 +60,7 @@ def lost_attention(
         mask: The model's mask, causal with padding at the ends if anywhere.
         scale: s.
         sink: First keys of the sequence that a streaming head sees.
-        window: Last keys that it sees, the query's own among them.
+        window: Last keys that it sees, the query's own included.
         queries: Q: a number of last tokens of each sequence, or a mask of queries.
         order: p, 1 or 2.
         keys: "exact", "mean", "bound" or "sample".
@@ -71,12 +68,11 @@ def lost_attention(
         max_bytes: Bytes of scores that are in memory at once.
 
     Returns:
-        From 0 to 1, in float32 at least; exactly 0 where sink and window hold all there is to see, and for a sequence
-        of padding alone.
+        From 0 to 1, in float32 or wider; exactly 0 if sink and window contain all visible keys, or all is padding.
 
     Raises:
-        InputError: for a setting out of range, or a mask of queries of another shape or without one.
-        UnsupportedModelError: for a mask that is not the causal one with padding at the ends.
+        InputError: for a setting out of range, or a mask of queries of another shape or without a query.
+        UnsupportedModelError: for a mask that is not causal with padding at the ends.
 
     Source: last queries against all or pooled keys: arXiv:2407.02490, arXiv:2502.20766; the bound: arXiv:2406.10774.
 
@@ -100,11 +96,7 @@ def lost_attention(
 
 
 def check_estimate(order: int, keys: str, block: int) -> None:
-    """Raise for settings of the estimate that are out of range.
-
-    Raises:
-        InputError: for such.
-    """
+    """Raise an `InputError` for settings of the estimate that are out of range."""
     if order not in (1, 2):
         raise InputError(f"Expected order to be 1 (the mass that is lost) or 2 (its length); got {order!r}.")
     if keys not in KEYS or block < 1:
@@ -114,7 +106,7 @@ def check_estimate(order: int, keys: str, block: int) -> None:
 def _rows(
     queries: int | Tensor, bounds: CausalBounds, shape: tuple[int, int, int]
 ) -> list[tuple[tuple[int, ...], int]]:
-    """The chosen queries of each sequence, and its first key. Reads the padding from the device, if there is any."""
+    """The selected queries of each sequence, and its first key. Reads the padding from the device, if there is any."""
     batch, q_length, kv_length = shape
     start = [0] * batch if bounds.start is None else bounds.start.tolist()
     end = [kv_length] * batch if bounds.end is None else bounds.end.tolist()
@@ -122,38 +114,25 @@ def _rows(
     if isinstance(queries, int):
         if queries < 1:
             raise InputError(f"Expected at least one query to estimate from; got {queries}.")
-        found = [tuple(range(max(low, high - queries), high)) for low, high in real]
+        selected = [tuple(range(max(low, high - queries), high)) for low, high in real]
     else:
         if tuple(queries.shape) != (batch, q_length):
             raise InputError(
                 f"The mask of queries is of shape {list(queries.shape)}, the prompt has {batch} x {q_length} queries "
                 "[batch query]: a policy with a mask serves that prompt alone. For any prompt give a number of tokens."
             )
-        host = queries.cpu().numpy()
-        found = [
-            tuple(int(i) for i in np.flatnonzero(row) if low <= i < high)
-            for row, (low, high) in zip(host, real, strict=True)
-        ]
-        if not all(row or low >= high for row, (low, high) in zip(found, real, strict=True)):
+        positions = [np.flatnonzero(row).tolist() for row in queries.cpu().numpy()]
+        selected = [tuple(i for i in p if low <= i < high) for p, (low, high) in zip(positions, real, strict=True)]
+        if not all(row or low >= high for row, (low, high) in zip(selected, real, strict=True)):
             raise InputError("The mask of queries is empty for a sequence: expected one token of it at least.")
-    return list(zip(found, start, strict=True))
+    return list(zip(selected, start, strict=True))
 
 
 def _lost(
-    q: Tensor,
-    k: Tensor,
-    rows: tuple[int, ...],
-    start: int,
-    offset: int,
-    scale: float,
-    sink: int,
-    window: int,
-    order: int,
-    how: str,
-    block: int,
-    max_bytes: int,
-) -> Tensor:
-    """The same for sequences that begin at key `start` and have these queries."""
+    q: Tensor, k: Tensor, rows: tuple[int, ...], start: int, offset: int,
+    scale: float, sink: int, window: int, order: int, how: str, block: int, max_bytes: int,
+) -> Float[Tensor, "batch head"]:  # fmt: skip
+    """The lost attention of these queries, of sequences that begin at key `start`."""
 
     def score(left: Tensor, right: Tensor) -> Tensor:
         return attention_scores(left[None], [right], [scale])[0]
@@ -162,22 +141,21 @@ def _lost(
     if not rows:
         return q.new_zeros(q.shape[:2], dtype=wide)
     first, stop = rows[0] + offset, rows[-1] + offset + 1
-    held = min(start + sink, stop)  # one past the sink
-    tail = max(held, first - window + 1)  # from here on, some queries have the key in their window
-    key = torch.cat((torch.arange(start, held, device=q.device), torch.arange(tail, stop, device=q.device)))
-    nearby = torch.cat((k[:, :, start:held], k[:, :, tail:stop]), dim=2)
+    sink_end = min(start + sink, stop)
+    tail = max(sink_end, first - window + 1)  # from here on, keys are in the window of some queries
+    key = torch.cat((torch.arange(start, sink_end, device=q.device), torch.arange(tail, stop, device=q.device)))
+    nearby = torch.cat((k[:, :, start:sink_end], k[:, :, tail:stop]), dim=2)
 
-    def of(part: Tensor) -> Tensor:
-        """Of some of the queries: `[batch head query]`."""
-        chosen, place = q.index_select(2, part), (part + offset)[:, None]
-        scores = score(chosen, nearby)
-        far = (key >= held) & (key <= place - window)
-        total = scores.masked_fill(key > place, -torch.inf).logsumexp(-1)
+    def of(part: Tensor) -> Float[Tensor, "batch head query"]:
+        queries, position = q.index_select(2, part), (part + offset)[:, None]
+        scores = score(queries, nearby)
+        far = (key >= sink_end) & (key <= position - window)
+        total = scores.masked_fill(key > position, -torch.inf).logsumexp(-1)
         lost = (order * scores.masked_fill(~far, -torch.inf)).logsumexp(-1)
-        step = max(1, max_bytes // (chosen.shape[:3].numel() * scores.element_size()))
+        step = max(1, max_bytes // (queries.shape[:3].numel() * scores.element_size()))
         step *= 1 if how == "exact" else block
-        for low in range(held, tail, step):
-            scores, log_count = block_scores(score, chosen, k[:, :, low : min(low + step, tail)], how, block)
+        for low in range(sink_end, tail, step):
+            scores, log_count = block_scores(score, queries, k[:, :, low : min(low + step, tail)], how, block)
             total = torch.logaddexp(total, (scores + log_count).logsumexp(-1))
             lost = torch.logaddexp(lost, (order * scores + log_count).logsumexp(-1))
         return (lost / order - total).exp().clamp(max=1)

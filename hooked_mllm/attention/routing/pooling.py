@@ -30,12 +30,7 @@ def block_scores(
 ) -> tuple[Float[Tensor, "batch head row block"], Float[Tensor, " block"]]:
     """The score that represents the keys of each block, and the logarithm of their number; of each key, if exact.
 
-    Args:
-        score: Takes queries `[batch head row d_head]` and keys `[batch kv_head key d_head]`, gives scores.
-        q: Queries.
-        keys: One key at least.
-        how: One of `KEYS`.
-        block: Keys in a block.
+    `score` computes scores of queries `[batch head row d_head]` and keys `[batch kv_head key d_head]`.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     n = keys.shape[2]
@@ -47,15 +42,9 @@ def block_scores(
         values = score(q, keys.index_select(2, starts + (count - 1) // 2))
     elif how == "mean":
         values = score(q.to(wide), over_blocks(keys, block, lambda x: x.sum(3, dtype=wide) / x.shape[3]))
-    else:  # the corner of the box that lies farthest along q
-        high, low = (over_blocks(keys, block, reduce).to(wide) for reduce in (_largest, _smallest))
+    else:  # the corner of the box that is farthest along q
+        high, low = (
+            over_blocks(keys, block, extreme).to(wide) for extreme in (lambda x: x.amax(3), lambda x: x.amin(3))
+        )
         values = score(q.to(wide).clamp(min=0), high) + score(q.to(wide).clamp(max=0), low)
     return values, count.to(wide).log()
-
-
-def _largest(x: Tensor) -> Tensor:
-    return x.amax(3)
-
-
-def _smallest(x: Tensor) -> Tensor:
-    return x.amin(3)

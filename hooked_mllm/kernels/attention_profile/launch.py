@@ -1,7 +1,6 @@
 """Launches the Triton kernels: tiles, chunks of keys, and a table of the layers."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from hooked_mllm.kernels.attention_profile import triton as kernels
 from hooked_mllm.kernels.attention_profile.naive import Streaming
+from hooked_mllm.kernels.implementations import Keys, Queries, current_device
 
 #: columns of a layer's row in the table, before the words of 32 flags
 HEADER = 5
@@ -56,32 +56,16 @@ def layer_table(
 
 
 def triton_attention_profile(
-    q: Sequence[Float[Tensor, "batch head query d_head"]],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    scale: Sequence[float],
-    places: Int[Tensor, "batch query"],
-    weight: Float[Tensor, "batch query"],
-    start: Int[Tensor, "*layer batch"] | None,
-    end: Int[Tensor, "*layer batch"] | None,
-    streaming: Sequence[Streaming | None],
-    config: dict[str, int] | None = None,
-    out: Float[Tensor, "layer batch head key"] | None = None,
-    splits: int | None = None,
-) -> Float[Tensor, "layer batch head key"]:
+    q: Sequence[Queries], k: Sequence[Keys], scale: Sequence[float],
+    places: Int[Tensor, "batch query"], weight: Float[Tensor, "batch query"],
+    start: Int[Tensor, "*layer batch"] | None, end: Int[Tensor, "*layer batch"] | None,
+    streaming: Sequence[Streaming | None], config: dict[str, int] | None = None,
+    out: Float[Tensor, "layer batch head key"] | None = None, splits: int | None = None,
+) -> Float[Tensor, "layer batch head key"]:  # fmt: skip
     """The profile of all layers, in one launch for each pass; see `attention_profile`.
 
-    Args:
-        q: Queries, as there, and the arguments that follow.
-        k: Keys.
-        scale: One factor for each layer.
-        places: Positions of the queries.
-        weight: Weights of the queries.
-        start: First real keys, if any sequence is padded.
-        end: Ends of the real keys.
-        streaming: Kinds of heads of each layer.
-        config: Tile sizes in place of `settings_for`.
-        out: Contiguous memory for the result.
-        splits: Number of chunks of keys, in place of one that suits the device.
+    `config` replaces the tile sizes of `settings_for`, `out` is contiguous memory for the result, `splits` a number of
+    chunks of keys in place of one that suits the device.
     """
     # one launch for all layers: a table has the addresses of their q and k, which share shape and strides
     q, k = _equal_strides(q), _equal_strides(k)
@@ -99,7 +83,7 @@ def triton_attention_profile(
     chunk_keys = None if splits is None else -(-n_keys // splits)
     columns = (n_kv * batch, n_layers)  # the second and third axis of both grids; the first is tiles and chunks
     result = torch.empty(n_layers, batch, n_heads, n_keys, dtype=torch.float32, device=device) if out is None else out
-    with _launch_device(device):
+    with current_device(device):
         chunk = tiling.chunk(columns, tiling.head_tiles * tiling.query_tiles, device, chunk_keys)
         parts = -(-n_keys // chunk)
         # maximum and sum of each row in each chunk of keys: [part (layer batch head query)]
@@ -163,11 +147,6 @@ class _Tiling:
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _launch_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the tensors' device current: Triton launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _equal_strides(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -15,6 +15,7 @@ from hooked_mllm.kernels.hybrid_attention.triton import (
     softmax_step,
     visible,
 )
+from hooked_mllm.kernels.implementations import Keys, Queries
 
 
 @triton.jit(
@@ -101,19 +102,9 @@ def fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
 
 
 def launch_streaming(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    rows: Tensor,
-    sink: int,
-    window: int,
-    scale: float,
-    start: Tensor | None,
-    end: Tensor | None,
-    config: dict[str, int] | None = None,
-) -> None:
+    q: Queries, k: Keys, v: Keys, out: Queries, lse: Tensor | None, rows: Tensor, sink: int, window: int, scale: float,
+    start: Tensor | None, end: Tensor | None, config: dict[str, int] | None = None,
+) -> None:  # fmt: skip
     """Launch the kernel for whole groups of heads, which `rows` of a plan contain; other arguments as of `launch`."""
     batch, n_heads, q_length, d_head = q.shape
     n_kv, kv_length = k.shape[1], k.shape[2]
