@@ -33,12 +33,16 @@ def is_model_input(value: object) -> TypeGuard[ModelInput]:
 
 def each_sample(samples: ModelInputs) -> Iterator[ModelInput]:
     """Model inputs one after another, unchanged; an iterator is read as far as its inputs are needed."""
+    return _each_sample(samples)
+
+
+def _each_sample(samples: Any) -> Iterator[ModelInput]:  # any object, so that a wrong one reaches our own error
     return iter((samples,)) if is_model_input(samples) else each_element(samples, check_model_input)
 
 
 def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
     """`each_sample` as a list of at least one; `purpose` completes the message for an empty list."""
-    collected = list(each_sample(samples))
+    collected = list(_each_sample(samples))
     if not collected:
         raise no_sample(purpose)
     return collected
@@ -46,7 +50,7 @@ def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
 
 def each_prepared(samples: ModelInputs) -> Iterator[Sample]:
     """Samples one after another, those of a batch by themselves; an InputError for a mapping."""
-    return (sample for source in each_sample(samples) for sample in prepared_samples(source))
+    return (sample for source in _each_sample(samples) for sample in prepared_samples(source))
 
 
 def sample_count(samples: ModelInputs) -> int | None:
