@@ -21,16 +21,9 @@ class ImageNoise(Corruption):
         region: The pixels to change: None for all pictures whole, "target", or a region or several.
         seed: Seed of the noise. Samples with other questions or pictures get other noise from one seed.
 
-    Raises:
-        InputError: for a std that is not positive, or a seed that is no integer from 0.
-
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-        >>> noise = corruptions.ImageNoise(40, region="target", seed=1)
-        >>> noise(model, sample).images == noise(model, sample).images
-        True
+        >>> ImageNoise(40, region="target", seed=1)
+        ImageNoise(std=40.0, region='target', seed=1)
     """
 
     def __init__(self, std: float | int, region: Where = None, seed: int = 0) -> None:
@@ -41,12 +34,8 @@ class ImageNoise(Corruption):
 
     def describe(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
-        return {
-            "corruption": "ImageNoise",
-            "std": self.std,
-            "region": describe_where(self.region),
-            "seed": self.seed,
-        }
+        region = describe_where(self.region)
+        return {"corruption": "ImageNoise", "std": self.std, "region": region, "seed": self.seed}
 
     def changes(self, sample: Sample) -> dict[str, Any]:
         """The pictures with noise."""

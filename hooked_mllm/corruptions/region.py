@@ -25,16 +25,9 @@ class BlurRegion(Corruption):
         region: The pixels to blur: "target", a region or several, or None for all pictures whole. Of a video, `Frames`
             and `Tube` blur the frames that they hold.
 
-    Raises:
-        InputError: for a sigma that is not positive; when called, for a sample without a target.
-
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-        >>> corrupted = corruptions.BlurRegion(8)(model, sample)
-        >>> corrupted.images[0].size == sample.images[0].size
-        True
+        >>> BlurRegion(8)
+        BlurRegion(sigma=8.0, region='target')
     """
 
     def __init__(self, sigma: float | int, region: Where = "target") -> None:
@@ -74,17 +67,9 @@ class MeanRegion(Corruption):
         region: The pixels to replace: "target", a region or several, or None for all pictures whole.
         of: "rest" for the mean of the pixels outside the region, "region" for that of those inside.
 
-    Raises:
-        InputError: for an unknown `of`; when called, for a sample without a target.
-
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-        >>> corrupted = corruptions.MeanRegion()(model, sample)
-        >>> box = tuple(int(x) for x in (sample.target.x0, sample.target.y0, sample.target.x1, sample.target.y1))
-        >>> len(corrupted.images[0].crop(box).getcolors())
-        1
+        >>> MeanRegion(of="region")
+        MeanRegion(region='target', of='region')
     """
 
     def __init__(self, region: Where = "target", of: str = "rest") -> None:
