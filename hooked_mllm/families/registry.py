@@ -27,10 +27,7 @@ for _family in (Qwen3VL(), LlavaOnevision(), InternVL()):
 
 
 def family_of(config: object) -> Family:
-    """The family of a transformers configuration.
-
-    Args:
-        config: The configuration, or any object with a `model_type`.
+    """The family of a transformers configuration, or of any object with a `model_type`.
 
     Raises:
         UnsupportedModelError: If no family has that `model_type`.

@@ -36,6 +36,10 @@ class Handle:
     #: the intervention that registered it
     owner: object = None
 
+    def fits(self, dir: Directions, including_permanent: bool, level: int | None = None) -> bool:
+        """Whether the hook is of this direction, permanence and level."""
+        return dir in ("both", self.dir) and (including_permanent or not self.permanent) and level in (None, self.level)
+
 
 @dataclass
 class Clock:
@@ -170,13 +174,7 @@ class HookPoint:
         """
         if dir not in ("fwd", "bwd", "both"):
             raise HookValueError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}.")
-        self._handles = [
-            h
-            for h in self._handles
-            if (dir not in ("both", h.dir))
-            or (h.permanent and not including_permanent)
-            or (level is not None and h.level != level)
-        ]
+        self._handles = [h for h in self._handles if not h.fits(dir, including_permanent, level)]
         self._changed()
 
     def clear_context(self) -> None:
@@ -185,12 +183,7 @@ class HookPoint:
 
     def has_hooks(self, dir: Directions = "both", including_permanent: bool = True, level: int | None = None) -> bool:
         """Whether a hook is registered, of that direction, permanence and level."""
-        return any(
-            (dir in ("both", h.dir))
-            and (including_permanent or not h.permanent)
-            and (level is None or h.level == level)
-            for h in self._handles
-        )
+        return any(h.fits(dir, including_permanent, level) for h in self._handles)
 
     @property
     def fwd_hooks(self) -> list[Handle]:

@@ -128,11 +128,7 @@ class HookRegistry:
         """
         handles_by_name: dict[str, list[Handle]] = {}
         for point in self.select(name_filter):
-            handles = [
-                h
-                for h in (*point.fwd_hooks, *point.bwd_hooks)
-                if dir in ("both", h.dir) and (including_permanent or not h.permanent)
-            ]
+            handles = [h for h in (*point.fwd_hooks, *point.bwd_hooks) if h.fits(dir, including_permanent)]
             if handles:
                 handles_by_name[point.name] = handles
         return handles_by_name

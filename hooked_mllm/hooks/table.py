@@ -92,11 +92,13 @@ SCORES = "batch head query key"
 HIDDEN = "batch pos d_mlp"
 SCALE = "batch pos 1"
 
-_outside = partial(PointSpec, in_block=False)
-_text = partial(_outside, towers=("text",))
-_projector = partial(_outside, part="projector", towers=("projector",))
+_text = partial(PointSpec, in_block=False, towers=("text",))
+_vision = partial(PointSpec, in_block=False, towers=("vision",), carrier="family")
+_projector = partial(PointSpec, in_block=False, towers=("projector",), part="projector")
 _norm = partial(PointSpec, carrier="norm")
 _in_attention = partial(PointSpec, carrier="attention")
+_computed = partial(PointSpec, carrier="computed")
+_hidden = partial(PointSpec, optional=True)  # a mixture of experts has no single hidden layer
 _NORMALIZED = "the norm's input divided by it, before gain and bias"
 
 #: every hook point, in the order of the forward pass of each tower
@@ -109,77 +111,54 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
         side="input",
         argument="inputs_embeds",
     ),
-    _outside(
-        "hook_patch_embed",
-        "batch patch d_model",
-        "embedded patches, before positions are added",
-        part="patch_embed",
-        towers=("vision",),
-        carrier="family",
-    ),
+    _vision("hook_patch_embed", "batch patch d_model", "embedded patches, before positions are added", "patch_embed"),
     # -- of every block ------------------------------------------------------------------------------------------------
-    PointSpec("hook_resid_pre", STREAM, "residual stream entering the block", part="", side="input"),
-    _norm("ln1.hook_scale", SCALE, "what the norm before attention divides by", part="ln1"),
-    _norm("ln1.hook_normalized", STREAM, _NORMALIZED, part="ln1"),
-    PointSpec("attn.hook_q", HEADS, "queries before rotation", part="q", aliases=("query",)),
-    PointSpec("attn.hook_k", KEY_VALUE_HEADS, "keys before rotation", part="k", aliases=("key",)),
-    PointSpec("attn.hook_v", KEY_VALUE_HEADS, "values", part="v", aliases=("value",)),
+    PointSpec("hook_resid_pre", STREAM, "residual stream entering the block", "", "input"),
+    _norm("ln1.hook_scale", SCALE, "what the norm before attention divides by", "ln1"),
+    _norm("ln1.hook_normalized", STREAM, _NORMALIZED, "ln1"),
+    PointSpec("attn.hook_q", HEADS, "queries before rotation", "q", aliases=("query",)),
+    PointSpec("attn.hook_k", KEY_VALUE_HEADS, "keys before rotation", "k", aliases=("key",)),
+    PointSpec("attn.hook_v", KEY_VALUE_HEADS, "values", "v", aliases=("value",)),
     _in_attention("attn.hook_rot_q", HEADS, "queries after rotation, as attention takes them"),
     _in_attention("attn.hook_rot_k", KEY_VALUE_HEADS, "keys after rotation"),
     _in_attention(
         "attn.hook_attn_scores", SCORES, "scores before the softmax, scaled and masked", aliases=("attn_logits",)
     ),
     _in_attention("attn.hook_pattern", SCORES, "attention after the softmax", aliases=("attn",)),
-    _in_attention("attn.hook_z", HEADS, "each head's mix of values, before W_O", part="o", side="input"),
-    PointSpec(
-        "attn.hook_result",
-        "batch pos head d_model",
-        "what each head writes; the sum plus the bias is attn_out",
-        carrier="computed",
-    ),
-    PointSpec("hook_attn_out", STREAM, "what attention adds to the residual stream", part="attn", gain="attn_gain"),
+    _in_attention("attn.hook_z", HEADS, "each head's mix of values, before W_O", "o", "input"),
+    _computed("attn.hook_result", "batch pos head d_model", "what each head writes; the sum plus the bias is attn_out"),
+    PointSpec("hook_attn_out", STREAM, "what attention adds to the residual stream", "attn", gain="attn_gain"),
     # in place: the block adds the MLP's output to the tensor that it passes to the norm
-    PointSpec(
-        "hook_resid_mid", STREAM, "residual stream between attention and MLP", part="ln2", side="input", in_place=True
-    ),
-    _norm("ln2.hook_scale", SCALE, "what the norm before the MLP divides by", part="ln2"),
-    _norm("ln2.hook_normalized", STREAM, _NORMALIZED, part="ln2"),
-    # optional: a mixture of experts has no single hidden layer
-    PointSpec(
+    PointSpec("hook_resid_mid", STREAM, "residual stream between attention and MLP", "ln2", "input", in_place=True),
+    _norm("ln2.hook_scale", SCALE, "what the norm before the MLP divides by", "ln2"),
+    _norm("ln2.hook_normalized", STREAM, _NORMALIZED, "ln2"),
+    _hidden(
         "mlp.hook_pre",
         HIDDEN,
         "before the activation function (of a gated MLP, the gate)",
-        part="mlp_in",
-        optional=True,
+        "mlp_in",
         aliases=("mlp_pre",),
     ),
-    PointSpec("mlp.hook_pre_linear", HIDDEN, "the other factor of a gated MLP", part="mlp_linear", optional=True),
-    PointSpec(
-        "mlp.hook_post",
-        HIDDEN,
-        "hidden layer, before the last projection",
-        part="mlp_out",
-        side="input",
-        optional=True,
-        aliases=("mlp_post",),
+    _hidden("mlp.hook_pre_linear", HIDDEN, "the other factor of a gated MLP", "mlp_linear"),
+    _hidden(
+        "mlp.hook_post", HIDDEN, "hidden layer, before the last projection", "mlp_out", "input", aliases=("mlp_post",)
     ),
-    PointSpec("hook_mlp_out", STREAM, "what the MLP adds to the residual stream", part="mlp", gain="mlp_gain"),
-    PointSpec("hook_resid_post", STREAM, "residual stream leaving the block", part=""),
-    PointSpec(
+    PointSpec("hook_mlp_out", STREAM, "what the MLP adds to the residual stream", "mlp", gain="mlp_gain"),
+    PointSpec("hook_resid_post", STREAM, "residual stream leaving the block", ""),
+    _computed(
         "hook_deepstack",
         STREAM,
         "visual features added after the block; zero at text positions",
         towers=("text",),
-        carrier="computed",
         optional=True,
     ),
     # -- after the blocks ----------------------------------------------------------------------------------------------
-    _outside("hook_out", STREAM, "output of the vision tower", towers=("vision",), carrier="family"),
+    _vision("hook_out", STREAM, "output of the vision tower"),
     _projector("hook_in", "batch in d_in", "input of the projector", side="input"),
     _projector("hook_out", "batch out d_model", "visual features in the width of the language model"),
-    _text("ln_final.hook_scale", SCALE, "what the final norm divides by", part="ln_final", carrier="norm"),
-    _text("ln_final.hook_normalized", STREAM, _NORMALIZED, part="ln_final", carrier="norm"),
-    _text("hook_logits", "batch pos d_vocab", "logits", part="lm_head"),
+    _text("ln_final.hook_scale", SCALE, "what the final norm divides by", "ln_final", carrier="norm"),
+    _text("ln_final.hook_normalized", STREAM, _NORMALIZED, "ln_final", carrier="norm"),
+    _text("hook_logits", "batch pos d_vocab", "logits", "lm_head"),
 )
 
 

@@ -32,11 +32,7 @@ class Checkpoint:
         self.identity = _parsed(identity)
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the header that an earlier call of this run wrote; None where there is no file.
-
-        Raises:
-            CacheFileError: If the file is damaged, or the checkpoint of another run.
-        """
+        """The tensors and the header that an earlier call of this run wrote; None where there is no file."""
         if self.path is None or not self.path.exists():
             return None
         tensors, header = read_tensors(self.path, self.kind)
@@ -49,11 +45,7 @@ class Checkpoint:
             write_tensors(self.path, self.kind, tensors, {"identity": self.identity, **header})
 
     def check(self, header: Mapping[str, Any]) -> None:
-        """Compare the identity in the header of the file with that of this run.
-
-        Raises:
-            CacheFileError: If they differ, with the settings that do.
-        """
+        """Raise `CacheFileError` with the differences if the header of the file has another identity than this run."""
         with restoring(str(self.path)):
             # "settings" in files of earlier versions
             kept = _parsed(dict(header["settings"] if "settings" in header else header["identity"]))

@@ -124,11 +124,7 @@ def from_lists(values: Any) -> np.ndarray:
 
 
 def described(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The name and the provenance in a header, as arguments of what has both.
-
-    Raises:
-        KeyError: If one of them is missing.
-        TypeError: If the name is no text or the provenance no dictionary.
+    """The name (text) and the provenance (a dictionary) in a header, as arguments of what has both.
 
     Examples:
         >>> described({"kind": "scores", "name": "RAM", "provenance": {}})

@@ -17,29 +17,21 @@ from hooked_mllm.wiring.access import Access, Watcher
 Features = Float[Tensor, "visual d_model"]
 
 
+@dataclass(eq=False)
 class DeepStack:
     """The features of the active run, and the mask of visual positions.
 
     The list of features is an argument of the language model and is read after each block: a hook point replaces its
     entry just before.
-
-    Args:
-        family: Names the language model, and its arguments.
     """
 
-    def __init__(self, family: Family) -> None:
-        self.features: list[Features] | None = None
-        self.mask: Bool[Tensor, "batch pos"] | None = None
-        self.family = family
+    family: Family
+    features: list[Features] | None = None
+    mask: Bool[Tensor, "batch pos"] | None = None
 
     @contextmanager
     def holding(self, features: list[Features], mask: Bool[Tensor, "batch pos"] | None) -> Iterator[list[Features]]:
-        """Provide features to blocks that run by themselves, for the body of a `with` statement.
-
-        Args:
-            features: One tensor a block; hooks replace entries of this list.
-            mask: The visual positions.
-        """
+        """Provide features to blocks that run by themselves; hooks replace entries of the list, one tensor a block."""
         before = self.features, self.mask
         self.features, self.mask = features or None, mask
         try:
@@ -55,7 +47,7 @@ class DeepStack:
             call.set_argument(self.family.deepstack_arguments[0], self.features)  # a list of which entries are replaced
 
     def leave(self, call: Call) -> None:
-        """Forget them after the call."""
+        """Drop the features after the call."""
         self.features = self.mask = None
 
 
@@ -68,32 +60,20 @@ class DeepStackFeatures(Access):
     layer: int
     side: Side = "output"
 
-    @classmethod
-    def of(cls, deepstack: DeepStack | None, path: str, layer: int) -> "DeepStackFeatures | None":
-        """The access in one block; None for a block after which nothing is added."""
-        return None if deepstack is None else cls(deepstack, path, layer)
-
     def watchers(self) -> list[Watcher]:
-        """Take the features when the language model is called."""
         language_model = self.deepstack.family.language_model
         return [(language_model, "input", self.deepstack.enter), (language_model, "output", self.deepstack.leave)]
 
     def get(self, call: Call) -> Float[Tensor, "batch pos d_model"] | None:
-        """The features; None in a step without images, where nothing is added."""
         features, mask = self.deepstack.features, self.deepstack.mask
         if features is None or mask is None or self.layer >= len(features):
-            return None
+            return None  # a step without images
         hidden = call.main()
         dense = torch.zeros_like(hidden)  # [batch pos d_model]
         dense[mask.to(hidden.device)] = features[self.layer].to(hidden.device, hidden.dtype)
         return dense
 
     def put(self, call: Call, value: Float[Tensor, "batch pos d_model"]) -> None:
-        """Replace the features of this block.
-
-        Raises:
-            HookValueError: If `value` is not zero at a position without visual token.
-        """
         features, mask = self.deepstack.features, self.deepstack.mask
         assert features is not None and mask is not None  # `get` returned a value
         mask = mask.to(value.device)
