@@ -126,10 +126,7 @@ def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
 
 
 def hooked_name(base: str, packed: bool = False, slim: bool = False) -> str:
-    """The name of the hooked variant of an implementation, registered on first use.
-
-    A packed vision tower is called once for all its images; a slim variant has no masks of N x N.
-    """
+    """The name of the hooked variant of an implementation, registered on first use; `slim`: see `slim_mask`."""
     slim = slim and base in WIDE
     name = PREFIX + (SLIM if slim else "") + base + (PACKED_SUFFIX if packed and "flash" not in base else "")
     if name not in ALL_ATTENTION_FUNCTIONS:

@@ -43,9 +43,8 @@ class HybridAttention:
     $$V_h(i) = \{j \le i\}\ (h\ \text{dense}),\qquad
     V_h(i) = \{j \le i : j < \text{sink or } j > i - \text{window}\}\ (\text{otherwise})$$
 
-    An attention backend: give it to `HookedMLLM.from_pretrained(attention=...)` or `model.attention(...)`. A call with
-    one query, which is a step of decoding, and layers with a sliding window of their own run the model's attention.
-    Patterns, scores and metrics are those of the hybrid mask.
+    A backend for `HookedMLLM.from_pretrained(attention=...)` or `model.attention(...)`. Steps of decoding and layers
+    with a sliding window run the model's attention. Patterns, scores and metrics are those of the hybrid mask.
 
     Args:
         dense: The dense heads: a `HeadSet`, "L2H4, L3H1", pairs (layer, head), a boolean mask `[layer head]`, a mapping
@@ -56,10 +55,10 @@ class HybridAttention:
         implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
 
     Raises:
-        HeadError: for something else; at a model, for heads that it lacks.
+        HeadError: for other values; at a model, for heads that it lacks.
         InputError: for a sink below 0 or a window below 1.
         HookValueError: for an unknown implementation.
-        UnsupportedModelError: at a tower or a call whose attention is not causal.
+        UnsupportedModelError: for attention that is not causal.
 
     Source: arXiv:2606.05843, algorithm 3.
 
@@ -74,13 +73,9 @@ class HybridAttention:
     """
 
     def __init__(
-        self,
-        dense: HeadsLike | RoutingPolicy,
-        *,
-        sink: WholeNumber = 64,
-        window: WholeNumber = 1024,
+        self, dense: HeadsLike | RoutingPolicy, *, sink: WholeNumber = 64, window: WholeNumber = 1024,
         implementation: Implementation = "auto",
-    ) -> None:
+    ) -> None:  # fmt: skip
         #: whether heads were specified, and no policy
         self._named = not isinstance(dense, RoutingPolicy)
         self.policy: RoutingPolicy = dense if isinstance(dense, RoutingPolicy) else FixedHeads(dense)
@@ -109,12 +104,7 @@ class HybridAttention:
         return repr(self).replace("HybridAttention", "hybrid", 1)
 
     def validate(self, n_layers: int, n_heads: int, causal: bool) -> None:
-        """Check that it fits a tower of this shape.
-
-        Raises:
-            HeadError: for heads that the tower lacks, or that were chosen in another model.
-            UnsupportedModelError: for a tower that is not causal.
-        """
+        """Raise a `HeadError` for heads of another model, an `UnsupportedModelError` for a tower that is not causal."""
         if not causal:
             raise UnsupportedModelError(
                 "HybridAttention is causal, and a vision tower is not: leave the tower on attention='sdpa'."
@@ -143,11 +133,7 @@ class HybridAttention:
         return StreamingHeads(heads, q.shape[1], self.sink, self.window)
 
     def restrict(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
-        """The mask of each head in one call; `mask` itself where all heads are dense.
-
-        Raises:
-            UnsupportedModelError: for a mask that is not causal with padding at the ends.
-        """
+        """The mask of each head in one call; `mask` itself where all heads are dense."""
         if mask.q_length == 1:
             return mask
         streaming = self._streaming(q, k, mask, scale, layer)

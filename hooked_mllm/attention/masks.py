@@ -28,6 +28,11 @@ class MaskRecipe:
     known: dict[tuple[int, int, int], CausalBounds | None] = field(default_factory=dict, repr=False, compare=False)
 
 
+def call_sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The sizes of the mask of one call: q `[batch head query d_head]`, k `[batch kv_head key d_head]`."""
+    return {"batch": q.shape[0], "q_length": q.shape[2], "kv_length": k.shape[2], "device": q.device}
+
+
 @dataclass
 class MaskRows:
     """The visibility of keys, as rows of a matrix that is never built whole.
@@ -73,18 +78,9 @@ class MaskRows:
 
     @classmethod
     def of(
-        cls,
-        mask: Any,
-        *,
-        batch: int,
-        q_length: int,
-        kv_length: int,
-        device: torch.device,
-        causal: bool,
-        window: int | None = None,
-        segments: tuple[int, ...] | None = None,
-        upper_left: bool = False,
-    ) -> "MaskRows":
+        cls, mask: Any, *, batch: int, q_length: int, kv_length: int, device: torch.device, causal: bool,
+        window: int | None = None, segments: tuple[int, ...] | None = None, upper_left: bool = False,
+    ) -> "MaskRows":  # fmt: skip
         """The rows of the mask that the attention function received: None, 2D padding, 4D boolean or 4D additive.
 
         `causal`: whether None means causal. `window`: a sliding window that the attention function applies.
@@ -127,7 +123,6 @@ class MaskRows:
         """The same mask, its rows built on `device`."""
         moved = {name: None if x is None else x.to(device) for name, x in self._masks().items()}
         recipe = self.recipe
-        recipe = self.recipe
         if recipe is not None and recipe.padding is not None:
             recipe = MaskRecipe(recipe.rule, recipe.padding.to(device), recipe.q_offset, recipe.kv_offset)
         return replace(self, device=device, recipe=recipe, _segment_ids=None, **moved)
@@ -157,7 +152,8 @@ class MaskRows:
     @property
     def plain_causal(self) -> bool:
         """Whether this is the causal rule and nothing else, the same for all samples."""
-        return self.causal and self.window is self.padding is self.streaming is self.q_offset is None
+        others = (self.window, self.padding, self.streaming, self.q_offset)
+        return self.causal and all(other is None for other in others)
 
     @property
     def offset(self) -> int:
@@ -205,7 +201,10 @@ class MaskRows:
                 self.recipe.known[key] = self._recipe_bounds(self.recipe)
             return self.recipe.known[key]
         if self.dense is not None:
-            return self._dense_bounds(self.dense[..., : self.kv_length].expand(self.batch, -1, -1, -1))
+            mask = self.dense[..., : self.kv_length].expand(self.batch, -1, -1, -1)  # [batch mask_head query key]
+            guess = replace(self, dense=None, causal=True, padding=mask[:, 0, -1], _segment_ids=None)
+            same = all(bool((mask[:, :, i[0]] == guess.rows(i)[:, None]).all()) for i in self._chunks())
+            return guess.bounds() if same else None
         if self.segments is not None or self.window is not None or (not self.causal and self.q_length > 1):
             return None
         return _bounds(self.padding, self.offset, self.offset + self.q_length)
@@ -214,21 +213,14 @@ class MaskRows:
         if recipe.kv_offset:
             return None
         if recipe.rule is not causal_mask_function:
-            bare = MaskRecipe(recipe.rule, None, recipe.q_offset)
-            keys = torch.arange(self.kv_length, device=self.device)
-            for index in torch.arange(self.q_length, device=self.device).split(1024):
-                index = index.expand(self.batch, -1)
-                if not torch.equal(self._recipe_rows(bare, index, keys), keys <= index[..., None] + recipe.q_offset):
-                    return None
+            bare = replace(self, recipe=MaskRecipe(recipe.rule, None, recipe.q_offset))
+            causal = replace(self, recipe=None, causal=True, q_offset=recipe.q_offset)
+            if not all(torch.equal(bare.rows(index), causal.rows(index)) for index in self._chunks()):
+                return None
         return _bounds(recipe.padding, recipe.q_offset, recipe.q_offset + self.q_length)
 
-    def _dense_bounds(self, mask: Tensor) -> CausalBounds | None:
-        guess = replace(self, dense=None, causal=True, padding=mask[:, 0, -1], _segment_ids=None)
-        for index in torch.arange(self.q_length, device=self.device).split(1024):
-            part = mask[:, :, index]
-            if not torch.equal(part, guess.rows(index.expand(self.batch, -1))[:, None].expand_as(part)):
-                return None
-        return guess.bounds()
+    def _chunks(self) -> tuple[Int[Tensor, "batch query"], ...]:
+        return torch.arange(self.q_length, device=self.device).expand(self.batch, -1).split(1024, dim=1)
 
     def rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
         """The rows of the mask at `index`: True where the query sees the key, in a dense head if some heads stream."""
@@ -244,7 +236,7 @@ class MaskRows:
                 self._segment_ids = ids.repeat_interleave(torch.tensor(self.segments, device=self.device))
             return self._segment_ids[index][..., None] == self._segment_ids
         if self.recipe is not None:
-            return self._recipe_rows(self.recipe, index, keys)
+            return self._recipe_rows(self.recipe, index, keys + self.recipe.kv_offset)
         visible = torch.ones(*index.shape, self.kv_length, dtype=torch.bool, device=self.device)
         last = index[..., None] + self.offset
         if self.causal:
@@ -257,9 +249,7 @@ class MaskRows:
 
     def _recipe_rows(self, recipe: MaskRecipe, index: Tensor, keys: Tensor) -> Tensor:
         sample = torch.arange(self.batch, device=self.device)[:, None, None]
-        query = index[..., None] + recipe.q_offset
-        key = keys + recipe.kv_offset
-        visible = recipe.rule(sample, torch.zeros_like(sample), query, key)
+        visible = recipe.rule(sample, torch.zeros_like(sample), index[..., None] + recipe.q_offset, keys)
         visible = visible.expand(self.batch, index.shape[1], self.kv_length)
         if recipe.padding is not None:
             real = _as_wide(recipe.padding.to(self.device), recipe.kv_offset + self.kv_length)
@@ -280,7 +270,7 @@ class MaskRows:
         guess = MaskRows(*common, causal=True, padding=padding, streaming=self.streaming, q_offset=recipe.q_offset)
         if self.bounds() is not None:
             return guess
-        chunks = torch.arange(self.q_length, device=self.device).expand(self.batch, -1).split(1024, dim=1)
+        chunks = self._chunks()
         if not recipe.kv_offset and all(torch.equal(guess.rows(chunk), self.rows(chunk)) for chunk in chunks):
             return guess
         return MaskRows(*common, dense=torch.cat([self.head_rows(chunk) for chunk in chunks], dim=2))
@@ -293,10 +283,7 @@ def _as_wide(padding: Tensor, length: int) -> Tensor:
 
 
 def _bounds(padding: Tensor | None, offset: int, length: int) -> CausalBounds | None:
-    """The bounds of causal attention under a mask of real keys `[batch key]`, without those from `length` on.
-
-    None if there are holes.
-    """
+    """The bounds of causal attention for real keys `[batch key]`, without those from `length` on; None with holes."""
     if padding is None:
         return CausalBounds(offset)
     real = _as_wide(padding, length)
@@ -312,15 +299,9 @@ def _bounds(padding: Tensor | None, offset: int, length: int) -> CausalBounds | 
 def with_recipe(mask: Any, **arguments: Any) -> Any:
     """Attach the recipe to a mask tensor that transformers' mask function returned for these arguments."""
     rule = arguments.get("mask_function")
-    if isinstance(mask, Tensor) and rule is not None and not torch.compiler.is_compiling():
-        padding = arguments.get("attention_mask")
-        if padding is not None and padding.dim() != 2:
-            return mask
-        recipe = MaskRecipe(
-            rule=rule,
-            padding=None if padding is None else padding.bool(),
-            q_offset=int(arguments.get("q_offset") or 0),
-            kv_offset=int(arguments.get("kv_offset") or 0),
-        )
-        setattr(mask, RECIPE, recipe)
+    padding = arguments.get("attention_mask")
+    simple = rule is not None and (padding is None or padding.dim() == 2)
+    if simple and isinstance(mask, Tensor) and not torch.compiler.is_compiling():
+        offsets = [int(arguments.get(name) or 0) for name in ("q_offset", "kv_offset")]
+        setattr(mask, RECIPE, MaskRecipe(rule, None if padding is None else padding.bool(), *offsets))
     return mask

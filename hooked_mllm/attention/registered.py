@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.backends import PREFIX, slim_mask
 from hooked_mllm.attention.hybrid import HybridAttention, RoutingPolicy
-from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.masks import MaskRows, call_sizes
 from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
 from hooked_mllm.heads import HeadsLike
 from hooked_mllm.kernels.hybrid_attention.op import as_autocast, gradients
@@ -28,16 +28,9 @@ class RegisteredAttention:
     checked: set[tuple[int, int]] = field(default_factory=set, compare=False, repr=False)
 
     def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Z `[batch query head d_head]` of q, k, v `[batch head pos d_head]`, and no weights."""
         _check(self.name, module, query.shape[-1], value.shape[-1], dropout, kwargs)
         if query.shape[2] == 1 or kwargs.get("sliding_window") is not None:
@@ -67,14 +60,17 @@ class RegisteredAttention:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, layer: int, scale: float) -> Tensor:
         """The attention of one layer, under a mask `[batch key]` of real keys or none: `[batch query head d_head]`."""
-        mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
-        return self.hybrid(q, k, v, mask, scale, layer)
+        return self.hybrid(q, k, v, self._mask(q, k, padding, layer, scale), scale, layer)
+
+    def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, layer: int, scale: float) -> MaskRows:
+        mask = MaskRows.of(padding, **call_sizes(q, k), causal=True, upper_left=True)
+        return self.hybrid.streamed(q, k, mask, scale, layer)
 
     def gradients(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dz: Tensor, layer: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of `run`: autograd records nothing within an op."""
-        mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
+        mask = self._mask(q, k, padding, layer, scale)
         bounds, streaming = mask.bounds(), mask.streaming
         assert bounds is not None and streaming is not None  # checked by `streamed`
         length = bounds.offset + q.shape[2]
@@ -90,23 +86,14 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return getattr(config, "num_hidden_layers", None) or 0, getattr(config, "num_attention_heads", None) or 0
 
 
-def _mask(q: Tensor, k: Tensor, padding: Tensor | None) -> MaskRows:
-    sizes = {"batch": q.shape[0], "q_length": q.shape[2], "kv_length": k.shape[2], "device": q.device}
-    return MaskRows.of(padding, **sizes, causal=True, upper_left=True)
-
-
 #: by name
 REGISTERED: dict[str, RegisteredAttention] = {}
 
 
 def register_hybrid_attention(
-    name: str,
-    heads: HeadsLike | RoutingPolicy,
-    *,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
+    name: str, heads: HeadsLike | RoutingPolicy, *, sink: WholeNumber = 64, window: WholeNumber = 1024,
     implementation: Implementation = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """Register hybrid attention as an attention implementation of transformers, for any of its decoders.
 
     Use it as any other: `model.set_attn_implementation(name)`, or `attn_implementation=name` when a model is loaded;
@@ -149,10 +136,6 @@ def register_hybrid_attention(
     AttentionMaskInterface.register(name, slim_mask("sdpa"))
 
 
-#: arguments by which models ask for more than softmax(q k) v under a causal mask
-_MORE = ("softcap", "s_aux", "position_bias", "cache")
-
-
 def _check(name: str, module: nn.Module, d_head: int, d_value: int, dropout: float, kwargs: dict[str, Any]) -> None:
     what = f"{type(module).__name__} under attn_implementation={name!r}"
     causal = kwargs.get("is_causal")
@@ -164,7 +147,7 @@ def _check(name: str, module: nn.Module, d_head: int, d_value: int, dropout: flo
         )
     if dropout:
         raise UnsupportedModelError(f"{what}: no dropout of attention here (got {dropout}): call model.eval().")
-    for more in _MORE:
+    for more in ("softcap", "s_aux", "position_bias", "cache"):  # attention beyond softmax(q k) v
         if kwargs.get(more) is not None:
             raise UnsupportedModelError(
                 f"{what}: the model passes `{more}`, which this has not. Use 'sdpa' or 'eager'."

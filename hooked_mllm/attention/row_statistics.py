@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_mllm.kernels.attention_profile import has_triton
+from hooked_mllm.kernels.implementations import Keys
 
 _HALF = (torch.bfloat16, torch.float16)
 #: numbers in the keys of one layer from which on a product per layer costs less than copying all keys together
@@ -18,9 +19,7 @@ _COPY_BELOW = 1 << 22
 
 
 def attention_scores(
-    q: Float[Tensor, "layer batch head query d_head"],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    scale: Sequence[float],
+    q: Float[Tensor, "layer batch head query d_head"], k: Sequence[Keys], scale: Sequence[float]
 ) -> Float[Tensor, "layer batch head query key"]:
     """`scale * q k^T` with products summed in float32 (float64 for float64 operands), k not expanded to all heads."""
     n_layers, batch, heads, queries, d_head = q.shape
@@ -40,21 +39,18 @@ def attention_scores(
 def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
     """Write `scale * left right^T` into `out`."""
     wide: dict[str, Any] = {}
-    if left.dtype in _HALF:
-        if left.is_cuda:
-            wide = {"out_dtype": torch.float32}
-        else:
-            left, right = left.float(), right.float()
+    if left.dtype in _HALF and left.is_cuda:
+        wide = {"out_dtype": torch.float32}
+    elif left.dtype in _HALF:
+        left, right = left.float(), right.float()
     # with beta = 0 the product includes the scale and `out` is only written: one pass over memory less
     torch.baddbmm(out, left, right.transpose(1, 2), beta=0, alpha=scale, out=out, **wide)
 
 
 def attention_rows(
-    q: Float[Tensor, "layer batch head query d_head"],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    scale: Sequence[float],
+    q: Float[Tensor, "layer batch head query d_head"], k: Sequence[Keys], scale: Sequence[float],
     hidden: Bool[Tensor, "mask_layer batch mask_head query tail"],
-) -> Float[Tensor, "layer batch head query key"]:
+) -> Float[Tensor, "layer batch head query key"]:  # fmt: skip
     """`A[i, j] = softmax_j(scale * q_i k_j)` over the keys that are not hidden, zero elsewhere.
 
     `hidden` is True where the query does not see one of the last `tail` keys; all see the keys before. A row without
@@ -80,8 +76,7 @@ def top_mask(
 ) -> Bool[Tensor, "*axes item"]:
     """True at the `k` largest values of the last axis; among equal values the lower index comes first.
 
-    One launch of a Triton kernel for float32 `[layer batch head item]` of up to 16,384 items on a GPU. `k_max`, the
-    largest of a tensor `k`, avoids a wait for the device.
+    One launch of a Triton kernel on a GPU where it fits. `k_max`, the largest k, avoids a wait for the device.
     """
     fits = values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous()
     if values.is_cuda and fits and has_triton():
@@ -114,13 +109,9 @@ def chance_level(
 
 
 def counted_chance(
-    places: Int[Tensor, "batch query"],
-    keys: Bool[Tensor, "batch key"],
-    weight: Float[Tensor, "batch query"],
-    start: Int[Tensor, " batch"] | None,
-    end: Int[Tensor, " batch"] | None,
-    near: tuple[int, int] | None = None,
-) -> Float[Tensor, " batch"]:
+    places: Int[Tensor, "batch query"], keys: Bool[Tensor, "batch key"], weight: Float[Tensor, "batch query"],
+    start: Int[Tensor, " batch"] | None, end: Int[Tensor, " batch"] | None, near: tuple[int, int] | None = None,
+) -> Float[Tensor, " batch"]:  # fmt: skip
     """`chance_level` under a causal mask in numbers (see `CausalBounds`); `near`: sink, window of a streaming head."""
     before = torch.nn.functional.pad(keys.cumsum(1), (1, 0))  # keys of K before each position
     first = torch.zeros_like(places) if start is None else start.to(places)[:, None].expand_as(places)

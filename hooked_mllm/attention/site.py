@@ -20,7 +20,7 @@ from hooked_mllm.attention.backends import (
     restricts,
     widened,
 )
-from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.masks import MaskRows, call_sizes
 from hooked_mllm.attention.registered import REGISTERED, shape_of
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
@@ -107,10 +107,7 @@ class AttentionSite:
             backend = self.running
             mask = own = MaskRows.of(
                 attention_mask,
-                batch=query.shape[0],
-                q_length=query.shape[2],
-                kv_length=key.shape[2],
-                device=query.device,
+                **call_sizes(query, key),
                 causal=self.causal,
                 window=kwargs.get("sliding_window") if attention_mask is None else None,
                 segments=segments,
@@ -167,7 +164,7 @@ class AttentionSite:
         if segments is None or "flash" in base:
             return run(self.module, *qkv, mask, **kwargs)
         # each image attends to itself: the same calls, on the same chunks, as transformers makes without packing
-        plain = {k: v for k, v in kwargs.items() if k not in _PACKED_ARGUMENTS}
+        plain = {k: v for k, v in kwargs.items() if not k.startswith(("cu_seq_lens_", "max_length_"))}
         chunks = zip(*(torch.split(t, list(segments), dim=2) for t in qkv), strict=True)
         return torch.cat([run(self.module, *c, mask, **plain)[0] for c in chunks], dim=1), None
 
@@ -187,9 +184,6 @@ class AttentionSite:
             return None
         z = torch.matmul(pattern, _repeat(value, groups)).transpose(1, 2).contiguous()
         return z, ~visible.any(-1).transpose(1, 2)
-
-
-_PACKED_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _headed(point: HookPoint, tensor: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:

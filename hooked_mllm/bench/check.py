@@ -1,11 +1,10 @@
 """Compares outputs before anything is timed, at a short length: the attention of every layer and the last hidden state.
 
-Each layer's attention is compared with a float32 softmax on the same q, k and v, so that errors neither accumulate nor
-cancel; the last hidden state, which covers compiled blocks, with a limit from the error of eager attention.
+Layers are compared with a float32 softmax on the same q, k and v; the limit of the last hidden state, which covers
+compiled blocks, follows from the error of eager attention.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,10 +107,8 @@ def check_variants(
         in_layer, at_end = _errors(model, variant, compiled, tokens)
         errors = {"variant": variant.name, "length": length, "layer": in_layer, "last_hidden_state": at_end}
         checks.append({**errors, "limits": [layer_limit, model_limit]})
-        for what, error, limit in (
-            ("attention in some layer", in_layer, layer_limit),
-            ("the last hidden state", at_end, model_limit),
-        ):
+        compared = ("attention in some layer", in_layer, layer_limit), ("the last hidden state", at_end, model_limit)
+        for what, error, limit in compared:
             if not error < limit:
                 raise NumericsError(
                     f"{variant.title}: {what} differs from the definition by {error:.2g} at {length} tokens (relative; "
@@ -125,8 +122,7 @@ def check_at_length(
 ) -> list[dict[str, Any]]:
     """Compare hybrid attention at a timed length with one launch of the kernel, in the layer with most dense heads.
 
-    Only on a GPU, where the op computes dense heads of long prompts by SDPA on separate CUDA streams; on other devices
-    it does the same at every length.
+    Only on a GPU, where the op computes dense heads of long prompts by SDPA on separate CUDA streams.
     """
     device = input_device(model)
     hybrids = {v.attention: v for v in variants if v.dense is not None}
@@ -159,8 +155,12 @@ def _errors(
 ) -> tuple[float, float]:
     """The largest error in a layer, and that of the last hidden state."""
     witness = Witness(variant)
-    with _active(witness) as name, replace(variant, attention=name, compiled=False).on(model):
-        expected = model(input_ids=tokens, use_cache=False).last_hidden_state
+    _ACTIVE.append(witness)
+    try:
+        with replace(variant, attention=WITNESS, compiled=False).on(model):
+            expected = model(input_ids=tokens, use_cache=False).last_hidden_state
+    finally:
+        _ACTIVE.pop()
     with variant.on(model, compiled):
         got = model(input_ids=tokens, use_cache=False).last_hidden_state
     return max(witness.errors), relative_error(got, expected)
@@ -168,16 +168,6 @@ def _errors(
 
 #: the active witnesses, the innermost last
 _ACTIVE: list[Witness] = []
-
-
-@contextmanager
-def _active(witness: Witness) -> Iterator[str]:
-    """Within it, attention by the name that it yields is that of the witness."""
-    _ACTIVE.append(witness)
-    try:
-        yield WITNESS
-    finally:
-        _ACTIVE.pop()
 
 
 def _witness_mask(**arguments: Any) -> Any:

@@ -52,13 +52,7 @@ def text_backbone(model: nn.Module | Model) -> PreTrainedModel:
 class CompiledBlocks:
     """A context manager that compiles the decoder blocks of one model; it may be entered repeatedly.
 
-    Args:
-        model: As of `compile_blocks`, like the other arguments.
-        backend: Backend of `torch.compile`.
-        dynamic: Whether `torch.compile` treats lengths as dynamic.
-
-    Attributes:
-        text: The text decoder.
+    The arguments are those of `compile_blocks`; `text` is the text decoder.
     """
 
     def __init__(
@@ -120,7 +114,7 @@ def compile_blocks(
             once for others.
 
     Returns:
-        A context manager; within it the blocks run compiled. It can be entered again without compiling again.
+        A context manager; within it the blocks run compiled. Entering it again compiles nothing.
 
     Raises:
         UnsupportedModelError: for a model without a text decoder, or with offloaded weights.

@@ -38,23 +38,13 @@ Inputs = tuple[Queries, Keys, Keys]
 
 @torch.no_grad()
 def bench_kernel(
-    lengths: Sequence[int],
-    *,
-    dense: int = 4,
-    heads: int = 32,
-    kv_heads: int = 8,
-    d_head: int = 128,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
-    rounds: int = 7,
-    flex: bool = True,
-    seed: int = 0,
-    device: str = "cuda",
-    out: Path | None = None,
-) -> dict[str, Any]:
-    """Compare the outputs of the op, then time it at each length; variants take turns.
+    lengths: Sequence[int], *, dense: int = 4, heads: int = 32, kv_heads: int = 8, d_head: int = 128,
+    sink: WholeNumber = 64, window: WholeNumber = 1024, rounds: int = 7, flex: bool = True, seed: int = 0,
+    device: str = "cuda", out: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the outputs of the op, then time it at each length in bfloat16; variants take turns.
 
-    In bfloat16 on a GPU. On a CPU, to try it out: float32, torch's choice of SDPA and no FlexAttention.
+    On a CPU, as a trial: float32, torch's choice of SDPA and no FlexAttention.
 
     Args:
         lengths: Numbers of tokens.

@@ -4,8 +4,9 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -23,25 +24,13 @@ from hooked_mllm.families.parts import decoder_sizes
 from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names, parse_heads
 from hooked_mllm.storage import ready
 
-Result = TypeVar("Result")
-
 
 @torch.no_grad()
 def bench_prefill(
-    model: PreTrainedModel,
-    variants: Sequence[Variant],
-    contexts: Iterable[int],
-    *,
-    name: str,
-    runs: int = RUNS,
-    warm_up: int = WARM_UP,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    also_check: Sequence[Variant] = (),
-    out: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-) -> PrefillRecord:
+    model: PreTrainedModel, variants: Sequence[Variant], contexts: Iterable[int], *, name: str,
+    runs: int = RUNS, warm_up: int = WARM_UP, seed: int = 0, settings: Mapping[str, Any] | None = None,
+    also_check: Sequence[Variant] = (), out: Path | None = None, resume: bool = False, progress: bool = True,
+) -> PrefillRecord:  # fmt: skip
     """Time a text decoder's forward pass under each variant at each length.
 
     Random token ids, batch 1, no padding, no cache, no logits. Outputs are compared first. At each length every variant
@@ -92,7 +81,10 @@ def bench_prefill(
     with tqdm(total=total, disable=not progress, desc="prefill", unit="forward") as bar:
         for context, remaining in todo.items():
             bar.set_postfix_str(f"{context:,} tokens")
-            record.checks += _unless_out_of_memory(check_at_length, model, remaining, context, seed) or []
+            with suppress(torch.OutOfMemoryError):  # the forward passes record that
+                record.checks += check_at_length(model, remaining, context, seed)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             record.add(_length(model, remaining, context, devices, compiled, runs, warm_up, seed, session, bar.update))
             if out is not None:
                 record.save(out)
@@ -149,17 +141,6 @@ def _unless_full(step: Callable[[Cell], None], cell: Cell) -> None:
         gc.collect()
     if (why is not None or step.__name__ == "warm") and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _unless_out_of_memory(run: Callable[..., Result], *arguments: Any) -> Result | None:
-    """The result of `run`, or None if it does not fit in memory; the forward passes then record that."""
-    try:
-        return run(*arguments)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def _settings(

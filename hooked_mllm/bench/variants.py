@@ -72,13 +72,9 @@ def default_backends(device_type: str) -> tuple[str, ...]:
 
 
 def prefill_variants(
-    backends: Sequence[str],
-    heads: Mapping[int, HeadSet],
-    *,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
+    backends: Sequence[str], heads: Mapping[int, HeadSet], *, sink: WholeNumber = 64, window: WholeNumber = 1024,
     implementation: Implementation = "auto",
-) -> list[Variant]:
+) -> list[Variant]:  # fmt: skip
     """The variants of a comparison.
 
     Args:

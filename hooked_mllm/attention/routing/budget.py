@@ -59,9 +59,7 @@ class PerLayer:
 
 @dataclass(frozen=True)
 class Total:
-    r"""At most `heads` dense heads in all layers together; later layers may use what a layer leaves.
-
-    Layers 0 to l may use `B(l) = round(heads * w(l))` together, where w(l) rises to 1 at the last layer:
+    r"""At most `heads` dense heads in all layers together, of them `round(heads * w(l))` in layers 0 to l.
 
     - `like=None`: w(l) = (l + 1) / L, the same share for every layer.
     - `like` a set of heads: the share of that set in layers 0 to l.

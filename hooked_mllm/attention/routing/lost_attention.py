@@ -1,5 +1,6 @@
 """The attention that a streaming head would lose: that of some queries to keys outside the sink and the window."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,30 +9,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.attention.routing.pooling import KEYS, block_scores
 from hooked_mllm.attention.row_statistics import attention_scores
 from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
 from hooked_mllm.errors import InputError
 
+#: how keys outside the sink and the window are summed over
+KEYS = ("exact", "mean", "bound", "sample")
 #: bytes of scores that are in memory at once
 MAX_BYTES = 1 << 28
 
 
 @torch.no_grad()
 def lost_attention(
-    q: Float[Tensor, "batch head query d_head"],
-    k: Float[Tensor, "batch kv_head key d_head"],
-    mask: MaskRows,
-    scale: float,
-    *,
-    sink: int,
-    window: int,
-    queries: int | Bool[Tensor, "mask_batch mask_query"] = 64,
-    order: int = 1,
-    keys: str = "exact",
-    block: int = 64,
+    q: Float[Tensor, "batch head query d_head"], k: Float[Tensor, "batch kv_head key d_head"],
+    mask: MaskRows, scale: float, *, sink: int, window: int,
+    queries: int | Bool[Tensor, "mask_batch mask_query"] = 64, order: int = 1, keys: str = "exact", block: int = 64,
     max_bytes: int = MAX_BYTES,
-) -> Float[Tensor, "batch head"]:
+) -> Float[Tensor, "batch head"]:  # fmt: skip
     r"""The attention of each head that falls outside its sink and window, mean over some queries Q.
 
     $$\lambda_h = \frac{1}{|Q|} \sum_{i \in Q} \Big(\sum_{j = \text{sink}}^{i - \text{window}}
@@ -44,15 +38,15 @@ def lost_attention(
     Keys of the sink or of the window of any of the queries are summed one by one, the others in blocks of b:
 
     - "exact": one by one too. 2 H m N d operations for m queries.
-    - "mean": `b exp(s q . mean(k))`, at most the block's sum (Jensen), so that the mass is at most the exact one. It
-      fails where one key of a block has a much higher score: a score x above the others raises the mean by x / b.
+    - "mean": `b exp(s q . mean(k))`, at most the block's sum (Jensen), so that the mass is at most the exact one. A
+      score x above the others of its block raises the mean only by x / b.
     - "bound": `b exp(max of s q . k over the box around the block's keys)`, at least the block's sum, so that the mass
-      is at least the exact one. It detects a key with a high score, and also many that do not exist.
+      is at least the exact one.
     - "sample": `b exp(s q . k)` for the key in the middle of the block, neither an upper nor a lower bound.
 
     The last three take 2 H m N d / b operations ("bound" twice that) and b times fewer scores. With 32 query and 8 key
     heads of 128, m = 64, N = 131,072, b = 64, a layer: 69 GFLOP and 1 GiB of scores (in pieces of `max_bytes`), or 1.1
-    GFLOP and 16 MiB. The exact sum costs 1.6 % of dense causal attention of one head, 4,400 GFLOP.
+    GFLOP and 16 MiB; dense causal attention of one head is 4,400 GFLOP.
 
     Args:
         q: Queries after position encoding.
@@ -163,3 +157,40 @@ def _lost(
     each = q.shape[0] * q.shape[1] * len(key) * torch.finfo(wide).bits // 8  # bytes of a query's nearby scores
     index = torch.tensor(rows, device=q.device)
     return torch.cat([of(part) for part in index.split(max(1, max_bytes // each))], dim=2).mean(-1)
+
+
+def over_blocks(
+    keys: Float[Tensor, "batch kv_head key d_head"], block: int, reduce: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "batch kv_head block d_head"]:
+    """`reduce` of each block `[... key d_head]` of `block` keys, the last one shorter, without a copy of the keys."""
+    whole = keys.shape[2] // block * block
+    parts = [reduce(keys[:, :, :whole].unflatten(2, (-1, block)))] if whole else []
+    if whole < keys.shape[2]:
+        parts.append(reduce(keys[:, :, None, whole:]))
+    return torch.cat(parts, dim=2)
+
+
+def block_scores(
+    score: Callable[[Tensor, Tensor], Tensor],
+    q: Float[Tensor, "batch head row d_head"],
+    keys: Float[Tensor, "batch kv_head key d_head"],
+    how: str,
+    block: int,
+) -> tuple[Float[Tensor, "batch head row block"], Float[Tensor, " block"]]:
+    """The score that represents the keys of each block, and the logarithm of their number; of each key, if exact."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    n = keys.shape[2]
+    if how == "exact":
+        return score(q, keys), torch.zeros(n, dtype=wide, device=q.device)
+    starts = torch.arange(0, n, block, device=q.device)
+    count = (starts + block).clamp(max=n) - starts
+    if how == "sample":
+        values = score(q, keys.index_select(2, starts + (count - 1) // 2))
+    elif how == "mean":
+        values = score(q.to(wide), over_blocks(keys, block, lambda x: x.sum(3, dtype=wide) / x.shape[3]))
+    else:  # the corner of the box that is farthest along q
+        high, low = (
+            over_blocks(keys, block, extreme).to(wide) for extreme in (lambda x: x.amax(3), lambda x: x.amin(3))
+        )
+        values = score(q.to(wide).clamp(min=0), high) + score(q.to(wide).clamp(max=0), low)
+    return values, count.to(wide).log()

@@ -37,11 +37,10 @@ class QueryAwareHeads:
     $$D_l = \{h : \pi_{lh} \lambda_{lh} > \tau\},\ \text{the largest of them, up to the budget}$$
 
     with the lost attention of `lost_attention` and a prior pi (1 without one). A head that loses nothing stays
-    streaming: on a prompt that is no longer than sink and window no head is dense, which is equivalent to all dense.
-    Ties go to the lower head. A batch has one set of dense heads, by the mean over its samples.
+    streaming. Ties go to the lower head. A batch has one set of dense heads, by the mean over its samples.
 
-    The cost of a layer is the estimate (see `lost_attention`) and one wait for the device (two with padding). Layers
-    are decided one after the other. A budget over all layers therefore needs forward passes that begin at layer 0.
+    The cost of a layer is the estimate (see `lost_attention`) and one wait for the device (two with padding). A budget
+    over all layers needs forward passes that begin at layer 0.
 
     Args:
         budget: `PerLayer` or `Total`.
@@ -74,18 +73,10 @@ class QueryAwareHeads:
     """
 
     def __init__(
-        self,
-        budget: Any,
-        *,
-        queries: int | Bool[Tensor, "batch pos"] = 64,
-        order: int = 1,
-        keys: str = "exact",
-        block: int = 64,
-        threshold: float = 0.0,
-        prior: HeadScores | None = None,
-        sink: WholeNumber | None = None,
-        window: WholeNumber | None = None,
-    ) -> None:
+        self, budget: Any, *, queries: int | Bool[Tensor, "batch pos"] = 64, order: int = 1, keys: str = "exact",
+        block: int = 64, threshold: float = 0.0, prior: HeadScores | None = None,
+        sink: WholeNumber | None = None, window: WholeNumber | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(budget, Budget):
             raise InputError(f"Expected a budget, PerLayer(heads) or Total(heads); got {budget!r}.")
         if isinstance(queries, bool) or (isinstance(queries, int) and queries < 1):
@@ -128,8 +119,7 @@ class QueryAwareHeads:
         Raises:
             InputError: without a sink and a window, or for a mask of queries of another prompt.
             NumericsError: if the estimate is not finite.
-            UnsupportedModelError: for a mask that is not causal with padding at the ends, or in a backward pass that
-                recomputes the layer, if the budget depends on other layers.
+            UnsupportedModelError: for a mask that is not causal; in a recomputing backward pass with a total budget.
         """
         if self.sink is None or self.window is None:
             raise InputError("Give the policy sink= and window=, or use it in HybridAttention, which sets them.")

@@ -8,9 +8,6 @@ from hooked_mllm.heads.head_set import heads_by_layer
 from hooked_mllm.heads.parsing import parse_head_set
 from hooked_mllm.kernels.implementations import Keys, Queries
 
-#: what to do about heads of another model
-HINT = "Rank the heads of this model (of key-value heads, take `scores.to_query(n_heads)`), or use attention='sdpa'."
-
 
 class FixedHeads:
     """Dense heads that do not depend on the prompt, of a model of known or unknown shape; may be empty."""
@@ -25,7 +22,8 @@ class FixedHeads:
 
     def validate(self, n_layers: int, n_heads: int) -> None:
         """Check that a model of this shape has the heads, or raise a `HeadError`."""
-        parse_heads(self.heads, (n_layers, n_heads), hint=HINT)
+        hint = "Rank the heads of this model (of key-value heads, take `scores.to_query(n_heads)`)"
+        parse_heads(self.heads, (n_layers, n_heads), hint=f"{hint}, or use attention='sdpa'.")
 
     def describe(self) -> dict[str, Any]:
         """Its settings, as values that JSON can hold."""

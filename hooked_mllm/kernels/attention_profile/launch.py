@@ -62,11 +62,7 @@ def triton_attention_profile(
     streaming: Sequence[Streaming | None], config: dict[str, int] | None = None,
     out: Float[Tensor, "layer batch head key"] | None = None, splits: int | None = None,
 ) -> Float[Tensor, "layer batch head key"]:  # fmt: skip
-    """The profile of all layers, in one launch for each pass; see `attention_profile`.
-
-    `config` replaces the tile sizes of `settings_for`, `out` is contiguous memory for the result, `splits` a number of
-    chunks of keys in place of one that suits the device.
-    """
+    """`attention_profile` in one launch for each pass; `config` and `splits` replace tile sizes and chunk count."""
     # one launch for all layers: a table has the addresses of their q and k, which share shape and strides
     q, k = _equal_strides(q), _equal_strides(k)
     n_layers, (batch, n_heads, length, d_head), (n_kv, n_keys) = len(q), q[0].shape, k[0].shape[1:3]
@@ -77,7 +73,12 @@ def triton_attention_profile(
     padded = start is not None or end is not None
     bounds = [_bound(start, 0, batch, device), _bound(end, n_keys, batch, device)] if padded else [table, table]
     tiling = _Tiling(config or settings_for(d_head, dtype), group, length, n_keys)
-    constants = {**_constants(host_table, group, d_head, dtype), "PADDED": padded, **tiling.constants, **FUSED}
+    constants = {
+        "WORDS": host_table.shape[1] - HEADER, "GROUP": group, "D": d_head,
+        "BLOCK_D": max(16, triton.next_power_of_2(d_head)), "PADDED": padded,
+        "STREAMING": host_table.shape[1] > HEADER, "ALIGNED": not bool((host_table[:, :2] % 16).any()),  # addresses
+        "HEADER": HEADER, "PRECISION": "ieee" if dtype == torch.float32 else "tf32", **tiling.constants, **FUSED,
+    }  # fmt: skip
     strides = (*q[0].stride(), *k[0].stride(), places.stride(0))
     bound_strides = [x.stride(0) if padded else 0 for x in bounds]
     chunk_keys = None if splits is None else -(-n_keys // splits)
@@ -108,20 +109,6 @@ def triton_attention_profile(
             SEVERAL=tiling.query_tiles > 1, **constants,
         )  # fmt: skip
     return result
-
-
-def _constants(table: Int64[np.ndarray, "layer column"], group: int, d_head: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time constants of both passes that follow from the inputs."""
-    return {
-        "WORDS": table.shape[1] - HEADER,
-        "GROUP": group,
-        "D": d_head,
-        "BLOCK_D": max(16, triton.next_power_of_2(d_head)),
-        "STREAMING": table.shape[1] > HEADER,
-        "ALIGNED": not bool((table[:, :2] % 16).any()),  # addresses of q and k, in bytes
-        "HEADER": HEADER,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-    }
 
 
 class _Tiling:

@@ -17,16 +17,7 @@ Streaming = tuple[Sequence[int], int, int]
 def seen_keys(
     places: Int[Tensor, "batch query"], heads: int, keys: int, start: Bound, end: Bound, streaming: Streaming | None
 ) -> Bool[Tensor, "batch head query key"]:
-    """The keys that each query of each head sees; see `visible_keys_at`.
-
-    Args:
-        places: The position of each query among the keys.
-        heads: Number of query heads.
-        keys: Number of keys.
-        start: The first real key of each sequence.
-        end: One past its last real key.
-        streaming: The layer's dense heads, sink and window; None if all heads are dense.
-    """
+    """The keys that each query of each head sees; see `visible_keys_at`. `streaming` is None if all heads are dense."""
     dense, sink, window = (range(heads), 0, 1) if streaming is None else streaming
     return visible_keys_at(places, keys, head_flags(dense, heads), sink, window, start, end)
 

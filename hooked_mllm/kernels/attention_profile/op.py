@@ -11,6 +11,8 @@ from hooked_mllm.kernels.attention_profile.naive import Streaming as Streaming
 from hooked_mllm.kernels.attention_profile.naive import naive_attention_profile
 from hooked_mllm.kernels.implementations import (
     Implementation,
+    Keys,
+    Queries,
     check_implementation,
     check_triton,
     kernel_fits,
@@ -20,30 +22,23 @@ from hooked_mllm.kernels.streaming_window import check_sink_and_window
 
 
 def attention_profile(
-    q: Sequence[Float[Tensor, "batch head query d_head"]],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    places: Int[Tensor, "batch query"],
-    *,
-    weight: Float[Tensor, "batch query"] | None = None,
-    scale: float | Sequence[float] | None = None,
-    start: Int[Tensor, "*layer batch"] | None = None,
-    end: Int[Tensor, "*layer batch"] | None = None,
-    streaming: Sequence[Streaming | None] | None = None,
-    implementation: Implementation = "auto",
-) -> Float[Tensor, "layer batch head key"]:
+    q: Sequence[Queries], k: Sequence[Keys], places: Int[Tensor, "batch query"], *,
+    weight: Float[Tensor, "batch query"] | None = None, scale: float | Sequence[float] | None = None,
+    start: Int[Tensor, "*layer batch"] | None = None, end: Int[Tensor, "*layer batch"] | None = None,
+    streaming: Sequence[Streaming | None] | None = None, implementation: Implementation = "auto",
+) -> Float[Tensor, "layer batch head key"]:  # fmt: skip
     r"""The mean attention row over selected queries, of several layers at once, without the rows in memory.
 
     $$a[j] = \sum_{i\in Q} w_i\, \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big),\qquad w_i = 1/|Q|$$
 
     over the keys that each query sees: `start <= j <= p`, `j < end` for a query at position p; in a streaming head,
     of these only `j < start + sink` and `j > p - window`. Computed in float32. A query without visible keys counts as
-    0; NaN and infinity in q or k that a query sees make the whole profile of that head NaN.
-
-    On a GPU, Triton makes two passes over k, one launch each for all layers, without the rows in memory.
+    0; NaN or infinity in visible q or k makes the whole profile of that head NaN. The sum of $a$ over a set of keys is
+    the attention mass on that set. On a GPU, two launches of Triton kernels for all layers.
 
     Args:
-        q: The selected queries after position encoding, one tensor per layer, of any strides; all of one shape.
-        k: All keys after position encoding, one tensor per layer, likewise.
+        q: The selected queries after position encoding, `[batch head query d_head]` per layer; all of one shape.
+        k: All keys after position encoding, `[batch kv_head key d_head]` per layer, likewise.
         places: The position of each query among the keys.
         weight: The weights w; 0 pads samples with fewer queries. 1/query by default.
         scale: The factor s, one for all layers or one for each; 1/sqrt(d_head) by default. Above 0.

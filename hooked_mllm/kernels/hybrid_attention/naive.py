@@ -17,15 +17,7 @@ def visible_keys(
 ) -> Bool[Tensor, "batch head query key"]:  # fmt: skip
     """The keys that each query of each head sees; see `visible_keys_at`.
 
-    Args:
-        dense: True at the dense heads.
-        q_length: Number of queries.
-        kv_length: Number of keys.
-        sink: First keys that the other heads see.
-        window: Last keys that they see, the query's own included.
-        start: The first real key of each sequence.
-        end: One past its last real key.
-        offset: Position of the first query; by default that which puts the last query at the last key.
+    `dense` is True at dense heads; `offset` is the position of the first query, by default that of the last keys.
     """
     offset = kv_length - q_length if offset is None else offset
     positions = torch.arange(offset, offset + q_length, device=dense.device)[None]  # [1 query]

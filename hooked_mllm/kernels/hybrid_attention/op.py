@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.errors import HeadError, InputError
@@ -15,6 +14,8 @@ from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients, naive_hy
 from hooked_mllm.kernels.implementations import (
     Bound,
     Implementation,
+    Keys,
+    Queries,
     check_implementation,
     check_triton,
     current_device,
@@ -46,20 +47,10 @@ def hybrid_attention(
 
 
 def hybrid_attention(
-    q: Float[Tensor, "batch head query d_head"],
-    k: Float[Tensor, "batch kv_head key d_head"],
-    v: Float[Tensor, "batch kv_head key d_head"],
-    dense: Iterable[int],
-    *,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
-    scale: float | None = None,
-    start: Int[Tensor, " batch"] | None = None,
-    end: Int[Tensor, " batch"] | None = None,
-    return_lse: bool = False,
-    implementation: Implementation = "auto",
-    causal: bool = True,
-) -> Any:
+    q: Queries, k: Keys, v: Keys, dense: Iterable[int], *, sink: WholeNumber = 64, window: WholeNumber = 1024,
+    scale: float | None = None, start: Bound | None = None, end: Bound | None = None,
+    return_lse: bool = False, implementation: Implementation = "auto", causal: bool = True,
+) -> Any:  # fmt: skip
     r"""Causal attention in which some heads see everything before them and the others a sink and a window.
 
     $$z_i = \sum_{j \in V_h(i)} \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big) v_j,\qquad
@@ -73,9 +64,9 @@ def hybrid_attention(
     warning. Gradients are those of the definition, with the memory of chunks of N x N scores.
 
     Args:
-        q: Queries after position encoding.
-        k: Keys; query head h reads key-value head h // (H / H_kv).
-        v: Values.
+        q: Queries after position encoding, `[batch head query d_head]`.
+        k: Keys, `[batch kv_head key d_head]`; query head h reads key-value head h // (H / H_kv).
+        v: Values, likewise.
         dense: Query heads that see everything before them.
         sink: First keys that the other heads see.
         window: Last keys that they see, the query's own included.
@@ -84,7 +75,7 @@ def hybrid_attention(
         end: One past the last real key (right padding from it on).
         return_lse: Also return the log-sum-exp of each row's scores, float32 `[batch head query]`.
         implementation: "auto", "triton" or "naive".
-        causal: Must be True: other attention is not supported, and the error names the function to use.
+        causal: Must be True: other attention is not supported.
 
     Raises:
         InputError: for shapes, dtypes or devices that do not fit, numbers out of range, or `causal=False`.

@@ -92,13 +92,8 @@ def _streaming(
 def fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
     """Whether this kernel supports the tensors: head dim 64 or 128, groups of a power of two, a Hopper GPU."""
     group = q.shape[1] // k.shape[1]
-    return (
-        q.shape[3] in (64, 128)
-        and group in (1, 2, 4, 8, 16, 32)
-        and q.stride(3) == 1
-        and all(describable(x) for x in (k, v, out))
-        and hopper(q)
-    )
+    sizes_fit = q.shape[3] in (64, 128) and group in (1, 2, 4, 8, 16, 32)
+    return sizes_fit and q.stride(3) == 1 and all(describable(x) for x in (k, v, out)) and hopper(q)
 
 
 def launch_streaming(

@@ -235,12 +235,8 @@ def hopper(x: Tensor) -> bool:
 def describable(x: Tensor) -> bool:
     """Whether x can have a tensor descriptor: 16-byte strides, the last stride 1, two bytes a number."""
     strides = [s * x.element_size() for s in x.stride()[:-1]]
-    return (
-        x.element_size() == 2
-        and x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(s > 0 and s % 16 == 0 for s in strides)
-    )
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    return x.element_size() == 2 and x.stride(-1) == 1 and aligned
 
 
 def descriptor(x: Tensor, box: list[int]) -> TensorDescriptor:
