@@ -4,7 +4,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +27,19 @@ class Piece:
     parts: dict[str, Tensor]
 
 
-class AttentionMetric(Metric):
+class Configured:
+    """Settings and representation by the constructor's arguments."""
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments that are attributes of the same name."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        return {name: getattr(self, name) for name in parameters if name != "self" and hasattr(self, name)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
+
+
+class AttentionMetric(Configured, Metric):
     """A `torchmetrics.Metric` that is fed attention views; base of `HeadMetric` and of metrics of head groups.
 
     A sample arrives in one or more views, each a group of layers, and is added when the last view has arrived: a run
@@ -73,8 +85,7 @@ class AttentionMetric(Metric):
                 f"{self!r}: layer {min(twice)} came twice within one sample. Views come in order of layers and the "
                 "last holds the model's last layer; call setup() or reset() after an interrupted sample."
             )
-        parts = {name: part.to(self.device) for name, part in self.observe(view).items()}
-        self._pieces.append(Piece(view.layers, parts))
+        self._pieces.append(Piece(view.layers, {n: part.to(self.device) for n, part in self.observe(view).items()}))
         if view.is_last:
             pieces, self._pieces = self._pieces, []
             self.commit(pieces)
@@ -90,11 +101,6 @@ class AttentionMetric(Metric):
     @abstractmethod
     def _allocate(self, n_layers: int, n_heads: int) -> None:
         """Allocate the states."""
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments that are attributes of the same name."""
-        parameters = inspect.signature(type(self).__init__).parameters
-        return {name: getattr(self, name) for name in parameters if name != "self" and hasattr(self, name)}
 
     def provenance(self) -> dict[str, Any]:
         """Facts about the metric and the model, for results."""
@@ -190,10 +196,6 @@ class AttentionMetric(Metric):
 
         return super()._apply(move, exclude_state)  # type: ignore[return-value]
 
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
-        return f"{type(self).__name__}({settings})"
-
 
 class HeadMetric(AttentionMetric):
     """A metric with one number per head and sample, averaged over samples.
@@ -278,25 +280,19 @@ class HeadMetric(AttentionMetric):
 
     def commit(self, pieces: Sequence[Piece]) -> None:
         """Add each part, summed over the batch, to the state of its name at its layers; append rows."""
-        rows = self._rows
-        for name in rows:
-            self._append(name, [(p.layers, p.parts["total" if name == "each" else name]) for p in pieces])
-        pieces = [replace(p, parts={n: part for n, part in p.parts.items() if n not in rows}) for p in pieces]
-        whole = [layer for piece in pieces for layer in piece.layers] == list(range(len(self.count)))
-        if whole:  # the usual case: one addition per state
-            for name in pieces[0].parts:
-                parts = [piece.parts[name] for piece in pieces]
-                part = parts[0] if len(parts) == 1 else torch.cat(parts)
-                state: Tensor = getattr(self, name)
-                setattr(self, name, state + part.sum(1, dtype=state.dtype))
-            self.count = self.count + pieces[0].parts["total"].shape[1]
-            return
-        for piece in pieces:
-            index = torch.tensor(piece.layers).to(self.device)
-            for name, part in piece.parts.items():
-                state = getattr(self, name)
-                setattr(self, name, state.index_add(0, index, part.sum(1, dtype=state.dtype)))
-            self.count = self.count.index_add(0, index, torch.full_like(index, piece.parts["total"].shape[1]))
+        index = torch.tensor([layer for piece in pieces for layer in piece.layers], device=self.device)
+        parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}
+        batch = parts["total"].shape[1]
+        for name in self._rows:
+            part = parts["total"] if name == "each" else parts.pop(name)
+            state: Tensor = getattr(self, name)
+            rows = state.new_full((batch, *state.shape[1:]), torch.nan)  # layers that are not measured remain NaN
+            rows[:, index] = part.transpose(0, 1).to(rows.dtype)  # [layer batch head] -> [sample layer head]
+            setattr(self, name, torch.cat([state, rows]))
+        for name, part in parts.items():
+            state = getattr(self, name)
+            setattr(self, name, state.index_add(0, index, part.sum(1, dtype=state.dtype)))
+        self.count = self.count.index_add(0, index, torch.full_like(index, batch))
 
     def add_sum(self, name: str, *, per_head: bool = True, dtype: torch.dtype = torch.float64) -> None:
         """Add a state that is summed over samples, [layer head] or [layer]; `observe` returns its parts."""
@@ -310,13 +306,6 @@ class HeadMetric(AttentionMetric):
     @property
     def _rows(self) -> list[str]:
         return [name for name, default in self._defaults.items() if isinstance(default, Tensor) and default.dim() == 3]
-
-    def _append(self, name: str, parts: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
-        state: Tensor = getattr(self, name)
-        rows = state.new_full((parts[0][1].shape[1], *state.shape[1:]), torch.nan)  # layers never seen stay NaN
-        for layers, part in parts:
-            rows[:, list(layers)] = part.transpose(0, 1).to(rows.dtype)
-        setattr(self, name, torch.cat([state, rows]))
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
         # torchmetrics stacks what it gathers; rows of processes with unequal numbers of samples are gathered here
@@ -334,7 +323,7 @@ class HeadMetric(AttentionMetric):
                 self._resize(name, {1: (n_layers,), 2: (n_layers, n_heads), 3: (0, n_layers, n_heads)}[default.dim()])
 
 
-def check_share(share: float, of: str = "") -> None:
+def check_share(share: float | int, of: str = "") -> None:
     """Raise for a share that is not above 0 and at most 1."""
     if not 0.0 < share <= 1.0:
         raise InputError(f"share must be above 0 and at most 1{of}; got {share!r}.")

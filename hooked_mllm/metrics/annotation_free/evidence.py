@@ -1,11 +1,9 @@
 """EvidenceAgreement: attention to the evidence of the model's own answer; base of two ways to compute it."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,10 +18,10 @@ from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.inputs.sample import Sample, is_per_token
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.annotation_free.questions import unannotated
-from hooked_mllm.metrics.base import HeadMetric, check_share
+from hooked_mllm.metrics.base import Configured, HeadMetric, check_share
 
 
-class EvidenceAgreement(ABC):
+class EvidenceAgreement(Configured, ABC):
     r"""How much attention a head pays to the visual tokens on which the model's own answer depends. No target.
 
     $$\text{score}[l,h] = \sum_{j\in V} w[j]\, a^{l,h}[j],\qquad w[j] = \frac{r[j]}{\sum_{i\in V} r[i]}$$
@@ -103,15 +101,6 @@ class EvidenceAgreement(ABC):
         scores.name = type(self).__name__
         scores.provenance |= {"metric": scores.name, "config": self.config(), "without_evidence": skipped}
         return scores
-
-    def config(self) -> dict[str, Any]:
-        """The settings."""
-        return {
-            name: getattr(self, name) for name in inspect.signature(type(self).__init__).parameters if name != "self"
-        }
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config().items())})"
 
 
 class _WeightedMass(HeadMetric):

@@ -94,8 +94,8 @@ class DirectLogitAttribution:
       that attributions add up.
     - $C, W$: correct and wrong tokens, as in `LogitDifference`.
 
-    In logits, averaged over samples. Only the direct path is measured: a head whose output other heads read can have
-    the score 0 and still be necessary. `decompose` returns all components, whose sum is the logit difference.
+    In logits, averaged over samples. Only the direct path is measured: a necessary head can have the score 0 if its
+    output is an input of other heads. `decompose` returns all components, whose sum is the logit difference.
 
     Args:
         correct: The correct token; None for the first token of the sample's own answer.
@@ -127,16 +127,14 @@ class DirectLogitAttribution:
         return f"DirectLogitAttribution({', '.join(f'{k}={v!r}' for k, v in self.config().items() if v is not None)})"
 
     def run(self, model: Model, samples: ModelInputs | Pairs, *, progress: bool = True) -> HeadScores:
-        """Attribute the logit difference to heads, with one forward pass for each sample; returns the mean.
+        """The mean attribution of each head, with one forward pass for each sample.
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples, batches or mappings; or pairs, tuples (clean, corrupted), whose corrupted answer is the
-                wrong one.
+            samples: Samples, batches or mappings; or pairs (clean, corrupted), whose corrupted answer is the wrong one.
             progress: Show a progress bar.
 
         Raises:
-            InputError: For no sample, or tokens that `LogitDifference` does not support.
             NumericsError: If the model overflowed.
         """
         return self.decompose(model, samples, progress=progress).heads
