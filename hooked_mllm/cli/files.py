@@ -11,11 +11,7 @@ from hooked_mllm.storage import ready_folder
 
 
 def folder(path: Path) -> Path:
-    """The folder for results, made where it does not exist, and checked before anything is measured.
-
-    Raises:
-        InputError: If it cannot be made or written to.
-    """
+    """The folder for results, made where it does not exist, and checked before anything is measured."""
     try:
         return ready_folder(path)
     except CacheFileError as error:

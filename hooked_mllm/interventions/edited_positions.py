@@ -4,22 +4,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, check_positions, is_token_kind, resolve_mask
 from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.interventions.base import check_choice
+from hooked_mllm.interventions.base import Intervention, check_choice
 
 
 def check_edited_positions(selected: Positions | None, phase: str, tower: str) -> None:
-    """Reject positions and phases that exclude each other.
-
-    Raises:
-        HookValueError: for an unknown phase or tower, positions of the prompt in decoding, or decoding in a vision
-            tower.
-        LayoutError: for what selects no positions, or names and regions in a vision tower.
-    """
+    """Reject positions and phases that exclude each other."""
     check_choice("phase", phase, ("prefill", "decode", "both"))
     check_choice("tower", tower, ("text", "vision"))
     if selected is not None:
@@ -39,18 +33,29 @@ def check_edited_positions(selected: Positions | None, phase: str, tower: str) -
         )
 
 
+class PositionIntervention(Intervention):
+    """An intervention at prompt positions of a tower; None for all."""
+
+    tower: Tower
+    positions: Positions | None
+
+    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
+        """The first prompt position that it may change in any sample; 0 in a vision tower."""
+        if self.tower != "text" or self.positions is None:
+            return 0
+        return int(inputs.mask(self.positions).any(0).int().argmax())
+
+
+def for_batch(mask: Bool[Tensor, "sample pos"], batch: int) -> Bool[Tensor, "batch pos"]:
+    """A mask for all rows; beams and several sequences of one prompt are adjacent."""
+    return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
+
+
 class EditedPositions:
-    """The positions that an intervention edits, for the run that is in progress.
+    """The positions that an intervention edits in the current run: of the prompt, and of generated tokens.
 
-    Prompt positions are edited in phases "prefill" and "both", generated tokens in "decode" and "both". That holds by
-    position and not by call, so a generation without KV cache, which runs the whole sequence at every step, is edited
-    at the same positions as one with it.
-
-    Args:
-        model: The model that runs.
-        selected: Positions of the prompt; None for all.
-        phase: "prefill", "decode" or "both".
-        tower: "text" or another.
+    Phases select by position and not by call, so that generation without KV cache, which runs the whole sequence at
+    every step, is edited at the same positions as one with it.
     """
 
     def __init__(self, model: Model, selected: Positions | None, phase: str = "prefill", tower: str = "text") -> None:
@@ -80,17 +85,7 @@ class EditedPositions:
         return 0 if step == 0 or length >= prompt + step else prompt + step - 1
 
     def mask(self, batch: int, length: int, hook: HookPoint, device: torch.device) -> Bool[Tensor, "batch pos"] | None:
-        """True at the positions of an activation that are edited; None where there is none.
-
-        Args:
-            batch: Sequences of the activation.
-            length: Positions of the activation.
-            hook: The hook point, which has the step of the generation.
-            device: Where the activation is.
-
-        Raises:
-            LayoutError: for positions that the run does not have.
-        """
+        """True at the positions of an activation that are edited; None where there is none."""
         prompt, step = self.prompt_length(length), hook.step
         whole = step == 0 or length >= prompt + step
         if (self.phase == "decode" and step == 0) or (self.phase == "prefill" and not whole):
@@ -105,20 +100,14 @@ class EditedPositions:
         return mask
 
     def prompt_mask(self, batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
-        """True at the selected positions of the prompt.
-
-        Raises:
-            LayoutError: for positions that the run does not have.
-            InputError: for inputs that continue from `past_key_values`.
-        """
+        """True at the selected positions of the prompt."""
         inputs = self.inputs
-        if self._resolved is None or inputs is None or self._resolved[0] is not inputs:
+        if self._resolved is not None and inputs is not None and self._resolved[0] is inputs:
+            mask = self._resolved[1].to(device)
+        else:
             mask = self._resolve(inputs, batch, length).to(device)
             self._resolved = None if inputs is None else (inputs, mask)
-        else:
-            mask = self._resolved[1].to(device)
-        # beams and several sequences of one prompt lie side by side: [sample pos] -> [batch pos]
-        return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
+        return for_batch(mask, batch)
 
     def _resolve(self, inputs: ResolvedInput | None, batch: int, length: int) -> Bool[Tensor, "sample pos"]:
         if self.selected is None:
@@ -127,8 +116,3 @@ class EditedPositions:
             return resolve_mask(self.selected, batch, length, None)
         inputs.check_whole()
         return resolve_mask(self.selected, inputs.batch, length, inputs.host_masks)
-
-
-def first_edited(selected: Positions | None, inputs: ResolvedInput) -> int:
-    """The first of the selected positions in any sample of the inputs; 0 for all."""
-    return 0 if selected is None else int(inputs.mask(selected).any(0).int().argmax())

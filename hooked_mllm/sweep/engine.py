@@ -35,11 +35,9 @@ MAX_BATCH_FACTOR = 8
 class Sweep:
     r"""One run, and an objective of many variants of it.
 
-    A variant that edits block l changes nothing before block l. The run is made once and the residual stream entering
-    each block is kept; a variant starts at the first block that it edits, and variants that start at the same block
-    share a batch. If variants edit only late positions, only these are computed again: earlier positions do not depend
-    on them, and their keys and values are those of the clean run. The values are those of a loop with one forward pass
-    for each variant, within floating-point noise (in bfloat16 the order of summation depends on the batch).
+    A variant starts at the first block that it edits, from the recorded residual stream, and variants that start at the
+    same block share a batch. If variants edit only late positions, only these are computed again. The values are those
+    of one forward pass for each variant, within floating-point noise.
 
     Variants that edit something outside the decoder blocks (the vision tower, the embedding, the logits) are run as
     whole forward passes. Registered hooks and interventions apply to every run.
@@ -52,8 +50,7 @@ class Sweep:
         corrupted: The other run of a pair, for objectives that compare two.
         batch_size: Variants in a batch; None: set by free memory. It is reduced when memory runs out.
         offload: The device that keeps the residual streams: "auto", "device" or "cpu".
-        compile: Run blocks without hooks through `torch.compile`, which takes about half a minute: for many heads of a
-            large model on a GPU.
+        compile: Compile blocks without hooks, which takes about half a minute.
 
     Attributes:
         clean: The objective without any variant, `[sample]`.
@@ -101,8 +98,10 @@ class Sweep:
         clean_is_missing = bound.objective.needs_clean and bound.clean is None
         self.bound = bound.with_clean(logits) if clean_is_missing else bound
         self.clean = self._finite(self.bound(logits).detach()[None], ())[0]
-        tokens = self.inputs.batch * self.inputs.length
-        self.batch = BatchSize(tokens, model.device, batch_size, self._run_last_block)
+        last, tokens = self.trunk.n_layers - 1, self.inputs.batch * self.inputs.length
+        self.batch = BatchSize(
+            tokens, model.device, batch_size, lambda n: self.trunk.resume(last, self.trunk.start(last, n))
+        )
 
     def run(
         self,
@@ -218,7 +217,3 @@ class Sweep:
         width = torch.finfo(self.model.dtype).bits // 8
         needed = (cfg.n_layers + 1) * self.inputs.batch * self.inputs.length * cfg.d_model * width
         return torch.device("cpu") if needed > KEEP_SHARE * free else None
-
-    def _run_last_block(self, repeats: int) -> None:
-        layer = self.trunk.n_layers - 1
-        self.trunk.resume(layer, self.trunk.start(layer, repeats))

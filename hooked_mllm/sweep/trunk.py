@@ -44,13 +44,7 @@ class Trunk:
     @classmethod
     @torch.no_grad()
     def record(cls, model: Model, inputs: ResolvedInput, device: torch.device | str | None = None) -> "Trunk":
-        """Run the model once, with the hooks that are registered, and keep what enters each block.
-
-        Args:
-            model: A `HookedMLLM`.
-            inputs: The inputs of the run.
-            device: The device that keeps the residual streams; None for that of each block.
-        """
+        """Run the model once, with its hooks; `device` keeps the residual streams, by default that of each block."""
         trunk = cls(model, inputs)
         family, hf = model.family, model.hf_model
         blocks = hf.get_submodule(family.text.blocks)
@@ -67,12 +61,9 @@ class Trunk:
             keep(args[0] if args else arguments.pop("hidden_states"))
             trunk.arguments.append(arguments)
 
-        def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
-            keep(args[0])
-
         # before the hooks of hook points, whose edits are made again when the run is resumed
         handles = [block.register_forward_pre_hook(enter_block, prepend=True, with_kwargs=True) for block in blocks]
-        handles.append(model.ln_final.register_forward_pre_hook(leave, prepend=True))
+        handles.append(model.ln_final.register_forward_pre_hook(lambda _, args: keep(args[0]), prepend=True))
         handles.append(hf.get_submodule(family.language_model).register_forward_pre_hook(enter, with_kwargs=True))
         try:
             model.run_trunk(inputs)
@@ -127,7 +118,7 @@ class Trunk:
     def resume(
         self, layer: int, residual: Float[Tensor, "row pos d_model"], stop: int | None = None, first: int = 0
     ) -> Float[Tensor, "row pos d_model"]:
-        """Run the blocks from `layer` on, with their hooks.
+        """Run the blocks from `layer` to before `stop` (None: all), with their hooks.
 
         Args:
             layer: The first block to run.
