@@ -114,8 +114,9 @@ class HybridAttention:
 
     def describe(self) -> dict[str, Any]:
         """The settings that reproduce it, as values that JSON can hold: heads in order, or the policy."""
-        fixed = self._named and isinstance(self.policy, FixedHeads)
-        dense = head_names(sorted(self.policy.heads)) if fixed else self.policy.describe()
+        dense: Any = self.policy.describe()
+        if self._named and isinstance(self.policy, FixedHeads):
+            dense = head_names(sorted(self.policy.heads))
         return {"backend": "HybridAttention", "dense": dense, "sink": self.sink, "window": self.window}
 
     def _streaming(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> StreamingHeads:

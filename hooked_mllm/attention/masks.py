@@ -86,9 +86,7 @@ class MaskRows:
         `causal`: whether None means causal. `window`: a sliding window that the attention function applies.
         `upper_left`: whether None with more keys than queries means "query i sees keys 0 to i", as in SDPA (used by
         transformers for the prefill of an empty static KV cache); in flash attention the last query sees the last key.
-
-        Raises:
-            NumericsError: for an additive mask with numbers other than zero and very negative ones.
+        An additive mask with numbers other than zero and very negative ones raises a `NumericsError`.
         """
         recipe = getattr(mask, RECIPE, None)
         common = (batch, q_length, kv_length, device)
@@ -142,8 +140,8 @@ class MaskRows:
 
     def tensors(self) -> list[Tensor]:
         """The tensors that this mask keeps alive."""
-        held = (self.dense, self.padding, None if self.recipe is None else self.recipe.padding)
-        return [t for t in held if t is not None]
+        tensors = (self.dense, self.padding, None if self.recipe is None else self.recipe.padding)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def resized(self, batch: int, length: int, segments: tuple[int, ...] | None = None) -> "MaskRows":
         """The same kind of mask over another batch and length, for joined calls of a vision tower."""
@@ -300,8 +298,8 @@ def with_recipe(mask: Any, **arguments: Any) -> Any:
     """Attach the recipe to a mask tensor that transformers' mask function returned for these arguments."""
     rule = arguments.get("mask_function")
     padding = arguments.get("attention_mask")
-    simple = rule is not None and (padding is None or padding.dim() == 2)
-    if simple and isinstance(mask, Tensor) and not torch.compiler.is_compiling():
-        offsets = [int(arguments.get(name) or 0) for name in ("q_offset", "kv_offset")]
-        setattr(mask, RECIPE, MaskRecipe(rule, None if padding is None else padding.bool(), *offsets))
+    plain = padding is None or padding.dim() == 2
+    if rule is not None and plain and isinstance(mask, Tensor) and not torch.compiler.is_compiling():
+        q_offset, kv_offset = (int(arguments.get(name) or 0) for name in ("q_offset", "kv_offset"))
+        setattr(mask, RECIPE, MaskRecipe(rule, None if padding is None else padding.bool(), q_offset, kv_offset))
     return mask

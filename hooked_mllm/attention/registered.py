@@ -155,10 +155,8 @@ def _check(name: str, module: nn.Module, d_head: int, d_value: int, dropout: flo
     if not hasattr(module, "layer_idx"):
         raise UnsupportedModelError(f"{what}: the module has no `layer_idx`, so its heads are not known. Use 'sdpa'.")
     if d_value != d_head:
-        raise UnsupportedModelError(
-            f"{what} has values of width {d_value} and queries of width {d_head}: latent attention is not done here. "
-            "Use 'sdpa'."
-        )
+        widths = f"values of width {d_value} and queries of width {d_head}"
+        raise UnsupportedModelError(f"{what} has {widths}: latent attention is not done here. Use 'sdpa'.")
 
 
 @torch.library.custom_op("hooked_mllm::registered_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -84,8 +84,8 @@ def attention_profile(
     if implementation == "naive" or (implementation == "auto" and not (q[0].is_cuda and fits)):
         start = places.new_zeros(batch) if start is None else start
         end = places.new_full((batch,), n_keys) if end is None else end
-        bounds = [bound.expand(n_layers, batch) for bound in (start, end)]
-        return naive_attention_profile(q, k, scales, places, weight, *bounds, heads)
+        start, end = (bound.expand(n_layers, batch) for bound in (start, end))
+        return naive_attention_profile(q, k, scales, places, weight, start, end, heads)
     check_triton(q[0], fits, kernel_runs(q[0].device))
     from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # imports Triton
 

@@ -63,7 +63,10 @@ def _patterns(
         seen = visible_keys(dense.to(q.device), queries.shape[2], keys.shape[2], sink, window, start, end, offset)
         scores = (queries @ keys.transpose(2, 3) * scale).masked_fill_(~seen, -torch.inf)
         empty = ~seen.any(-1, keepdim=True)  # the softmax of such a row would be NaN
-        yield part, queries, scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0), scores.logsumexp(-1)
+        lse = scores.logsumexp(-1)
+        pattern = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+        del scores, seen, empty  # large: not kept while the caller computes
+        yield part, queries, pattern, lse
 
 
 def naive_gradients(
