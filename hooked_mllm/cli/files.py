@@ -19,9 +19,9 @@ def folder(path: Path) -> Path:
 
 
 @contextmanager
-def loading_bar(wanted: bool) -> Iterator[None]:
-    """Within it, transformers' own bar only if it is wanted."""
-    hide = not wanted and is_progress_bar_enabled()
+def loading_bar(shown: bool) -> Iterator[None]:
+    """Hide the bar of transformers in the body of a `with` statement, unless it is shown."""
+    hide = not shown and is_progress_bar_enabled()
     if hide:
         disable_progress_bar()
     try:

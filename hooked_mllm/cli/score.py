@@ -65,8 +65,8 @@ def _overlay(model: HookedMLLM, sample: Any, scores: HeadScores, top: HeadSet) -
     _, cache = model.run_with_cache(sample, names_filter=names)
     panels = {}
     for layer, head in top:
-        rows = cache.pattern(layer, queries="question", heads=head)
-        panels[f"{head_name(layer, head)}  {scores[layer, head]:.3f}"] = rows[0, 0].mean(0)
+        pattern = cache.pattern(layer, queries="question", heads=head)  # [batch head query key]
+        panels[f"{head_name(layer, head)}  {scores[layer, head]:.3f}"] = pattern[0, 0].mean(0)
     return plots.overlay_grid(sample, panels, title=shortened(sample.question))
 
 

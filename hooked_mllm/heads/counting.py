@@ -15,7 +15,7 @@ def share_count(share: float, n: int) -> int:
 
 
 def resolve_count(k: int | float, n: int, what: str = "heads") -> int:
-    """The number that `k` asks for among `n`: an integer is a number, a float a share rounded up."""
+    """The number that `k` means: an integer is the number, a float a share of `n`, rounded up; raises for others."""
     if isinstance(k, bool) or not isinstance(k, Real):
         raise HeadError(f"Expected a number of {what} (int) or a share of them (float); got {k!r}.")
     if isinstance(k, float):

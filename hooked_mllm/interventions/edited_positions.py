@@ -110,9 +110,9 @@ class EditedPositions:
         return for_batch(mask, batch)
 
     def _resolve(self, inputs: ResolvedInput | None, batch: int, length: int) -> Bool[Tensor, "sample pos"]:
+        batch = batch if inputs is None else inputs.batch
         if self.selected is None:
-            return torch.ones(batch if inputs is None else inputs.batch, length, dtype=torch.bool)
-        if inputs is None:
-            return resolve_mask(self.selected, batch, length, None)
-        inputs.check_whole()
-        return resolve_mask(self.selected, inputs.batch, length, inputs.host_masks)
+            return torch.ones(batch, length, dtype=torch.bool)
+        if inputs is not None:
+            inputs.check_whole()
+        return resolve_mask(self.selected, batch, length, None if inputs is None else inputs.host_masks)

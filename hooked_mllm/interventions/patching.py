@@ -150,9 +150,9 @@ class ActivationPatch(PositionIntervention):
         spec = spec_of(name)
         if spec is None or not spec.has_heads:
             raise HookValueError(f"{name} has no heads to choose from: leave heads out.")
-        _, n_heads = tower_shape(model, self.tower)
-        few = self.tower == "text" and spec.has_key_value_heads
-        n_heads, what = (model.cfg.n_key_value_heads, "key-value heads") if few else (n_heads, "heads")
+        n_heads, what = tower_shape(model, self.tower)[1], "heads"
+        if self.tower == "text" and spec.has_key_value_heads:
+            n_heads, what = model.cfg.n_key_value_heads, "key-value heads"
         for head in self.heads:
             if not 0 <= head < n_heads:
                 raise HeadError(f"Head {head} is not there: {name} has {what} 0 to {n_heads - 1}.")
@@ -200,15 +200,8 @@ class HeadPatch(PositionIntervention):
         self._layer(0, (0,))  # raises for positions that contradict each other
 
     def _layer(self, layer: int, heads: tuple[int, ...]) -> ActivationPatch:
-        return ActivationPatch(
-            "z",
-            self.source,
-            layers=layer,
-            heads=heads,
-            positions=self.positions,
-            source_positions=self.source_positions,
-            tower=self.tower,
-        )
+        positions: dict[str, Any] = {"positions": self.positions, "source_positions": self.source_positions}
+        return ActivationPatch("z", self.source, layers=layer, heads=heads, tower=self.tower, **positions)
 
     def describe(self) -> dict[str, Any]:
         """Its settings, as values that JSON can hold."""

@@ -51,11 +51,9 @@ class HeadMatrix:
             return []
         if isinstance(heads, bool):
             raise not_heads(heads)
-        number = whole_number(heads)
+        number = float(heads) if isinstance(heads, float | np.floating) else whole_number(heads)
         if number is not None:
             return self.top(number)
-        if isinstance(heads, float | np.floating):
-            return self.top(float(heads))
         return list(read_heads(cast(HeadsLike, heads), self.shape, whose=f"the map of {self.name}").pairs)
 
 
