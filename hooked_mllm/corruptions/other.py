@@ -24,8 +24,7 @@ class OtherImage(Corruption):
     """Ask the same question of other pictures, drawn from a set.
 
     One candidate replaces all pictures of the sample, so it must have the same number of images and videos, and videos
-    of the same number of frames; the sample's own pictures are never drawn. A video keeps the times of the one that it
-    replaces.
+    of the same number of frames. The sample's own pictures are never drawn; a video gets the times of its predecessor.
 
     Args:
         images: The candidates: a picture (PIL image, path, array) or `Video`, a list of pictures for samples of
@@ -39,11 +38,8 @@ class OtherImage(Corruption):
         LayoutError: when called with resize=False, for pictures that give other tokens.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 4)
-        >>> corruptions.OtherImage(samples, seed=0)(model, samples[0]).images == samples[0].images
-        False
+        >>> OtherImage([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")])
+        OtherImage(candidates=2, seed=0, resize=True)
     """
 
     def __init__(self, images: Candidates, seed: int = 0, resize: bool = True) -> None:

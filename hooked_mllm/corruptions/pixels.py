@@ -10,9 +10,9 @@ from PIL import Image
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.inputs.video import Video
-from hooked_mllm.layout import Region
-from hooked_mllm.layout.pixels import pixel_masks
+from hooked_mllm.layout import Frames, Pages, Region
 from hooked_mllm.layout.regions import as_regions
+from hooked_mllm.layout.shares import pixel_masks
 
 #: takes the pixels of one picture or frame, 0 to 255, and the mask of those to change; returns new pixels
 PixelEdit = Callable[
@@ -44,10 +44,8 @@ def edited(sample: Sample, region: str | list[Region] | None, edit: PixelEdit) -
     if not items:
         raise InputError("This sample has no images and no videos, so there are no pixels to change.")
     if region is None:
-        sizes = [(i.height, i.width) if i.kind == "image" else (i.n_frames, i.height, i.width) for i in items]
-        masks = {number: np.ones(size, dtype=bool) for number, size in enumerate(sizes)}
-    else:
-        masks = pixel_masks(items, sample.target_regions() if isinstance(region, str) else region)
+        region = [Pages([item.index]) if item.kind == "image" else Frames(video=item.index) for item in items]
+    masks = pixel_masks(items, sample.target_regions() if isinstance(region, str) else region)
     images, frames = [np.asarray(i) for i in sample.images], [v.frames.copy() for v in sample.videos]
     for number, mask in masks.items():
         item = items[number]

@@ -11,11 +11,9 @@ from hooked_mllm.corruptions.pixels import pictures, resized
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.layout import Box, Frames
-from hooked_mllm.layout.find import find_item
-from hooked_mllm.layout.items import VisualItem
-from hooked_mllm.layout.pixels import rectangle
+from hooked_mllm.layout.items import VisualItem, find_item
 from hooked_mllm.layout.regions import corners
-from hooked_mllm.layout.shares import frames_within
+from hooked_mllm.layout.shares import frames_within, rectangle
 
 #: rows and columns of a rectangle of pixels
 Rectangle = tuple[slice, slice]

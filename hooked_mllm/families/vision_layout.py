@@ -10,8 +10,7 @@ from transformers import PreTrainedConfig
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.families.base import Family
-from hooked_mllm.layout.find import find_item, find_view
-from hooked_mllm.layout.items import Patches, View, VisualItem
+from hooked_mllm.layout.items import Patches, View, VisualItem, find_item, find_view
 from hooked_mllm.layout.kinds import Kind
 from hooked_mllm.layout.layout import TokenLayout
 from hooked_mllm.layout.regions import Number, RegionInput

@@ -131,9 +131,6 @@ class MappingMasks:
         )
 
 
-# -- resolving -----------------------------------------------------------------------------------------------------
-
-
 def _resolved(selected: object, batch: int, length: int | None, masks: KindMasks | None) -> Tensor:
     """A mask `[batch pos]`, or indices `[batch n]` from 0; on the CPU, checked."""
     if isinstance(selected, slice):

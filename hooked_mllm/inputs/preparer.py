@@ -4,7 +4,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,21 +16,10 @@ from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.families.base import Family
 from hooked_mllm.inputs import video as loading
 from hooked_mllm.inputs.images import Images, load_image, media_list
-from hooked_mllm.inputs.prompt import ChatTemplate, Tokenizer, check_special, check_text, render, token_spans
+from hooked_mllm.inputs.prompt import Processor, Tokenizer, check_special, check_text, render, token_spans
 from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, Target, is_per_token
 from hooked_mllm.inputs.video import Number, Video, Videos
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
-
-
-@runtime_checkable
-class Processor(ChatTemplate, Protocol):
-    """The part of a transformers processor that is used here."""
-
-    tokenizer: Any
-
-    def __call__(self, **kwargs: Any) -> Mapping[str, Any]:
-        """Model inputs of texts, images and videos."""
-        ...
 
 
 class Preparer:
@@ -135,11 +124,11 @@ class Preparer:
         check_special(system or "", "system prompt", self.tokenizer, placeholders)
         shown = tuple(load_image(image) for image in media_list(images))
         films = tuple(loading.as_video(video, **decode) for video in loading.as_list(videos))
-        prompt = render(self.processor, question, system, len(shown), len(films))
-        inputs = self._process(prompt.text, shown, films, processor_kwargs)
+        prompt, texts = render(self.processor, question, system, len(shown), len(films))
+        inputs = self._process(prompt, shown, films, processor_kwargs)
         # the processor's own placeholders in the text, before it widens them to `visual_token_ids`
         marks = {self.tokenizer.convert_tokens_to_ids(p) for p in placeholders if p}
-        spans = token_spans(prompt, self.tokenizer, inputs["input_ids"][0].tolist(), marks)
+        spans = token_spans(prompt, texts, self.tokenizer, inputs["input_ids"][0].tolist(), marks)
         photos = [ImageMedia(image.width, image.height) for image in shown]
         clips = [VideoMedia(film.width, film.height, len(film), film.times_s) for film in films]
         items = self.family.visual_items(self.config, self.processor, inputs, (*photos, *clips))

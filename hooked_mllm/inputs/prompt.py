@@ -4,7 +4,6 @@ A chat template is any program, so a text is located by rendering twice, with th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,13 +14,17 @@ Span = tuple[int, int]
 
 
 @runtime_checkable
-class ChatTemplate(Protocol):
-    """An object that renders conversations, such as a processor."""
+class Processor(Protocol):
+    """The part of a transformers processor that is used here."""
 
+    tokenizer: Any
     chat_template: Any
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """The prompt of a conversation."""
+
+    def __call__(self, **kwargs: Any) -> Mapping[str, Any]:
+        """Model inputs of texts, images and videos."""
         ...
 
 
@@ -34,18 +37,10 @@ class Tokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A rendered prompt and the character ranges of the texts in it, end exclusive."""
-
-    text: str
-    spans: Mapping[str, Span]
-
-
 def render(
-    template: ChatTemplate, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0
-) -> Prompt:
-    """The prompt of one question: images, videos, system text and question, up to where the answer starts."""
+    template: Processor, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0
+) -> tuple[str, dict[str, Span]]:
+    """The prompt of one question up to where the answer starts, and the character ranges of its texts."""
     texts = {"question": question} | ({} if system is None else {"system": system})
     rendered = _apply(template, texts, n_images, n_videos)
     # more X than the prompt has, so that no mark occurs in it
@@ -59,13 +54,13 @@ def render(
                 f"The chat template holds the {name} {marked.count(mark)} times, where once was expected: its tokens "
                 f"cannot be located. {advice}"
             )
-    return Prompt(rendered, _between(rendered, marked, texts, marks))
+    return rendered, _between(rendered, marked, texts, marks)
 
 
 def token_spans(
-    prompt: Prompt, tokenizer: Tokenizer, input_ids: Sequence[int], placeholders: set[int]
+    prompt: str, texts: Mapping[str, Span], tokenizer: Tokenizer, input_ids: Sequence[int], placeholders: set[int]
 ) -> dict[str, list[Span]]:
-    """Token ranges of the prompt's texts among the processor's `input_ids`, end exclusive.
+    """Token ranges of the prompt's `texts` among the processor's `input_ids`, end exclusive.
 
     `placeholders` are the ids of images and videos in the text, which the processor repeats.
     """
@@ -74,13 +69,13 @@ def token_spans(
             f"{type(tokenizer).__name__} gives no character offsets, so the question's tokens cannot be located: load "
             "the fast tokenizer of this checkpoint."
         )
-    encoded = tokenizer(prompt.text, return_offsets_mapping=True)
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     at = [i for i, token in enumerate(ids) if token in placeholders]
     first, after = (at[0], at[-1] + 1) if at else (len(ids), 0)
     spans = {}
-    for name, (start, end) in prompt.spans.items():
-        low, high = _tokens(prompt.text, offsets, start, end, name)
+    for name, (start, end) in texts.items():
+        low, high = _tokens(prompt, offsets, start, end, name)
         shift = len(input_ids) - len(ids)
         if low >= after and list(input_ids[low + shift :]) == ids[low:]:
             spans[name] = [(low + shift, high + shift)]
@@ -90,7 +85,7 @@ def token_spans(
             where = "between its images and videos" if first < high and low < after else "with other tokens than alone"
             raise LayoutError(
                 f"The {name} was not found: the prompt holds it {where}, so its tokens cannot be located. The prompt, "
-                f"before images and videos are filled in: {prompt.text!r}"
+                f"before images and videos are filled in: {prompt!r}"
             )
     return spans
 
@@ -114,7 +109,7 @@ def check_special(text: str, what: str, tokenizer: Tokenizer, placeholders: Sequ
         )
 
 
-def _apply(template: ChatTemplate, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
+def _apply(template: Processor, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
     parts = [{"type": "image"} for _ in range(n_images)] + [{"type": "video"} for _ in range(n_videos)]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": texts["question"]}]}]
     if "system" in texts:

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.images import html_thumbnails
 from hooked_mllm.display.text import shortened
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.inputs.describe import media_html, tensors_html
 from hooked_mllm.inputs.positions import TokenKind
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Region, TokenLayout
@@ -44,7 +44,6 @@ class Sample:
     Attributes:
         inputs: Arguments of the model's `forward`; token tensors `[1 pos]`, without padding.
         layout: Which position is what.
-        question: The question.
         answer: The answer that follows the prompt (teacher forcing).
         images: The pictures, upright RGB; `layout` counts in their pixels.
         videos: The frames given to the model, with their times.
@@ -280,3 +279,24 @@ def _join(name: str, samples: Sequence[Sample], pads: Sequence[tuple[int, int]])
             "in a batch: give num_frames= to prepare, or run the samples one by one."
         )
     return torch.cat(values)
+
+
+def media_html(images: Sequence[Image.Image], videos: Sequence[Video]) -> str:
+    """Thumbnails of the images, and of the first frame of each video."""
+    named = [(f"image {i}, {x.width}x{x.height} px", x) for i, x in enumerate(images)]
+    named += [(f"video {i}, first of {len(x)} frames", Image.fromarray(x.frames[0])) for i, x in enumerate(videos)]
+    return html_thumbnails(named)
+
+
+def tensors_html(inputs: Mapping[str, object]) -> str:
+    """Name, shape, dtype and device of each tensor; other values by their type."""
+    return html_table(
+        [
+            (name, list(x.shape), f"{str(x.dtype).removeprefix('torch.')} on {x.device}")
+            if isinstance(x, Tensor)
+            else (name, "", type(x).__name__)
+            for name, x in inputs.items()
+        ],
+        ("input", "shape", "dtype"),
+        named=True,
+    )

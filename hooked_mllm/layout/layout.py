@@ -11,14 +11,13 @@ from torch import Tensor
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import LayoutError, nearest
-from hooked_mllm.layout.describe import HEADER, TEXT_KINDS, overview, runs, summary
-from hooked_mllm.layout.find import find_item, find_view
-from hooked_mllm.layout.items import View, VisualItem
+from hooked_mllm.layout.items import View, VisualItem, find_item, find_view
 from hooked_mllm.layout.kinds import Kind, kinds_of_spans
 from hooked_mllm.layout.paint import paint
 from hooked_mllm.layout.regions import Frames, Number, Pages, RegionInput, as_regions, moved
 from hooked_mllm.layout.shares import shares
 
+HEADER = ("what", "positions", "")
 #: names that `TokenLayout.mask` accepts in addition to the kinds
 DERIVED = ("text", "last", "generating", "pixels")
 #: shares closer than this count as equal: token edges are fractions of pixels, which rounding moves
@@ -30,12 +29,11 @@ class TokenLayout:
     """What each position of one sample is, and what the visual ones see.
 
     Attributes:
-        kinds: A `Kind` for each position.
+        kinds, view: A `Kind` and a `View` for each position.
         item: The index in `items` of the image or video that a visual position belongs to; -1 elsewhere.
         boxes: x0, y0, x1, y1 in pixels of the original image that a visual token sees (pixel i spans [i, i + 1]);
             NaN for text, and for visual tokens that see none: newlines, and tokens that see only padding.
         frame_range: The first and the last frame a video token sees, both included; -1 elsewhere.
-        view: A `View` for each position.
         items: The images and videos, in prompt order.
         last_index: The last position before any answer.
 
@@ -342,7 +340,8 @@ class TokenLayout:
         return text_table([HEADER, *self._overview(), ("last", self.last_index, "")])
 
     def __repr__(self) -> str:
-        return summary(self._overview(), len(self))
+        texts = [f"{name} {where}" + (f" ({what})" if what else "") for name, where, what in self._overview()]
+        return f"TokenLayout({len(self)} tokens: {'; '.join(texts)})"
 
     def _repr_html_(self) -> str:
         return html_block(f"TokenLayout: {len(self)} tokens", self.html_table())
@@ -352,4 +351,28 @@ class TokenLayout:
         return html_table([*self._overview(), ("last", self.last_index, "")], HEADER, named=True)
 
     def _overview(self) -> list[tuple[str, str, str]]:
-        return overview(self.items, self.item, self.pixels, {name: self.spans(name) for name in TEXT_KINDS})
+        """Name, positions and remarks of each image, each video and each kind of text."""
+        table = []
+        for number, item in enumerate(self.items):
+            positions = self.item == number
+            size = f"{item.width}x{item.height} px"
+            if item.kind == "video":
+                size += f", {item.n_frames} frames, {min(item.times_s):g} to {max(item.times_s):g} s"
+            views = [f"{int((item.views == v).sum())} {v.name.lower()}" for v in View if v and (item.views == v).any()]
+            n_blank = int((~self.pixels[positions]).sum())
+            views += [f"{n_blank} without pixels"] if n_blank else []
+            table.append((item.name, _ranges(runs(positions), 2), f"{size}; {', '.join(views)}"))
+        spans = {name: self.spans(name) for name in ("system", "template", "question", "answer", "padding")}
+        return table + [(name, _ranges(ranges), "") for name, ranges in spans.items() if ranges]
+
+
+def runs(mask: Bool[Tensor, " pos"]) -> list[tuple[int, int]]:
+    """The contiguous true ranges (start, end), end exclusive."""
+    edge = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff()  # 1 where a range starts, -1 where it ends
+    starts, ends = (edge == 1).nonzero()[:, 0], (edge == -1).nonzero()[:, 0]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _ranges(spans: list[tuple[int, int]], most: int = 3) -> str:
+    text = " ".join(f"{a}:{b}" for a, b in spans[:most])
+    return text if len(spans) <= most else f"{text} ... {spans[-1][0]}:{spans[-1][1]} ({len(spans)} spans)"

@@ -28,9 +28,7 @@ def paint(
 
 
 def _paint_grid(
-    picture: Float[np.ndarray, "height width"],
-    boxes: Float[np.ndarray, "token 4"],
-    values: Float[np.ndarray, " token"],
+    picture: Float[np.ndarray, "height width"], boxes: Float[np.ndarray, "token 4"], values: Float[np.ndarray, " token"]
 ) -> None:
     """Paint one view in place. Its boxes are the cells of a grid, so column and row of a pixel determine its token."""
     height, width = picture.shape
