@@ -42,10 +42,9 @@ class Configured:
 class AttentionMetric(Configured, Metric):
     """A `torchmetrics.Metric` that is fed attention views; base of `HeadMetric` and of metrics of head groups.
 
-    A sample arrives in one or more views, each a group of layers, and is added when the last view has arrived: a run
-    stopped in the middle of a sample leaves no half of it in the sums. Sums are float64 and counts int64, also under
-    `.half()` and `.to(dtype)`; they are in `state_dict()`, are merged by `merge_state`, and are summed over processes
-    when `compute()` is called under `torch.distributed`.
+    A sample has one or more views, each a group of layers, and is added after the last one: an interrupted run leaves
+    no half of a sample in the sums. Sums are float64 and counts int64, also under `.half()` and `.to(dtype)`; they are
+    in `state_dict()`, and `compute()` sums them over processes under `torch.distributed`.
     """
 
     full_state_update = False
@@ -58,23 +57,14 @@ class AttentionMetric(Configured, Metric):
         self._pieces: list[Piece] = []
 
     def setup(self, info: ModelInfo) -> None:
-        """Allocate states of the model's shape, and drop an unfinished sample.
-
-        Raises:
-            HeadError: If the metric already holds results of a model of another shape.
-        """
+        """Allocate states and drop an unfinished sample; raises a HeadError if it has results of another shape."""
         self._check_constructed()
         self._allocate(info.n_layers, info.n_heads)
         self._info = info
         self._pieces = []
 
     def update(self, *, view: AttentionView) -> None:
-        """Add one group of layers of a sample or of a batch of samples.
-
-        Raises:
-            InputError: If a layer comes twice within one sample.
-            HeadError: If the metric already holds results of a model of another shape.
-        """
+        """Add one group of layers of a sample or batch; raises an InputError if a layer comes twice in it."""
         self._check_constructed()
         self._allocate(view.n_layers, view.n_heads)
         if not self._pieces and self.device != view.device:
@@ -113,11 +103,7 @@ class AttentionMetric(Configured, Metric):
         self._pieces = []
 
     def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
-        """Add the samples of another metric of the same class and settings, or of its `metric_state`.
-
-        Raises:
-            ValueError: For a metric of another class or with other settings.
-        """
+        """Add the samples of another metric, or of its `metric_state`; raises a ValueError for other settings."""
         if isinstance(incoming_state, AttentionMetric):
             if type(incoming_state) is not type(self) or incoming_state.config() != self.config():
                 raise ValueError(
@@ -231,7 +217,6 @@ class HeadMetric(AttentionMetric):
         """The mean over samples, [layer head]; with state `chance`, even attention's score is in the provenance.
 
         Raises:
-            InputError: For no sample.
             NumericsError: For a score that is NaN or infinite, with its heads.
         """
         return self.scores("total", **(_even_attention(self) if "chance" in self._defaults else {}))
@@ -240,24 +225,18 @@ class HeadMetric(AttentionMetric):
         """A state divided by the number of samples."""
         if not bool(self.count.any()):
             raise InputError(f"{self!r} has seen no sample: there is nothing to compute.")
+        values = getattr(self, state).to(device="cpu", dtype=torch.float64) / self.count.cpu()[:, None]
+        return self._head_scores(values, name or type(self).__name__, facts)
+
+    def _head_scores(self, values: Float[Tensor, "layer head"], name: str, facts: dict[str, Any]) -> HeadScores:
+        """Values with the provenance; layers without samples are missing."""
         count = self.count.cpu()
-        values = getattr(self, state).to(device="cpu", dtype=torch.float64) / count[:, None]
-        return HeadScores(
-            values,
-            name=name or type(self).__name__,
-            provenance={**self.provenance(), **facts, "n_samples": int(count.max())},
-            counts=count,
-            missing=(count == 0).nonzero().flatten().tolist(),
-        )
+        provenance = {**self.provenance(), **facts, "n_samples": int(count.max())}
+        missing = (count == 0).nonzero().flatten().tolist()
+        return HeadScores(values, name=name, provenance=provenance, counts=count, missing=missing)
 
     def keep_samples(self) -> "HeadMetric":
-        """Keep the score of every sample, for `sample_scores`; call it before the first sample.
-
-        Examples:
-            >>> from hooked_mllm import metrics
-            >>> metrics.VisionMass().keep_samples()
-            VisionMass(queries='question')
-        """
+        """Keep the score of every sample, for `sample_scores`; called before the first sample; returns the metric."""
         self._check_constructed()
         if bool(self.count.any()):
             raise InputError(f"{self!r} has taken in samples already: ask it to keep them before the first.")

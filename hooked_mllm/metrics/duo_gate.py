@@ -56,10 +56,9 @@ class DuoGate(Configured):
     Source: arXiv:2410.10819 (DuoAttention), section 3.2; defaults are the paper's.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval(pages=1).samples(model, 2)
+        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2)
         >>> gate = metrics.DuoGate(sink=4, recent=16, steps=2, lr=0.1).run(model, samples, progress=False)
         >>> gate.shape, gate.to_query(model.cfg.n_heads).shape
         ((6, 4), (6, 8))

@@ -38,14 +38,12 @@ class GradientAgreement(EvidenceAgreement):
     arXiv:2606.05843 eq. 1.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.heads import head_names
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval(pages=1).samples(model, 4)
+        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 4)
         >>> scores = metrics.GradientAgreement().run(model, samples, progress=False)
-        >>> sorted(head_names(scores.top(4)))  # planted
-        ['L2H4', 'L2H5', 'L2H6', 'L2H7']
+        >>> sorted(scores.top(4))  # planted
+        [(2, 4), (2, 5), (2, 6), (2, 7)]
     """
 
     def __init__(self, *, rule: str = "norm", queries: str = "question", n_tokens: int = 1) -> None:

@@ -38,10 +38,9 @@ class OcclusionAgreement(EvidenceAgreement):
     Source: occlusion, arXiv:1311.2901, as the region of arXiv:2606.05843 eq. 1.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> sample = VisualRetrieval(pages=1).samples(model, 1)[0]
+        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
         >>> weights = metrics.OcclusionAgreement().weights(model, sample)
         >>> int(weights.argmax()) == int(sample.mask("target")[0].int().argmax())
         True

@@ -31,10 +31,9 @@ class ParaphraseConsistency(QuestionScore):
         share: Share of the visual tokens whose gain counts, above 0 and at most 1.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval(pages=1).samples(model, 2)
+        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2)
         >>> def paraphrase(question):
         ...     shape = f" {question.lower()}".rstrip(" ?.").split(" the ")[-1].split()[0]
         ...     return [f"What color is the {shape}?", f"Tell me the color of the {shape}."]

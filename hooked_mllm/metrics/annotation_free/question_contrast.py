@@ -35,15 +35,12 @@ class QuestionContrast(QuestionScore):
     that gains in place of the annotated one.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.heads import head_names
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval().samples(model, 6)
-        >>> contrast = metrics.QuestionContrast()
+        >>> samples, contrast = toys.VisualRetrieval().samples(model, 6), metrics.QuestionContrast()
         >>> scores = model.measure(contrast.groups(model, samples, n=2), contrast, progress=False)
-        >>> sorted(head_names(scores.top(4)))  # planted
-        ['L2H4', 'L2H5', 'L2H6', 'L2H7']
+        >>> sorted(scores.top(4))  # planted
+        [(2, 4), (2, 5), (2, 6), (2, 7)]
     """
 
     advice = "Measure on `QuestionContrast.groups(model, samples)`."

@@ -44,7 +44,7 @@ DEFAULT_KS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 250)
 
 @dataclass(frozen=True)
 class _Point:
-    """A point of a curve, and the ablated heads; None if there is no control."""
+    """A point of a curve, with the ablated heads; None if there is no control."""
 
     ranking: Ranking
     seed: int

@@ -54,15 +54,10 @@ class AttributionPatching(PatchingEffect[Result]):
     that of patching it alone.
 
     Differences from the sources: EAP scores edges between nodes, this metric nodes; EAP-IG uses the right ends of the
-    steps, this metric their middles.
+    steps, this metric their middles. Arguments that are not listed here are those of `PatchingEffect`.
 
     Args:
         site: As in `PatchingEffect`, without "pattern", whose gradients need N x N memory.
-        direction: "denoising" or "noising".
-        by: What is patched at once; see `PatchingEffect`.
-        positions: Only these positions, for "head" and "layer".
-        layers: Only these layers.
-        normalise: Divide by the difference of the two runs.
         integrated: Number of points between the runs, at least 1; None for the gradient of the base alone.
 
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023 (arXiv:2310.10348); integrated: Hanna et al. 2024
@@ -72,11 +67,9 @@ class AttributionPatching(PatchingEffect[Result]):
         >>> from hooked_mllm import HeadSet, HookedMLLM, corruptions, metrics, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
         >>> task = toys.VisualRetrieval(pages=1)
-        >>> clean = task.samples(model, 4, answer=True)
-        >>> pairs = [(s, corruptions.MeanRegion()(model, s)) for s in clean]
-        >>> scores = metrics.AttributionPatching().run(
-        ...     model, pairs, objective=objectives.LogitDifference(wrong=task.answers), progress=False
-        ... )
+        >>> pairs = [(s, corruptions.MeanRegion()(model, s)) for s in task.samples(model, 4, answer=True)]
+        >>> objective = objectives.LogitDifference(wrong=task.answers)
+        >>> scores = metrics.AttributionPatching().run(model, pairs, objective=objective, progress=False)
         >>> scores.top(3) == HeadSet(["L2H5", "L2H6", "L2H7"], n_layers=6, n_heads=8)
         True
     """

@@ -28,7 +28,6 @@ from hooked_mllm.objectives.function import ObjectiveLike
 if TYPE_CHECKING:
     HeadSite = Literal["z", "q", "rot_q", "pattern", "k", "v", "rot_k"]
     StreamSite = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
-    #: what is patched at once
     Unit = Literal["head", "position", "kind", "layer"]
 else:
     HeadSite = StreamSite = Unit = str
@@ -83,9 +82,8 @@ class PatchingEffect(PairedMetric, Generic[Result]):
         >>> model = HookedMLLM.from_pretrained("toy-internvl")
         >>> clean = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]
         >>> pair = (clean, corruptions.MeanRegion()(model, clean))
-        >>> table = metrics.PatchingEffect("resid_pre", by="kind").run(
-        ...     model, pair, objective=objectives.AnswerLogProb(), progress=False
-        ... )
+        >>> effect = metrics.PatchingEffect("resid_pre", by="kind")
+        >>> table = effect.run(model, pair, objective=objectives.AnswerLogProb(), progress=False)
         >>> round(table[0, "target"], 3)
         1.0
     """

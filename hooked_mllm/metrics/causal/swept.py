@@ -94,9 +94,8 @@ class SweptMetric(ABC):
         bar = tqdm(total=count * len(items), desc=self.doing, unit="variant", disable=not progress)
         try:
             for item, values in zip(items, np.split(state.values, np.cumsum(widths)[:-1], axis=1), strict=True):
-                missing = np.isnan(values).any(1)  # [run + variant]
-                bar.update(int((~missing[runs:]).sum()))
-                if missing.any():  # the job fills views of `state.values`
+                bar.update(int((~np.isnan(values[runs:]).any(1)).sum()))
+                if np.isnan(values).any():  # the job fills views of `state.values`
                     job = Job(model, item, items, goal, values[:runs], values[runs:], state, bar, batch_size, compile)
                     self.values(job)
         finally:

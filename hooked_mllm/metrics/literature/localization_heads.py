@@ -100,14 +100,8 @@ class LocalizationHeads(HeadMetric):
         votes = torch.zeros_like(entropy)
         best = slice(0, min(self.lowest, int(kept.sum())))
         votes.scatter_(1, order.indices[:, best], order.values[:, best].isfinite().double())
-        count = self.count.cpu()
-        return HeadScores(
-            votes.mean(0).view_as(kept),
-            name=type(self).__name__,
-            provenance={**self.provenance(), "n_samples": len(entropy), "n_kept": int(kept.sum())},
-            counts=count,
-            missing=(count == 0).nonzero().flatten().tolist(),
-        )
+        scores = votes.mean(0).view_as(kept)  # [layer * head] -> [layer head]
+        return self._head_scores(scores, type(self).__name__, {"n_kept": int(kept.sum())})
 
     def _kept(self) -> Tensor:
         mass = self.scores("total")

@@ -91,11 +91,6 @@ class VisualSinkShare(HeadMetric):
 class VisualNonSinkRatio(VisualSinkShare):
     r"""The share of a head's attention on the image that is not on visual sinks: $1 - r$ of `VisualSinkShare`.
 
-    Args:
-        dims: As in `VisualSinkShare`.
-        tau: As in `VisualSinkShare`.
-        queries: Name of the mask of query tokens.
-
     Source: arXiv:2503.03321 (visual non-sink ratio).
 
     Examples:
