@@ -41,30 +41,27 @@ class AttentionMethods:
             validate(*shape, causal=self._sites(tower)[0].causal)
         return cast(AttentionBackend, backend)
 
-    def _attention_name(self) -> str:
+    def _described_attention(self) -> tuple[str, dict[str, Any] | None]:
+        """The name of the language model's attention, and the settings of a backend that describes itself."""
         base, backend = self.wiring.switches["text"].base, self.wiring.text[0].running
         if backend is None:
-            return base
-        name = str(backend) if hasattr(backend, "describe") else getattr(backend, "__name__", type(backend).__name__)
-        return f"{name.removesuffix(')')}; {base})" if name.endswith(")") else f"{name} over {base}"
-
-    def _attention_settings(self) -> dict[str, Any] | None:
-        describe = getattr(self.wiring.text[0].running, "describe", None)
-        return None if describe is None else describe()
+            return base, None
+        describe = getattr(backend, "describe", None)
+        name = str(backend) if describe else getattr(backend, "__name__", type(backend).__name__)
+        name = f"{name.removesuffix(')')}; {base})" if name.endswith(")") else f"{name} over {base}"
+        return name, describe() if describe else None
 
     @contextmanager
     def attention(self, implementation: str | AttentionBackend, tower: Tower = "text") -> Iterator[None]:
         """Run another attention in the body of a `with`; hooks and metrics work the same under each.
 
         Args:
-            implementation: An implementation of transformers ("eager", "sdpa", ...), which also replaces a backend that
-                is set; `HybridAttention(...)`; or a callable `(q, k, v, mask, scale, layer) -> z` (see
-                `AttentionBackend`).
+            implementation: A name of transformers ("eager", "sdpa", ...), which also replaces a backend that is set;
+                `HybridAttention(...)`; or a callable `(q, k, v, mask, scale, layer) -> z` (see `AttentionBackend`).
             tower: "text" or "vision".
 
         Raises:
             HookValueError: For an unknown name or tower.
-            HeadError: For heads that the tower does not have.
             UnsupportedModelError: For a backend that does not fit the tower.
 
         Examples:
@@ -79,9 +76,9 @@ class AttentionMethods:
         with ExitStack() as stack:
             if isinstance(implementation, str):
                 if not is_known(implementation):
+                    available = "'eager' and 'sdpa' are always available."
                     raise HookValueError(
-                        f"transformers has no attention implementation {implementation!r}; 'eager' and 'sdpa' are "
-                        "always available."
+                        f"transformers has no attention implementation {implementation!r}; {available}"
                     )
                 stack.enter_context(self.wiring.switches[tower].using(implementation))
             backend = None if isinstance(implementation, str) else self._fitting(implementation, tower)
@@ -93,7 +90,7 @@ class AttentionMethods:
 def split_attention(
     attention: AttentionChoice | None,
 ) -> tuple[str | dict[str, str] | None, dict[str, AttentionBackend]]:
-    """`attention=` split into names, which go to transformers, and backends by tower."""
+    """Split `attention=` into names, which transformers takes, and backends by tower."""
     if attention is None or isinstance(attention, str):
         return attention, {}
     if not isinstance(attention, Mapping):

@@ -1,7 +1,6 @@
 """How HookedMLLM runs: a forward pass, a part of one, or a generation; with its activations cached on request."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -15,18 +14,13 @@ from hooked_mllm.cache.run import CacheRequest, cached_forward, cached_generatio
 from hooked_mllm.contracts import Model, ReturnType
 from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.families.base import Family
-from hooked_mllm.hooks.point import Clock
 from hooked_mllm.hooks.registry import HookRegistry, NameFilter
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 from hooked_mllm.model.run_checks import check_arguments, check_generation, check_half, checking_half, labels_of
 
 
 class StopForwardError(Exception):
-    """Carries the residual stream out of a forward pass that ends at a block."""
-
-    def __init__(self, residual: Tensor) -> None:
-        super().__init__("stopped")
-        self.residual = residual
+    """Carries the residual stream, its only argument, out of a forward pass that ends at a block."""
 
 
 class RunMethods:
@@ -130,12 +124,20 @@ class RunMethods:
         self, layer: int, inputs: ResolvedInput, arguments: dict[str, Any]
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block `layer`; later blocks do not run."""
-        module = stop_module(self.hf_model, self.family, layer)
+        blocks = self.hf_model.get_submodule(self.family.text.blocks)
+        if not -len(blocks) <= layer <= len(blocks):
+            raise HookNameError(f"stop_at_layer={layer} is out of range: the model has {len(blocks)} blocks.")
+        module = self.hf_model.get_submodule(self.family.ln_final) if layer == len(blocks) else blocks[layer]
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise StopForwardError(args[0] if args else kwargs["hidden_states"])
+
+        stopping = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
         try:
-            with self.registry.running_on(inputs), stopping_at(module):
+            with self.registry.running_on(inputs), stopping:
                 self.hf_model(**arguments)
         except StopForwardError as stopped:
-            return stopped.residual
+            return stopped.args[0]
         raise AssertionError(f"the forward pass did not reach block {layer}")
 
     def run_trunk(self, inputs: ResolvedInput, **kwargs: Any) -> None:
@@ -164,8 +166,7 @@ class RunMethods:
             **kwargs: For transformers' `generate`, such as `max_new_tokens=20, do_sample=False`.
 
         Returns:
-            What transformers returns: token ids `[batch pos]`, the prompt's included, or an object that holds them with
-            `return_dict_in_generate=True`.
+            Token ids `[batch pos]`, the prompt's included; transformers' object with `return_dict_in_generate=True`.
 
         Raises:
             InputError: For a batch padded on the right.
@@ -180,9 +181,18 @@ class RunMethods:
         check_generation(inputs)
         self.family.reset(self.hf_model)
         tensors = {k: v for k, v in inputs.tensors.items() if k != "labels"}
-        counting = counting_steps(self.hf_model, self.registry.clock)
-        with self.registry.running_on(inputs), counting, checking_half(self.hf_model):
-            return self.hf_model.generate(**{**tensors, **kwargs})
+        clock = self.registry.clock
+        clock.calls = -1  # the prefill counts to step 0
+
+        def count(*_: Any) -> None:
+            clock.calls += 1
+
+        counting = self.hf_model.register_forward_pre_hook(count)
+        try:
+            with self.registry.running_on(inputs), counting, checking_half(self.hf_model):
+                return self.hf_model.generate(**{**tensors, **kwargs})
+        finally:
+            clock.calls = 0
 
     @overload
     def run_with_cache(
@@ -239,12 +249,10 @@ class RunMethods:
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs.
-            names_filter: What to cache: None (all), a name, a glob, a regular expression, a predicate, or a list of
-                these.
+            names_filter: None for all, a name, a glob, a regular expression, a predicate on names, or a list of these.
             device: Where cached tensors are moved, such as "cpu".
-            incl_bwd: Also cache gradients under `<name>_grad`: True for those of the loss (of the answer or of
-                `labels`), or a function from logits to a scalar. Gradients of scores and patterns are cached only if
-                `names_filter` names them, because they need N x N memory.
+            incl_bwd: Also cache gradients under `<name>_grad`: True for those of the loss, or a function from logits to
+                a scalar. Those of scores and patterns, N x N in memory, are cached only if `names_filter` names them.
             stop_at_layer: Run only the blocks below it and return the residual stream entering it.
             queries: Rows of patterns and scores to keep: a token kind such as "question", a mask, indices, or a slice.
             keys: Columns of patterns and scores to keep, likewise; with both, patterns are computed in the run.
@@ -295,47 +303,3 @@ class RunMethods:
         finally:
             if clear_contexts:
                 self.registry.clear_contexts()
-
-
-def stop_module(model: nn.Module, family: Family, layer: int) -> nn.Module:
-    """The module whose input is the residual stream entering block `layer`.
-
-    Raises:
-        HookNameError: For a layer that the model does not have.
-    """
-    blocks = cast(nn.ModuleList, model.get_submodule(family.text.blocks))
-    count = len(blocks)
-    if not -count <= layer <= count:
-        raise HookNameError(f"stop_at_layer={layer} is out of range: the model has {count} blocks.")
-    layer = layer + count if layer < 0 else layer
-    return model.get_submodule(family.ln_final) if layer == count else blocks[layer]
-
-
-@contextmanager
-def stopping_at(module: nn.Module) -> Iterator[None]:
-    """End every forward pass at the input of `module` in the body of a `with`."""
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise StopForwardError(args[0] if args else kwargs["hidden_states"])
-
-    handle = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def counting_steps(model: nn.Module, clock: Clock) -> Iterator[None]:
-    """Count the calls of the model as steps of a generation in the body of a `with`: 0 is the prefill."""
-    clock.calls = -1
-
-    def count(*_: Any) -> None:
-        clock.calls += 1
-
-    handle = model.register_forward_pre_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
-        clock.calls = 0
