@@ -79,10 +79,8 @@ class InternVL(Family):
 
     def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
         tiles = 0 if inputs.get("pixel_values") is None else len(inputs["pixel_values"])
-        per_tile = config.image_seq_length
-        return counts.share_out(
-            [1] * tiles, [per_tile] * tiles, counts.counts_of(inputs["input_ids"], config.image_token_id)
-        )
+        placeholders = counts.counts_of(inputs["input_ids"], config.image_token_id)
+        return counts.share_out([1] * tiles, [config.image_seq_length] * tiles, placeholders)
 
     def visual_items(
         self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
@@ -105,7 +103,13 @@ class InternVL(Family):
             n = int(side // patch * model_config.downsample_ratio)
             index[kind] += 1
             if isinstance(m, ImageMedia):
-                tiles = _whole_tiles(next(runs), n, f"Image {i}")
+                length = next(runs)
+                tiles, remainder = divmod(length, n * n)
+                if remainder:
+                    raise LayoutError(
+                        f"Image {i} has {length} tokens in the prompt, which is no multiple of the {n * n} of one "
+                        "tile. Prepare the sample again with the processor of this checkpoint."
+                    )
                 items.append(geometry.image_item(i, m, _views(m, tiles, n, cell, side, processor, i)))
                 continue
             for length in islice(runs, m.n_frames):
@@ -122,9 +126,7 @@ class InternVL(Family):
         # the last tile of an image is its thumbnail, or the only one; the tiles of a video are its frames
         per_tile = len(item) // item.n_frames if item.n_frames else int((item.views == item.views[-1]).sum())
         n, join = math.isqrt(per_tile), round(1 / config.downsample_ratio)
-        cells = geometry.split_boxes(
-            item.boxes.reshape(-1, n, n, 4), join
-        )  # [tile row col row-in-token col-in-token 4]
+        cells = geometry.split_boxes(item.boxes.reshape(-1, n, n, 4), join)  # [tile row col row_in col_in 4]
         patches = rearrange(cells, "tile row col row_in col_in box -> tile (row row_in col col_in) box")
         cls = np.full((len(cells), 1, 4), np.nan)
         return Patches(np.concatenate([cls, patches], 1), item.frames[::per_tile], item.views[::per_tile])
@@ -151,15 +153,6 @@ def _views(
     tile = geometry.square_boxes(n, cell, side, width, height)
     corner = [(c * width, r * height) for r in range(rows) for c in range(cols)]
     return [*((View.TILE, tile + np.array([x, y, x, y])) for x, y in corner), (View.THUMBNAIL, whole)]
-
-
-def _whole_tiles(length: int, n: int, what: str) -> int:
-    if length % (n * n):
-        raise LayoutError(
-            f"{what} has {length} tokens in the prompt, which is no multiple of the {n * n} of one tile. "
-            "Prepare the sample again with the processor of this checkpoint."
-        )
-    return length // (n * n)
 
 
 def _run_lengths(input_ids: Int[Tensor, "..."], token: int) -> list[int]:

@@ -166,10 +166,9 @@ def _padded_square(media: Sized, side: int, patch: int) -> Boxes:
 
 
 def _canvas(media: Sized, config: PreTrainedConfig) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """The rectangle of tiles into which a picture is resized: pixels of it, of the resized picture, and of the picture.
+    """For x and for y: pixels of the rectangle of tiles, of the picture resized into it, and of the picture.
 
-    One triple for x and one for y. The picture keeps its aspect and is centred: one axis fills the canvas, the other is
-    padded.
+    The picture keeps its aspect and is centred: one axis fills the canvas, the other is padded.
     """
     height, width = select_best_resolution((media.height, media.width), config.image_grid_pinpoints)
     scale_w, scale_h = width / media.width, height / media.height

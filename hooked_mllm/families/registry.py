@@ -13,7 +13,6 @@ def register(family: Family) -> Family:
     """Register a family under each of its `model_types`, and return it.
 
     Examples:
-        >>> from hooked_mllm.families import Qwen3VL, register
         >>> register(Qwen3VL()).name
         'qwen3_vl'
     """

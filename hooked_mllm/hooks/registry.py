@@ -138,16 +138,9 @@ class HookRegistry:
     def attach(
         self, names: NameFilter, fn: HookFunction, dir: Direction = "fwd", **how: Unpack[HookOptions]
     ) -> list[tuple[HookPoint, Handle]]:
-        """Register a hook on every selected point; after an error on none of them.
+        """Register a hook on every point that `select` finds, after an error on none of them; see `HookPoint.add_hook`.
 
-        Args:
-            names: Which points; see `select`.
-            fn: The hook.
-            dir: "fwd" for activations, "bwd" for their gradients.
-            **how: Passed to `HookPoint.add_hook`.
-
-        Returns:
-            The points and handles, as `detach` takes them.
+        Returns the points and handles, as `detach` takes them.
         """
         added: list[tuple[HookPoint, Handle]] = []
         try:
@@ -171,18 +164,7 @@ class HookRegistry:
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[None]:
-        """Register hooks for the body of a `with` statement; at its end, by an error too, exactly these are removed.
-
-        Args:
-            fwd_hooks: Pairs of a name filter and a hook on activations.
-            bwd_hooks: Pairs of a name filter and a hook on gradients.
-            reset_hooks_end: Remove them at the end.
-            clear_contexts: Empty the points' contexts at the end.
-
-        Raises:
-            HookNameError: For a name that this model lacks.
-            HookValueError: For hooks that are not pairs.
-        """
+        """As `HookedMLLM.hooks`; with `clear_contexts`, the points' contexts are empty at the end."""
         hooks = [*_pairs("fwd", fwd_hooks), *_pairs("bwd", bwd_hooks)]
         added: list[tuple[HookPoint, Handle]] = []
         try:
