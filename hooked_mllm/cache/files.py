@@ -159,7 +159,7 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
 
 def _mask(spec: dict[str, Any], tensors: dict[str, Tensor]) -> MaskRows:
     dense, padding = (None if spec[k] is None else tensors[spec[k]] for k in ("dense", "padding"))
-    numbers = {name: spec.get(name) for name in _MASK_FIELDS}
+    numbers: dict[str, Any] = {name: spec.get(name) for name in _MASK_FIELDS}
     window, q_offset, streaming = numbers["window"], numbers["q_offset"], spec.get("streaming")
     # files of earlier versions have no digest, which would show changed numbers
     if (window is not None and window < 1) or not 0 <= (q_offset or 0) <= spec["kv_length"]:
