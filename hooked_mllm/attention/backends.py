@@ -56,12 +56,13 @@ class AttentionBackend(Protocol):
     """A user's own attention: q, k, v after position encoding in, z out.
 
     Shapes: q `[batch head query d_head]`, k, v `[batch kv_head key d_head]`, z `[batch query head d_head]`.
-    `mask.rows(index)` gives the rows of the model's mask.
+    `mask.rows(index)` gives the rows of the model's mask. A query without a visible key (padding) needs z = 0.
 
-    A backend may also have any of these:
+    A backend whose heads see fewer keys than the mask needs `restrict`; without it, patterns and metrics are silently
+    those of the full mask. A backend may also have any of these:
 
-    - `restrict(q, k, mask, scale, layer) -> MaskRows`: what its heads see. Everything that reads attention reads it
-      under this mask, and where it is `mask` itself the model's own attention runs.
+    - `restrict(q, k, mask, scale, layer) -> MaskRows`: the keys that its heads see. Patterns and metrics are computed
+      under this mask, which the call also receives; where it is `mask` itself, the model's own attention runs.
     - `validate(n_layers, n_heads, causal)`, which raises if the backend does not fit a tower.
     - `describe() -> dict` of JSON-able values, which results keep.
     """

@@ -68,8 +68,8 @@ class Qwen3VL(Family):
         ids = inputs.get("input_ids")
         if ids is not None and counts.placeholder_count(ids, self.visual_token_ids(config)):
             raise InputError(
-                "Qwen3-VL needs `mm_token_type_ids` with images or videos: without them `generate` silently uses text "
-                "positions for visual tokens. The processor returns them; pass everything that it returns, or use "
+                f"{self.name} needs `mm_token_type_ids` with images or videos: without them `generate` silently uses "
+                "text positions for visual tokens. The processor returns them; pass everything that it returns, or use "
                 "`model.prepare`."
             )
 

@@ -1,5 +1,6 @@
 """Which attention a model runs: an implementation of transformers, or a backend."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, cast
@@ -34,6 +35,11 @@ class AttentionMethods:
         """A backend for a tower, checked against the tower's shape."""
         if isinstance(backend, type) or not callable(backend):
             raise HookValueError(f"Expected a name or a callable for the {tower} tower; got {backend!r}.")
+        try:
+            inspect.signature(backend).bind(*range(6))
+        except (TypeError, ValueError) as error:  # ValueError: a builtin function, which has no signature
+            expected = "Expected a backend that is called with (q, k, v, mask, scale, layer)"
+            raise HookValueError(f"{expected}; got {backend!r}: {error}.") from None
         validate = getattr(backend, "validate", None)
         if validate is not None:
             text = (self.cfg.n_layers, self.cfg.n_heads)
