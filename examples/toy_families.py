@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from transformers import AttentionInterface, PreTrainedModel
 
-from hooked_mllm.toys.configs import MERGE, TILE
+from hooked_mllm.toys.build import MERGE, TILE
 from hooked_mllm.toys.render import GRID, PAGE
 from hooked_mllm.toys.vocabulary import IMAGE_TOKEN
 

@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import resize
 from toy_families import CELLS, SIDE, InternVL, LlavaOnevision, Medium, Qwen3VL, normalised
 from transformers import PreTrainedModel
 
-from hooked_mllm.toys.configs import MERGE, TILE
+from hooked_mllm.toys.build import MERGE, TILE
 from hooked_mllm.toys.render import FRAMES, GRID, VIDEO_GRID, VIDEO_SCALE
 from hooked_mllm.toys.video_task import MOMENT_S
 from hooked_mllm.toys.vocabulary import VIDEO_TOKEN

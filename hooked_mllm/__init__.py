@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hooked_mllm.exports import lazy_exports, register_moved
+from hooked_mllm.exports import MOVED, lazy_exports
 from hooked_mllm.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ else:
         },
     )
 
-register_moved("hooked_mllm.kernels.hybrid_attention", {"heads_from_gates": "hooked_mllm.heads"})
+MOVED["hooked_mllm.kernels.hybrid_attention"] = {"heads_from_gates": "hooked_mllm.heads"}

@@ -1,14 +1,6 @@
-"""What the engines are typed against: a model, a metric, and what a family, a backend, a region or a hook must offer.
+"""What the engines are typed against, so that none of them imports `HookedMLLM`, which imports them.
 
-`HookedMLLM` satisfies `Model`. Caches, interventions, objectives, sweeps and metrics are written against this Protocol,
-so that none of them imports the class, which imports them. The other contracts are defined in the rooms that use them
-and are listed here:
-
-- `Backend` (`attention.backends.AttentionBackend`): an attention of one's own.
-- `Family` (`families.base`): module names, sizes, and the layout of visual tokens.
-- `Region` (`layout.regions`): a part of an image, a video or a document.
-- `HookFunction` (`hooks.point`): a function of an activation and its hook point.
-- `Metric`: an object that `HookedMLLM.measure` passes the attention of each sample to.
+`Model` and `Metric` are defined here; `Backend`, `Family`, `Region` and `HookFunction` in the rooms that use them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -68,9 +60,9 @@ class ModelInfo:
     """Facts of the model that is measured: its shape, and what a result states so that it can be reproduced.
 
     Args:
-        n_layers: Number of decoder layers.
-        n_heads: Number of query heads per layer.
-        n_kv_heads: Number of key-value heads per layer.
+        n_layers: Decoder layers.
+        n_heads: Query heads per layer.
+        n_kv_heads: Key-value heads per layer.
         model: Name or path of the checkpoint.
         revision: Its revision.
         family: Name of the model family.
@@ -106,9 +98,8 @@ View_contra = TypeVar("View_contra", contravariant=True)
 class Metric(Protocol[View_contra, Result_co]):
     """A metric of attention heads, as the measuring loop uses it.
 
-    `setup` is called once before the first sample; `update` for every group of layers of every sample (or batch of
-    samples), in the order of the layers, the last with `view.is_last`; `compute` at the end. The view is an
-    `AttentionView`.
+    `setup` is called once before the first sample; `update` with an `AttentionView` of every group of layers of every
+    sample (or batch of samples), in the order of the layers, the last with `view.is_last`; `compute` at the end.
     """
 
     def setup(self, info: ModelInfo) -> None:
@@ -126,7 +117,7 @@ class Metric(Protocol[View_contra, Result_co]):
 
 @runtime_checkable
 class Model(Protocol):
-    """A wrapped model, as engines use it; `HookedMLLM` is one."""
+    """A wrapped model, as engines use it; `HookedMLLM` is one, and documents each of these."""
 
     hf_model: Any
     processor: Any
@@ -136,72 +127,42 @@ class Model(Protocol):
     wiring: Wiring
 
     @property
-    def device(self) -> torch.device:
-        """The device of the token embeddings, where inputs go."""
-        ...
+    def device(self) -> torch.device: ...
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        ...
+    def dtype(self) -> torch.dtype: ...
 
     @property
-    def info(self) -> ModelInfo:
-        """The facts that results of this model carry."""
-        ...
+    def info(self) -> ModelInfo: ...
 
     @property
-    def hook_dict(self) -> dict[str, HookPoint]:
-        """Every hook point by name, in the order of the forward pass."""
-        ...
+    def hook_dict(self) -> dict[str, HookPoint]: ...
 
     @property
-    def ln_final(self) -> nn.Module:
-        """The final norm."""
-        ...
+    def ln_final(self) -> nn.Module: ...
 
     @property
-    def lm_head(self) -> nn.Module:
-        """The unembedding."""
-        ...
+    def lm_head(self) -> nn.Module: ...
 
-    def output_projection(self, layer: int) -> nn.Module:
-        """The module that maps the z of one block to the residual stream (W_O and its bias)."""
-        ...
+    def output_projection(self, layer: int) -> nn.Module: ...
 
-    def unembed(self, tokens: Any, batch: int) -> Float[Tensor, "batch d_model"]:
-        """Columns of the unembedding, one for each sample."""
-        ...
+    def unembed(self, tokens: Any, batch: int) -> Float[Tensor, "batch d_model"]: ...
 
     @overload
     def prepare(self, question: str, images: AnyImages = None, videos: AnyVideos = None, **options: Any) -> Sample: ...
 
     @overload
     def prepare(
-        self,
-        question: list[str] | tuple[str, ...],
-        images: AnyImages = None,
-        videos: AnyVideos = None,
-        **options: Any,
+        self, question: list[str] | tuple[str, ...], images: AnyImages = None, videos: AnyVideos = None, **options: Any
     ) -> SampleBatch: ...
 
     def prepare(
-        self,
-        question: str | Sequence[str],
-        images: AnyImages = None,
-        videos: AnyVideos = None,
-        **options: Any,
-    ) -> Sample | SampleBatch:
-        """A Sample for a question, a SampleBatch for a list of questions."""
-        ...
+        self, question: str | Sequence[str], images: AnyImages = None, videos: AnyVideos = None, **options: Any
+    ) -> Sample | SampleBatch: ...
 
-    def resolve(self, inputs: ModelInput) -> ResolvedInput:
-        """Model inputs, checked and on the model's device."""
-        ...
+    def resolve(self, inputs: ModelInput) -> ResolvedInput: ...
 
-    def __call__(self, inputs: ModelInput | None = None, **kwargs: Any) -> Any:
-        """One forward pass; logits unless another `return_type` is given."""
-        ...
+    def __call__(self, inputs: ModelInput | None = None, **kwargs: Any) -> Any: ...
 
     def run(
         self,
@@ -210,21 +171,13 @@ class Model(Protocol):
         stop_at_layer: int | None = None,
         prompt_length: int | None = None,
         **kwargs: Any,
-    ) -> Any:
-        """One forward pass on resolved inputs."""
-        ...
+    ) -> Any: ...
 
-    def run_trunk(self, inputs: ResolvedInput, prompt_length: int | None = None, **kwargs: Any) -> None:
-        """A forward pass without the unembedding."""
-        ...
+    def run_trunk(self, inputs: ResolvedInput, prompt_length: int | None = None, **kwargs: Any) -> None: ...
 
-    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor:
-        """Token ids `[batch pos]`, the prompt's included."""
-        ...
+    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor: ...
 
-    def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any:
-        """`generate` on resolved inputs."""
-        ...
+    def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any: ...
 
     def measure(
         self,
@@ -234,20 +187,14 @@ class Model(Protocol):
         checkpoint: str | PathLike[str] | None = None,
         save_every: int = 20,
         progress: bool = True,
-    ) -> Any:
-        """Score attention heads over samples."""
-        ...
+    ) -> Any: ...
 
     def hooks(
         self, fwd_hooks: HookList = (), bwd_hooks: HookList = (), reset_hooks_end: bool = True
-    ) -> AbstractContextManager[None]:
-        """Hooks for the body of a `with` statement."""
-        ...
+    ) -> AbstractContextManager[None]: ...
 
-    def intervene(self, *interventions: Any) -> AbstractContextManager[list[dict[str, Any]]]:
-        """Interventions for the body of a `with` statement."""
-        ...
+    def intervene(self, *interventions: Any) -> AbstractContextManager[list[dict[str, Any]]]: ...
 
-    def attention(self, implementation: str | AttentionBackend, tower: Tower = "text") -> AbstractContextManager[None]:
-        """Another attention for the body of a `with` statement."""
-        ...
+    def attention(
+        self, implementation: str | AttentionBackend, tower: Tower = "text"
+    ) -> AbstractContextManager[None]: ...

@@ -17,18 +17,8 @@ def lazy_exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """`__getattr__`, `__dir__` and `__all__` of a package whose names load on first use.
 
-    Modules and sub-packages of `package` load in the same way, as its attributes. The package repeats the names in an
-    `if TYPE_CHECKING` block, as `from module import X as X`, for type checkers, editors and the manual.
-
-    Args:
-        package: The `__name__` of the package.
-        sources: The names that each module provides, separated by spaces. Modules are relative to `package`; "" is
-            `package` itself, for its sub-packages.
-
-    Examples:
-        >>> lazy_getattr, lazy_dir, names = lazy_exports("collections", {"abc": "Mapping Sequence"})
-        >>> names, lazy_getattr("Mapping").__name__
-        (['Mapping', 'Sequence'], 'Mapping')
+    `sources` are names, separated by spaces, by module relative to `package` ("" for its sub-packages). The package
+    repeats them in an `if TYPE_CHECKING` block, for type checkers, editors and the manual.
     """
     module_of = {name: f"{package}.{module}".rstrip(".") for module, names in sources.items() for name in names.split()}
 
@@ -52,25 +42,13 @@ def lazy_exports(
     return lazy_getattr, lazy_dir, sorted(module_of)
 
 
-#: names that moved to a higher room, by the package that had them: {package: {name: module}}
-_MOVED: dict[str, dict[str, str]] = {}
-
-
-def register_moved(package: str, names: Mapping[str, str]) -> None:
-    """Keep names importable from the package that they left, although that package must not import their new module.
-
-    The top of the package, which may import every room, registers them; `moved_name` looks them up.
-    """
-    _MOVED.setdefault(package, {}).update(names)
+#: modules of names that stay importable from a package that must not import them: {package: {name: module}}
+MOVED: dict[str, dict[str, str]] = {}
 
 
 def moved_name(package: str, name: str) -> Any:
-    """A name that `register_moved` registered for a package.
-
-    Raises:
-        AttributeError: For another name.
-    """
-    module = _MOVED.get(package, {}).get(name)
+    """A name that `MOVED` has for a package; an `AttributeError` for another one."""
+    module = MOVED.get(package, {}).get(name)
     if module is None:
         raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
     return getattr(import_module(module), name)

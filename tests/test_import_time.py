@@ -40,7 +40,9 @@ def test_the_model_class_imports_no_more_than_torch_and_transformers():
 def test_names_for_type_checkers_are_those_that_load(package):
     module, names = importlib.import_module(package), declared(package)
     names.pop("__version__", None)
-    assert sorted(module.__all__) == sorted(names) and set(names) <= set(dir(module))
+    only = set(module.__all__) ^ names.keys()
+    assert not only, f"names in only one half: {only}"
+    assert len(module.__all__) == len(names) and set(names) <= set(dir(module))
     for name, source in names.items():
         held = getattr(importlib.import_module(source), name, None) or importlib.import_module(f"{source}.{name}")
         assert getattr(module, name) is held, name

@@ -4,7 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from helpers.tiny import ALL_FAMILIES, save_tiny, tiny_inputs, tiny_model, tiny_processor
+from helpers import coordinates
+from helpers.tiny import ALL_FAMILIES, FAMILIES, save_tiny, tiny_inputs, tiny_model, tiny_processor
+from helpers.tiny_text import SPECIAL
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -27,6 +29,16 @@ def test_attention_is_not_uniform_and_the_seed_matters(family):
     assert last_row.amax(-1).mean() > 4 / last_row.shape[-1]
     assert (other.logits - out.logits).abs().max() > 0.1
     torch.testing.assert_close(same.logits, out.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_family_without_a_processor_is_named(monkeypatch):
+    assert all(coordinates.real(family) for family in FAMILIES)
+    message = "no processor for family 'other': add it to real\\(\\) and to SPECIAL in tiny_text.py"
+    with pytest.raises(ValueError, match=message):
+        coordinates.real("other")
+    monkeypatch.setitem(SPECIAL, "other", SPECIAL["internvl"])
+    with pytest.raises(ValueError, match=message):
+        coordinates.real("other")
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -1,14 +1,13 @@
-"""Attention backends, and their registration in transformers' attention interface.
+"""Attention backends, and the hooked variants of transformers' attention implementations, `hooked_mllm_<name>`.
 
-For every implementation of transformers ("eager", "sdpa", ...) a hooked variant is registered under
-`hooked_mllm_<name>`: it runs the hooks and then the same implementation with the same mask. A tower is switched to its
-hooked variant only while a hook, tap or backend is active there.
+A tower is switched to its hooked variant only while a hook, tap or backend is active there.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeGuard, runtime_checkable
 from weakref import ReferenceType, WeakKeyDictionary, WeakValueDictionary, ref
 
@@ -40,10 +39,8 @@ SITES: "WeakKeyDictionary[nn.Module, list[ReferenceType[Site]]]" = WeakKeyDictio
 class Site(Protocol):
     """Runs attention in place of a module's implementation."""
 
-    @property
-    def in_use(self) -> bool:
-        """Whether a hook, tap or backend is active there."""
-        ...
+    #: whether a hook, tap or backend is active there
+    in_use: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """The attention function that transformers calls."""
@@ -51,7 +48,7 @@ class Site(Protocol):
 
 
 def add_site(module: nn.Module, site: Site) -> None:
-    """Let the hooked variant of a module run this site, unless an earlier one is in use and this one is not."""
+    """Make the hooked variant of a module run this site, unless an earlier one is in use and this one is not."""
     SITES[module] = [known for known in SITES.get(module, []) if known() is not None] + [ref(site)]
 
 
@@ -60,12 +57,13 @@ class AttentionBackend(Protocol):
     """A user's own attention: q, k, v after position encoding in, z out.
 
     Shapes: q `[batch head query d_head]`, k, v `[batch kv_head key d_head]`, z `[batch query head d_head]`.
-    `mask.rows(index)` gives the rows of the model's mask.
+    `mask.rows(index)` gives the rows of the model's mask. A query without a visible key (padding) needs z = 0.
 
-    A backend may also have any of these:
+    A backend whose heads see fewer keys than the mask needs `restrict`; without it, patterns and metrics are silently
+    those of the full mask. A backend may also have any of these:
 
-    - `restrict(q, k, mask, scale, layer) -> MaskRows`: what its heads see. Everything that reads attention reads it
-      under this mask, and where it is `mask` itself the model's own attention runs.
+    - `restrict(q, k, mask, scale, layer) -> MaskRows`: the keys that its heads see. Patterns and metrics are computed
+      under this mask, which the call also receives; where it is `mask` itself, the model's own attention runs.
     - `validate(n_layers, n_heads, causal)`, which raises if the backend does not fit a tower.
     - `describe() -> dict` of JSON-able values, which results keep.
     """
@@ -89,37 +87,31 @@ class RestrictingBackend(AttentionBackend, Protocol):
 
 
 def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    sites = [site for site in (known() for known in SITES.get(module, [])) if site is not None]
+    sites = [site for known in SITES.get(module, []) if (site := known()) is not None]
     if not sites:
         raise UnsupportedModelError(
             f"{type(module).__name__} runs under a '{PREFIX}...' attention implementation without belonging to a "
             "HookedMLLM. Load the model with a transformers implementation such as 'sdpa' and wrap it with "
             "HookedMLLM.from_model."
         )
-    chosen = next((site for site in reversed(sites) if site.in_use), sites[-1])
-    return chosen(*args, **kwargs)
+    return next((site for site in reversed(sites) if site.in_use), sites[-1])(*args, **kwargs)
 
 
-def _hooked_mask(base: str) -> Callable[..., Any]:
-    def mask(**arguments: Any) -> Any:
-        return with_recipe(ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments), **arguments)
-
-    return mask
+def _full_mask(base: str, **arguments: Any) -> Any:
+    return with_recipe(ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments), **arguments)
 
 
 def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
-    """A mask function that returns a prompt's padding as `[batch key]`, and None where there is none.
+    """A mask function that returns a causal prompt's padding as `[batch key]`, None without padding, never N x N.
 
-    A causal mask is then never a tensor of N x N, not even for a chunk of a prompt after a KV cache. For one query, and
-    for any other rule, the mask is that of `base`. Its width is the number of tokens so far, the queries included, also
-    where the KV cache has unused slots.
+    The width is the number of tokens so far, also with unused slots in the KV cache. One query, other rules: `base`.
     """
 
     def mask(**arguments: Any) -> Any:
         q_length, padding = arguments["q_length"], arguments.get("attention_mask")
         rule = arguments.get("mask_function", causal_mask_function)
         if q_length == 1 or rule is not causal_mask_function or arguments.get("kv_offset"):
-            return with_recipe(ALL_MASK_ATTENTION_FUNCTIONS[base](**arguments), **arguments)
+            return _full_mask(base, **arguments)
         offset = int(arguments.get("q_offset") or 0)
         if padding is not None:
             padding = padding[:, : offset + q_length].bool()
@@ -136,19 +128,13 @@ def slim_mask(base: str = "sdpa") -> Callable[..., Any]:
 
 
 def hooked_name(base: str, packed: bool = False, slim: bool = False) -> str:
-    """The name of the hooked variant of an implementation, registered on first use.
-
-    Args:
-        base: A name of transformers' attention interface.
-        packed: For a packed vision tower, which is then called once for all its images.
-        slim: Without masks of N x N (see `slim_mask`).
-    """
+    """The name of the hooked variant of an implementation, registered on first use; `slim`: see `slim_mask`."""
     slim = slim and base in WIDE
     name = PREFIX + (SLIM if slim else "") + base + (PACKED_SUFFIX if packed and "flash" not in base else "")
     if name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(name, _dispatch)
         if base in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, slim_mask(base) if slim else _hooked_mask(base))
+            AttentionMaskInterface.register(name, slim_mask(base) if slim else partial(_full_mask, base))
     return name
 
 
@@ -171,12 +157,12 @@ def implementation(module: nn.Module, base: str) -> Callable[..., tuple[Tensor, 
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
 
 
+@dataclass(eq=False)
 class _ActiveSwitches:
-    """Number of switches that need the hooked variant of a configuration; keeping it keeps its id unique."""
+    """Number of switches that need the hooked variant of a configuration; the reference keeps its id unique."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.count = 0
+    config: Any
+    count: int = 0
 
 
 #: by the id of the configuration, which several models may share; an entry is freed with its last switch
@@ -193,13 +179,7 @@ class Choice:
 
 
 class TowerSwitch:
-    """Switches one tower between its attention implementation and the hooked variant, as needed.
-
-    Args:
-        config: The tower's configuration, which all its layers share.
-        packed: Whether the tower is packed.
-        context: The runs and scopes of the model.
-    """
+    """Switches one tower, whose layers share a configuration, between its implementation and the hooked variant."""
 
     def __init__(self, config: Any, packed: bool, context: RunContext | None = None) -> None:
         self.config = config
@@ -210,22 +190,15 @@ class TowerSwitch:
         self._slim = False
         #: what threads and tasks have chosen, the latest last
         self._choices: list[Choice] = []
-        self._own: str | None = None
+        #: the implementation where none is chosen, and the one that was set last
+        self._own = self._last = self.base
         self._active = _ACTIVE_SWITCHES.setdefault(id(config), _ActiveSwitches(config))
 
     def _set(self, base: str) -> None:
-        hooked = self._active.count > 0
+        hooked, self._last = self._active.count > 0, base
+        if not self._choices:
+            self._own = base
         self.config._attn_implementation = hooked_name(base, self.packed, self._slim) if hooked else base
-
-    @property
-    def slim(self) -> bool:
-        """Whether the hooked variant avoids masks of N x N."""
-        return self._slim
-
-    @slim.setter
-    def slim(self, slim: bool) -> None:
-        self._slim = slim
-        self._set(self.base)
 
     @property
     def base(self) -> str:
@@ -236,14 +209,14 @@ class TowerSwitch:
         return current.removeprefix(PREFIX).removeprefix(SLIM).removesuffix(PACKED_SUFFIX)
 
     def take(self) -> None:
-        """Count one more user; the first switches the hooked variant on."""
+        """Count one more user; the hooked variant is active from the first on."""
         if self.users == 0:
             self._active.count += 1
             self._set(self.base)
         self.users += 1
 
     def give_back(self) -> None:
-        """Count one user less; the last restores the model's own implementation. Without users it does nothing."""
+        """Count one user less; the last restores the model's own implementation. No effect without users."""
         if self.users == 0:
             return
         self.users -= 1
@@ -274,13 +247,11 @@ class TowerSwitch:
     def chosen_base(self) -> str:
         """The implementation that is active in this thread and task."""
         names = (c.base for c in reversed(self._choices) if c.base is not None and self.context.sees(c.scope))
-        return next(names, self._own or self.base)
+        return next(names, self._own)
 
     def choose(self, base: str | None, backend: AttentionBackend | None) -> Choice:
         """Run another implementation or backend, here or, while a scope is being registered in, in that scope."""
         with self.context.lock:
-            if not self._choices:
-                self._own = self.base
             choice = Choice(base, backend, self.context.registering)
             self._choices.append(choice)
             self._apply()
@@ -291,11 +262,11 @@ class TowerSwitch:
         with self.context.lock:
             self._choices = [c for c in self._choices if c is not choice]
             self._apply()
-            if not self._choices:
-                self._own = None
 
     def _apply(self) -> None:
         """Switch to what is active here."""
+        if self.base != self._last:  # the user has set another
+            self._own = self.base
         self._slim = restricts(self.backend)
         for site in (reference() for reference in self.sites):
             if site is not None:

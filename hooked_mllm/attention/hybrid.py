@@ -3,18 +3,17 @@
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.routing.static import FixedHeads
-from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
+from hooked_mllm.attention.streaming import StreamingHeads
 from hooked_mllm.errors import HeadError, UnsupportedModelError
 from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
 from hooked_mllm.kernels.hybrid_attention.op import head_numbers
-from hooked_mllm.kernels.implementations import Implementation, check_implementation
+from hooked_mllm.kernels.implementations import Implementation, Keys, Queries, check_implementation
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
 
@@ -22,146 +21,44 @@ from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_win
 class RoutingPolicy(Protocol):
     """Chooses the dense heads of a layer from the prompt itself."""
 
-    def choose(
-        self,
-        q: Float[Tensor, "batch head query d_head"],
-        k: Float[Tensor, "batch kv_head key d_head"],
-        mask: MaskRows,
-        scale: float,
-        layer: int,
-    ) -> tuple[int, ...]:
-        """The dense query heads of this layer, one set for all samples of the batch."""
+    def choose(self, q: Queries, k: Keys, mask: MaskRows, scale: float, layer: int) -> tuple[int, ...]:
+        """The dense query heads of this layer, one set for all samples of the batch.
+
+        q `[batch head query d_head]`, k `[batch kv_head key d_head]`, after position encoding.
+        """
         ...
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Raise if the policy is not one for a model of this shape."""
+        """Raise if the policy does not fit a model of this shape."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         ...
 
 
-class DenseHeads:
-    """The dense heads of every layer: fixed ones, or those that a policy chooses.
-
-    Args:
-        dense: Heads as `FixedHeads` accepts them, or a policy.
-
-    Raises:
-        HeadError: for something else.
-    """
-
-    def __init__(self, dense: HeadsLike | RoutingPolicy) -> None:
-        #: whether heads were specified, and no policy
-        self.named = not isinstance(dense, RoutingPolicy)
-        self.policy: RoutingPolicy = dense if isinstance(dense, RoutingPolicy) else FixedHeads(dense)
-        self._checked: set[int] = set()
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the heads are the same for every prompt."""
-        return isinstance(self.policy, FixedHeads)
-
-    @property
-    def by_layer(self) -> dict[int, tuple[int, ...]]:
-        """The heads of each layer; empty where a policy chooses them from the prompt."""
-        return self.policy.by_layer if isinstance(self.policy, FixedHeads) else {}
-
-    def validate(self, n_layers: int, n_heads: int) -> None:
-        """Check the heads against a model of this shape.
-
-        Raises:
-            HeadError: for heads that it lacks, or heads of a model of another shape.
-        """
-        self._checked.add(n_heads)
-        self.policy.validate(n_layers, n_heads)
-
-    def of(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> tuple[int, ...]:
-        """The dense query heads of one call.
-
-        Raises:
-            HeadError: where the call has another number of heads than any model that they were checked against.
-        """
-        if self._checked and q.shape[1] not in self._checked:
-            raise HeadError(
-                f"This call has {q.shape[1]} heads, the model {min(self._checked)}: heads that are spread over "
-                "processes have other numbers. Spread the layers instead (device_map), or use attention='sdpa'."
-            )
-        heads = self.policy.choose(q, k, mask, scale, layer)
-        if self.fixed:
-            return heads
-        try:
-            return tuple(head_numbers(heads, q.shape[1]))
-        except HeadError as error:
-            raise HeadError(f"{type(self.policy).__name__}.choose in layer {layer}: {error}") from None
-
-    def describe(self) -> Any:
-        """The heads in order of layer and head, or the policy, as values that JSON can hold."""
-        facts = self.policy.describe()
-        if not isinstance(self.policy, FixedHeads) or not self.named:
-            return facts
-        return head_names(sorted(self.policy.heads))
-
-    def __str__(self) -> str:
-        if self.named and isinstance(self.policy, FixedHeads):
-            return f"{len(self.policy)} heads"
-        has_repr = type(self.policy).__repr__ is not object.__repr__  # that one is an address, another in every run
-        return repr(self.policy) if has_repr else type(self.policy).__name__
-
-
-def run_hybrid(
-    q: Float[Tensor, "batch head query d_head"],
-    k: Float[Tensor, "batch kv_head key d_head"],
-    v: Float[Tensor, "batch kv_head key d_head"],
-    streaming: StreamingHeads,
-    bounds: CausalBounds,
-    scale: float,
-    implementation: Implementation = "auto",
-) -> Float[Tensor, "batch query head d_head"]:
-    """Hybrid attention under a causal mask in numbers, for every kind of model.
-
-    Keys that no query sees, in the unused part of a KV cache of fixed size, are cut off.
-    """
-    length = bounds.offset + q.shape[2]
-    z = hybrid_attention(
-        q,
-        k[:, :, :length],
-        v[:, :, :length],
-        streaming.dense,
-        sink=streaming.sink,
-        window=streaming.window,
-        scale=scale,
-        start=bounds.start,
-        end=bounds.end,
-        implementation=implementation,
-    )
-    return z.transpose(1, 2)
-
-
 class HybridAttention:
-    r"""Attention in which chosen heads see everything before them and the others a sink and a window, in prefill.
+    r"""Attention in which some heads see everything before them and the others a sink and a window, in prefill.
 
     $$V_h(i) = \{j \le i\}\ (h\ \text{dense}),\qquad
     V_h(i) = \{j \le i : j < \text{sink or } j > i - \text{window}\}\ (\text{otherwise})$$
 
-    An attention backend: give it to `HookedMLLM.from_pretrained(attention=...)` or `model.attention(...)`. A call with
-    one query, which is a step of decoding, and layers with a sliding window of their own run the model's attention.
-    Patterns, scores and metrics are those of the hybrid mask.
+    A backend for `HookedMLLM.from_pretrained(attention=...)` or `model.attention(...)`. Steps of decoding and layers
+    with a sliding window run the model's attention. Patterns, scores and metrics are those of the hybrid mask.
 
     Args:
         dense: The dense heads: a `HeadSet`, "L2H4, L3H1", pairs (layer, head), a boolean mask `[layer head]`, a mapping
             of layers to query heads, a list of these, or a routing policy. Query heads, as of `HeadScores`; may be
             empty.
         sink: First tokens that streaming heads see.
-        window: Last tokens that they see, the query's own among them.
+        window: Last tokens that they see, the query's own included.
         implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
 
     Raises:
-        HeadError: for something else; at a model, for heads that it lacks.
+        HeadError: for other values; at a model, for heads that it lacks.
         InputError: for a sink below 0 or a window below 1.
         HookValueError: for an unknown implementation.
-        UnsupportedModelError: at a tower or a call whose attention is not causal.
+        UnsupportedModelError: for attention that is not causal.
 
     Source: arXiv:2606.05843, algorithm 3.
 
@@ -176,78 +73,89 @@ class HybridAttention:
     """
 
     def __init__(
-        self,
-        dense: HeadsLike | RoutingPolicy,
-        *,
-        sink: WholeNumber = 64,
-        window: WholeNumber = 1024,
+        self, dense: HeadsLike | RoutingPolicy, *, sink: WholeNumber = 64, window: WholeNumber = 1024,
         implementation: Implementation = "auto",
-    ) -> None:
-        self.dense = DenseHeads(dense)
+    ) -> None:  # fmt: skip
+        #: whether heads were specified, and no policy
+        self._named = not isinstance(dense, RoutingPolicy)
+        self.policy: RoutingPolicy = dense if isinstance(dense, RoutingPolicy) else FixedHeads(dense)
+        self._checked_head_counts: set[int] = set()
         self.sink, self.window = check_sink_and_window(sink, window)
         check_implementation(implementation)
         self.implementation: Implementation = implementation
-        set_streaming = getattr(self.dense.policy, "set_streaming", None)
+        set_streaming = getattr(self.policy, "set_streaming", None)
         if set_streaming is not None:
             set_streaming(self.sink, self.window)
 
     @property
     def adaptive(self) -> bool:
         """Whether the dense heads depend on the prompts of a batch."""
-        return not self.dense.fixed
+        return not isinstance(self.policy, FixedHeads)
 
     def __repr__(self) -> str:
-        return f"HybridAttention({self.dense} dense, sink={self.sink}, window={self.window})"
+        if self._named and isinstance(self.policy, FixedHeads):
+            dense = f"{len(self.policy)} heads"
+        else:  # the default repr is an address, another in every run
+            has_repr = type(self.policy).__repr__ is not object.__repr__
+            dense = repr(self.policy) if has_repr else type(self.policy).__name__
+        return f"HybridAttention({dense} dense, sink={self.sink}, window={self.window})"
 
     def __str__(self) -> str:
-        return f"hybrid({self.dense} dense, sink={self.sink}, window={self.window})"
+        return repr(self).replace("HybridAttention", "hybrid", 1)
 
     def validate(self, n_layers: int, n_heads: int, causal: bool) -> None:
-        """Check that it fits a tower of this shape.
-
-        Raises:
-            HeadError: for heads that the tower lacks, or that were chosen in another model.
-            UnsupportedModelError: for a tower that is not causal.
-        """
+        """Raise a `HeadError` for heads of another model, an `UnsupportedModelError` for a tower that is not causal."""
         if not causal:
             raise UnsupportedModelError(
                 "HybridAttention is causal, and a vision tower is not: leave the tower on attention='sdpa'."
             )
-        self.dense.validate(n_layers, n_heads)
+        self._checked_head_counts.add(n_heads)
+        self.policy.validate(n_layers, n_heads)
 
     def describe(self) -> dict[str, Any]:
-        """What a result must name to be reproduced, as values that JSON can hold."""
-        return {"backend": "HybridAttention", "dense": self.dense.describe(), "sink": self.sink, "window": self.window}
+        """The settings that reproduce it, as values that JSON can hold: heads in order, or the policy."""
+        dense: Any = self.policy.describe()
+        if self._named and isinstance(self.policy, FixedHeads):
+            dense = head_names(sorted(self.policy.heads))
+        return {"backend": "HybridAttention", "dense": dense, "sink": self.sink, "window": self.window}
+
+    def _streaming(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> StreamingHeads:
+        if self._checked_head_counts and q.shape[1] not in self._checked_head_counts:
+            raise HeadError(
+                f"This call has {q.shape[1]} heads, the model {min(self._checked_head_counts)}: heads that are spread "
+                "over processes have other numbers. Spread the layers instead (device_map), or use attention='sdpa'."
+            )
+        heads = self.policy.choose(q, k, mask, scale, layer)
+        if self.adaptive:
+            try:
+                heads = tuple(head_numbers(heads, q.shape[1]))
+            except HeadError as error:
+                raise HeadError(f"{type(self.policy).__name__}.choose in layer {layer}: {error}") from None
+        return StreamingHeads(heads, q.shape[1], self.sink, self.window)
 
     def restrict(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
-        """What each head sees in one call; `mask` itself where all see everything that it shows.
-
-        Raises:
-            UnsupportedModelError: for a mask that is not causal with padding at the ends.
-        """
+        """The mask of each head in one call; `mask` itself where all heads are dense."""
         if mask.q_length == 1:
             return mask
-        n_heads = q.shape[1]
-        dense = self.dense.of(q, k, mask, scale, layer)
-        streaming = StreamingHeads(dense, n_heads, self.sink, self.window)
-        return mask if len(set(dense)) == n_heads else mask.streamed(streaming)
+        streaming = self._streaming(q, k, mask, scale, layer)
+        return mask if len(set(streaming.dense)) == streaming.n_heads else mask.streamed(streaming)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
         """The attention of one layer: `[batch query head d_head]`."""
         mask = mask if mask.streaming is not None else self.restrict(q, k, mask, scale, layer)
         if mask.streaming is None:
-            return _dense(q, k, v, mask, scale)
+            seen = mask.full()[:, None]  # [batch 1 query key]
+            z = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+            return torch.where(seen.any(-1, keepdim=True), z, 0).transpose(1, 2)
         bounds = mask.bounds()
-        assert bounds is not None  # `streamed` saw to it
-        return run_hybrid(q, k, v, mask.streaming, bounds, scale, self.implementation)
+        assert bounds is not None  # checked by `streamed`
+        length = bounds.offset + q.shape[2]  # without the unused slots of a KV cache of fixed size
+        how = {"scale": scale, "start": bounds.start, "end": bounds.end, "implementation": self.implementation}
+        k, v = k[:, :, :length], v[:, :, :length]
+        streaming = mask.streaming
+        z = hybrid_attention(q, k, v, streaming.dense, sink=streaming.sink, window=streaming.window, **how)
+        return z.transpose(1, 2)
 
     def streamed(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
         """As `restrict`, also where every head is dense."""
-        dense = self.dense.of(q, k, mask, scale, layer)
-        return mask.streamed(StreamingHeads(dense, q.shape[1], self.sink, self.window))
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float) -> Tensor:
-    seen = mask.full()[:, None]
-    z = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
-    return torch.where(seen.any(-1, keepdim=True), z, 0).transpose(1, 2)
+        return mask.streamed(self._streaming(q, k, mask, scale, layer))

@@ -1,8 +1,4 @@
-"""The keys that are visible to each query: the model's own mask, kept as a recipe and built row by row.
-
-A mask of N x N is what makes attention statistics run out of memory. `MaskRows` keeps what the mask was made from (the
-causal rule, the padding, the window) and builds only the requested rows.
-"""
+"""The keys that are visible to each query: the model's own mask, kept as a recipe and built row by row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -32,6 +28,11 @@ class MaskRecipe:
     known: dict[tuple[int, int, int], CausalBounds | None] = field(default_factory=dict, repr=False, compare=False)
 
 
+def call_sizes(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """The sizes of the mask of one call: q `[batch head query d_head]`, k `[batch kv_head key d_head]`."""
+    return {"batch": q.shape[0], "q_length": q.shape[2], "kv_length": k.shape[2], "device": q.device}
+
+
 @dataclass
 class MaskRows:
     """The visibility of keys, as rows of a matrix that is never built whole.
@@ -39,16 +40,16 @@ class MaskRows:
     Args:
         batch: Number of sequences.
         q_length: Number of queries.
-        kv_length: Number of keys, the ones of a KV cache included.
-        device: Where the rows are built.
-        recipe: How the model's mask was made, when that is known.
-        dense: The model's own 4D mask (True = visible), when it is not; `[batch 1|head query key]`.
+        kv_length: Number of keys, with those of a KV cache.
+        device: Device of the rows.
+        recipe: The arguments from which the model's mask was made, if they are known.
+        dense: The model's own 4D mask otherwise (True = visible), `[batch 1|head query key]`.
         causal: With neither: query i sees key j iff `j <= i + offset`.
         window: With `causal`: and `j > i + offset - window`.
-        padding: Which keys are real; those beyond its width are not.
-        q_offset: The offset of the two, where the last query does not stand at the last key: a KV cache of fixed size.
-        segments: Lengths of packed images; a query sees the keys of its own image alone.
-        streaming: Heads that see only a sink and a window of it; `head_rows` has the rows of each head.
+        padding: True at real keys; keys beyond its width are not real.
+        segments: Lengths of packed images; a query sees the keys of its own image only.
+        streaming: Heads that see only a sink and a window; `head_rows` has the rows of each head.
+        q_offset: The offset, if the last query is not at the last key: a KV cache of fixed size.
 
     Examples:
         >>> rows = MaskRows.causal_rows(batch=1, length=3, device="cpu")
@@ -77,35 +78,15 @@ class MaskRows:
 
     @classmethod
     def of(
-        cls,
-        mask: Any,
-        *,
-        batch: int,
-        q_length: int,
-        kv_length: int,
-        device: torch.device,
-        causal: bool,
-        window: int | None = None,
-        segments: tuple[int, ...] | None = None,
-        upper_left: bool = False,
-    ) -> "MaskRows":
-        """The rows of the mask that reached the attention function.
+        cls, mask: Any, *, batch: int, q_length: int, kv_length: int, device: torch.device, causal: bool,
+        window: int | None = None, segments: tuple[int, ...] | None = None, upper_left: bool = False,
+    ) -> "MaskRows":  # fmt: skip
+        """The rows of the mask that the attention function received: None, 2D padding, 4D boolean or 4D additive.
 
-        Args:
-            batch: Number of sequences.
-            q_length: Number of queries.
-            kv_length: Number of keys.
-            device: Where rows are built.
-            mask: What came: None, a 2D padding mask, a 4D boolean one, or a 4D additive one.
-            causal: Whether None means causal (decoder) or everything visible (vision tower).
-            window: A sliding window that the attention function was to apply by itself.
-            segments: Lengths of packed images, for a packed vision tower.
-            upper_left: Whether the attention function takes None for "query i sees keys 0 to i" where there are more
-                keys than queries. SDPA does, and transformers relies on it for the prefill of an empty static KV
-                cache; flash attention lets the last query see the last key.
-
-        Raises:
-            NumericsError: for an additive mask that holds anything but zero and "very negative".
+        `causal`: whether None means causal. `window`: a sliding window that the attention function applies.
+        `upper_left`: whether None with more keys than queries means "query i sees keys 0 to i", as in SDPA (used by
+        transformers for the prefill of an empty static KV cache); in flash attention the last query sees the last key.
+        An additive mask with numbers other than zero and very negative ones raises a `NumericsError`.
         """
         recipe = getattr(mask, RECIPE, None)
         common = (batch, q_length, kv_length, device)
@@ -138,10 +119,7 @@ class MaskRows:
 
     def to(self, device: torch.device | str) -> "MaskRows":
         """The same mask, its rows built on `device`."""
-        moved = {
-            name: None if value is None else value.to(device)
-            for name, value in (("dense", self.dense), ("padding", self.padding))
-        }
+        moved = {name: None if x is None else x.to(device) for name, x in self._masks().items()}
         recipe = self.recipe
         if recipe is not None and recipe.padding is not None:
             recipe = MaskRecipe(recipe.rule, recipe.padding.to(device), recipe.q_offset, recipe.kv_offset)
@@ -149,29 +127,29 @@ class MaskRows:
 
     def samples(self, picked: Int[Tensor, " sample"]) -> "MaskRows":
         """The mask of some samples of the batch."""
+        if self.recipe is not None:
+            return self.compact().samples(picked)
         picked = picked.to(self.device)
-        chosen = {
-            name: None if value is None else value.expand(self.batch, *value.shape[1:])[picked]
-            for name, value in (("dense", self.dense), ("padding", self.padding))
+        selected = {
+            name: None if x is None else x.expand(self.batch, *x.shape[1:])[picked] for name, x in self._masks().items()
         }
-        recipe = self.recipe
-        if recipe is not None:
-            compact = self.compact()
-            return compact.samples(picked)
-        return replace(self, batch=len(picked), **chosen, _segment_ids=None)
+        return replace(self, batch=len(picked), **selected, _segment_ids=None)
+
+    def _masks(self) -> dict[str, Tensor | None]:
+        return {"dense": self.dense, "padding": self.padding}
 
     def tensors(self) -> list[Tensor]:
         """The tensors that this mask keeps alive."""
-        held = (self.dense, self.padding, None if self.recipe is None else self.recipe.padding)
-        return [t for t in held if t is not None]
+        tensors = (self.dense, self.padding, None if self.recipe is None else self.recipe.padding)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def resized(self, batch: int, length: int, segments: tuple[int, ...] | None = None) -> "MaskRows":
-        """The same kind of mask over another batch and length, for calls of a vision tower put side by side."""
+        """The same kind of mask over another batch and length, for joined calls of a vision tower."""
         return replace(self, batch=batch, q_length=length, kv_length=length, segments=segments, _segment_ids=None)
 
     @property
     def plain_causal(self) -> bool:
-        """Whether this is the causal rule and nothing else, so that no per-sample row need be built."""
+        """Whether this is the causal rule and nothing else, the same for all samples."""
         others = (self.window, self.padding, self.streaming, self.q_offset)
         return self.causal and all(other is None for other in others)
 
@@ -195,20 +173,16 @@ class MaskRows:
         visible = self.rows(index)
         return visible if self.streaming is None else visible & self._near(index, self.streaming)
 
-    def _near(self, index: Tensor, streaming: StreamingHeads) -> Tensor:
+    def _near(self, index: Tensor, streaming: StreamingHeads) -> Bool[Tensor, "batch query key"]:
         bounds = self.bounds()
-        assert bounds is not None  # `streamed` saw to it
+        assert bounds is not None  # checked by `streamed`
         key = torch.arange(self.kv_length, device=self.device)
-        place = index.to(self.device)[..., None] + bounds.offset
+        position = index.to(self.device)[..., None] + bounds.offset  # [batch query 1]
         first = 0 if bounds.start is None else bounds.start.to(self.device)[:, None, None]
-        return (key > place - streaming.window) | (key < first + streaming.sink)
+        return (key > position - streaming.window) | (key < first + streaming.sink)
 
     def streamed(self, streaming: StreamingHeads) -> "MaskRows":
-        """This mask with streaming heads.
-
-        Raises:
-            UnsupportedModelError: if it is not the causal one with padding at the ends.
-        """
+        """This mask with streaming heads; it must be causal with padding only at the ends."""
         if self.bounds() is None:
             raise UnsupportedModelError(
                 "Streaming heads need a causal mask, with padding at the ends of a sequence if anywhere; this "
@@ -218,20 +192,18 @@ class MaskRows:
         return replace(self, streaming=streaming)
 
     def bounds(self) -> CausalBounds | None:
-        """This mask in numbers, if it is causal with padding at the ends of a sequence and nothing else.
-
-        Reading the padding waits for the device once for all layers that share the mask.
-        """
+        """This mask in numbers if it is causal, with padding only at the ends; one device sync for all layers."""
         if self.recipe is not None:
             key = (self.batch, self.q_length, self.kv_length)
             if key not in self.recipe.known:
                 self.recipe.known[key] = self._recipe_bounds(self.recipe)
             return self.recipe.known[key]
         if self.dense is not None:
-            return self._dense_bounds(self.dense[..., : self.kv_length].expand(self.batch, -1, -1, -1))
-        if self.segments is not None or self.window is not None:
-            return None
-        if not self.causal and self.q_length > 1:
+            mask = self.dense[..., : self.kv_length].expand(self.batch, -1, -1, -1)  # [batch mask_head query key]
+            guess = replace(self, dense=None, causal=True, padding=mask[:, 0, -1], _segment_ids=None)
+            same = all(bool((mask[:, :, i[0]] == guess.rows(i)[:, None]).all()) for i in self._chunks())
+            return guess.bounds() if same else None
+        if self.segments is not None or self.window is not None or (not self.causal and self.q_length > 1):
             return None
         return _bounds(self.padding, self.offset, self.offset + self.q_length)
 
@@ -239,24 +211,17 @@ class MaskRows:
         if recipe.kv_offset:
             return None
         if recipe.rule is not causal_mask_function:
-            bare = MaskRecipe(recipe.rule, None, recipe.q_offset)
-            keys = torch.arange(self.kv_length, device=self.device)
-            for index in torch.arange(self.q_length, device=self.device).split(1024):
-                index = index.expand(self.batch, -1)
-                if not torch.equal(self._recipe_rows(bare, index, keys), (keys <= index[..., None] + recipe.q_offset)):
-                    return None
+            bare = replace(self, recipe=MaskRecipe(recipe.rule, None, recipe.q_offset))
+            causal = replace(self, recipe=None, causal=True, q_offset=recipe.q_offset)
+            if not all(torch.equal(bare.rows(index), causal.rows(index)) for index in self._chunks()):
+                return None
         return _bounds(recipe.padding, recipe.q_offset, recipe.q_offset + self.q_length)
 
-    def _dense_bounds(self, mask: Tensor) -> CausalBounds | None:
-        guess = replace(self, dense=None, causal=True, padding=mask[:, 0, -1], _segment_ids=None)
-        for index in torch.arange(self.q_length, device=self.device).split(1024):
-            part = mask[:, :, index]
-            if not torch.equal(part, guess.rows(index.expand(self.batch, -1))[:, None].expand_as(part)):
-                return None
-        return guess.bounds()
+    def _chunks(self) -> tuple[Int[Tensor, "batch query"], ...]:
+        return torch.arange(self.q_length, device=self.device).expand(self.batch, -1).split(1024, dim=1)
 
     def rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch query key"]:
-        """The rows of the mask at `index`: True where the query sees the key, in a dense head where some stream."""
+        """The rows of the mask at `index`: True where the query sees the key, in a dense head if some heads stream."""
         index = index.to(self.device)
         keys = torch.arange(self.kv_length, device=self.device)
         if self.dense is not None:
@@ -269,7 +234,7 @@ class MaskRows:
                 self._segment_ids = ids.repeat_interleave(torch.tensor(self.segments, device=self.device))
             return self._segment_ids[index][..., None] == self._segment_ids
         if self.recipe is not None:
-            return self._recipe_rows(self.recipe, index, keys)
+            return self._recipe_rows(self.recipe, index, keys + self.recipe.kv_offset)
         visible = torch.ones(*index.shape, self.kv_length, dtype=torch.bool, device=self.device)
         last = index[..., None] + self.offset
         if self.causal:
@@ -282,23 +247,19 @@ class MaskRows:
 
     def _recipe_rows(self, recipe: MaskRecipe, index: Tensor, keys: Tensor) -> Tensor:
         sample = torch.arange(self.batch, device=self.device)[:, None, None]
-        query = index[..., None] + recipe.q_offset
-        key = keys + recipe.kv_offset
-        visible = recipe.rule(sample, torch.zeros_like(sample), query, key)
+        visible = recipe.rule(sample, torch.zeros_like(sample), index[..., None] + recipe.q_offset, keys)
         visible = visible.expand(self.batch, index.shape[1], self.kv_length)
         if recipe.padding is not None:
-            padding = recipe.padding.to(self.device)
-            wide = _as_wide(padding, recipe.kv_offset + self.kv_length)
-            visible = visible & wide[:, None, recipe.kv_offset :]
+            real = _as_wide(recipe.padding.to(self.device), recipe.kv_offset + self.kv_length)
+            visible = visible & real[:, None, recipe.kv_offset :]
         return visible
 
     def full(self) -> Bool[Tensor, "batch query key"]:
-        """Every row: N x N booleans. For the explicit attention of one layer only."""
-        index = torch.arange(self.q_length, device=self.device).expand(self.batch, -1)
-        return self.rows(index)
+        """Every row: N x N booleans, for the explicit attention of one layer only."""
+        return self.rows(torch.arange(self.q_length, device=self.device).expand(self.batch, -1))
 
     def compact(self) -> "MaskRows":
-        """The same mask without closures, so that it can be written: causal with padding where that is what it is."""
+        """The same mask without closures, so that it can be saved: causal with padding if that is equivalent."""
         recipe = self.recipe
         if recipe is None:
             return self
@@ -307,23 +268,20 @@ class MaskRows:
         guess = MaskRows(*common, causal=True, padding=padding, streaming=self.streaming, q_offset=recipe.q_offset)
         if self.bounds() is not None:
             return guess
-        chunks = torch.arange(self.q_length, device=self.device).expand(self.batch, -1).split(1024, dim=1)
+        chunks = self._chunks()
         if not recipe.kv_offset and all(torch.equal(guess.rows(chunk), self.rows(chunk)) for chunk in chunks):
             return guess
         return MaskRows(*common, dense=torch.cat([self.head_rows(chunk) for chunk in chunks], dim=2))
 
 
 def _as_wide(padding: Tensor, length: int) -> Tensor:
-    """A mask of real keys, cut or filled up to `length` of them."""
+    """A mask of real keys, cut or padded with False to `length`."""
     short = length - padding.shape[1]
     return torch.nn.functional.pad(padding, (0, short)) if short > 0 else padding[:, :length]
 
 
 def _bounds(padding: Tensor | None, offset: int, length: int) -> CausalBounds | None:
-    """The bounds of causal attention under a mask of real keys `[batch key]`; None if there are holes.
-
-    Queries see no key from `length` on.
-    """
+    """The bounds of causal attention for real keys `[batch key]`, without those from `length` on; None with holes."""
     if padding is None:
         return CausalBounds(offset)
     real = _as_wide(padding, length)
@@ -332,29 +290,16 @@ def _bounds(padding: Tensor | None, offset: int, length: int) -> CausalBounds | 
     count = real.sum(1)
     start = real.int().argmax(1)
     key = torch.arange(length, device=real.device)
-    together = (key >= start[:, None]) & (key < (start + count)[:, None])
-    if not torch.equal(together, real):
-        return None
-    return CausalBounds(offset, start, start + count)
+    contiguous = (key >= start[:, None]) & (key < (start + count)[:, None])
+    return CausalBounds(offset, start, start + count) if torch.equal(contiguous, real) else None
 
 
 def with_recipe(mask: Any, **arguments: Any) -> Any:
-    """Let a mask tensor that transformers built carry the recipe it was built from.
-
-    Args:
-        mask: What transformers' mask function returned; None (nothing hidden but the future) has nothing to carry.
-        **arguments: What that function was called with.
-    """
+    """Attach the recipe to a mask tensor that transformers' mask function returned for these arguments."""
     rule = arguments.get("mask_function")
-    if isinstance(mask, Tensor) and rule is not None and not torch.compiler.is_compiling():
-        padding = arguments.get("attention_mask")
-        if padding is not None and padding.dim() != 2:
-            return mask
-        recipe = MaskRecipe(
-            rule=rule,
-            padding=None if padding is None else padding.bool(),
-            q_offset=int(arguments.get("q_offset") or 0),
-            kv_offset=int(arguments.get("kv_offset") or 0),
-        )
-        setattr(mask, RECIPE, recipe)
+    padding = arguments.get("attention_mask")
+    plain = padding is None or padding.dim() == 2
+    if rule is not None and plain and isinstance(mask, Tensor) and not torch.compiler.is_compiling():
+        q_offset, kv_offset = (int(arguments.get(name) or 0) for name in ("q_offset", "kv_offset"))
+        setattr(mask, RECIPE, MaskRecipe(rule, None if padding is None else padding.bool(), q_offset, kv_offset))
     return mask

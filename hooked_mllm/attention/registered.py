@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.backends import PREFIX, slim_mask
 from hooked_mllm.attention.hybrid import HybridAttention, RoutingPolicy
-from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.attention.masks import MaskRows, call_sizes
 from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
 from hooked_mllm.heads import HeadsLike
 from hooked_mllm.kernels.hybrid_attention.op import as_autocast, gradients
@@ -21,31 +21,18 @@ from hooked_mllm.kernels.streaming_window import WholeNumber
 
 @dataclass(frozen=True)
 class RegisteredAttention:
-    """What was registered under a name: the function that transformers calls in place of an attention module's own."""
+    """The function that transformers calls for a registered name."""
 
     name: str
     hybrid: HybridAttention
     checked: set[tuple[int, int]] = field(default_factory=set, compare=False, repr=False)
 
     def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+        scaling: float | None = None, dropout: float = 0.0, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Z `[batch query head d_head]` of q, k, v `[batch head pos d_head]`, and no weights."""
-        _check(self.name, module, dropout, kwargs)
-        if value.shape[-1] != query.shape[-1]:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} under attn_implementation={self.name!r} has values of width "
-                f"{value.shape[-1]} and queries of width {query.shape[-1]}: latent attention is not done here. Use "
-                "'sdpa'."
-            )
+        _check(self.name, module, query.shape[-1], value.shape[-1], dropout, kwargs)
         if query.shape[2] == 1 or kwargs.get("sliding_window") is not None:
             sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
             return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -60,11 +47,7 @@ class RegisteredAttention:
         return self.run(query, key, value, attention_mask, layer, scale), None
 
     def check_heads(self, query: Tensor, n_layers: int, n_heads: int) -> None:
-        """Check the dense heads against a model of this shape, 0 where it is unknown, once for each shape.
-
-        Raises:
-            HeadError: for heads that it lacks, or a call with only some of its heads.
-        """
+        """Check the dense heads against a model of this shape, 0 where it is unknown, once for each shape."""
         if n_heads and n_heads != query.shape[1]:
             raise HeadError(
                 f"Attention has {query.shape[1]} heads in this process and {n_heads} in the whole model: heads that "
@@ -77,16 +60,19 @@ class RegisteredAttention:
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, layer: int, scale: float) -> Tensor:
         """The attention of one layer, under a mask `[batch key]` of real keys or none: `[batch query head d_head]`."""
-        mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
-        return self.hybrid(q, k, v, mask, scale, layer)
+        return self.hybrid(q, k, v, self._mask(q, k, padding, layer, scale), scale, layer)
+
+    def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, layer: int, scale: float) -> MaskRows:
+        mask = MaskRows.of(padding, **call_sizes(q, k), causal=True, upper_left=True)
+        return self.hybrid.streamed(q, k, mask, scale, layer)
 
     def gradients(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, dz: Tensor, layer: int, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of `run`, written out, since autograd records nothing within an op."""
-        mask = self.hybrid.streamed(q, k, _mask(q, k, padding), scale, layer)
+        """The gradients of `run`: autograd records nothing within an op."""
+        mask = self._mask(q, k, padding, layer, scale)
         bounds, streaming = mask.bounds(), mask.streaming
-        assert bounds is not None and streaming is not None  # `streamed` saw to it
+        assert bounds is not None and streaming is not None  # checked by `streamed`
         length = bounds.offset + q.shape[2]
         how = [*streaming.dense], streaming.sink, streaming.window, scale, bounds.start, bounds.end
         grads = gradients(q, k[:, :, :length], v[:, :, :length], *how, dz)
@@ -95,47 +81,36 @@ class RegisteredAttention:
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """The numbers of layers and heads of the model that an attention module is of, 0 where its config has none."""
+    """The numbers of layers and heads of an attention module's model, 0 where its config has none."""
     config: Any = getattr(module, "config", None)
     return getattr(config, "num_hidden_layers", None) or 0, getattr(config, "num_attention_heads", None) or 0
 
 
-def _mask(q: Tensor, k: Tensor, padding: Tensor | None) -> MaskRows:
-    sizes = {"batch": q.shape[0], "q_length": q.shape[2], "kv_length": k.shape[2], "device": q.device}
-    return MaskRows.of(padding, **sizes, causal=True, upper_left=True)
-
-
-#: what is registered, by name
+#: by name
 REGISTERED: dict[str, RegisteredAttention] = {}
 
 
 def register_hybrid_attention(
-    name: str,
-    heads: HeadsLike | RoutingPolicy,
-    *,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
+    name: str, heads: HeadsLike | RoutingPolicy, *, sink: WholeNumber = 64, window: WholeNumber = 1024,
     implementation: Implementation = "auto",
-) -> None:
+) -> None:  # fmt: skip
     """Register hybrid attention as an attention implementation of transformers, for any of its decoders.
 
     Use it as any other: `model.set_attn_implementation(name)`, or `attn_implementation=name` when a model is loaded;
-    of a multimodal model for the language model alone, `{"text_config": name}`. Prefill is hybrid, decoding dense, and
-    layers with a sliding window of their own keep SDPA. The same name registered again has the new settings from then
-    on, in all models that run it.
+    of a multimodal model only for the language model, `{"text_config": name}`. Prefill is hybrid, decoding dense, and
+    layers with a sliding window keep SDPA. A name that is registered again has the new settings in all models.
 
     Args:
-        name: The name; not one of transformers' own, nor one with "flash" in it, which transformers reads as its own.
-        heads: The dense query heads, as `HybridAttention` takes them, or a routing policy. They are checked against a
-            model when it first runs.
+        name: The name; not one of transformers' own, and without "flash", "|" or "/".
+        heads: As of `HybridAttention`; checked against a model when it first runs.
         sink: First tokens that the other heads see.
-        window: Last tokens that they see, the query's own among them.
+        window: Last tokens that they see, the query's own included.
         implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
 
     Raises:
-        HookValueError: for a name that is taken or cannot be one.
-        HeadError, InputError: for heads or sizes that cannot be; in a run, for heads that the model lacks.
-        UnsupportedModelError: in a run, for attention that is not causal, or has more to it than q, k, v and padding.
+        HookValueError: for a name that is taken or invalid.
+        HeadError, InputError: for invalid heads or sizes; in a run, for heads that the model lacks.
+        UnsupportedModelError: in a run, for attention that is not causal, or depends on more than q, k, v and padding.
 
     Source: arXiv:2606.05843, algorithm 3.
 
@@ -161,11 +136,7 @@ def register_hybrid_attention(
     AttentionMaskInterface.register(name, slim_mask("sdpa"))
 
 
-#: arguments by which models ask for more than softmax(q k) v under a causal mask
-_MORE = ("softcap", "s_aux", "position_bias", "cache")
-
-
-def _check(name: str, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def _check(name: str, module: nn.Module, d_head: int, d_value: int, dropout: float, kwargs: dict[str, Any]) -> None:
     what = f"{type(module).__name__} under attn_implementation={name!r}"
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
@@ -176,23 +147,23 @@ def _check(name: str, module: nn.Module, dropout: float, kwargs: dict[str, Any])
         )
     if dropout:
         raise UnsupportedModelError(f"{what}: no dropout of attention here (got {dropout}): call model.eval().")
-    for more in _MORE:
+    for more in ("softcap", "s_aux", "position_bias", "cache"):  # attention beyond softmax(q k) v
         if kwargs.get(more) is not None:
             raise UnsupportedModelError(
                 f"{what}: the model passes `{more}`, which this has not. Use 'sdpa' or 'eager'."
             )
     if not hasattr(module, "layer_idx"):
         raise UnsupportedModelError(f"{what}: the module has no `layer_idx`, so its heads are not known. Use 'sdpa'.")
+    if d_value != d_head:
+        widths = f"values of width {d_value} and queries of width {d_head}"
+        raise UnsupportedModelError(f"{what} has {widths}: latent attention is not done here. Use 'sdpa'.")
 
 
 @torch.library.custom_op("hooked_mllm::registered_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
     q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, name: str, layer: int, scale: float, shape: list[int]
 ) -> Tensor:
-    """What was registered, as one op: a compiled graph holds its name, and not the heads.
-
-    `shape` is the model's numbers of layers and heads, or 0.
-    """
+    """Registered attention as one op: a compiled graph contains its name, not the heads. `shape`: as of `shape_of`."""
     REGISTERED[name].check_heads(q, *shape)
     z = REGISTERED[name].run(q, k, v, padding, layer, scale)
     return z.contiguous().transpose(1, 2)

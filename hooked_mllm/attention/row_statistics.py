@@ -1,8 +1,6 @@
-"""The maths of attention rows, as pure functions: softmax rows, their mean, their mass, their largest keys.
+"""The maths of attention rows, in float32 or wider: softmax rows, their mean, their mass, their largest keys.
 
-Axes: `layer`, `batch`, `head` (query heads), `kv_head`, `query` (the chosen query tokens), `key` (all positions) and
-`d_head`. All of it in float32 at least, whatever the dtype of q and k. In grouped-query attention, head h reads key
-head h // (head / kv_head).
+Axes: `head` (query heads), `query` (the selected query tokens), `key` (all positions).
 """
 
 from collections.abc import Sequence
@@ -13,18 +11,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_mllm.kernels.attention_profile import has_triton
+from hooked_mllm.kernels.implementations import Keys
 
 _HALF = (torch.bfloat16, torch.float16)
-
-
 #: numbers in the keys of one layer from which on a product per layer costs less than copying all keys together
 _COPY_BELOW = 1 << 22
 
 
 def attention_scores(
-    q: Float[Tensor, "layer batch head query d_head"],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    scale: Sequence[float],
+    q: Float[Tensor, "layer batch head query d_head"], k: Sequence[Keys], scale: Sequence[float]
 ) -> Float[Tensor, "layer batch head query key"]:
     """`scale * q k^T` with products summed in float32 (float64 for float64 operands), k not expanded to all heads."""
     n_layers, batch, heads, queries, d_head = q.shape
@@ -44,31 +39,22 @@ def attention_scores(
 def _product(left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
     """Write `scale * left right^T` into `out`."""
     wide: dict[str, Any] = {}
-    if left.dtype in _HALF:
-        if left.is_cuda:
-            wide = {"out_dtype": torch.float32}
-        else:
-            left, right = left.float(), right.float()
-    # with beta = 0 the product takes the scale in and `out` is written, never read: one pass over memory less
+    if left.dtype in _HALF and left.is_cuda:
+        wide = {"out_dtype": torch.float32}
+    elif left.dtype in _HALF:
+        left, right = left.float(), right.float()
+    # with beta = 0 the product includes the scale and `out` is only written: one pass over memory less
     torch.baddbmm(out, left, right.transpose(1, 2), beta=0, alpha=scale, out=out, **wide)
 
 
 def attention_rows(
-    q: Float[Tensor, "layer batch head query d_head"],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    scale: Sequence[float],
+    q: Float[Tensor, "layer batch head query d_head"], k: Sequence[Keys], scale: Sequence[float],
     hidden: Bool[Tensor, "mask_layer batch mask_head query tail"],
-) -> Float[Tensor, "layer batch head query key"]:
-    """`A[i, j] = softmax_j(scale * q_i k_j)` over the keys that are not hidden; zero elsewhere.
+) -> Float[Tensor, "layer batch head query key"]:  # fmt: skip
+    """`A[i, j] = softmax_j(scale * q_i k_j)` over the keys that are not hidden, zero elsewhere.
 
-    Args:
-        q: Queries after position encoding, the chosen rows only.
-        k: Keys after position encoding, one tensor per layer.
-        scale: One factor per layer.
-        hidden: True where the query does not see one of the last `tail` keys; all see the keys before. `mask_layer` is
-            1 or the number of layers, `mask_head` 1 or the number of heads.
-
-    A row without any visible key has no softmax; it comes out uniform (finite), for the caller to discard.
+    `hidden` is True where the query does not see one of the last `tail` keys; all see the keys before. A row without
+    visible keys is uniform (finite), for the caller to discard.
     """
     scores = attention_scores(q, k, scale)
     tail = hidden.shape[-1]
@@ -90,13 +76,7 @@ def top_mask(
 ) -> Bool[Tensor, "*axes item"]:
     """True at the `k` largest values of the last axis; among equal values the lower index comes first.
 
-    On a GPU one launch of a Triton kernel for float32 `[layer batch head item]` of up to 16,384 items, with k a number
-    or `[batch 1]`.
-
-    Args:
-        values: Finite numbers.
-        k: How many to take, at least 1; a tensor broadcasts against the other axes.
-        k_max: With a tensor: its largest, known to the caller so that the device need not be waited for.
+    One launch of a Triton kernel on a GPU where it fits. `k_max`, the largest k, avoids a wait for the device.
     """
     fits = values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous()
     if values.is_cuda and fits and has_triton():
@@ -111,11 +91,10 @@ def top_mask(
         largest = values.topk(k_max or values.shape[-1], dim=-1).values
         threshold = largest.gather(-1, (k - 1).expand(values.shape[:-1])[..., None])
         room = k[..., None]
-    above = values > threshold
-    level = values == threshold
+    above, ties = values > threshold, values == threshold
     room = room - above.sum(-1, keepdim=True)
     # ties at the threshold are filled from the left until there is no room
-    return above | (level & (level.cumsum(-1, dtype=torch.int32) <= room))
+    return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def chance_level(
@@ -123,31 +102,18 @@ def chance_level(
     keys: Bool[Tensor, "batch key"],
     weight: Float[Tensor, "batch query"],
 ) -> Float[Tensor, "batch mask_head"]:
-    """The mass on K of a head that attends evenly to all it sees: mean over the queries of |K visible| / |visible|."""
+    """The mass on K of a head with uniform attention: mean over the queries of |K visible| / |visible|."""
     seen = visible.sum(-1)
     hit = (visible & keys[:, None, None]).sum(-1)
     return (hit / seen.clamp(min=1) * weight[:, None]).sum(-1, dtype=torch.float64)
 
 
 def counted_chance(
-    places: Int[Tensor, "batch query"],
-    keys: Bool[Tensor, "batch key"],
-    weight: Float[Tensor, "batch query"],
-    start: Int[Tensor, " batch"] | None,
-    end: Int[Tensor, " batch"] | None,
-    near: tuple[int, int] | None = None,
-) -> Float[Tensor, " batch"]:
-    """`chance_level` under a causal mask in numbers (see `CausalBounds`), without a row of it.
-
-    Args:
-        places: Position of each query among the keys.
-        keys: K.
-        weight: Weight of each query.
-        start: First real key of each sequence.
-        end: One past its last real key.
-        near: Sink and window, for a streaming head.
-    """
-    before = torch.nn.functional.pad(keys.cumsum(1), (1, 0))  # how many of K stand before each position
+    places: Int[Tensor, "batch query"], keys: Bool[Tensor, "batch key"], weight: Float[Tensor, "batch query"],
+    start: Int[Tensor, " batch"] | None, end: Int[Tensor, " batch"] | None, near: tuple[int, int] | None = None,
+) -> Float[Tensor, " batch"]:  # fmt: skip
+    """`chance_level` under a causal mask in numbers (see `CausalBounds`); `near`: sink, window of a streaming head."""
+    before = torch.nn.functional.pad(keys.cumsum(1), (1, 0))  # keys of K before each position
     first = torch.zeros_like(places) if start is None else start.to(places)[:, None].expand_as(places)
     stop = places + 1 if end is None else torch.minimum(places + 1, end.to(places)[:, None])
     sink_end = low = first
@@ -162,16 +128,15 @@ def counted_chance(
 def first_rank(
     top: Bool[Tensor, "layer batch head key"], ranks: Int[Tensor, "layer head"], n: int
 ) -> Int[Tensor, "batch key"]:
-    """The lowest rank among the heads that hold each key in their top set; `n` where none does."""
-    nobody = torch.full((), n, dtype=ranks.dtype, device=ranks.device)
-    return torch.where(top, ranks[:, None, :, None], nobody).amin((0, 2))
+    """The lowest rank among the heads that have each key in their top set; `n` where none has it."""
+    return torch.where(top, ranks[:, None, :, None], n).amin((0, 2))  # [layer batch head key] -> [batch key]
 
 
 def coverage_by_rank(
     best: Int[Tensor, "batch key"], target: Bool[Tensor, "batch key"], n: int
 ) -> Float[Tensor, "batch k"]:
     """The share of the target keys whose best rank is below k, for k = 0 .. n (arXiv:2606.05843 eq. 24, 25)."""
-    # a key held at rank r is covered from k = r + 1 on; rank n, never
+    # a key of rank r is covered from k = r + 1 on; rank n, never
     arrivals = torch.zeros(best.shape[0], n + 2, dtype=torch.float64, device=best.device)
     arrivals.scatter_add_(1, best.long() + 1, target.double())
     return arrivals.cumsum(1)[:, : n + 1] / target.sum(1, keepdim=True)

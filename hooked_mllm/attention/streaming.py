@@ -12,18 +12,7 @@ from hooked_mllm.kernels.streaming_window import check_sink_and_window, head_fla
 
 @dataclass(frozen=True)
 class StreamingHeads:
-    """The heads of a layer that see a sink and a window; the dense ones see whatever the mask shows.
-
-    Args:
-        dense: Query heads that are dense.
-        n_heads: Query heads of the layer.
-        sink: First keys of the sequence that streaming heads see.
-        window: Last keys that they see, the query's own among them.
-
-    Raises:
-        HeadError: for a head that the layer lacks.
-        InputError: for a sink below 0 or a window below 1.
-    """
+    """The heads of a layer that see a sink and a window; the dense ones see everything that the mask shows."""
 
     dense: tuple[int, ...]
     n_heads: int
@@ -42,13 +31,7 @@ class StreamingHeads:
 
 @dataclass(frozen=True)
 class CausalBounds:
-    """A causal mask in numbers: query i is at key p = i + offset and sees key j iff `start <= j <= p`, `j < end`.
-
-    Args:
-        offset: Keys before the first query.
-        start: First real key of each sequence; None if that is 0 for all.
-        end: One past the last real key of each; None if nothing is padded on the right.
-    """
+    """A causal mask in numbers: query i is at key p = i + offset and sees key j iff `start <= j <= p`, `j < end`."""
 
     offset: int
     start: Int[Tensor, " batch"] | None = None

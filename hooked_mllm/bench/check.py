@@ -1,13 +1,10 @@
-"""Compares outputs before anything is timed.
+"""Compares outputs before anything is timed, at a short length: the attention of every layer and the last hidden state.
 
-Two comparisons are made at a short length. In every layer, the variant's attention is compared with a softmax written
-out in float32, on the same q, k and v, so that errors are neither hidden nor amplified by later layers. The last hidden
-state is compared with that of the model with the written-out attention, which also covers compiled blocks. There,
-rounding accumulates over layers; the limit follows from the error of transformers' eager attention.
+Layers are compared with a float32 softmax on the same q, k and v; the limit of the last hidden state, which covers
+compiled blocks, follows from the error of eager attention.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +21,7 @@ from hooked_mllm.bench.variants import Variant
 from hooked_mllm.errors import NumericsError
 from hooked_mllm.families.parts import decoder_sizes
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
+from hooked_mllm.kernels.implementations import Keys, Queries
 
 WITNESS = "hooked_bench_witness"
 #: the relative error allowed in one layer's attention, by dtype
@@ -34,14 +32,10 @@ TIMES_EAGER = 3
 
 @dataclass
 class Witness:
-    """Runs an attention implementation and its definition on the same inputs; the model uses the definition's result.
-
-    Attributes:
-        variant: The variant whose attention is compared.
-        errors: The relative error of each layer.
-    """
+    """Runs a variant's attention and its definition on the same inputs; the model uses the definition's result."""
 
     variant: Variant
+    #: the relative error of each layer
     errors: list[float] = field(default_factory=list)
 
     def __call__(
@@ -55,12 +49,7 @@ class Witness:
         return expected.to(q.dtype), None
 
     def defined(
-        self,
-        layer: int,
-        q: Float[Tensor, "batch head query d_head"],
-        k: Float[Tensor, "batch kv_head query d_head"],
-        v: Float[Tensor, "batch kv_head query d_head"],
-        scale: float,
+        self, layer: int, q: Queries, k: Keys, v: Keys, scale: float
     ) -> Float[Tensor, "batch query head d_head"]:
         """Causal attention, written out in float32, head by head."""
         variant, n_heads = self.variant, q.shape[1]
@@ -78,16 +67,8 @@ class Witness:
         return torch.stack(z, dim=2)
 
 
-def largest_error(
-    x: Float[Tensor, "batch head query d_head"], y: Float[Tensor, "batch head query d_head"], rows: int = 1024
-) -> float:
-    """The largest relative error of any head in any chunk of queries, which shows a single wrong tile.
-
-    Args:
-        x: The output.
-        y: The expected output.
-        rows: Queries of a chunk.
-    """
+def largest_error(x: Queries, y: Queries, rows: int = 1024) -> float:
+    """The largest relative error of x in any head of any chunk of `rows` queries, which shows a single wrong tile."""
     largest = 0.0
     for output, expected in zip(x.split(rows, dim=2), y.split(rows, dim=2), strict=True):
         expected = expected.double()
@@ -110,20 +91,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def check_variants(
     model: PreTrainedModel, variants: Sequence[Variant], compiled: CompiledBlocks | None, length: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Compare every variant that computes attention with the definition.
+    """Compare every variant that computes attention with the definition; an error over the limit raises.
 
-    Args:
-        model: A text decoder.
-        variants: The variants.
-        compiled: Its compiled blocks, for those variants that run them.
-        length: Number of tokens; more than sink and window together, or streaming heads see every key.
-        seed: Seed of the token ids.
-
-    Returns:
-        For each variant, its largest error in a layer and that of the last hidden state.
-
-    Raises:
-        NumericsError: if an error exceeds its limit.
+    `length` must exceed sink and window together, or streaming heads see every key. Returns the errors of each variant.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(input_device(model))
@@ -137,10 +107,8 @@ def check_variants(
         in_layer, at_end = _errors(model, variant, compiled, tokens)
         errors = {"variant": variant.name, "length": length, "layer": in_layer, "last_hidden_state": at_end}
         checks.append({**errors, "limits": [layer_limit, model_limit]})
-        for what, error, limit in (
-            ("attention in some layer", in_layer, layer_limit),
-            ("the last hidden state", at_end, model_limit),
-        ):
+        compared = ("attention in some layer", in_layer, layer_limit), ("the last hidden state", at_end, model_limit)
+        for what, error, limit in compared:
             if not error < limit:
                 raise NumericsError(
                     f"{variant.title}: {what} differs from the definition by {error:.2g} at {length} tokens (relative; "
@@ -152,20 +120,15 @@ def check_variants(
 def check_at_length(
     model: PreTrainedModel, variants: Sequence[Variant], length: int, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Compare hybrid attention at a timed length with one launch of the kernel, which was compared at the short one.
+    """Compare hybrid attention at a timed length with one launch of the kernel, in the layer with most dense heads.
 
-    For long prompts on a GPU, the op computes dense heads by SDPA on separate CUDA streams. Compared is one layer of
-    each variant, that with the most dense heads, on random q, k and v. On other devices nothing is compared: the op
-    does the same at every length.
-
-    Raises:
-        NumericsError: if they differ.
+    Only on a GPU, where the op computes dense heads of long prompts by SDPA on separate CUDA streams.
     """
     device = input_device(model)
     hybrids = {v.attention: v for v in variants if v.dense is not None}
     if device.type != "cuda" or not hybrids:
         return []
-    checks = []
+    checks, limit = [], LIMITS[model.dtype]
     decoder = decoder_sizes(model.config)
     generator = torch.Generator(device).manual_seed(seed)
     n_kv = decoder.n_key_value_heads
@@ -176,11 +139,8 @@ def check_at_length(
         assert variant.dense is not None
         dense = max(variant.dense.by_layer.values(), key=len, default=())
         sizes: dict[str, Any] = {"sink": variant.sink, "window": variant.window}
-        error = largest_error(
-            hybrid_attention(q, k, v, dense, **sizes),
-            hybrid_attention(q, k, v, dense, **sizes, implementation="triton"),
-        )
-        limit = LIMITS[model.dtype]
+        one_launch = hybrid_attention(q, k, v, dense, **sizes, implementation="triton")
+        error = largest_error(hybrid_attention(q, k, v, dense, **sizes), one_launch)
         checks.append({"variant": variant.name, "length": length, "one_launch": error, "limits": [limit]})
         if not error < limit:
             raise NumericsError(
@@ -195,36 +155,26 @@ def _errors(
 ) -> tuple[float, float]:
     """The largest error in a layer, and that of the last hidden state."""
     witness = Witness(variant)
-    with _active(witness) as name, replace(variant, attention=name, compiled=False).on(model):
-        expected = model(input_ids=tokens, use_cache=False).last_hidden_state
+    _ACTIVE.append(witness)
+    try:
+        with replace(variant, attention=WITNESS, compiled=False).on(model):
+            expected = model(input_ids=tokens, use_cache=False).last_hidden_state
+    finally:
+        _ACTIVE.pop()
     with variant.on(model, compiled):
         got = model(input_ids=tokens, use_cache=False).last_hidden_state
     return max(witness.errors), relative_error(got, expected)
 
 
-#: the witnesses whose attention is active, the innermost last
-_CURRENT: list[Witness] = []
-
-
-@contextmanager
-def _active(witness: Witness) -> Iterator[str]:
-    """Within it, attention by the name that it returns is that of the witness."""
-    _CURRENT.append(witness)
-    try:
-        yield WITNESS
-    finally:
-        _CURRENT.pop()
-
-
-def _witness(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _CURRENT[-1](module, *args, **kwargs)
+#: the active witnesses, the innermost last
+_ACTIVE: list[Witness] = []
 
 
 def _witness_mask(**arguments: Any) -> Any:
     """The mask of the variant's own attention."""
-    build: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(_CURRENT[-1].variant.attention)
+    build: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(_ACTIVE[-1].variant.attention)
     return None if build is None else build(**arguments)
 
 
-AttentionInterface.register(WITNESS, _witness)
+AttentionInterface.register(WITNESS, lambda *args, **kwargs: _ACTIVE[-1](*args, **kwargs))
 AttentionMaskInterface.register(WITNESS, _witness_mask)

@@ -35,10 +35,8 @@ class TextSize:
     """The shape of one text decoder.
 
     Attributes:
-        kind: Its transformers class: the text model of Qwen3-VL, Qwen3 (InternVL3.5) or Qwen2 (LLaVA-OneVision).
-        layers: Number of layers.
+        kind: The text model of Qwen3-VL, Qwen3 (InternVL3.5) or Qwen2 (LLaVA-OneVision) in transformers.
         heads: Query heads per layer.
-        kv_heads: Key-value heads per layer.
         d_head: Width of a head.
         hidden: Width of the residual stream.
         mlp: Width of the MLP's hidden layer.
@@ -59,14 +57,11 @@ class TextSize:
     def config(self) -> "PreTrainedConfig":
         """The transformers configuration."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e6}
-        more: dict[str, Any] = {"head_dim": self.d_head}
-        if self.kind == "qwen2":
-            more = {}  # it has no setting: d_head is hidden / heads
+        more = {} if self.kind == "qwen2" else {"head_dim": self.d_head}  # of Qwen2, it is hidden / heads
         if self.kind == "qwen3_vl":
             half = self.d_head // 2
-            side = half * 20 // 64
-            sections = [half - 2 * side, side, side]  # 24, 20, 20 of 64
-            rope = {**rope, "rope_theta": 5e6, "mrope_section": sections, "mrope_interleaved": True}
+            side = half * 20 // 64  # 24, 20, 20 of 64
+            rope |= {"rope_theta": 5e6, "mrope_section": [half - 2 * side, side, side], "mrope_interleaved": True}
         return self._classes()[0](
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,

@@ -1,17 +1,12 @@
-"""Compiles everything but attention, which dominates prefill once attention is cheap.
+"""Compiles everything but attention: `torch.compile` fuses norms, rotary encoding, activations and residual sums."""
 
-Without attention's N x N, a decoder block at long context consists of matrix products, which run at the GPU's peak
-rate, and elementwise steps (norms, rotary position encoding, the MLP's activation, residual sums), each of which reads
-and writes whole activations. `torch.compile` fuses the latter into few passes over memory.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hooked_mllm.attention.backends import implementation
@@ -29,13 +24,11 @@ _MISSING: Any = object()
 
 @torch.compiler.disable
 def _outside(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    base = _BASES[id(module.config)]
-    return implementation(module, base)(module, *args, **kwargs)
+    return implementation(module, _BASES[id(module.config)])(module, *args, **kwargs)
 
 
 def _outside_mask(**arguments: Any) -> Any:
-    base = _BASES[id(arguments["config"])]
-    build: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(base)
+    build: Any = ALL_MASK_ATTENTION_FUNCTIONS.get(_BASES[id(arguments["config"])])
     return None if build is None else build(**arguments)
 
 
@@ -44,11 +37,7 @@ AttentionMaskInterface.register(OUTSIDE, _outside_mask)
 
 
 def text_backbone(model: nn.Module | Model) -> PreTrainedModel:
-    """The text decoder of a transformers model or a HookedMLLM: it has `embed_tokens`, `layers` and `norm`.
-
-    Raises:
-        UnsupportedModelError: if there is none.
-    """
+    """The text decoder of a transformers model or a HookedMLLM: it has `embed_tokens`, `layers` and `norm`."""
     decoder: Any = getattr(model, "hf_model", model)
     if not hasattr(decoder, "layers") and hasattr(decoder, "get_decoder"):
         decoder = decoder.get_decoder()
@@ -63,13 +52,7 @@ def text_backbone(model: nn.Module | Model) -> PreTrainedModel:
 class CompiledBlocks:
     """A context manager that compiles the decoder blocks of one model; it may be entered repeatedly.
 
-    Args:
-        model: A model, as of `compile_blocks`, and the arguments that follow.
-        backend: Backend of `torch.compile`.
-        dynamic: Whether `torch.compile` treats lengths as dynamic.
-
-    Attributes:
-        text: The text decoder.
+    The arguments are those of `compile_blocks`; `text` is the text decoder.
     """
 
     def __init__(
@@ -94,11 +77,15 @@ class CompiledBlocks:
         config = self.text.config
         if config._attn_implementation == OUTSIDE:
             raise InputError("The blocks of this model are compiled already.")
+        base = config._attn_implementation or "eager"
         with ExitStack() as stack:
             # at the limit, torch would otherwise run uncompiled without an error
             limits = {"recompile_limit": 32, "fail_on_recompile_limit_hit": True}
             stack.enter_context(torch._dynamo.config.patch(limits))
-            stack.enter_context(_outside_graph(config))
+            _BASES[id(config)] = base
+            stack.callback(_BASES.pop, id(config))
+            config._attn_implementation = OUTSIDE
+            stack.callback(setattr, config, "_attn_implementation", base)
             for module, name, value in self._patches:
                 stack.callback(_restore, module, name, module.__dict__.get(name, _MISSING))
                 setattr(module, name, value)
@@ -116,22 +103,18 @@ def compile_blocks(
 ) -> CompiledBlocks:
     """Compile the decoder blocks of a model: norms, projections, rotary encoding, MLP and residual sums.
 
-    Attention is not compiled. The implementation that the model is set to runs between two compiled pieces, so that any
-    is supported (SDPA pinned to a kernel, hybrid attention with different heads in every layer). All blocks share one
+    The model's attention implementation, whichever it is, runs between two compiled pieces. All blocks share one
     compiled code. Results differ from uncompiled ones by rounding: fused steps keep float32 where the model rounds in
-    between.
-
-    It is meant for plain forward passes: hooks on modules inside a block slow it down or are compiled in.
+    between. Hooks on modules inside a block slow it down or are compiled in.
 
     Args:
-        model: A transformers decoder (the text model of Qwen3-VL, Qwen3, Qwen2 and others of the same structure), a
-            model that contains one, or a HookedMLLM.
+        model: A transformers decoder of the structure of Qwen3, a model that contains one, or a HookedMLLM.
         backend: Backend of `torch.compile`.
         dynamic: The argument of `torch.compile`: True compiles once for all lengths, None once for the first length and
             once for others.
 
     Returns:
-        A context manager; within it the blocks run compiled. Entered again, it compiles nothing again.
+        A context manager; within it the blocks run compiled. Entering it again compiles nothing.
 
     Raises:
         UnsupportedModelError: for a model without a text decoder, or with offloaded weights.
@@ -147,19 +130,6 @@ def compile_blocks(
         torch.Size([1, 12, 16])
     """
     return CompiledBlocks(model, backend=backend, dynamic=dynamic)
-
-
-@contextmanager
-def _outside_graph(config: PreTrainedConfig) -> Iterator[None]:
-    """Within it, the model's own attention implementation is called outside the compiled pieces."""
-    base = config._attn_implementation or "eager"
-    _BASES[id(config)] = base
-    config._attn_implementation = OUTSIDE
-    try:
-        yield
-    finally:
-        config._attn_implementation = base
-        del _BASES[id(config)]
 
 
 def _restore(module: nn.Module, name: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""Text decoders of published sizes with random weights: the time of a forward pass does not depend on the weights."""
+"""Text decoders of published sizes with random weights, on which the time of a forward pass does not depend."""
 
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -18,24 +18,17 @@ else:  # at run time a plain string, checked by the command line
 
 
 def random_text_model(
-    size: str | TextSize,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cpu",
-    device_map: DeviceMap | None = None,
-    seed: int = 0,
-) -> PreTrainedModel:
+    size: str | TextSize, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cpu",
+    device_map: DeviceMap | None = None, seed: int = 0,
+) -> PreTrainedModel:  # fmt: skip
     """A transformers text decoder of a published size with random weights, which are initialized on their device.
 
     Args:
-        size: A name of `SIZES`, or a custom size.
+        size: A name of `SIZES` (others raise an `InputError`), or a custom size.
         dtype: Dtype of the weights.
         device: Device of the weights.
         device_map: "auto" or "balanced": spread the layers over all GPUs instead (needs `accelerate`).
         seed: Seed of the weights.
-
-    Raises:
-        InputError: for an unknown name.
 
     Examples:
         >>> model = random_text_model("tiny", dtype=torch.float32)

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -21,7 +20,7 @@ from hooked_mllm.bench.timing import failure, milliseconds, peak_memory
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention, naive_hybrid_attention
-from hooked_mllm.kernels.implementations import Implementation
+from hooked_mllm.kernels.implementations import HeadFlags, Keys, Queries
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window, head_flags
 from hooked_mllm.storage import ready, write_json
 
@@ -33,41 +32,19 @@ LIMITS = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (4e-3, 6e-3)}
 Variants = dict[str, Callable[[], Tensor]]
 
 
-class Inputs(NamedTuple):
-    """Queries, keys and values of one length."""
-
-    q: Float[Tensor, "1 head query d_head"]
-    k: Float[Tensor, "1 kv_head query d_head"]
-    v: Float[Tensor, "1 kv_head query d_head"]
-
-
-class Streaming(NamedTuple):
-    """The arguments of the op that all its variants share."""
-
-    sink: int
-    window: int
-    implementation: Implementation
+#: queries, keys and values of one length
+Inputs = tuple[Queries, Keys, Keys]
 
 
 @torch.no_grad()
 def bench_kernel(
-    lengths: Sequence[int],
-    *,
-    dense: int = 4,
-    heads: int = 32,
-    kv_heads: int = 8,
-    d_head: int = 128,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
-    rounds: int = 7,
-    flex: bool = True,
-    seed: int = 0,
-    device: str = "cuda",
-    out: Path | None = None,
-) -> dict[str, Any]:
-    """Compare the outputs of the op, then time it at each length; variants take turns.
+    lengths: Sequence[int], *, dense: int = 4, heads: int = 32, kv_heads: int = 8, d_head: int = 128,
+    sink: WholeNumber = 64, window: WholeNumber = 1024, rounds: int = 7, flex: bool = True, seed: int = 0,
+    device: str = "cuda", out: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compare the outputs of the op, then time it at each length in bfloat16; variants take turns.
 
-    In bfloat16 on a GPU. On a CPU, to try it out: float32, torch's choice of SDPA and no FlexAttention.
+    On a CPU, as a trial: float32, torch's choice of SDPA and no FlexAttention.
 
     Args:
         lengths: Numbers of tokens.
@@ -87,8 +64,7 @@ def bench_kernel(
         Settings, provenance, checks, and for every length the milliseconds of every round.
 
     Raises:
-        NumericsError: if outputs differ from the definition's in float64 at a short length, or from FlexAttention's at
-            a timed one.
+        NumericsError: if outputs differ from those of the definition in float64, or of FlexAttention.
         InputError: for more dense heads than heads, heads that do not divide, or a sink or window out of range.
         CacheFileError: If `out` cannot be written.
     """
@@ -103,12 +79,14 @@ def bench_kernel(
     dtype = torch.bfloat16 if gpu else torch.float32
     dense_heads = sorted(random.Random(seed).sample(range(heads), dense))
     generator = torch.Generator(device).manual_seed(seed)
-    streaming = Streaming(sink, window, "auto" if gpu else "naive")
+    how: dict[str, Any] = {"sink": sink, "window": window, "implementation": "auto" if gpu else "naive"}
 
     def inputs(n: int) -> Inputs:
         """q, k and v with the strides of transformers' projections, `[batch query head d_head]` in memory."""
         shapes = [(1, n, h, d_head) for h in (heads, kv_heads, kv_heads)]
-        return Inputs(*(torch.randn(s, device=device, generator=generator).to(dtype).transpose(1, 2) for s in shapes))
+        normal = [torch.randn(shape, device=device, generator=generator) for shape in shapes]
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in normal)
+        return q, k, v
 
     results: dict[str, Any] = {
         "settings": {
@@ -116,11 +94,11 @@ def bench_kernel(
             "window": window, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds, "seed": seed,
         },
         "provenance": provenance([torch.device(device)]),
-        "checks": _against_definition(inputs(2 * (sink + window) + 37), dense_heads, streaming),
+        "checks": _against_definition(inputs(2 * (sink + window) + 37), dense_heads, how),
         "lengths": {},
     }  # fmt: skip
     for n in lengths:
-        variants = _variants(inputs(n), dense_heads, streaming, flex)
+        variants = _variants(inputs(n), dense_heads, how, flex)
         results["checks"] += _against_others(variants, n, dense, LIMITS[dtype][1])
         results["lengths"][str(n)] = _timed(variants, rounds, torch.device(device))
         if out is not None:
@@ -129,11 +107,7 @@ def bench_kernel(
 
 
 def kernel_table(results: dict[str, Any]) -> str:
-    """Medians, speedups over cuDNN's dense attention (median over rounds), their range, and memory.
-
-    Args:
-        results: Results of `bench_kernel`.
-    """
+    """Medians, speedups over the first variant (median over rounds), their range, and memory, of `bench_kernel`."""
     settings, checks = results["settings"], results["checks"]
     lines = [
         f"{settings['heads']} query and {settings['kv_heads']} key-value heads of width {settings['d_head']}, sink "
@@ -160,18 +134,18 @@ def _line(name: str, row: dict[str, Any], base_ms: list[float]) -> tuple[str, st
     return name, f"{statistics.median(row['ms']):.3f}", ratio, spread, added
 
 
-def _against_definition(inputs: Inputs, dense_heads: list[int], streaming: Streaming) -> list[dict[str, Any]]:
+def _against_definition(inputs: Inputs, dense_heads: list[int], how: dict[str, Any]) -> list[dict[str, Any]]:
     """Compare the op and SDPA with the definition in float64."""
     q, k, v = inputs
     n, heads = q.shape[2], q.shape[1]
     start, end = torch.zeros(1, dtype=torch.long, device=q.device), torch.full((1,), n, device=q.device)
     q64, k64, v64 = (x.double() for x in inputs)
-    sizes = streaming.sink, streaming.window, q.shape[-1] ** -0.5
+    sizes = how["sink"], how["window"], q.shape[-1] ** -0.5
     checks = []
     for dense in ([], dense_heads, list(range(heads))):
         flags = head_flags(dense, heads, q.device)
         expected, _ = naive_hybrid_attention(q64, k64, v64, flags, *sizes, start, end)
-        error = relative_error(hybrid_attention(q, k, v, dense, **streaming._asdict()), expected)
+        error = relative_error(hybrid_attention(q, k, v, dense, **how), expected)
         checks.append({"against": f"float64, {len(dense)} dense", "tokens": n, "error": error})
         if not error < LIMITS[q.dtype][0]:
             raise NumericsError(
@@ -185,11 +159,10 @@ def _against_definition(inputs: Inputs, dense_heads: list[int], streaming: Strea
 
 def _against_others(variants: Variants, n: int, dense: int, limit: float) -> Iterator[dict[str, Any]]:
     """Compare the op with one launch of its kernel and with FlexAttention, as far as they are timed."""
-    others = {"one launch of the kernel": f"hybrid, {dense} dense, one launch"}
-    others["FlexAttention"] = f"FlexAttention, {dense} dense"
-    for name, variant in others.items():
+    hybrid, flex = f"hybrid, {dense} dense", f"FlexAttention, {dense} dense"
+    for name, variant in (("one launch of the kernel", f"{hybrid}, one launch"), ("FlexAttention", flex)):
         if variant in variants:
-            error = largest_error(variants[f"hybrid, {dense} dense"](), variants[variant]())
+            error = largest_error(variants[hybrid](), variants[variant]())
             yield {"against": name, "tokens": n, "error": error}
             if not error < limit:
                 raise NumericsError(
@@ -198,7 +171,7 @@ def _against_others(variants: Variants, n: int, dense: int, limit: float) -> Ite
                 )
 
 
-def _variants(inputs: Inputs, dense_heads: list[int], streaming: Streaming, flex: bool) -> Variants:
+def _variants(inputs: Inputs, dense_heads: list[int], how: dict[str, Any], flex: bool) -> Variants:
     q, k, v = inputs
     label = f"{len(dense_heads)} dense"
 
@@ -206,8 +179,8 @@ def _variants(inputs: Inputs, dense_heads: list[int], streaming: Streaming, flex
         with nullcontext() if backend is None else sdpa_kernel(backend):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def hybrid(dense: list[int], implementation: Implementation = streaming.implementation) -> Tensor:
-        return hybrid_attention(q, k, v, dense, **streaming._replace(implementation=implementation)._asdict())
+    def hybrid(dense: list[int], **other: Any) -> Tensor:
+        return hybrid_attention(q, k, v, dense, **{**how, **other})
 
     variants: Variants = {"SDPA, all dense": partial(sdpa, None)}
     if q.is_cuda:
@@ -218,23 +191,23 @@ def _variants(inputs: Inputs, dense_heads: list[int], streaming: Streaming, flex
     variants["hybrid, none dense"] = partial(hybrid, [])
     variants[f"hybrid, {label}"] = partial(hybrid, dense_heads)
     if q.is_cuda:
-        variants[f"hybrid, {label}, one launch"] = partial(hybrid, dense_heads, "triton")
+        variants[f"hybrid, {label}, one launch"] = partial(hybrid, dense_heads, implementation="triton")
     variants["hybrid, all dense"] = partial(hybrid, list(range(q.shape[1])))
     if q.is_cuda and flex:
-        variants[f"FlexAttention, {label}"] = _flex(inputs, dense_heads, streaming)
+        variants[f"FlexAttention, {label}"] = _flex(inputs, dense_heads, how)
     return variants
 
 
-def _flex(inputs: Inputs, dense_heads: list[int], streaming: Streaming) -> Callable[[], Tensor]:
+def _flex(inputs: Inputs, dense_heads: list[int], how: dict[str, Any]) -> Callable[[], Tensor]:
     """FlexAttention with the mask of hybrid attention."""
-    _, heads, n, _ = inputs.q.shape
-    mask = hybrid_mask(head_flags(dense_heads, heads, inputs.q.device), streaming.sink, streaming.window)
-    blocks: Any = torch.compile(create_block_mask)(mask, None, heads, n, n, device=inputs.q.device)
+    (_, heads, n, _), device = inputs[0].shape, inputs[0].device
+    mask = hybrid_mask(head_flags(dense_heads, heads, device), how["sink"], how["window"])
+    blocks: Any = torch.compile(create_block_mask)(mask, None, heads, n, n, device=device)
     run: Any = torch.compile(flex_attention)
     return lambda: run(*inputs, block_mask=blocks, enable_gqa=True)
 
 
-def hybrid_mask(dense: Bool[Tensor, " head"], sink: int, window: int) -> Callable[..., Tensor]:
+def hybrid_mask(dense: HeadFlags, sink: int, window: int) -> Callable[..., Tensor]:
     """The mask of hybrid attention for FlexAttention: a function of batch, head, query and key indices."""
 
     @no_type_check  # FlexAttention counts the arguments, which the wrapper of a checked function does not show

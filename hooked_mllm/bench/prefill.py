@@ -4,8 +4,9 @@ import gc
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -23,30 +24,17 @@ from hooked_mllm.families.parts import decoder_sizes
 from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names, parse_heads
 from hooked_mllm.storage import ready
 
-Result = TypeVar("Result")
-
 
 @torch.no_grad()
 def bench_prefill(
-    model: PreTrainedModel,
-    variants: Sequence[Variant],
-    contexts: Iterable[int],
-    *,
-    name: str,
-    runs: int = RUNS,
-    warm_up: int = WARM_UP,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    also_check: Sequence[Variant] = (),
-    out: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-) -> PrefillRecord:
+    model: PreTrainedModel, variants: Sequence[Variant], contexts: Iterable[int], *, name: str,
+    runs: int = RUNS, warm_up: int = WARM_UP, seed: int = 0, settings: Mapping[str, Any] | None = None,
+    also_check: Sequence[Variant] = (), out: Path | None = None, resume: bool = False, progress: bool = True,
+) -> PrefillRecord:  # fmt: skip
     """Time a text decoder's forward pass under each variant at each length.
 
-    Random token ids, batch 1, no padding, no cache, the last hidden state and no logits. Outputs are compared first. At
-    each length every variant is warmed up, then variants take turns, one forward pass each, round after round. A
-    variant that runs out of memory is recorded as failed, and the run continues.
+    Random token ids, batch 1, no padding, no cache, no logits. Outputs are compared first. At each length every variant
+    is warmed up, then variants take turns, one forward pass each. Out of memory is recorded as failed.
 
     Args:
         model: A text decoder, such as that of `random_text_model`.
@@ -73,7 +61,11 @@ def bench_prefill(
     contexts = sorted(dict.fromkeys(contexts))
     devices = used_devices(model)
     run_settings = _settings(model, variants, name, runs, warm_up, seed, devices) | dict(settings or {})
-    record = _record(out, resume, run_settings)
+    record = PrefillRecord(run_settings)
+    if out is not None and out.exists():
+        if not resume:
+            raise InputError(f"{out} exists already: --resume continues it; or give another --out.")
+        record = PrefillRecord.load(out).continued(run_settings)
     todo = {n: [v for v in variants if record.cell(n, v.name) is None] for n in contexts}
     if not any(todo.values()):
         return record
@@ -89,7 +81,10 @@ def bench_prefill(
     with tqdm(total=total, disable=not progress, desc="prefill", unit="forward") as bar:
         for context, remaining in todo.items():
             bar.set_postfix_str(f"{context:,} tokens")
-            record.checks += _unless_out_of_memory(check_at_length, model, remaining, context, seed) or []
+            with suppress(torch.OutOfMemoryError):  # the forward passes record that
+                record.checks += check_at_length(model, remaining, context, seed)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             record.add(_length(model, remaining, context, devices, compiled, runs, warm_up, seed, session, bar.update))
             if out is not None:
                 record.save(out)
@@ -97,17 +92,9 @@ def bench_prefill(
 
 
 def _length(
-    model: PreTrainedModel,
-    variants: Sequence[Variant],
-    context: int,
-    devices: Sequence[torch.device],
-    compiled: CompiledBlocks | None,
-    runs: int,
-    warm_up: int,
-    seed: int,
-    session: int,
-    tick: Callable[[int], object],
-) -> list[Cell]:
+    model: PreTrainedModel, variants: Sequence[Variant], context: int, devices: Sequence[torch.device],
+    compiled: CompiledBlocks | None, runs: int, warm_up: int, seed: int, session: int, tick: Callable[[int], object],
+) -> list[Cell]:  # fmt: skip
     """Time all variants at one length; `tick` counts the forward passes."""
     generator = torch.Generator().manual_seed(seed + context)
     tokens = torch.randint(model.config.vocab_size, (1, context), generator=generator).to(input_device(model))
@@ -117,7 +104,7 @@ def _length(
 
     cells = {v.name: Cell(context, v.name, session=session) for v in variants}
 
-    def warm(variant: Variant, cell: Cell) -> None:
+    def warm(cell: Cell) -> None:
         for i in range(warm_up):
             begin = time.perf_counter()
             memory = peak_memory(forward, devices)
@@ -126,7 +113,7 @@ def _length(
                 cell.peak_gib, cell.added_gib = memory
             tick(1)
 
-    def timed(variant: Variant, cell: Cell) -> None:
+    def timed(cell: Cell) -> None:
         cell.ms.append(milliseconds(forward, devices))
         tick(1)
 
@@ -135,15 +122,15 @@ def _length(
             cell = cells[variant.name]
             if cell.failed is None:
                 with variant.on(model, compiled):
-                    _unless_full(step, variant, cell)
+                    _unless_full(step, cell)
     return list(cells.values())
 
 
-def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: Cell) -> None:
+def _unless_full(step: Callable[[Cell], None], cell: Cell) -> None:
     """Run a step; a variant that does not fit in memory is recorded as failed."""
     why = None
     try:
-        step(variant, cell)
+        step(cell)
     except RuntimeError as error:
         why = failure(error)
         if why is None:
@@ -151,33 +138,15 @@ def _unless_full(step: Callable[[Variant, Cell], None], variant: Variant, cell: 
     # outside the except block, the error no longer keeps the tensors of its frames alive
     if why is not None:
         cell.failed, cell.ms, cell.peak_gib, cell.added_gib = why, [], None, None
-    if why is not None or step.__name__ == "warm":
-        if why is not None:
-            gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _unless_out_of_memory(run: Callable[..., Result], *arguments: Any) -> Result | None:
-    """The result of `run`, or None if it does not fit in memory; the forward passes then record that."""
-    try:
-        return run(*arguments)
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        gc.collect()
+    if (why is not None or step.__name__ == "warm") and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _settings(
-    model: PreTrainedModel,
-    variants: Sequence[Variant],
-    name: str,
-    runs: int,
-    warm_up: int,
-    seed: int,
+    model: PreTrainedModel, variants: Sequence[Variant], name: str, runs: int, warm_up: int, seed: int,
     devices: Sequence[torch.device],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     config, sizes = model.config, decoder_sizes(model.config)
     hybrid = [v for v in variants if v.dense is not None]
     return {
@@ -199,14 +168,6 @@ def _settings(
     }
 
 
-def _record(out: Path | None, resume: bool, settings: dict[str, Any]) -> PrefillRecord:
-    if out is None or not out.exists():
-        return PrefillRecord(settings)
-    if not resume:
-        raise InputError(f"{out} exists already: --resume continues it; or give another --out.")
-    return PrefillRecord.load(out).continued(settings)
-
-
 def choose_heads(
     numbers: Iterable[int], n_layers: int, n_heads: int, source: Path | HeadsLike | None, seed: int
 ) -> dict[int, HeadSet]:
@@ -219,9 +180,6 @@ def choose_heads(
         source: The ranking: the file of a saved `HeadScores`, or heads in order, such as "L2H4, L3H1"; None for a
             random order.
         seed: Seed of the random order.
-
-    Returns:
-        The set of each number.
 
     Raises:
         InputError: for a number larger than that of the heads, or scores of another model.
@@ -236,9 +194,9 @@ def choose_heads(
     if any(not 0 <= k <= most for k in numbers):
         raise InputError(f"Numbers of dense heads are 0 to {most} ({n_layers} layers x {n_heads}); got {numbers}.")
     if source is None:
-        order = list(range(most))
+        order = [divmod(i, n_heads) for i in range(most)]
         random.Random(seed).shuffle(order)
-        ranking = parse_heads([divmod(i, n_heads) for i in order], (n_layers, n_heads))
+        ranking = parse_heads(order, (n_layers, n_heads))
     else:
         ranking = _ranking(source, (n_layers, n_heads))
     if numbers and numbers[-1] > len(ranking):

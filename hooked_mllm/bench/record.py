@@ -20,26 +20,19 @@ KIND = "hooked_mllm prefill benchmark"
 
 @dataclass
 class Cell:
-    """The times of one variant at one length.
-
-    Attributes:
-        context: Number of tokens.
-        variant: Key of the variant.
-        ms: Milliseconds of every timed forward pass.
-        failed: The reason why there are none, such as "out of memory".
-        peak_gib: Peak of the memory allocated on the fullest GPU, weights included.
-        added_gib: The part of that which the forward pass allocated.
-        first_s: Seconds of the first warm-up forward pass, compilation included.
-        session: Number of the run of the command, from 0; variants are interleaved within a session only.
-    """
+    """The times of one variant at one length."""
 
     context: int
     variant: str
     ms: list[float] = field(default_factory=list)
+    #: the reason why there are no times, such as "out of memory"
     failed: str | None = None
+    #: peak of the memory allocated on the fullest GPU, weights included, and the part that the forward pass allocated
     peak_gib: float | None = None
     added_gib: float | None = None
+    #: seconds of the first warm-up forward pass, compilation included
     first_s: float | None = None
+    #: number of the run of the command; variants take turns within a session only
     session: int = 0
 
     @property
@@ -101,31 +94,19 @@ class PrefillRecord:
         self.cells.sort(key=lambda cell: cell.context)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON.
-
-        Raises:
-            CacheFileError: If the file cannot be written.
-        """
+        """Write it as JSON, or raise a `CacheFileError`."""
         write_json(Path(path), KIND, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "PrefillRecord":
-        """Read what `save` wrote.
-
-        Raises:
-            CacheFileError: If the file is missing, damaged or of another kind.
-        """
+        """Read what `save` wrote; a missing, damaged or other file raises a `CacheFileError`."""
         content = read_json(Path(path), KIND)
         content.pop("kind")
         with restoring(path):
             return cls(**{**content, "cells": [Cell(**cell) for cell in content["cells"]]})
 
     def continued(self, settings: Mapping[str, Any]) -> "PrefillRecord":
-        """This record with `settings` added, so that cells can be added.
-
-        Raises:
-            InputError: if they contradict its own.
-        """
+        """This record with `settings` added; settings that contradict its own raise an `InputError`."""
         shared = (settings.keys() & self.settings.keys()) - {"heads"}
         changed = sorted(key for key in shared if self.settings[key] != settings[key])
         heads, new_heads = self.settings.get("heads", {}), settings.get("heads", {})

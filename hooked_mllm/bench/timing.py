@@ -26,11 +26,7 @@ def synchronise(devices: Sequence[torch.device]) -> None:
 
 
 def milliseconds(run: Callable[[], object], devices: Sequence[torch.device]) -> float:
-    """The time of one call, synchronised before and after.
-
-    By CUDA events on one GPU. An event measures one stream of one GPU, so on several GPUs, as on a CPU, the host's
-    clock is used.
-    """
+    """The time of one synchronised call: by CUDA events on one GPU, by the host's clock on several or on a CPU."""
     synchronise(devices)
     if devices[0].type == "cuda" and len(devices) == 1:
         with torch.cuda.device(devices[0]):
@@ -54,10 +50,7 @@ def failure(error: RuntimeError) -> str | None:
 
 
 def peak_memory(run: Callable[[], object], devices: Sequence[torch.device]) -> tuple[float, float] | None:
-    """Run once; the largest number of GiB allocated on the fullest GPU, and how many of them the run added.
-
-    None without a GPU.
-    """
+    """Run once; the peak of GiB allocated on the fullest GPU, and the part that the run added; None without a GPU."""
     gpus = [device for device in devices if device.type == "cuda"]
     if not gpus:
         run()

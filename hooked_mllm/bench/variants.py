@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from einops import rearrange
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -16,7 +15,7 @@ from hooked_mllm.bench.choices import BACKENDS
 from hooked_mllm.bench.compiled import CompiledBlocks, text_backbone
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.heads import HeadSet
-from hooked_mllm.kernels.implementations import Implementation
+from hooked_mllm.kernels.implementations import Implementation, Queries
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
 #: the attention implementation that computes no attention
@@ -37,7 +36,7 @@ class Variant:
         pinned: The only SDPA backend that may be used; None for torch's choice.
         compiled: Whether everything but attention is compiled.
         dense: The heads that see all keys; None if all heads do.
-        exact: Whether it computes attention; if not, its outputs are not compared.
+        exact: Whether it computes attention, so that its outputs are compared.
         sink: First keys that the other heads see.
         window: Last keys that the other heads see.
     """
@@ -54,12 +53,7 @@ class Variant:
 
     @contextmanager
     def on(self, model: PreTrainedModel, compiled: CompiledBlocks | None = None) -> Iterator[None]:
-        """Within it, the variant is active.
-
-        Args:
-            model: A text decoder.
-            compiled: Its compiled blocks, for a variant that uses them.
-        """
+        """Within it, the variant is active in a text decoder; `compiled`: the decoder's compiled blocks."""
         config = text_backbone(model).config
         before = config._attn_implementation
         with ExitStack() as stack:
@@ -78,13 +72,9 @@ def default_backends(device_type: str) -> tuple[str, ...]:
 
 
 def prefill_variants(
-    backends: Sequence[str],
-    heads: Mapping[int, HeadSet],
-    *,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
+    backends: Sequence[str], heads: Mapping[int, HeadSet], *, sink: WholeNumber = 64, window: WholeNumber = 1024,
     implementation: Implementation = "auto",
-) -> list[Variant]:
+) -> list[Variant]:  # fmt: skip
     """The variants of a comparison.
 
     Args:
@@ -95,8 +85,7 @@ def prefill_variants(
         implementation: Implementation of `hybrid_attention`.
 
     Raises:
-        InputError: for an unknown name, hybrid attention without numbers of dense heads, or a sink or window out of
-            range.
+        InputError: for an unknown name, "hybrid" without dense heads, or a sink or window out of range.
 
     Examples:
         >>> from hooked_mllm import HeadSet
@@ -128,16 +117,10 @@ def prefill_variants(
     return variants
 
 
-def _removed(
-    module: nn.Module, q: Float[Tensor, "batch head query d_head"], *args: Any, **kwargs: Any
-) -> tuple[Float[Tensor, "batch query head d_head"], None]:
+def _removed(module: nn.Module, q: Queries, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """The queries in place of attention's output: what remains is the model without attention."""
     return rearrange(q, "batch head query d_head -> batch query head d_head"), None
 
 
-def _no_mask(**arguments: Any) -> None:
-    return None
-
-
 AttentionInterface.register(REMOVED, _removed)
-AttentionMaskInterface.register(REMOVED, _no_mask)
+AttentionMaskInterface.register(REMOVED, lambda **arguments: None)

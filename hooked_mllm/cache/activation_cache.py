@@ -7,9 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.cache.completion import Key, key_completions
-from hooked_mllm.cache.files import CacheFields, PathInput, load_fields, save_fields
-from hooked_mllm.cache.keys import full_name, missing
+from hooked_mllm.cache.files import PathInput, load_fields, save_fields
+from hooked_mllm.cache.keys import Key, full_name, key_completions, missing
 from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, take, value_of
 from hooked_mllm.cache.logit_tools import LogitTools
 from hooked_mllm.cache.slicing import restacked, vision_slice
@@ -21,7 +20,10 @@ from hooked_mllm.families.base import Rows
 from hooked_mllm.heads import heads_in_layer
 from hooked_mllm.heads.parsing import LayerHeadsLike
 from hooked_mllm.hooks.table import split_name
-from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, resolve_positions
+from hooked_mllm.inputs.positions import KindMasks, Positions, resolve_positions
+
+#: prefixes of activations whose first axis is not the batch
+_OUTSIDE_TEXT = ("vision.", "projector.")
 
 
 class ActivationCache(LogitTools, Mapping[str, Tensor]):
@@ -38,9 +40,13 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
     Args:
         entries: Activations by hook name.
         n_layers: Blocks by tower.
-        masks: Gives `[batch pos]` booleans for a token kind.
+        masks: Returns the mask of a token kind, `[batch pos]`.
         model: The model that ran, for the residual-stream tools.
         has_batch_dim: Whether the first axis is the batch.
+        query_positions: Positions of the rows of patterns, if a run kept only some; -1 where a sample has fewer.
+        key_positions: Likewise of the columns.
+        vision_rows: Rows of vision activations that belong to each sample, or a function that returns them.
+        packed_vision: Whether those rows are positions of one packed sequence, or tiles and frames.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, toys
@@ -68,13 +74,8 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         self._masks = masks
         self.model = model
         self.has_batch_dim = has_batch_dim
-        #: positions of the rows that patterns hold, where a run kept only some; -1 where a sample has fewer
-        self.query_positions = query_positions
-        #: positions of the columns that patterns hold, where a run kept only some
-        self.key_positions = key_positions
-        self._vision_rows = vision_rows
-        #: whether those rows are positions of one packed sequence, or tiles and frames
-        self.packed_vision = packed_vision
+        self.query_positions, self.key_positions = query_positions, key_positions
+        self._vision_rows, self.packed_vision = vision_rows, packed_vision
 
     @property
     def vision_rows(self) -> Sequence[Rows] | None:
@@ -86,13 +87,13 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def name_of(self, key: object) -> str:
-        """The hook name that a key means, whether or not the cache holds it."""
+        """The hook name of a key, whether or not the cache holds it."""
         if isinstance(key, str) and key in self._entries:
             return key
         return full_name(key, self._n_layers)
 
     def entry(self, key: object) -> Entry:
-        """What the cache holds under a key: a tensor, or the recipe of one."""
+        """The cached tensor of a key, or the inputs that it is computed from."""
         name = self.name_of(key)
         if name not in self._entries:
             raise missing(name, self._entries, key)
@@ -183,18 +184,17 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
         Args:
             layer: The block.
-            queries: Rows: a token kind ("question", "answer", "last", "visual", ...), a region of a picture, a mask,
-                indices, an index, a slice.
+            queries: Rows: a token kind ("question", "last", "visual", ...), a region, a mask, indices, or a slice.
             keys: Columns, in the same forms; the softmax is over all keys in any case.
-            heads: One head or several of this layer: numbers (negative ones count from the end), a mask `[head]`, or
-                names such as "L2H4"; of a `HeadSet` or a mask `[layer head]`, the heads in this layer.
+            heads: Heads of this layer: numbers (negative ones count from the end), a mask `[head]`, or names such as
+                "L2H4"; of a `HeadSet` or a mask `[layer head]`, the heads in this layer.
             tower: "text" or "vision".
-            scores: Give masked scores before the softmax instead.
+            scores: Return masked scores before the softmax instead.
 
         Raises:
-            HookNameError: when the run kept no pattern of that layer.
-            HeadError: for heads that the layer lacks, or heads of another layer.
-            LayoutError: for a token kind without a layout, or positions that are not there.
+            HookNameError: When the run kept no pattern of that layer.
+            HeadError: For heads that the layer lacks, or heads of another layer.
+            LayoutError: For a token kind without a layout, or positions that are not there.
         """
         name = "attn_scores" if scores else "pattern"
         key = (name, layer) if tower == "text" else (tower, name, layer)
@@ -213,16 +213,16 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         value = value if columns is None else take(value, columns.to(value.device), dim=3)
         return self._unbatched(value if numbers is None else value[:, numbers])
 
-    def _kept_index(self, wanted: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
+    def _kept_index(self, selected: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
         """Positions of the sequence as indices along an axis that holds only the positions in `kept`."""
         batch, length = entry.shape[0], entry.shape[axis]
         if kept is None:
-            return self.positions(wanted, batch, length)
-        full = self.positions(wanted, batch, None if self._masks is None else self._masks("padding").shape[1])
+            return self.positions(selected, batch, length)
+        full = self.positions(selected, batch, None if self._masks is None else self._masks("padding").shape[1])
         match = full[:, :, None] == kept.cpu()[:, None, :]
         if bool((~match.any(-1) & (full >= 0)).any()):
             raise LayoutError(
-                f"{wanted!r} reaches positions that this run did not keep; it was made with `queries=` or `keys=` "
+                f"{selected!r} reaches positions that this run did not keep; it was made with `queries=` or `keys=` "
                 "that leave them out."
             )
         return torch.where(full >= 0, match.int().argmax(-1), -1)
@@ -234,67 +234,65 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             wanted: A token kind, a region or several, a mask, indices, one index, or a slice.
             batch: Number of samples.
             length: Positions of a sequence; None where it is not known.
-
-        Raises:
-            LayoutError: for positions that are not there, or a token kind without a layout.
         """
         return resolve_positions(wanted, batch, length, self._masks)
 
     # -- moving and slicing ----------------------------------------------------------------------------------------
 
-    def _like(self, entries: dict[str, Entry], **changes: Any) -> "ActivationCache":
-        settings: dict[str, Any] = {
+    def _fields(self) -> dict[str, Any]:
+        """The arguments of the constructor, without the model."""
+        return {
+            "entries": self._entries,
+            "n_layers": self._n_layers,
             "masks": self._masks,
-            "model": self.model,
             "has_batch_dim": self.has_batch_dim,
             "query_positions": self.query_positions,
             "key_positions": self.key_positions,
             "vision_rows": self._vision_rows,
             "packed_vision": self.packed_vision,
         }
-        return ActivationCache(entries, self._n_layers, **{**settings, **changes})
+
+    def _like(self, **changes: Any) -> "ActivationCache":
+        return ActivationCache(**{**self._fields(), "model": self.model, **changes})
+
+    def _text_batch(self) -> int:
+        """The number of samples in activations of the language model; 0 if there are none."""
+        return max((e.shape[0] for name, e in self._entries.items() if not name.startswith(_OUTSIDE_TEXT)), default=0)
 
     def to(self, device: torch.device | str) -> "ActivationCache":
         """The same cache with its tensors on another device; patterns are then computed there."""
-        return self._like({name: entry.to(device) for name, entry in self._entries.items()})
+        return self._like(entries={name: entry.to(device) for name, entry in self._entries.items()})
 
     def sample(self, index: int | slice) -> "ActivationCache":
         """The activations of one sample of a batch, or of some; the batch axis stays.
 
-        Activations of the vision tower and the projector, which hold the images of the whole batch, are cut to the
-        images of the samples; they are left out where the inputs do not assign them, and for samples without
-        an image.
+        Activations of the vision tower and the projector are cut to the images of these samples; they are left out
+        where the inputs do not assign images to samples, and for samples without an image.
 
         Raises:
-            HookValueError: when the batch axis is gone, or has no such sample.
+            HookValueError: When there is no batch axis, or no such sample.
         """
         if not self.has_batch_dim:
             raise HookValueError("This cache has no batch axis any more: slice it before `remove_batch_dim`.")
-        text = {n: e for n, e in self._entries.items() if not n.startswith(("vision.", "projector."))}
-        batch = max((e.shape[0] for e in text.values()), default=0)
+        batch = self._text_batch()
         choice = index if isinstance(index, slice) else slice(index, index + 1 if index != -1 else None)
-        if not range(batch)[choice]:
+        numbers = list(range(batch)[choice])
+        if not numbers:
             raise HookValueError(f"No sample {index} in a batch of {batch}.")
-        chosen = list(range(batch)[choice])
         entries: dict[str, Entry] = {}
         for name, entry in self._entries.items():
-            if name in text:
+            if not name.startswith(_OUTSIDE_TEXT):
                 entries[name] = entry[choice] if isinstance(entry, Tensor) else entry.samples(choice)
             elif self.vision_rows is not None:
-                part = vision_slice(entry, self.vision_rows, chosen, self.packed_vision)
+                part = vision_slice(entry, self.vision_rows, numbers, self.packed_vision)
                 entries |= {} if part is None else {name: part}
         masks = self._masks
-
-        def sliced(kind: TokenKind) -> Tensor:
-            assert masks is not None
-            return masks(kind)[choice]
-
         return self._like(
-            entries,
-            masks=None if masks is None else sliced,
+            entries=entries,
+            masks=None if masks is None else lambda kind: masks(kind)[choice],
             query_positions=None if self.query_positions is None else self.query_positions[choice],
             key_positions=None if self.key_positions is None else self.key_positions[choice],
-            vision_rows=None if self.vision_rows is None else restacked(self.vision_rows, chosen),
+            vision_rows=None if self.vision_rows is None else restacked(self.vision_rows, numbers),
         )
 
     def apply_slice_to_batch_dim(self, batch_slice: int | slice) -> "ActivationCache":
@@ -302,17 +300,10 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         return self.sample(batch_slice)
 
     def remove_batch_dim(self) -> "ActivationCache":
-        """The same cache, read without its batch axis; so are what `pattern` and the residual-stream tools return.
-
-        Raises:
-            HookValueError: when the batch holds more than one sample.
-        """
-        if not self.has_batch_dim:
-            return self
-        text = {n: e for n, e in self._entries.items() if not n.startswith(("vision.", "projector."))}
-        if any(e.shape[0] != 1 for e in text.values()):
+        """The same cache of one sample, read without its batch axis, also by `pattern` and the stream's tools."""
+        if self.has_batch_dim and self._text_batch() > 1:
             raise HookValueError("remove_batch_dim needs a batch of one; use `cache.sample(i)` first.")
-        return self._like(self._entries, has_batch_dim=False)
+        return self._like(has_batch_dim=False) if self.has_batch_dim else self
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -322,7 +313,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         Raises:
             CacheFileError: If the file cannot be written.
         """
-        save_fields([self._fields()], path)
+        save_fields([self._fields() | {"vision_rows": self.vision_rows}], path)
 
     @classmethod
     def load(cls, path: PathInput, model: Model | None = None) -> "ActivationCache":
@@ -335,20 +326,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         Raises:
             CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
         """
-        return cls(**vars(load_fields(path)[0]), model=model)
-
-    def _fields(self) -> CacheFields:
-        """What a file holds of this cache."""
-        return CacheFields(
-            entries=self._entries,
-            n_layers=self._n_layers,
-            masks=self._masks,
-            has_batch_dim=self.has_batch_dim,
-            query_positions=self.query_positions,
-            key_positions=self.key_positions,
-            vision_rows=self.vision_rows,
-            packed_vision=self.packed_vision,
-        )
+        return cls(**load_fields(path)[0], model=model)
 
 
 def held_bytes(entries: Iterable[Entry]) -> int:

@@ -1,9 +1,9 @@
 """Caching of activations during a forward pass or a generation: what is kept, and in which form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TypeAlias, TypeGuard
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Int
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_mllm.attention.site import AttentionCall, AttentionSite
 from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, take, value_of
-from hooked_mllm.hooks.point import Handle, HookPoint
+from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.wiring.model import Wiring
 
@@ -21,29 +21,17 @@ Index: TypeAlias = Int[Tensor, "batch _"]
 
 @dataclass
 class CaptureOptions:
-    """What a run caches.
-
-    Attributes:
-        points: Hook points to cache.
-        gradients: Hook points whose gradients to cache.
-        device: The device of the cached tensors; None leaves each where it was computed.
-        positions: Positions to keep of language-model activations.
-        queries: Rows of patterns and scores to keep.
-        keys: Columns of patterns and scores to keep.
-        growing: Whether the keys of each step extend those of the step before (a plain generation).
-        copy: Whether activations may be edited in place after they are cached, so that copies are needed.
-        packed_vision: Whether vision activations of several tower calls are joined along positions.
-    """
+    """What a run caches, and in which form."""
 
     points: list[HookPoint]
     gradients: list[HookPoint]
     device: torch.device | str | None = None
-    positions: Index | None = None
-    queries: Index | None = None
-    keys: Index | None = None
-    growing: bool = False
-    copy: bool = False
-    packed_vision: bool = False
+    positions: Index | None = None  # of language-model activations
+    queries: Index | None = None  # rows of patterns and scores
+    keys: Index | None = None  # columns of patterns and scores
+    growing: bool = False  # the keys of each step extend those of the step before (a plain generation)
+    copy: bool = False  # activations may be edited in place after they are cached
+    packed_vision: bool = False  # several calls of the vision tower are joined along positions
 
 
 class Capture:
@@ -53,54 +41,34 @@ class Capture:
         self.wiring, self.options = wiring, options
         self.steps: dict[int, dict[str, list[Entry]]] = {}
         self.gradients: dict[str, list[Tensor]] = {}
-        self._scope = ExitStack()
-        self._handles: list[tuple[HookPoint, Handle]] = []
-        self._taps: list[tuple[AttentionSite, Callable[[AttentionCall], None]]] = []
+        self._stack = ExitStack()
         self._growing: dict[int, GrowingKeys] = {}
 
     # -- registering hooks ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> "Capture":
-        context = self.wiring.registry.context
-        scope = self._scope.enter_context(context.scope(of_run=True))
-        try:
+        names, context = {p.name for p in self.options.points}, self.wiring.registry.context
+        with self._stack:  # an error removes what is attached already
+            scope = self._stack.enter_context(context.scope(of_run=True))
             with context.registers_in(scope):
-                self._attach()
-        except BaseException:
-            self.__exit__()
-            raise
+                for site in (*self.wiring.text, *self.wiring.vision):
+                    names -= self._attach_attention(site, names)
+                for point in self.options.points:
+                    if point.name in names:
+                        self._register(point, self._keep)
+                for point in self.options.gradients:
+                    self._stack.callback(point.remove, point.add_hook(self._keep_gradient, "bwd"))
+            self._stack = self._stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for point, handle in self._handles:
-            point.remove(handle)
-        for site, tap in self._taps:
-            site.remove_tap(tap)
-        self._handles, self._taps = [], []
-        self._scope.close()
-
-    def _attach(self) -> None:
-        names = {p.name for p in self.options.points}
-        for tower, sites in (("text", self.wiring.text), ("vision", self.wiring.vision)):
-            for site in sites:
-                names -= self._attach_attention(site, names, tower)
-        for point in self.options.points:
-            if point.name in names:
-                self._register(point, self._keep)
-        for point in self.options.gradients:
-            self._handles.append((point, point.add_hook(self._keep_gradient, "bwd")))
+        self._stack.close()
 
     def _register(self, point: HookPoint, fn: Callable[..., None]) -> None:
-        self._handles.append((point, point.add_hook(fn, reads_only=True)))
+        self._stack.callback(point.remove, point.add_hook(fn, reads_only=True))
 
-    def _attach_attention(self, site: AttentionSite, names: set[str], tower: str) -> set[str]:
-        """Cache scores, patterns, keys of a generation and head results without a forward hook of their own.
-
-        Patterns and scores are computed later from q and k, head results from z; a tap reads q and k.
-
-        Returns:
-            The names that are cached in this way.
-        """
+    def _attach_attention(self, site: AttentionSite, names: set[str]) -> set[str]:
+        """Cache patterns and scores as q and k, which a tap reads, and head results as z; returns their names."""
         points = site.points
         z, scores, pattern, rot_k = (points[n] for n in ("z", "attn_scores", "pattern", "rot_k"))
         result = z.name.replace("hook_z", "hook_result")
@@ -112,7 +80,7 @@ class Capture:
                 self._register(point, self._keep_rows)
         else:
             lazy = [(p.name, p is scores) for p in quadratic]
-        grow_k = self.options.growing and tower == "text" and not rot_k.may_edit
+        grow_k = self.options.growing and site.tower == "text" and not rot_k.may_edit
         keep_k = grow_k and rot_k.name in names
         if keep_k:
             handled.add(rot_k.name)
@@ -121,7 +89,7 @@ class Capture:
             def tap(call: AttentionCall) -> None:
                 self._tap(call, lazy, rot_k.name if keep_k else None, grow_k)
 
-            self._taps.append((site, tap))
+            self._stack.callback(site.remove_tap, tap)
             site.add_tap(tap)
         if result in names and not self.wiring.registry[result].may_edit:
             handled.add(result)
@@ -201,7 +169,9 @@ class Capture:
         new = call.q.shape[2]
         if keys.length + new != call.k.shape[2]:
             return self._copied(call.k)  # a KV cache of fixed size, which drops or overwrites keys
-        keys.append(self._copied(call.k[:, :, -new:]))  # a view would keep the keys of all earlier steps in memory
+        keys.chunks.append(
+            self._copied(call.k[:, :, -new:])
+        )  # a view would keep the keys of all earlier steps in memory
         return keys
 
     # -- the result ------------------------------------------------------------------------------------------------
@@ -209,41 +179,24 @@ class Capture:
     def entries(self, step: int) -> dict[str, Entry]:
         """The entries of one step, in the order of the forward pass; those of several tower calls are joined."""
         kept = self.steps.get(step, {})
-        order = {name: index for index, name in enumerate(self.wiring.registry.hook_dict)}
-        names = sorted(kept, key=lambda name: order[name])
-        return {name: self._joined(kept[name]) for name in names}
+        return {name: self._joined(kept[name]) for name in self.wiring.registry.hook_dict if name in kept}
 
     def gradient_entries(self) -> dict[str, Entry]:
-        """The gradients, in the order of the backward pass.
+        """The gradients, in the order of the backward pass, which reaches calls of the vision tower in reverse."""
+        return {name: self._joined(parts[::-1]) for name, parts in self.gradients.items()}
 
-        The backward pass reaches several calls of the vision tower in reverse; joined, they are in the order of the
-        activations.
-        """
-        return {name: self._joined(list(reversed(parts))) for name, parts in self.gradients.items()}
-
-    def _joined(self, parts: list[Entry]) -> Entry:
+    def _joined(self, parts: Sequence[Entry]) -> Entry:
+        """One entry of several calls: positions of one packed sequence, or tiles along the batch axis."""
         if len(parts) == 1:
             return parts[0]
-        if _are_patterns(parts):
-            return _join_patterns(parts, self.options.packed_vision)
-        tensors = [value_of(p) for p in parts]
-        return torch.cat(tensors, dim=1 if self.options.packed_vision else 0)
-
-
-def _are_patterns(parts: list[Entry]) -> TypeGuard[list[LazyPattern]]:
-    return all(isinstance(p, LazyPattern) for p in parts)
-
-
-def _join_patterns(parts: list[LazyPattern], packed: bool) -> LazyPattern:
-    first = parts[0]
-    dim = 2 if packed else 0  # positions of one packed sequence, or tiles along the batch axis
-    q, k = torch.cat([p.q for p in parts], dim), torch.cat([p.keys() for p in parts], dim)
-    if packed:
-        segments = tuple(s for p in parts for s in (p.mask.segments or ()))
-        mask = first.mask.resized(batch=1, length=q.shape[2], segments=segments)
-    else:
-        mask = first.mask.resized(batch=q.shape[0], length=q.shape[2])
-    return LazyPattern(q, k, mask, first.scale, first.name, first.scores)
+        packed = self.options.packed_vision
+        patterns = [part for part in parts if isinstance(part, LazyPattern)]
+        if len(patterns) < len(parts):
+            return torch.cat([value_of(part) for part in parts], dim=1 if packed else 0)
+        dim = 2 if packed else 0  # [batch head pos d_head]
+        q, k = torch.cat([p.q for p in patterns], dim), torch.cat([p.keys() for p in patterns], dim)
+        segments = tuple(s for p in patterns for s in p.mask.segments or ()) if packed else None
+        return replace(patterns[0], q=q, k=k, mask=patterns[0].mask.resized(len(q), q.shape[2], segments))
 
 
 def _to(index: Index | None, like: Tensor) -> Index | None:

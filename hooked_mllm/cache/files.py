@@ -1,22 +1,20 @@
-"""Caches as safetensors files: tensors and a JSON header, never a pickle.
+"""Caches as safetensors files: tensors and a JSON header, never a pickle; tensors that entries share are written once.
 
-What a cache computes when it is read is written as what it is computed from: q, k and the mask of a pattern, z and W_O
-of head results; and what several entries share, such as the keys of all steps of a generation, once.
+Patterns are written as q, k and mask, head results as z and W_O.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.streaming import StreamingHeads
-from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, value_of
+from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
-from hooked_mllm.families.base import Rows
 from hooked_mllm.inputs.positions import KindMasks, TokenKind
 from hooked_mllm.storage import read_tensors, ready, restoring, write_tensors
 
@@ -29,20 +27,10 @@ FORMAT = "hooked_mllm.ActivationCache/2"
 #: formats that are read; the first had neither streaming heads nor offsets
 READABLE = ("hooked_mllm.ActivationCache/1", FORMAT)
 TOKEN_KINDS = ("question", "answer", "system", "template", "visual", "text", "padding", "last", "target")
-
-
-@dataclass(frozen=True)
-class CacheFields:
-    """What a file holds of one `ActivationCache`: the arguments of its constructor, without the model."""
-
-    entries: dict[str, Entry]
-    n_layers: Mapping[str, int]
-    masks: KindMasks | None
-    has_batch_dim: bool
-    query_positions: Tensor | None
-    key_positions: Tensor | None
-    vision_rows: Sequence[Rows] | None
-    packed_vision: bool
+#: fields of a mask that JSON holds as they are
+_MASK_FIELDS = ("batch", "q_length", "kv_length", "causal", "window", "segments", "q_offset")
+#: the arguments of the constructor of an `ActivationCache`, without the model
+Fields: TypeAlias = dict[str, Any]
 
 
 class _Writer:
@@ -66,16 +54,13 @@ class _Writer:
         return self.add(name, k.upto(k.length) if isinstance(k, GrowingKeys) else k)
 
     def entry(self, name: str, entry: Entry) -> dict[str, Any]:
-        if isinstance(entry, LazyPattern):
-            return self._pattern(name, entry)
         if isinstance(entry, LazyResult):
             weight = self.add(f"{name}/W_O", entry.o_proj.weight)  # type: ignore[arg-type]
             return {"kind": "result", "z": self.add(f"{name}/z", entry.z), "W_O": weight}
         if isinstance(entry, LazyKeys):
             return {"kind": "keys", "k": self.keys(f"{name}/k", entry.keys), "length": entry.length}
-        return {"kind": "tensor", "tensor": self.add(name, value_of(entry))}
-
-    def _pattern(self, name: str, entry: LazyPattern) -> dict[str, Any]:
+        if not isinstance(entry, LazyPattern):
+            return {"kind": "tensor", "tensor": self.add(name, entry)}
         mask = entry.mask.compact()
         tensors = {"index": entry.index, "columns": entry.columns, "dense": mask.dense, "padding": mask.padding}
         return {
@@ -85,37 +70,23 @@ class _Writer:
             "growing": isinstance(entry.k, GrowingKeys),
             "scale": float(entry.scale),
             "scores": entry.scores,
-            "batch": mask.batch,
-            "q_length": mask.q_length,
-            "kv_length": mask.kv_length,
-            "causal": mask.causal,
-            "window": mask.window,
-            "segments": mask.segments,
-            "q_offset": mask.q_offset,
+            **{name: getattr(mask, name) for name in _MASK_FIELDS},
             "streaming": None if mask.streaming is None else asdict(mask.streaming),
             **{key: self.add(f"{name}/{key}", tensor) for key, tensor in tensors.items()},
         }
 
-    def cache(self, cache: CacheFields, prefix: str) -> dict[str, Any]:
-        masks = None if cache.masks is None else known_masks(cache.masks)
+    def cache(self, fields: Fields, prefix: str) -> dict[str, Any]:
+        masks = None if fields["masks"] is None else known_masks(fields["masks"])
         return {
-            "entries": {name: self.entry(prefix + name, entry) for name, entry in cache.entries.items()},
-            "n_layers": dict(cache.n_layers),
-            "has_batch_dim": cache.has_batch_dim,
-            "vision_rows": cache.vision_rows,
-            "packed_vision": cache.packed_vision,
-            "query_positions": self.add(f"{prefix}/query_positions", cache.query_positions),
-            "key_positions": self.add(f"{prefix}/key_positions", cache.key_positions),
+            **fields,
+            "entries": {name: self.entry(prefix + name, entry) for name, entry in fields["entries"].items()},
+            **{k: self.add(f"{prefix}/{k}", fields[k]) for k in ("query_positions", "key_positions")},
             "masks": None if masks is None else {k: self.add(f"{prefix}/mask/{k}", m) for k, m in masks.items()},
         }
 
 
-def save_fields(caches: Sequence[CacheFields], path: PathInput, *, generation: bool = False) -> None:
-    """Write a cache, or the caches of a generation's steps, to `path`.
-
-    Raises:
-        CacheFileError: If the file cannot be written.
-    """
+def save_fields(caches: Sequence[Fields], path: PathInput, *, generation: bool = False) -> None:
+    """Write a cache, or the caches of a generation's steps, to `path`."""
     path = ready(path)
     writer = _Writer()
     steps = [writer.cache(cache, f"{number}:" if generation else "") for number, cache in enumerate(caches)]
@@ -123,7 +94,7 @@ def save_fields(caches: Sequence[CacheFields], path: PathInput, *, generation: b
 
 
 def known_masks(masks: KindMasks) -> Mapping[str, Tensor]:
-    """The token kinds that a layout can name, as masks."""
+    """The masks `[batch pos]` of the token kinds that these samples have."""
     known = {}
     for kind in TOKEN_KINDS:
         try:
@@ -133,12 +104,8 @@ def known_masks(masks: KindMasks) -> Mapping[str, Tensor]:
     return known
 
 
-def load_fields(path: PathInput, *, generation: bool = False) -> list[CacheFields]:
-    """Read from `path` what was saved of a cache, or of the caches of a generation's steps.
-
-    Raises:
-        CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
-    """
+def load_fields(path: PathInput, *, generation: bool = False) -> list[Fields]:
+    """Read from `path` what was saved of a cache, or of the caches of a generation's steps."""
     tensors, header = read_tensors(path, *READABLE)
     growing: dict[str, GrowingKeys] = {}
     with restoring(path):
@@ -150,7 +117,7 @@ def load_fields(path: PathInput, *, generation: bool = False) -> list[CacheField
         return [_fields(step, tensors, growing) for step in header["steps"]]
 
 
-def _fields(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys]) -> CacheFields:
+def _fields(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys]) -> Fields:
     mask_names, rows = header["masks"], header["vision_rows"]
 
     def masks(kind: TokenKind) -> Tensor:
@@ -158,23 +125,22 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[st
             raise LayoutError(f"The file keeps no positions of kind {kind!r}; it has {', '.join(mask_names)}.")
         return tensors[mask_names[kind]]
 
-    return CacheFields(
-        entries={name: _entry(name, spec, tensors, growing) for name, spec in header["entries"].items()},
-        n_layers=dict(header["n_layers"]),
-        masks=None if mask_names is None else masks,
-        has_batch_dim=header["has_batch_dim"],
-        query_positions=None if header["query_positions"] is None else tensors[header["query_positions"]],
-        key_positions=None if header["key_positions"] is None else tensors[header["key_positions"]],
-        vision_rows=None if rows is None else [[(start, stop) for start, stop in spans] for spans in rows],
-        packed_vision=header["packed_vision"],
-    )
+    positions = {k: header[k] for k in ("query_positions", "key_positions")}
+    return {
+        "entries": {name: _entry(name, spec, tensors, growing) for name, spec in header["entries"].items()},
+        "n_layers": dict(header["n_layers"]),
+        "masks": None if mask_names is None else masks,
+        **{k: None if name is None else tensors[name] for k, name in positions.items()},
+        "vision_rows": None if rows is None else [[(start, stop) for start, stop in spans] for spans in rows],
+        **{k: header[k] for k in ("has_batch_dim", "packed_vision")},
+    }
 
 
 def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing: dict[str, GrowingKeys]) -> Entry:
     def keys(k: str) -> GrowingKeys:
         if k not in growing:
             growing[k] = GrowingKeys()
-            growing[k].append(tensors[k])
+            growing[k].chunks.append(tensors[k])
         return growing[k]
 
     if spec["kind"] == "tensor":
@@ -193,20 +159,11 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
 
 def _mask(spec: dict[str, Any], tensors: dict[str, Tensor]) -> MaskRows:
     dense, padding = (None if spec[k] is None else tensors[spec[k]] for k in ("dense", "padding"))
-    window, q_offset, streaming = spec["window"], spec.get("q_offset"), spec.get("streaming")
+    numbers: dict[str, Any] = {name: spec.get(name) for name in _MASK_FIELDS}
+    window, q_offset, streaming = numbers["window"], numbers["q_offset"], spec.get("streaming")
     # files of earlier versions have no digest, which would show changed numbers
     if (window is not None and window < 1) or not 0 <= (q_offset or 0) <= spec["kv_length"]:
         raise ValueError(f"a mask over {spec['kv_length']} keys cannot have window={window}, q_offset={q_offset}")
-    return MaskRows(
-        spec["batch"],
-        spec["q_length"],
-        spec["kv_length"],
-        torch.device("cpu"),
-        dense=dense,
-        padding=padding,
-        causal=spec["causal"],
-        window=window,
-        segments=None if spec["segments"] is None else tuple(spec["segments"]),
-        q_offset=q_offset,
-        streaming=None if streaming is None else StreamingHeads(**{**streaming, "dense": tuple(streaming["dense"])}),
-    )
+    numbers["segments"] = None if spec["segments"] is None else tuple(spec["segments"])
+    streaming = None if streaming is None else StreamingHeads(**{**streaming, "dense": tuple(streaming["dense"])})
+    return MaskRows(**numbers, device=torch.device("cpu"), dense=dense, padding=padding, streaming=streaming)

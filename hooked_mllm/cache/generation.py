@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache.activation_cache import ActivationCache, held_bytes
-from hooked_mllm.cache.completion import Key, key_completions
 from hooked_mllm.cache.files import PathInput, load_fields, save_fields
+from hooked_mllm.cache.keys import Key, key_completions
 from hooked_mllm.cache.lazy import LazyPattern, value_of
 from hooked_mllm.contracts import Model
 from hooked_mllm.display.blocks import html_block
@@ -51,15 +51,13 @@ class GenerationCache:
         name = self.steps[0].name_of(key)
         parts = [s.entry(key) for s in self.steps if key in s]
         if isinstance(first, LazyPattern) or is_quadratic(name):
-            rows = [value_of(p) for p in parts]
+            rows = [value_of(p) for p in parts]  # [batch head query key], with more keys in each step
             width = max(r.shape[-1] for r in rows)
             fill = float("-inf") if name.endswith("scores") else 0.0
             return torch.cat([torch.nn.functional.pad(r, (0, width - r.shape[-1]), value=fill) for r in rows], dim=2)
         if name.endswith("hook_rot_k"):
             return value_of(parts[-1])  # each step's keys hold those of the steps before
-        if len(parts) == 1:
-            return value_of(first)
-        return torch.cat([value_of(p) for p in parts], dim=1)
+        return value_of(first) if len(parts) == 1 else torch.cat([value_of(p) for p in parts], dim=1)
 
     @property
     def nbytes(self) -> int:
@@ -84,13 +82,10 @@ class GenerationCache:
         Raises:
             CacheFileError: If the file cannot be written.
         """
-        save_fields([step._fields() for step in self.steps], path, generation=True)
+        steps = [step._fields() | {"vision_rows": step.vision_rows} for step in self.steps]
+        save_fields(steps, path, generation=True)
 
     @classmethod
     def load(cls, path: PathInput, model: Model | None = None) -> "GenerationCache":
-        """Read what `save` wrote.
-
-        Raises:
-            CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
-        """
-        return cls([ActivationCache(**vars(fields), model=model) for fields in load_fields(path, generation=True)])
+        """Read what `save` wrote; as `ActivationCache.load`."""
+        return cls([ActivationCache(**fields, model=model) for fields in load_fields(path, generation=True)])

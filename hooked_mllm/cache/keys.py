@@ -1,10 +1,13 @@
 """Keys of a cache: `("pattern", 3)`, `("vision", "z", 2)`, `"embed"`, and TransformerLens's aliases, as hook names."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 from hooked_mllm.errors import HookNameError, nearest
-from hooked_mllm.hooks.table import TowerName, specs
+from hooked_mllm.hooks.table import TowerName, specs, split_name
+
+Key: TypeAlias = str | tuple[str | int, ...]
 
 #: TransformerLens's names of the part of a block, as the third entry of a key
 LAYER_TYPES = {"a": "attn", "attention": "attn", "m": "mlp", "b": "", "block": "", "blocks": ""}
@@ -13,22 +16,7 @@ _GRADIENT = "_grad"
 
 
 def full_name(key: object, n_layers: Mapping[str, int]) -> str:
-    """The hook name of a cache key; short names are those of the table of hook points.
-
-    Args:
-        key: A hook name, or `(name, layer)`, `(name, layer, part)`, `("vision", name, layer, ...)`, `("projector",
-            name)`.
-        n_layers: Number of blocks by tower ("text", "vision"), for layers counted from the end.
-
-    Raises:
-        HookNameError: For a key of another form, or a layer that the tower lacks.
-
-    Examples:
-        >>> full_name(("z", -1), {"text": 4, "vision": 2})
-        'blocks.3.attn.hook_z'
-        >>> full_name(("vision", "scale", 0, "ln1"), {"text": 4, "vision": 2})
-        'vision.blocks.0.ln1.hook_scale'
-    """
+    """The hook name of a cache key, such as ("z", -1) or ("vision", "scale", 0, "ln1"); `n_layers` is by tower."""
     if isinstance(key, str):
         if "." in key or key.startswith("hook_"):
             return key
@@ -52,11 +40,7 @@ def full_name(key: object, n_layers: Mapping[str, int]) -> str:
 
 
 def _tower_and_entries(key: object) -> tuple[TowerName, tuple[str | int | None, ...]]:
-    """The tower of a tuple, and its other entries.
-
-    Raises:
-        HookNameError: If the key is no tuple of names and layers.
-    """
+    """The tower of a tuple, and its other entries."""
     tower: TowerName = "text"
     entries: tuple[object, ...] = key if isinstance(key, tuple) else ()
     if entries and entries[0] in ("vision", "text", "projector"):
@@ -84,11 +68,7 @@ def _outside_blocks(name: str, tower: TowerName) -> str:
 
 
 def _suffix_in_block(name: str, part: str | int | None) -> str:
-    """The suffix of a hook name in a block.
-
-    Raises:
-        HookNameError: If several parts of the block have a point of that name, and the key names none of them.
-    """
+    """The suffix of a hook name in a block; `part` is needed where several parts have a point of that name."""
     matches = [spec for spec in specs(in_block=True) if name == spec.short or name in spec.aliases]
     short = matches[0].short if matches else name
     if isinstance(part, str):
@@ -101,15 +81,26 @@ def _suffix_in_block(name: str, part: str | int | None) -> str:
 
 
 def missing(name: str, present: Mapping[str, object], key: object) -> HookNameError:
-    """The error for a name that the cache does not hold.
-
-    Args:
-        name: The full name.
-        present: What the cache holds.
-        key: The key that was read.
-    """
+    """The error for a name that the cache does not hold."""
     as_key = "" if key == name else f" (key {key!r})"
     return HookNameError(
         f"The cache does not hold {name!r}{as_key}. {nearest(name, present)} It has {len(present)} activations; "
         "`print(cache)` lists them, and `names_filter=` selects what a run keeps."
     )
+
+
+def key_completions(names: Iterable[str]) -> list[Key]:
+    """The keys that IPython offers after `cache[`: the short key of each activation, then its hook name."""
+    names = list(names)
+    return [*dict.fromkeys(map(_short_key, names)), *names]
+
+
+def _short_key(name: str) -> Key:
+    tower, layer, suffix = split_name(name)
+    group, _, short = suffix.rpartition("hook_")  # ("attn.", "hook_", "z")
+    prefix = () if tower == "text" else (tower,)
+    if layer is None:
+        return (*prefix, short) if prefix else short
+    namesakes = [spec for spec in specs(tower, in_block=True) if spec.short == short.removesuffix("_grad")]
+    part = (group.rstrip("."),) if len(namesakes) > 1 else ()
+    return (*prefix, short, layer, *part)

@@ -1,7 +1,7 @@
 """Activations that are computed when they are read: attention patterns and scores from q and k, head results from z."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -20,12 +20,8 @@ class GrowingKeys:
 
     @property
     def length(self) -> int:
-        """Keys seen so far."""
+        """The number of keys so far."""
         return sum(c.shape[2] for c in self.chunks)
-
-    def append(self, chunk: Float[Tensor, "batch kv_head key d_head"]) -> None:
-        """Add the keys that a step brought."""
-        self.chunks.append(chunk)
 
     def upto(self, length: int) -> Float[Tensor, "batch kv_head key d_head"]:
         """The first `length` keys."""
@@ -44,8 +40,8 @@ class LazyKeys:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that `tensor` will have."""
-        b, h, _, d = self.keys.chunks[0].shape
-        return (b, self.length, h, d)
+        batch, heads, _, d_head = self.keys.chunks[0].shape
+        return (batch, self.length, heads, d_head)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,24 +62,15 @@ class LazyKeys:
 
     def tensor(self) -> Tensor:
         """The activation itself."""
-        return self.keys.upto(self.length).transpose(1, 2)
+        return self.keys.upto(self.length).transpose(1, 2)  # [batch kv_head key d_head] -> [batch key kv_head d_head]
 
 
 @dataclass
 class LazyPattern:
-    r"""Attention rows, recomputed in float32 from the q and k that the model used, under the mask that it used.
+    r"""Attention rows $\mathrm{softmax}(s\, q k^\top + M)$, or masked scores, in float32 from the model's q and k.
 
-    $A = \mathrm{softmax}(s\, q k^\top + M)$. Query head h reads key head h // (H / H_kv).
-
-    Args:
-        q: `[batch head query d_head]`, only the rows in `index` if that is given.
-        k: `[batch kv_head key d_head]`, or the growing keys of a generation.
-        mask: Visibility, by rows.
-        scale: s.
-        name: The hook's name, for messages.
-        scores: Give the masked scores instead of the pattern.
-        index: Which queries `q` holds, `[batch query]`; -1 where a sample has fewer.
-        columns: Which keys are wanted, `[batch column]`; -1 where a sample has fewer.
+    Query head h reads key head h // (H / H_kv). `q` has only the rows in `index` if that is given; `columns` selects
+    keys. Both are -1 where a sample has fewer.
     """
 
     q: Float[Tensor, "batch head query d_head"]
@@ -107,35 +94,19 @@ class LazyPattern:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that `tensor` will have."""
-        b, h, q, _ = self.q.shape
-        return (b, h, q, self.mask.kv_length if self.columns is None else self.columns.shape[1])
+        return (*self.q.shape[:3], self.mask.kv_length if self.columns is None else self.columns.shape[1])
+
+    def _mapped(self, part: Callable[[Tensor], Tensor], mask: MaskRows) -> "LazyPattern":
+        index, columns = (None if x is None else part(x) for x in (self.index, self.columns))
+        return replace(self, q=part(self.q), k=part(self.keys()), mask=mask, index=index, columns=columns)
 
     def to(self, device: torch.device | str) -> "LazyPattern":
         """The same rows, computed on `device`."""
-        return LazyPattern(
-            self.q.to(device),
-            self.keys().to(device),
-            self.mask.to(device),
-            self.scale,
-            self.name,
-            self.scores,
-            None if self.index is None else self.index.to(device),
-            None if self.columns is None else self.columns.to(device),
-        )
+        return self._mapped(lambda x: x.to(device), self.mask.to(device))
 
     def samples(self, choice: slice) -> "LazyPattern":
         """The rows of some samples of the batch."""
-        picked = torch.arange(self.mask.batch)[choice]
-        return LazyPattern(
-            self.q[choice],
-            self.keys()[choice],
-            self.mask.samples(picked),
-            self.scale,
-            self.name,
-            self.scores,
-            None if self.index is None else self.index[choice],
-            None if self.columns is None else self.columns[choice],
-        )
+        return self._mapped(lambda x: x[choice], self.mask.samples(torch.arange(self.mask.batch)[choice]))
 
     def tensor(self) -> Float[Tensor, "batch head query key"]:
         """All rows and columns of this entry."""
@@ -147,61 +118,51 @@ class LazyPattern:
         columns: Int[Tensor, "batch column"] | None = None,
         heads: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch head query column"]:
-        """Some rows (places in `q`), columns and heads.
-
-        Args:
-            queries: Rows wanted, as places along q's query axis; -1 gives a row of zeros.
-            columns: Columns wanted; -1 gives a column of zeros.
-            heads: Query heads wanted.
-
-        Raises:
-            NumericsError: when a row is not finite, as after an overflow in float16.
-        """
+        """Some rows (indices along the query axis of `q`), columns and heads; zeros where an index is -1."""
         q, k = self.q, self.keys()
-        groups = q.shape[1] // k.shape[1]
-        device = q.device
+        group = q.shape[1] // k.shape[1]
         columns = self.columns if columns is None else columns
-        place = self.index
+        kept = None if columns is None else columns.to(q.device)[:, None, :]
+        positions = self.index
         if queries is not None:
-            queries = queries.to(device)
-            q = torch.take_along_dim(q, queries.clamp(min=0)[:, None, :, None], dim=2)
-            place = queries if place is None else torch.where(queries >= 0, place.gather(1, queries.clamp(min=0)), -1)
-        if place is None:
-            place = torch.arange(q.shape[2], device=device).expand(q.shape[0], -1)
-        hidden = self._hidden(place.clamp(min=0))
-        chosen = range(q.shape[1]) if heads is None else heads
+            queries = queries.to(q.device)
+            rows = queries.clamp(min=0)
+            q = torch.take_along_dim(q, rows[:, None, :, None], dim=2)
+            positions = queries if positions is None else torch.where(queries >= 0, positions.gather(1, rows), -1)
+        if positions is None:
+            positions = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
+        hidden = self._hidden(positions.clamp(min=0))
+        heads = range(q.shape[1]) if heads is None else heads
         width = k.shape[2] if columns is None else columns.shape[1]
-        out = torch.empty(q.shape[0], len(chosen), q.shape[2], width, dtype=torch.float32, device=device)
-        for place_out, head in enumerate(chosen):
-            row = torch.matmul(q[:, head].float(), k[:, head // groups].float().transpose(1, 2)).mul_(self.scale)
+        out = torch.empty(q.shape[0], len(heads), q.shape[2], width, dtype=torch.float32, device=q.device)
+        for number, head in enumerate(heads):
+            # [batch query d_head] @ [batch d_head key] -> [batch query key]
+            row = torch.matmul(q[:, head].float(), k[:, head // group].float().transpose(1, 2)).mul_(self.scale)
             if self.scores:
                 row = row.masked_fill_(hidden(head), float("-inf"))
-            else:
-                # As in transformers' eager attention, a query that sees nothing spreads evenly.
+            else:  # as in transformers' eager attention, a query that sees nothing spreads evenly
                 row = torch.softmax(row.masked_fill_(hidden(head), torch.finfo(torch.float32).min), dim=-1)
-            if columns is not None:
-                picked = torch.take_along_dim(row, columns.to(device).clamp(min=0)[:, None, :], dim=2)
-                row = picked.masked_fill_((columns < 0).to(device)[:, None, :], 0.0)
-            out[:, place_out] = row
-        out.masked_fill_((place < 0)[:, None, :, None], 0.0)
-        bad = torch.isnan(out).any() if self.scores else ~torch.isfinite(out).all()
-        if bool(bad):
+            if kept is not None:
+                row = torch.take_along_dim(row, kept.clamp(min=0), dim=2).masked_fill_(kept < 0, 0.0)
+            out[:, number] = row
+        out.masked_fill_((positions < 0)[:, None, :, None], 0.0)
+        if bool(torch.isnan(out).any() if self.scores else ~torch.isfinite(out).all()):
             raise NumericsError(
                 f"{self.name} is not finite: q or k of this layer overflowed (they are {q.dtype}). Load the model with "
                 "dtype='bfloat16' or 'float32'."
             )
         return out
 
-    def _hidden(self, place: Tensor) -> Callable[[int], Tensor]:
-        """Which keys the queries at `place` do not see, by head: `[batch query key]`."""
+    def _hidden(self, positions: Tensor) -> Callable[[int], Tensor]:
+        """The keys that are masked for the queries at `positions`, by head: `[batch query key]`."""
         mask, device = self.mask, self.q.device
         if mask.dense is not None and mask.dense.shape[1] > 1:
-            by_head = ~mask.head_rows(place).to(device)
+            by_head = ~mask.head_rows(positions).to(device)
             return lambda head: by_head[:, head]
-        hidden = ~mask.rows(place).to(device)
+        hidden = ~mask.rows(positions).to(device)
         if mask.streaming is None:
             return lambda head: hidden
-        dense, far = set(mask.streaming.dense), ~mask.streaming_rows(place).to(device)
+        dense, far = set(mask.streaming.dense), ~mask.streaming_rows(positions).to(device)
         return lambda head: hidden if head in dense else far
 
 
@@ -215,8 +176,7 @@ class LazyResult:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that `tensor` will have."""
-        b, p, h, _ = self.z.shape
-        return (b, p, h, self.o_proj.weight.shape[0])  # type: ignore[union-attr]
+        return (*self.z.shape[:3], self.o_proj.weight.shape[0])  # type: ignore[union-attr]
 
     @property
     def dtype(self) -> torch.dtype:

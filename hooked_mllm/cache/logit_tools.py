@@ -12,6 +12,8 @@ from hooked_mllm.inputs.positions import Positions
 
 #: one token, or one for each sample: an id, a string that is one token, or ids
 Tokens: TypeAlias = str | int | Sequence[int] | Int[Tensor, "..."]
+#: without the batch axis where the cache is read without it
+Logits: TypeAlias = Float[Tensor, "component *batch query vocab"]
 
 
 class LogitTools(ResidualTools):
@@ -24,7 +26,7 @@ class LogitTools(ResidualTools):
         layer: int | None = None,
         incl_mid: bool = False,
         return_labels: Literal[False] = False,
-    ) -> Float[Tensor, "component *batch query vocab"]: ...
+    ) -> Logits: ...
 
     @overload
     def logit_lens(
@@ -34,7 +36,7 @@ class LogitTools(ResidualTools):
         incl_mid: bool = False,
         *,
         return_labels: Literal[True],
-    ) -> tuple[Float[Tensor, "component *batch query vocab"], list[str]]: ...
+    ) -> tuple[Logits, list[str]]: ...
 
     def logit_lens(
         self,
@@ -42,19 +44,14 @@ class LogitTools(ResidualTools):
         layer: int | None = None,
         incl_mid: bool = False,
         return_labels: bool = False,
-    ) -> (
-        Float[Tensor, "component *batch query vocab"] | tuple[Float[Tensor, "component *batch query vocab"], list[str]]
-    ):
-        """The logits of the residual stream entering each block: final norm and unembedding applied to it.
+    ) -> Logits | tuple[Logits, list[str]]:
+        """The logits `[component batch query vocab]` of the residual stream entering each block, and of the final one.
 
         Args:
             positions: A token kind, a mask, indices, a slice or a region. The default is the last prompt position.
             layer: The last block; None: all, and the end.
             incl_mid: Include the residual stream between attention and MLP.
             return_labels: Also return the labels.
-
-        Returns:
-            Logits `[component batch query vocab]`, the last of them the model's own; and the labels.
 
         Source: nostalgebraist, "interpreting GPT: the logit lens" (2020).
         """
@@ -72,17 +69,15 @@ class LogitTools(ResidualTools):
         incorrect_tokens: Tokens | None = None,
         positions: Positions = "last",
     ) -> Float[Tensor, "component *batch query"]:
-        """The contribution of each component of the final residual stream to a token's logit, or to a logit difference.
+        """The contribution of each component to a token's logit or a logit difference, `[component batch query]`.
+
+        In float32; over a whole decomposition of the final residual stream they sum to the logit.
 
         Args:
-            residual_stack: Components of the final residual stream, such as `decompose_resid` or `stack_head_results`
-                returns.
+            residual_stack: Components such as `decompose_resid` or `stack_head_results` returns.
             tokens: The token: an id, a string of one token, or one id for each sample.
             incorrect_tokens: Subtract this token's logit.
             positions: A token kind, a mask, indices, a slice or a region. The default is the last prompt position.
-
-        Returns:
-            `[component batch query]`, float32. Over a whole decomposition they sum to the logit.
         """
         model = self._model()
         residual_stack = self._batched(residual_stack)

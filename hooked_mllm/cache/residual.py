@@ -1,11 +1,9 @@
 """Decompositions of the residual stream: components, head results, and the residual stream of every block.
 
-A multimodal residual stream has terms that a text model's does not have: the projected image at visual positions, and
-for Qwen3-VL the features that DeepStack adds after the first blocks. They are components here, so that the components
-sum to the residual stream at every position.
+The projected image and Qwen3-VL's DeepStack features are components too, so that all sum to the residual stream.
 """
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import torch
@@ -31,28 +29,16 @@ else:  # at run time a plain string, so that another one reaches the check whose
     Mode = str
 
 
-class ResidualTools(ABC):
+class ResidualTools(Mapping[str, Tensor]):
     """The residual-stream methods of an ActivationCache."""
 
     model: Model | None
     has_batch_dim: bool
+    entry: Callable[[object], Entry]
+    positions: Callable[[Positions, int, int | None], Int[Tensor, "batch n"]]
     _n_layers: dict[str, int]
     _masks: KindMasks | None
-
-    @abstractmethod
-    def entry(self, key: object) -> Entry:
-        """The cached tensor of a key, or the inputs that it is computed from."""
-
-    @abstractmethod
-    def __contains__(self, key: object) -> bool: ...
-
-    @abstractmethod
-    def positions(self, wanted: Positions, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
-        """Positions in any form as indices, -1 where a sample has fewer than the others."""
-
-    @abstractmethod
-    def _unbatched(self, value: Tensor, dim: int = 0) -> Tensor:
-        """Without the batch axis, if the cache is read without it."""
+    _unbatched: Callable[..., Tensor]
 
     # -- decompositions ------------------------------------------------------------------------------------------------
 
@@ -87,9 +73,9 @@ class ResidualTools(ABC):
     ) -> Stack | Labelled:
         r"""The components whose sum is the residual stream entering a block (or the final norm).
 
-        $x_l = e + v + \sum_{i<l} (a_i + m_i + s_i)$ with the text embedding e (zero at visual positions), the projected
-        image v (zero elsewhere), attention and MLP outputs a and m, and DeepStack's features s where the model has
-        them.
+        $x_l = e + v + \sum_{i<l} (a_i + m_i + s_i)$ `[component batch pos d_model]` with the text embedding e (zero at
+        visual positions), the projected image v (zero elsewhere), attention and MLP outputs a and m, and DeepStack's
+        features s where the model has them.
 
         Args:
             layer: The block whose input is decomposed; None: the input of the final norm.
@@ -97,9 +83,6 @@ class ResidualTools(ABC):
             incl_embeds: Include e and v.
             apply_ln: Scale the components as the final norm scales their sum.
             return_labels: Also return the labels, such as "embed", "visual", "0_attn_out", "0_mlp_out", "0_deepstack".
-
-        Returns:
-            `[component batch pos d_model]`, and the labels.
 
         Raises:
             HookNameError: When the cache does not contain a component.
@@ -118,7 +101,7 @@ class ResidualTools(ABC):
             for name in [f"{kind}_out" for kind in ("attn", "mlp") if mode in ("all", kind)]:
                 components.append(self._need(name, l))
                 labels.append(f"{l}_{name}")
-            if mode == "all" and l < self._n_deepstack():
+            if mode == "all" and l < self._model().cfg.n_deepstack:
                 components.append(self._deepstack(l, components[-1]))
                 labels.append(f"{l}_deepstack")
         if not components:
@@ -137,31 +120,19 @@ class ResidualTools(ABC):
 
     @overload
     def accumulated_resid(
-        self,
-        layer: int | None = None,
-        incl_mid: bool = False,
-        apply_ln: bool = False,
-        *,
-        return_labels: Literal[True],
+        self, layer: int | None = None, incl_mid: bool = False, apply_ln: bool = False, *, return_labels: Literal[True]
     ) -> Labelled: ...
 
     def accumulated_resid(
-        self,
-        layer: int | None = None,
-        incl_mid: bool = False,
-        apply_ln: bool = False,
-        return_labels: bool = False,
+        self, layer: int | None = None, incl_mid: bool = False, apply_ln: bool = False, return_labels: bool = False
     ) -> Stack | Labelled:
-        """The residual stream entering every block up to `layer`, and at the end.
+        """The residual stream entering every block up to `layer`, and at the end: `[component batch pos d_model]`.
 
         Args:
             layer: The last block whose input is returned; None: all, and the input of the final norm.
             incl_mid: Include the residual stream between attention and MLP.
             apply_ln: Normalise each as the final norm would, with its own scale.
             return_labels: Also return the labels ("0_pre", "0_mid", ..., "final_post").
-
-        Returns:
-            `[component batch pos d_model]`, and the labels.
         """
         count = self._n_layers["text"]
         stop = self._layer(layer)
@@ -184,8 +155,7 @@ class ResidualTools(ABC):
 
     def stack_activation(self, name: str, layer: int | None = None, part: str | None = None) -> Tensor:
         """One kind of activation of every block below `layer`, stacked along a new first axis."""
-        key = (part,) if part else ()
-        activations = [self._need(name, l, *key) for l in range(self._layer(layer))]
+        activations = [self._need(name, l, *((part,) if part else ())) for l in range(self._layer(layer))]
         if not activations:
             raise HookValueError("There is no block below layer 0; give `layer` at least 1, or None for all.")
         return self._unbatched(torch.stack(activations), 1)
@@ -216,22 +186,23 @@ class ResidualTools(ABC):
         apply_ln: bool = False,
         return_labels: bool = False,
     ) -> Stack | Labelled:
-        """The output of every head of every block below `layer` to the residual stream.
+        """The output `[component batch pos d_model]` of every head below `layer` to the residual stream.
 
         Args:
             layer: Heads of the blocks below it; None: all.
             incl_remainder: Add a last component, so that the sum is the residual stream.
             apply_ln: Scale the components as the final norm scales their sum.
             return_labels: Also return the labels ("L0H3").
-
-        Returns:
-            `[component batch pos d_model]`, heads in the order of layer and head; and the labels.
         """
         stop = self._layer(layer)
         results: list[Tensor] = []
         labels: list[str] = []
         for l in range(stop):
-            result = self._need("result", l) if ("result", l) in self else self._results(l)
+            if ("result", l) in self:
+                result = self._need("result", l)  # [batch pos head d_model]
+            else:
+                z = self._need("z", l)
+                result = head_results(z, self._model().output_projection(l), z.device)
             results += list(rearrange(result, "batch pos head d_model -> head batch pos d_model"))
             labels += [head_name(l, head) for head in range(result.shape[2])]
         if incl_remainder:
@@ -258,16 +229,12 @@ class ResidualTools(ABC):
         try:
             return value_of(self.entry(key[0] if len(key) == 1 else key))
         except HookNameError as error:
-            raise HookNameError(
-                f"This needs {key!r} in the cache. {error} Run with `names_filter=None`, or with a filter that keeps "
-                "it."
-            ) from error
+            hint = "Run with `names_filter=None`, or with a filter that keeps it."
+            raise HookNameError(f"This needs {key!r} in the cache. {error} {hint}") from error
 
     def _model(self) -> Model:
         if self.model is None:
-            raise InputError(
-                "This needs the model's weights: load the cache with `ActivationCache.load(path, model=model)`."
-            )
+            raise InputError("This needs the model's weights: load with `ActivationCache.load(path, model=model)`.")
         return self.model
 
     def _layer(self, layer: int | None) -> int:
@@ -289,17 +256,10 @@ class ResidualTools(ABC):
             )
         return mask.to(like.device)[..., None]
 
-    def _n_deepstack(self) -> int:
-        return self._model().cfg.n_deepstack
-
     def _deepstack(self, layer: int, like: Tensor) -> Tensor:
         if ("deepstack", layer) not in self and self._masks is not None and not bool(self._masks("visual").any()):
             return torch.zeros_like(like)  # without an image nothing is added
         return self._need("deepstack", layer)
-
-    def _results(self, layer: int) -> Float[Tensor, "batch pos head d_model"]:
-        z = self._need("z", layer)
-        return head_results(z, self._model().output_projection(layer), z.device)
 
     def _stream(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters a block, or after the last one the final norm."""
@@ -307,7 +267,7 @@ class ResidualTools(ABC):
         if layer < count:
             return self._need("resid_pre", layer)
         final = self._need("resid_post", count - 1)
-        return final + self._deepstack(count - 1, final) if self._n_deepstack() == count else final
+        return final + self._deepstack(count - 1, final) if self._model().cfg.n_deepstack == count else final
 
     def _scaled(self, stack: Tensor, layer: int | None = None) -> Tensor:
         norm = self._model().ln_final
@@ -327,12 +287,6 @@ class ResidualTools(ABC):
 
     def _batched(self, stack: Tensor) -> Tensor:
         return stack if self.has_batch_dim or stack.dim() == 4 else stack.unsqueeze(1)
-
-    @overload
-    def _labelled(self, stack: Tensor, labels: list[str], return_labels: Literal[False]) -> Tensor: ...
-
-    @overload
-    def _labelled(self, stack: Tensor, labels: list[str], return_labels: bool) -> Any: ...
 
     def _labelled(self, stack: Tensor, labels: list[str], return_labels: bool) -> Any:
         stack = self._unbatched(stack, 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from hooked_mllm.cache.activation_cache import ActivationCache
@@ -16,7 +16,6 @@ from hooked_mllm.cache.lazy import Entry
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.families.base import Rows
-from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import NameFilter
 from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.inputs.positions import MappingMasks, Positions, TokenKind
@@ -34,7 +33,7 @@ _REORDERS = (
 
 @dataclass
 class CacheRequest:
-    """The arguments of `run_with_cache`; see there."""
+    """The arguments of `HookedMLLM.run_with_cache`."""
 
     names_filter: NameFilter = None
     device: torch.device | str | None = None
@@ -63,11 +62,7 @@ class CacheRequest:
 
 
 def cached_forward(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tuple[Tensor | None, ActivationCache]:
-    """One forward pass with cached activations.
-
-    Returns:
-        What `model.run` returns (None without logits), or the loss with `incl_bwd`; and the cache.
-    """
+    """What `model.run` returns (None without logits), or the loss with `incl_bwd`; and the cache."""
     output, capture, cache_of = _captured(model, inputs, request)
     cache = cache_of({**capture.entries(0), **capture.gradient_entries()})
     return output, cache.remove_batch_dim() if request.remove_batch_dim else cache
@@ -76,7 +71,7 @@ def cached_forward(model: Model, inputs: ResolvedInput, request: CacheRequest) -
 def cached_generation(
     model: Model, inputs: ResolvedInput, request: CacheRequest
 ) -> tuple[Tensor | ModelOutput, GenerationCache]:
-    """A generation with the activations of every step cached; returns what transformers returns, and the cache."""
+    """What `model.generate` returns, and the cache of every step."""
     output, capture, cache_of = _captured(model, inputs, request)
     caches = [cache_of(capture.entries(step)) for step in sorted(capture.steps)]
     for decoding_step in caches[1:]:
@@ -92,6 +87,9 @@ def _captured(
     if request.remove_batch_dim and inputs.batch != 1:
         raise HookValueError(f"remove_batch_dim needs a batch of one; this one has {inputs.batch}.")
     points = model.registry.select(request.names_filter)
+    gradients = points if request.incl_bwd else []
+    if request.names_filter is None:
+        gradients = [p for p in gradients if not is_quadratic(p.name) and not p.name.endswith("hook_result")]
     reorders = request.generate is not None and _reorders(model.hf_model.generation_config, request.generate)
 
     def index(selected: Positions | None) -> Tensor | None:
@@ -99,7 +97,7 @@ def _captured(
 
     options = CaptureOptions(
         points=points,
-        gradients=_gradient_points(points, request),
+        gradients=gradients,
         device=request.device,
         positions=index(request.pos_slice),
         queries=index(request.queries),
@@ -133,12 +131,11 @@ def _captured(
 
 def _vision_rows(model: Model, inputs: ResolvedInput) -> Callable[[], list[Rows] | None]:
     """The rows of vision activations that belong to each sample; None where the inputs do not determine them."""
-
-    def sketch(value: Any) -> Any:  # pixels are needed for their shape only; the cache must not keep them in memory
-        pixels = isinstance(value, Tensor) and value.is_floating_point()
-        return torch.empty(value.shape, device="meta") if pixels else value
-
-    known = {name: sketch(value) for name, value in inputs.tensors.items()}
+    # pixels are needed for their shape only; the cache must not keep them in memory
+    known = {
+        name: torch.empty(value.shape, device="meta") if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.tensors.items()
+    }
 
     def rows() -> list[Rows] | None:
         try:
@@ -150,15 +147,11 @@ def _vision_rows(model: Model, inputs: ResolvedInput) -> Callable[[], list[Rows]
 
 
 def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
-    """Whether a generation does more with its keys than append those of each step.
-
-    Raises:
-        HookValueError: For a generation without a KV cache, in which every step runs the whole sequence.
-    """
-    given = options.get("generation_config", defaults)
+    """Whether a generation does more with its keys than append those of each step."""
+    config = options.get("generation_config", defaults)
 
     def option(name: str) -> Any:
-        return options.get(name, getattr(given, name, None))
+        return options.get(name, getattr(config, name, None))
 
     if option("use_cache") is False:
         raise HookValueError(
@@ -168,14 +161,6 @@ def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
     return (option("num_beams") or 1) > 1 or any(option(name) is not None for name in _REORDERS)
 
 
-def _gradient_points(points: list[HookPoint], request: CacheRequest) -> list[HookPoint]:
-    if not request.incl_bwd:
-        return []
-    if request.names_filter is None:
-        return [p for p in points if not is_quadratic(p.name) and not p.name.endswith("hook_result")]
-    return points
-
-
 def _run(model: Model, inputs: ResolvedInput, request: CacheRequest) -> Any:
     if request.generate is not None:
         with torch.no_grad():
@@ -183,7 +168,7 @@ def _run(model: Model, inputs: ResolvedInput, request: CacheRequest) -> Any:
     if not request.incl_bwd:
         kind = "logits" if request.return_logits else None
         return model.run(inputs, kind, request.stop_at_layer, **request.forward)
-    with frozen_parameters(model.hf_model), torch.enable_grad():
+    with frozen_parameters(model), torch.enable_grad():
         if callable(request.incl_bwd):
             output = model.run(inputs, "logits", **request.forward)
             scalar = request.incl_bwd(output)
@@ -199,13 +184,14 @@ def _run(model: Model, inputs: ResolvedInput, request: CacheRequest) -> Any:
 
 
 @contextmanager
-def frozen_parameters(model: nn.Module) -> Iterator[None]:
+def frozen_parameters(model: Model) -> Iterator[None]:
     """Freeze parameters: only gradients of activations are needed, and `.grad` of the model must not change."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with model.registry.context.lock:  # other threads run with the parameters as they are
+        trained = [p for p in model.hf_model.parameters() if p.requires_grad]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)

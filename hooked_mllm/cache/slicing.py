@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, compress
 
 import torch
 from torch import Tensor
@@ -11,28 +12,17 @@ from hooked_mllm.families.base import Rows
 
 
 def vision_slice(entry: Entry, rows: Sequence[Rows], chosen: Sequence[int], packed: bool) -> Entry | None:
-    """The rows of an activation of the vision tower or the projector that belong to some samples.
-
-    Args:
-        entry: The activation: `[1 position ...]` of a packed tower, `[tile ...]` otherwise.
-        rows: Rows of the tower that belong to each sample.
-        chosen: The samples.
-        packed: Which of the two it is.
-
-    Returns:
-        None when the samples have no image.
-    """
-    total = sum(stop - start for ranges in rows for start, stop in ranges)
-    wanted = [span for sample in chosen for span in rows[sample]]
-    if not wanted:
+    """The rows of `[1 pos ...]` (packed tower) or `[tile ...]` that belong to some samples; None if they have none."""
+    spans = [span for sample in chosen for span in rows[sample]]
+    if not spans:
         return None
     if isinstance(entry, LazyPattern):
-        return _pattern(entry, wanted, packed)
+        return _pattern(entry, spans, packed)
     value = value_of(entry)
     axis = 1 if packed else 0
+    total = sum(stop - start for ranges in rows for start, stop in ranges)
     shrink = total // value.shape[axis]  # the projector of a packed tower joins several positions into one
-    parts = [value.narrow(axis, start // shrink, (stop - start) // shrink) for start, stop in wanted]
-    return torch.cat(parts, dim=axis)
+    return _cut(value, axis, [(start // shrink, stop // shrink) for start, stop in spans])
 
 
 def restacked(rows: Sequence[Rows], chosen: Sequence[int]) -> list[Rows]:
@@ -47,15 +37,16 @@ def restacked(rows: Sequence[Rows], chosen: Sequence[int]) -> list[Rows]:
     return out
 
 
-def _pattern(entry: LazyPattern, wanted: Rows, packed: bool) -> LazyPattern:
-    def cut(x: Tensor) -> Tensor:
-        axis = 2 if packed else 0
-        return torch.cat([x.narrow(axis, start, stop - start) for start, stop in wanted], dim=axis)
+def _cut(x: Tensor, axis: int, spans: Rows) -> Tensor:
+    return torch.cat([x.narrow(axis, start, stop - start) for start, stop in spans], dim=axis)
 
-    q, k = cut(entry.q), cut(entry.keys())
-    if not packed:
-        return replace(entry, q=q, k=k, mask=entry.mask.resized(len(q), q.shape[2]))
-    ends = torch.tensor(entry.mask.segments or ()).cumsum(0).tolist()
-    inside = [any(start < end <= stop for start, stop in wanted) for end in ends]
-    segments = tuple(n for n, keep in zip(entry.mask.segments or (), inside, strict=True) if keep)
-    return replace(entry, q=q, k=k, mask=entry.mask.resized(1, q.shape[2], segments))
+
+def _pattern(entry: LazyPattern, spans: Rows, packed: bool) -> LazyPattern:
+    q, k = (_cut(x, 2 if packed else 0, spans) for x in (entry.q, entry.keys()))  # [batch head pos d_head]
+    segments = None
+    if packed:
+        lengths = entry.mask.segments or ()
+        ends = accumulate(lengths)
+        inside = [any(start < end <= stop for start, stop in spans) for end in ends]
+        segments = tuple(compress(lengths, inside))
+    return replace(entry, q=q, k=k, mask=entry.mask.resized(len(q), q.shape[2], segments))

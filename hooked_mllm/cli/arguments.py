@@ -24,12 +24,7 @@ def count(text: str, least: int = 1) -> int:
 
 
 def tokens(text: str) -> int:
-    """A number of tokens: "8192", or "8k" for 8 x 1024.
-
-    Examples:
-        >>> tokens("128k")
-        131072
-    """
+    """A number of tokens: "8192", or "8k" for 8 x 1024."""
     digits = text[:-1] if text[-1:] in ("k", "K") else text
     try:
         value = int(digits) * (1 if digits == text else 1024)

@@ -33,7 +33,6 @@ def prefill(arguments: argparse.Namespace) -> None:
     kind = torch.device(device).type
     backends = _backends(arguments.backends, kind)
     out = folder(arguments.out) / "prefill.json"
-    picture = out.with_suffix(".png")
     if out.exists() and not arguments.resume:
         raise InputError(f"{out} exists already: --resume continues it; or give another --out.")
     text, name, numbers = _text_model(arguments, device, dtype)
@@ -66,8 +65,9 @@ def prefill(arguments: argparse.Namespace) -> None:
         print(_NOT_THE_KERNEL.format(kind.upper()), end="\n\n")
     print(table(record))
     print(out)
-    if draw(record, picture):
-        print(picture)
+    if any(record.times(name) for name in record.titles):
+        write_figure(out.with_suffix(".png"), plots.prefill(record))
+        print(out.with_suffix(".png"))
 
 
 def _backends(named: Sequence[str] | None, kind: str) -> Sequence[str]:
@@ -81,7 +81,7 @@ def _backends(named: Sequence[str] | None, kind: str) -> Sequence[str]:
 
 
 def _so_far(out: Path, contexts: Sequence[int], variants: Sequence[Variant]) -> str:
-    """What a stopped run leaves: whole lengths are kept, the one under way is not."""
+    """The lengths that an interrupted run has finished."""
     lengths = set(contexts)
     if not out.exists():
         return f"None of {len(lengths)} lengths was finished: there is no {out}."
@@ -109,35 +109,16 @@ def _text_model(arguments: argparse.Namespace, device: str, dtype: str) -> tuple
     return text, name, numbers if arguments.dense is None else arguments.dense
 
 
-def draw(record: PrefillRecord, path: Path) -> bool:
-    """The picture of a record; False if every cell of it failed."""
-    drawn = any(record.times(name) for name in record.titles)
-    if drawn:
-        write_figure(path, plots.prefill(record))
-    return drawn
-
-
 def kernel(arguments: argparse.Namespace) -> None:
     """Compare, time, save and print: what `hooked-mllm bench kernel` does."""
     out = folder(arguments.out) / "kernel.json"
     device, _ = device_and_dtype(arguments)
-    found = bench_kernel(
-        arguments.tokens,
-        dense=arguments.dense,
-        heads=arguments.heads,
-        kv_heads=arguments.kv_heads,
-        d_head=arguments.d_head,
-        sink=arguments.sink,
-        window=arguments.window,
-        rounds=arguments.rounds,
-        flex=not arguments.skip_flex,
-        seed=arguments.seed,
-        device=device,
-        out=out,
-    )
+    names = ("dense", "heads", "kv_heads", "d_head", "sink", "window", "rounds", "seed")
+    options = {name: getattr(arguments, name) for name in names}
+    times = bench_kernel(arguments.tokens, flex=not arguments.skip_flex, device=device, out=out, **options)
     kind = torch.device(device).type
     if kind != "cuda":
         flex = "" if arguments.skip_flex else " FlexAttention is left out."
         print(_NOT_THE_KERNEL.format(kind.upper()) + flex, end="\n\n")
-    print(kernel_table(found))
+    print(kernel_table(times))
     print(out)

@@ -11,11 +11,7 @@ from hooked_mllm.storage import ready_folder
 
 
 def folder(path: Path) -> Path:
-    """The folder for results, made where it does not exist, and checked before anything is measured.
-
-    Raises:
-        InputError: If it cannot be made or written to.
-    """
+    """The folder for results, made where it does not exist, and checked before anything is measured."""
     try:
         return ready_folder(path)
     except CacheFileError as error:
@@ -23,9 +19,9 @@ def folder(path: Path) -> Path:
 
 
 @contextmanager
-def loading_bar(wanted: bool) -> Iterator[None]:
-    """Within it, transformers' own bar only if it is wanted."""
-    hide = not wanted and is_progress_bar_enabled()
+def loading_bar(shown: bool) -> Iterator[None]:
+    """Hide the bar of transformers in the body of a `with` statement, unless it is shown."""
+    hide = not shown and is_progress_bar_enabled()
     if hide:
         disable_progress_bar()
     try:

@@ -2,6 +2,7 @@
 
 import argparse
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _command(commands: Any, name: str, run: Any, summary: str, description: str | None = None) -> Any:
-    command = commands.add_parser(
-        name,
-        help=summary,
-        description=description or f"{summary[0].upper()}{summary[1:]}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _command(commands: Any, module: str, name: str, summary: str, description: str | None = None) -> Any:
+    """A command, whose function of this name is imported when it runs."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        getattr(import_module(f"hooked_mllm.cli.{module}"), name)(arguments)
+
+    text = description or f"{summary[0].upper()}{summary[1:]}."
+    how = argparse.ArgumentDefaultsHelpFormatter
+    command = commands.add_parser(name, help=summary, description=text, formatter_class=how)
     command.set_defaults(run=run, prog=command.prog)
     return command
 
@@ -43,7 +46,7 @@ def _add_score(commands: Any) -> None:
     add = _command(
         commands,
         "score",
-        _score,
+        "score",
         "score every attention head and draw where the best ones look",
         "Score every attention head. Without arguments: the bundled toy model on its own task.",
     ).add_argument
@@ -60,18 +63,12 @@ def _add_score(commands: Any) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
-def _score(arguments: argparse.Namespace) -> None:
-    from hooked_mllm.cli.score import score
-
-    score(arguments)
-
-
 # -- bench ---------------------------------------------------------------------------------------------------------
 
 
 def _add_prefill(kinds: Any) -> None:
     summary = "time the prefill of a whole text decoder under several attentions"
-    command = _command(kinds, "prefill", _prefill, summary)
+    command = _command(kinds, "bench", "prefill", summary)
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="a checkpoint's folder, hub id, or a bundled toy: its text decoder")
     source.add_argument("--config", choices=list(SIZES), help="a published size with random weights")
@@ -90,7 +87,8 @@ def _add_prefill(kinds: Any) -> None:
 
 
 def _add_kernel(kinds: Any) -> None:
-    add = _command(kinds, "kernel", _kernel, "time the hybrid attention op alone against other kernels").add_argument
+    summary = "time the hybrid attention op alone against other kernels"
+    add = _command(kinds, "bench", "kernel", summary).add_argument
     add("--tokens", type=tokens, nargs="+", default=[8192, 32768, 131072], help="lengths, such as 8k 131072")
     add("--dense", type=partial(count, least=0), default=4, help="dense heads")
     add("--heads", type=count, default=32, help="query heads")
@@ -107,15 +105,3 @@ def _common(add: Any) -> None:
     add("--device", type=torch_device, help="torch device (cuda if there is one, else cpu)")
     add("--seed", type=int, default=0, help="of random heads, token ids and weights")
     add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")
-
-
-def _prefill(arguments: argparse.Namespace) -> None:
-    from hooked_mllm.cli.bench import prefill
-
-    prefill(arguments)
-
-
-def _kernel(arguments: argparse.Namespace) -> None:
-    from hooked_mllm.cli.bench import kernel
-
-    kernel(arguments)

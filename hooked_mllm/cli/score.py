@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,21 @@ from hooked_mllm.storage import write_figure
 from hooked_mllm.toys import VisualRetrieval, bundled
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
-    """Where the samples come from: a name for the record, how many there are, and each as the model's own sample."""
+    """The samples one by one, as `model` prepares them, with their number for the progress bar."""
 
     name: str
     size: int
     samples: Callable[[HookedMLLM], Iterable[Any]]
+    model: HookedMLLM | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Any]:
+        assert self.model is not None
+        return iter(self.samples(self.model))
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -35,34 +44,19 @@ def score(arguments: argparse.Namespace) -> None:
     source = _source(arguments)
     out = folder(arguments.out)
     with loading_bar(not arguments.quiet):
-        model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
+        source.model = model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
     metric: metrics.HeadMetric = getattr(metrics, METRICS[arguments.metric])()
-    scores = model.measure(_Counted(source, model), metric, progress=not arguments.quiet)
+    scores = model.measure(source, metric, progress=not arguments.quiet)
     scores.provenance.update(dataset=source.name, seed=arguments.seed)
     scores.save(out / "scores")
     top = scores.top(min(arguments.top, int(scores.measured.sum())))
     written = [out / "scores.json", out / "scores.safetensors", out / "head_map.png"]
     write_figure(written[-1], plots.head_map(scores, top))
-    for i, sample in enumerate(source.samples(model)):
-        if i == arguments.pictures:
-            break
+    for i, sample in enumerate(islice(source, arguments.pictures)):
         written.append(out / f"overlay_{i}.png")
         write_figure(written[-1], _overlay(model, sample, scores, top))
     print(_summary(scores, top, source))
     print("\n".join(str(path) for path in written))
-
-
-class _Counted:
-    """The samples one by one, with their number for the progress bar."""
-
-    def __init__(self, source: Source, model: HookedMLLM) -> None:
-        self.source, self.model = source, model
-
-    def __len__(self) -> int:
-        return self.source.size
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.source.samples(self.model))
 
 
 def _overlay(model: HookedMLLM, sample: Any, scores: HeadScores, top: HeadSet) -> Any:
@@ -71,8 +65,8 @@ def _overlay(model: HookedMLLM, sample: Any, scores: HeadScores, top: HeadSet) -
     _, cache = model.run_with_cache(sample, names_filter=names)
     panels = {}
     for layer, head in top:
-        rows = cache.pattern(layer, queries="question", heads=head)
-        panels[f"{head_name(layer, head)}  {scores[layer, head]:.3f}"] = rows[0, 0].mean(0)
+        pattern = cache.pattern(layer, queries="question", heads=head)  # [batch head query key]
+        panels[f"{head_name(layer, head)}  {scores[layer, head]:.3f}"] = pattern[0, 0].mean(0)
     return plots.overlay_grid(sample, panels, title=shortened(sample.question))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
+from hooked_mllm.corruptions.base import Corruption, check_seed, described_function, drawing
+from hooked_mllm.corruptions.pixels import resized
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs import images as loading
 from hooked_mllm.inputs.images import ImageInput
@@ -23,28 +24,22 @@ class OtherImage(Corruption):
     """Ask the same question of other pictures, drawn from a set.
 
     One candidate replaces all pictures of the sample, so it must have the same number of images and videos, and videos
-    of the same number of frames; the sample's own pictures are never drawn. With `resize` they are resized to the sizes
-    of those they replace, which changes their proportions where these differ: the number of tokens depends on the size,
-    and patching needs the same number. A video keeps the times of the one that it replaces.
+    of the same number of frames. The sample's own pictures are never drawn; a video gets the times of its predecessor.
 
     Args:
         images: The candidates: a picture (PIL image, path, array) or `Video`, a list of pictures for samples of
             several, a Sample (its pictures), or a list of any of these. A list of pictures is a list of candidates of
             one picture each.
         seed: Seed of the draw. Samples with other questions or pictures draw anew from one seed.
-        resize: False leaves the pictures as they are; a counterpart with other tokens is then an error.
+        resize: Resize them to the sizes of those they replace, because the number of tokens depends on the size.
 
     Raises:
         InputError: for no candidate, or (when called) none that fits the sample.
         LayoutError: when called with resize=False, for pictures that give other tokens.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 4)
-        >>> corrupted = corruptions.OtherImage(samples, seed=0)(model, samples[0])
-        >>> corrupted.question == samples[0].question, corrupted.images == samples[0].images
-        (True, False)
+        >>> OtherImage([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")])
+        OtherImage(candidates=2, seed=0, resize=True)
     """
 
     def __init__(self, images: Candidates, seed: int = 0, resize: bool = True) -> None:
@@ -56,12 +51,8 @@ class OtherImage(Corruption):
 
     def describe(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
-        return {
-            "corruption": "OtherImage",
-            "candidates": len(self.candidates),
-            "seed": self.seed,
-            "resize": self.resize,
-        }
+        n = len(self.candidates)
+        return {"corruption": "OtherImage", "candidates": n, "seed": self.seed, "resize": self.resize}
 
     def changes(self, sample: Sample) -> dict[str, Any]:
         """The pictures of the candidate that is drawn."""
@@ -69,9 +60,9 @@ class OtherImage(Corruption):
             raise InputError("This sample has no images and no videos to replace.")
         for number in drawing(self.seed, sample).permutation(len(self.candidates)):
             images, videos = _pictures(self.candidates[number])
-            if _fits(sample, images, videos) and not _same(sample, images, videos):
+            if _can_replace(sample, images, videos):
                 if self.resize:
-                    images = [_resized(i, o.size) for i, o in zip(images, sample.images, strict=True)]
+                    images = [resized(i, o.size) for i, o in zip(images, sample.images, strict=True)]
                     videos = [_refitted(v, o) for v, o in zip(videos, sample.videos, strict=True)]
                 return {"images": images or None, "videos": videos or None}
         frames = ", ".join(str(len(v)) for v in sample.videos)
@@ -91,15 +82,9 @@ class OtherQuestion(Corruption):
     Args:
         text: The question, or a function that returns it for a sample.
 
-    Raises:
-        InputError: for something else; when called, for an empty question.
-
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> sample = model.prepare("what color is the star ?", images=toys.VisualRetrieval().example(0).images)
-        >>> corruptions.OtherQuestion("what color is the heart ?")(model, sample).question
-        'what color is the heart ?'
+        >>> OtherQuestion("what color is the heart ?")
+        OtherQuestion(text='what color is the heart ?')
     """
 
     same_length = False
@@ -111,8 +96,7 @@ class OtherQuestion(Corruption):
 
     def describe(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
-        named = getattr(self.text, "__qualname__", type(self.text).__name__)
-        return {"corruption": "OtherQuestion", "text": self.text if isinstance(self.text, str) else f"function {named}"}
+        return {"corruption": "OtherQuestion", "text": described_function(self.text)}
 
     def changes(self, sample: Sample) -> dict[str, Any]:
         """The other question."""
@@ -120,7 +104,7 @@ class OtherQuestion(Corruption):
 
 
 def _candidates(pictures: Candidates) -> Iterator[Candidate]:
-    several = [pictures] if isinstance(pictures, Sample | SampleBatch | Video) else loading.as_list(pictures)
+    several = [pictures] if isinstance(pictures, Sample | SampleBatch | Video) else loading.media_list(pictures)
     for candidate in several:
         yield from candidate if isinstance(candidate, SampleBatch) else (candidate,)
 
@@ -128,26 +112,21 @@ def _candidates(pictures: Candidates) -> Iterator[Candidate]:
 def _pictures(candidate: Candidate) -> tuple[list[Image.Image], list[Video]]:
     if isinstance(candidate, Sample):
         return list(candidate.images), list(candidate.videos)
-    pictures = [candidate] if isinstance(candidate, Video) else loading.as_list(candidate)
+    pictures = [candidate] if isinstance(candidate, Video) else loading.media_list(candidate)
     videos = [picture for picture in pictures if isinstance(picture, Video)]
     return [loading.load_image(picture) for picture in pictures if not isinstance(picture, Video)], videos
 
 
-def _fits(sample: Sample, images: list[Image.Image], videos: list[Video]) -> bool:
-    return len(images) == len(sample.images) and [len(v) for v in videos] == [len(v) for v in sample.videos]
-
-
-def _same(sample: Sample, images: list[Image.Image], videos: list[Video]) -> bool:
-    return all(
-        a.size == b.size and a.tobytes() == b.tobytes() for a, b in zip(images, sample.images, strict=True)
-    ) and all(np.array_equal(a.frames, b.frames) for a, b in zip(videos, sample.videos, strict=True))
-
-
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+def _can_replace(sample: Sample, images: list[Image.Image], videos: list[Video]) -> bool:
+    """Whether there are as many pictures, videos with as many frames, and any differs from the sample's own."""
+    if len(images) != len(sample.images) or [len(v) for v in videos] != [len(v) for v in sample.videos]:
+        return False
+    old = [np.asarray(image) for image in sample.images] + [video.frames for video in sample.videos]
+    new = [np.asarray(image) for image in images] + [video.frames for video in videos]
+    return not all(map(np.array_equal, new, old))
 
 
 def _refitted(video: Video, original: Video) -> Video:
     size = (original.width, original.height)
-    frames = np.stack([np.asarray(_resized(Image.fromarray(f), size)) for f in video.frames])
+    frames = np.stack([np.asarray(resized(Image.fromarray(f), size)) for f in video.frames])
     return Video(frames, original.times_s, original.fps, video.source)

@@ -19,15 +19,7 @@ else:  # at run time anything, so that another value reaches the error of `as_pa
 
 
 def as_pairs(pairs: Pairs) -> list[tuple[Sample | SampleBatch, Sample | SampleBatch]]:
-    """Pairs (clean, corrupted) as a list, each checked for positions that correspond.
-
-    Args:
-        pairs: A tuple (clean, corrupted), or an iterable of such pairs.
-
-    Raises:
-        InputError: for none, or something else than pairs.
-        LayoutError: for a pair whose token layouts differ, naming both.
-    """
+    """One pair (clean, corrupted) or an iterable of pairs as a list, each checked for positions that correspond."""
     candidates = (pairs,) if _is_pair(pairs) else pairs
     if is_model_input(candidates) or isinstance(candidates, str) or not isinstance(candidates, Iterable):
         raise _no_pair(candidates)
@@ -46,13 +38,7 @@ def as_pairs(pairs: Pairs) -> list[tuple[Sample | SampleBatch, Sample | SampleBa
 def as_samples_or_pairs(items: Any, purpose: str = "run") -> list[tuple[ModelInput, ModelInput | None]]:
     """Model inputs, or pairs of them, as a list of (clean, corrupted); the second is None where there is no pair.
 
-    Args:
-        items: A Sample, a SampleBatch, a mapping, a tuple (clean, corrupted) of two of them, or an iterable of any of
-            these.
-        purpose: What they are for, for the message.
-
-    Raises:
-        InputError: for none, or something else.
+    `purpose` completes the message for an empty list.
     """
     single = is_model_input(items) or _is_pair(items)
     collected = list(each_element((items,) if single else items, _sample_or_pair))
@@ -77,8 +63,8 @@ def check_pair(clean: object, corrupted: object) -> None:
     Examples:
         >>> from hooked_mllm import HookedMLLM, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> one, two = (toys.VisualRetrieval(pages=n).samples(model, 1)[0] for n in (1, 2))
-        >>> check_pair(one, two)
+        >>> pair = [toys.VisualRetrieval(pages=n).samples(model, 1)[0] for n in (1, 2)]
+        >>> check_pair(*pair)
         Traceback (most recent call last):
         hooked_mllm.errors.LayoutError: The pair does not correspond: ...
     """

@@ -10,9 +10,9 @@ from PIL import Image
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.inputs.video import Video
-from hooked_mllm.layout import Region
-from hooked_mllm.layout.pixels import pixel_masks
+from hooked_mllm.layout import Frames, Pages, Region
 from hooked_mllm.layout.regions import as_regions
+from hooked_mllm.layout.shares import pixel_masks
 
 #: takes the pixels of one picture or frame, 0 to 255, and the mask of those to change; returns new pixels
 PixelEdit = Callable[
@@ -23,12 +23,7 @@ Where = str | Region | Iterable[Region] | None
 
 
 def check_where(region: Where) -> str | list[Region] | None:
-    """The region as a list, which can be read more than once; "target" and None stay.
-
-    Raises:
-        InputError: for another name than "target".
-        LayoutError: for something that is no region.
-    """
+    """The region as a list, which can be read more than once; "target" and None stay."""
     if isinstance(region, str):
         if region != "target":
             raise InputError(
@@ -44,20 +39,16 @@ def describe_where(region: str | list[Region] | None) -> str | list[str] | None:
 
 
 def edited(sample: Sample, region: str | list[Region] | None, edit: PixelEdit) -> dict[str, Any]:
-    """The sample's images and videos with the pixels of a region edited.
-
-    Args:
-        sample: A sample with pictures.
-        region: "target", regions, or None for all pictures whole.
-        edit: Makes the new pixels of each picture or frame.
-
-    Raises:
-        InputError: for a sample without pictures, or without a target where that is edited.
-        LayoutError: for a region that its pictures do not have.
-    """
+    """The sample's images and videos with the pixels of a region edited, picture by picture and frame by frame."""
+    items = sample.layout.items
+    if not items:
+        raise InputError("This sample has no images and no videos, so there are no pixels to change.")
+    if region is None:
+        region = [Pages([item.index]) if item.kind == "image" else Frames(video=item.index) for item in items]
+    masks = pixel_masks(items, sample.target_regions() if isinstance(region, str) else region)
     images, frames = [np.asarray(i) for i in sample.images], [v.frames.copy() for v in sample.videos]
-    for number, mask in masks_of(sample, region).items():
-        item = sample.layout.items[number]
+    for number, mask in masks.items():
+        item = items[number]
         if item.kind == "image":
             images[item.index] = _edit(images[item.index], mask, edit)
         else:
@@ -66,26 +57,15 @@ def edited(sample: Sample, region: str | list[Region] | None, edit: PixelEdit) -
     return pictures(sample, images, frames)
 
 
-def masks_of(sample: Sample, region: str | list[Region] | None) -> dict[int, np.ndarray]:
-    """The pixels of a region, by the number of the image or video in the layout.
-
-    Raises:
-        InputError: for a sample without pictures, or without a target.
-        LayoutError: for a region that its pictures do not have.
-    """
-    items = sample.layout.items
-    if not items:
-        raise InputError("This sample has no images and no videos, so there are no pixels to change.")
-    if region is None:
-        sizes = [(i.height, i.width) if i.kind == "image" else (i.n_frames, i.height, i.width) for i in items]
-        return {number: np.ones(size, dtype=bool) for number, size in enumerate(sizes)}
-    return pixel_masks(items, sample.target_regions() if isinstance(region, str) else region)
-
-
 def pictures(sample: Sample, images: list[np.ndarray], frames: list[np.ndarray]) -> dict[str, Any]:
     """Pixels as `prepare` takes them, videos with the sample's own times."""
     videos = [Video(f, v.times_s, v.fps, v.source) for f, v in zip(frames, sample.videos, strict=True)]
     return {"images": [Image.fromarray(i) for i in images] or None, "videos": videos or None}
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image with another width and height; the same object if it has them."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _edit(pixels: np.ndarray, mask: np.ndarray, edit: PixelEdit) -> np.ndarray:

@@ -1,11 +1,11 @@
-"""BlurRegion and MeanRegion: corruptions that remove the content of a region."""
+"""BlurRegion, MeanRegion and ImageNoise: corruptions that change the pixels of a region."""
 
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import find_objects, gaussian_filter
 
-from hooked_mllm.corruptions.base import Corruption
+from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
 from hooked_mllm.corruptions.pixels import Where, check_where, describe_where, edited
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Sample
@@ -25,16 +25,9 @@ class BlurRegion(Corruption):
         region: The pixels to blur: "target", a region or several, or None for all pictures whole. Of a video, `Frames`
             and `Tube` blur the frames that they hold.
 
-    Raises:
-        InputError: for a sigma that is not positive; when called, for a sample without a target.
-
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-        >>> corrupted = corruptions.BlurRegion(8)(model, sample)
-        >>> corrupted.images[0].size == sample.images[0].size
-        True
+        >>> BlurRegion(8)
+        BlurRegion(sigma=8.0, region='target')
     """
 
     def __init__(self, sigma: float | int, region: Where = "target") -> None:
@@ -53,15 +46,10 @@ class BlurRegion(Corruption):
     def _blur(self, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
         reach = int(REACH * self.sigma + 0.5)
         # of a large picture only the part that the result depends on
-        window = tuple(slice(max(0, a - reach), b + reach) for a, b in (_extent(mask.any(1)), _extent(mask.any(0))))
+        window = tuple(slice(max(0, s.start - reach), s.stop + reach) for s in find_objects(mask.astype(int))[0])
         out = pixels.copy()
         out[window] = gaussian_filter(pixels[window], (self.sigma, self.sigma, 0), mode="nearest", truncate=REACH)
         return out
-
-
-def _extent(flags: Any) -> tuple[int, int]:
-    at = np.flatnonzero(flags)
-    return int(at[0]), int(at[-1]) + 1
 
 
 class MeanRegion(Corruption):
@@ -74,17 +62,9 @@ class MeanRegion(Corruption):
         region: The pixels to replace: "target", a region or several, or None for all pictures whole.
         of: "rest" for the mean of the pixels outside the region, "region" for that of those inside.
 
-    Raises:
-        InputError: for an unknown `of`; when called, for a sample without a target.
-
     Examples:
-        >>> from hooked_mllm import HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-        >>> corrupted = corruptions.MeanRegion()(model, sample)
-        >>> box = tuple(int(x) for x in (sample.target.x0, sample.target.y0, sample.target.x1, sample.target.y1))
-        >>> len(corrupted.images[0].crop(box).getcolors())
-        1
+        >>> MeanRegion(of="region")
+        MeanRegion(region='target', of='region')
     """
 
     def __init__(self, region: Where = "target", of: str = "rest") -> None:
@@ -103,3 +83,42 @@ class MeanRegion(Corruption):
     def _fill(self, pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
         source = mask if self.of == "region" or mask.all() else ~mask
         return np.broadcast_to(pixels[source].mean(0), pixels.shape)
+
+
+class ImageNoise(Corruption):
+    """Add Gaussian noise to pixels, each colour by itself; sums are rounded and cut off at 0 and 255.
+
+    Causal tracing adds its noise to embeddings (Meng et al. 2022, arXiv 2202.05262); on pixels it passes through the
+    vision tower as a picture does.
+
+    Args:
+        std: Standard deviation, in pixel values of 0 to 255.
+        region: The pixels to change: None for all pictures whole, "target", or a region or several.
+        seed: Seed of the noise. Samples with other questions or pictures get other noise from one seed.
+
+    Examples:
+        >>> ImageNoise(40, region="target", seed=1)
+        ImageNoise(std=40.0, region='target', seed=1)
+    """
+
+    def __init__(self, std: float | int, region: Where = None, seed: int = 0) -> None:
+        if not (np.isfinite(std) and std > 0):
+            raise InputError(f"std is a positive number of pixel values (0 to 255); got {std!r}.")
+        check_seed(seed)
+        self.std, self.region, self.seed = float(std), check_where(region), seed
+
+    def describe(self) -> dict[str, Any]:
+        """The settings, as values that JSON can hold."""
+        region = describe_where(self.region)
+        return {"corruption": "ImageNoise", "std": self.std, "region": region, "seed": self.seed}
+
+    def changes(self, sample: Sample) -> dict[str, Any]:
+        """The pictures with noise."""
+        rng = drawing(self.seed, sample)
+
+        def add(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+            out = pixels.copy()
+            out[mask] += rng.normal(0, self.std, (int(mask.sum()), 3))
+            return out
+
+        return edited(sample, self.region, add)

@@ -6,16 +6,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
-from hooked_mllm.corruptions.pixels import pictures
+from hooked_mllm.corruptions.base import Corruption, check_seed, described_function, drawing
+from hooked_mllm.corruptions.pixels import pictures, resized
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.layout import Box, Frames
-from hooked_mllm.layout.find import find_item
-from hooked_mllm.layout.items import VisualItem
-from hooked_mllm.layout.pixels import rectangle
+from hooked_mllm.layout.items import VisualItem, find_item
 from hooked_mllm.layout.regions import corners
-from hooked_mllm.layout.shares import frames_within
+from hooked_mllm.layout.shares import frames_within, rectangle
 
 #: rows and columns of a rectangle of pixels
 Rectangle = tuple[slice, slice]
@@ -26,7 +24,7 @@ class SwapRegion(Corruption):
 
     The picture shows the same things at other positions, so only the position of the answer changes. The target of the
     counterpart stays the same region, which now shows the distractor. Boxes of unequal size are resized into one
-    another's, which changes proportions; give boxes of one size to avoid it.
+    another's, which changes proportions.
 
     Args:
         box: The distractor: a Box, maybe of another image; a function of the sample that gives one; or None for a box
@@ -37,17 +35,10 @@ class SwapRegion(Corruption):
     Raises:
         LayoutError: when called: for a target that is no single box, boxes that overlap or lie outside the picture, or
             a picture without room for a second box.
-        InputError: when called: for a sample without a target.
 
     Examples:
-        >>> from hooked_mllm import Box, HookedMLLM, corruptions, toys
-        >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-        >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-        >>> corner = Box(0, 0, 16, 16) if sample.target.y0 >= 16 else Box(0, 80, 16, 96)
-        >>> corrupted = corruptions.SwapRegion(corner)(model, sample)
-        >>> twice = corruptions.SwapRegion(corner)(model, corrupted)
-        >>> twice.images == sample.images
-        True
+        >>> SwapRegion(Box(0, 0, 16, 16))
+        SwapRegion(box='Box(x0=0, y0=0, x1=16, y1=16, image=0)')
     """
 
     def __init__(
@@ -63,8 +54,7 @@ class SwapRegion(Corruption):
         """The settings, as values that JSON can hold."""
         if self.box is None:
             return {"corruption": "SwapRegion", "box": None, "seed": self.seed}
-        named = getattr(self.box, "__qualname__", type(self.box).__name__)
-        return {"corruption": "SwapRegion", "box": f"function {named}" if callable(self.box) else repr(self.box)}
+        return {"corruption": "SwapRegion", "box": str(described_function(self.box))}
 
     def changes(self, sample: Sample) -> dict[str, Any]:
         """The pictures with both boxes swapped."""
@@ -78,19 +68,17 @@ class SwapRegion(Corruption):
         images, frames = [np.array(i) for i in sample.images], [v.frames.copy() for v in sample.videos]
         items = sample.layout.items
         if isinstance(region, Box):
-            number = find_item(items, region.image, None)
-            target = rectangle(items[number], corners(region))
-            box = self._distractor(sample, items[number], target)
-            other_number = find_item(items, box.image, None)
-            distractor = rectangle(items[other_number], corners(box))
-            if other_number == number:
-                _check_apart(items[number], target, distractor)
-            _swap(images[items[number].index], target, images[items[other_number].index], distractor)
+            item, target = _located(items, region)
+            box = self._distractor(sample, item, target)
+            other_item, distractor = _located(items, box)
+            if other_item is item:
+                _check_apart(item, target, distractor)
+            _swap(images[item.index], target, images[other_item.index], distractor)
         else:
             item = items[find_item(items, None, region.video)]
             assert region.box is not None  # checked above
-            target = rectangle(item, corners(region.box))
-            distractor = rectangle(item, corners(self._distractor(sample, item, target)))
+            target = rectangle(item, region.box)
+            distractor = rectangle(item, self._distractor(sample, item, target))
             _check_apart(item, target, distractor)
             for frame in frames_within(item, region):
                 _swap(frames[item.index][frame], target, frames[item.index][frame], distractor)
@@ -116,17 +104,19 @@ def _as_box(box: Any) -> Box:
     return box if isinstance(box, Box) else Box(*corners(box))
 
 
+def _located(items: Sequence[VisualItem], box: Box) -> tuple[VisualItem, Rectangle]:
+    """The image of a box, and its pixels there."""
+    item = items[find_item(items, box.image, None)]
+    return item, rectangle(item, box)
+
+
 def _check_apart(item: VisualItem, target: Rectangle, distractor: Rectangle) -> None:
     if all(a.start < b.stop and b.start < a.stop for a, b in zip(target, distractor, strict=True)):
+        named = [f"rows {y.start}:{y.stop} and columns {x.start}:{x.stop}" for y, x in (target, distractor)]
         raise LayoutError(
-            f"The target and the distractor overlap in {item.name}, so they cannot be exchanged: {_named(target)} "
-            f"against {_named(distractor)}. Give a box clear of the target."
+            f"The target and the distractor overlap in {item.name}, so they cannot be exchanged: {named[0]} against "
+            f"{named[1]}. Give a box clear of the target."
         )
-
-
-def _named(rectangle: Rectangle) -> str:
-    rows, columns = rectangle
-    return f"rows {rows.start}:{rows.stop} and columns {columns.start}:{columns.stop}"
 
 
 def _swap(picture: np.ndarray, target: Rectangle, other: np.ndarray, distractor: Rectangle) -> None:
@@ -136,6 +126,4 @@ def _swap(picture: np.ndarray, target: Rectangle, other: np.ndarray, distractor:
 
 
 def _to_size(pixels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if pixels.shape == shape:
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+    return np.asarray(resized(Image.fromarray(pixels), (shape[1], shape[0])))

@@ -29,20 +29,15 @@ _IMAGE_FOLDERS = ("images", "images/mscoco/images", "../images/mscoco/images", "
 class ReferringExpression:
     """One expression about one box of one photograph, with the arguments of `HookedMLLM.prepare`.
 
+    Sizes are in pixels of the photograph; `id` is "refcocog/<splitBy>/<split>/<sent_id>", the other ids are COCO's.
+
     Attributes:
-        path: The photograph.
         expression: The words of the annotator, as published.
         question: The expression in the reader's question template.
         target: The box, in pixels of the photograph.
-        width: Width of the photograph in pixels.
-        height: Height of the photograph in pixels.
         category: COCO category of the object.
-        split: Split of the reference, e.g. "val".
-        image_id: COCO's id of the photograph.
-        ann_id: COCO's id of the object.
         ref_id: RefCOCOg's id of the reference to the object.
         sent_id: RefCOCOg's id of this expression.
-        id: "refcocog/<splitBy>/<split>/<sent_id>".
     """
 
     path: Path
@@ -61,11 +56,7 @@ class ReferringExpression:
 
     @property
     def images(self) -> list[Image.Image]:
-        """The photograph, decoded to RGB at each access.
-
-        Raises:
-            InputError: the file cannot be decoded, or its size differs from that in the annotations.
-        """
+        """The photograph, decoded to RGB at each access and checked against the size in the annotations."""
         try:
             with Image.open(self.path) as image:
                 picture = image.convert("RGB")
@@ -82,10 +73,8 @@ class ReferringExpression:
 class RefCOCOg(Sequence[ReferringExpression]):
     """The published RefCOCOg files: `instances.json`, `refs(<split_by>).p` and the COCO photographs.
 
-    One record for each expression, in the order of the file. Boxes are matched by `ann_id` and converted from COCO's
-    x, y, width, height to corners. The pickle is read without loading any code. Photographs are looked up by the file
-    name in `instances.json`, below `images/` or in `images`; expressions with a missing photograph are left out,
-    counted in `n_missing`, and reported by one warning.
+    One record for each expression, in the order of the file, with its box as corners. The pickle is read without
+    loading any code. Expressions without their photograph are counted in `n_missing` and reported by one warning.
 
     Args:
         folder: Folder of `instances.json` and `refs(<split_by>).p`.
@@ -94,11 +83,10 @@ class RefCOCOg(Sequence[ReferringExpression]):
         max_samples: Maximum number of expressions.
         seed: Seed of a shuffle before `max_samples` is applied; None keeps the order of the file.
         question: Template with `{expression}`, from which a final period is removed.
-        images: Folder of the photographs, with or without `train2014/` below it.
+        images: Folder of the photographs, with or without `train2014/` below it; by default, `images/` is searched.
 
     Raises:
-        InputError: a file is missing or damaged, the split is unknown, a reference has no annotation, or all
-            photographs are missing.
+        InputError: a file is missing, damaged or of another release, or all photographs are missing.
 
     Examples:
         ```python
@@ -120,17 +108,22 @@ class RefCOCOg(Sequence[ReferringExpression]):
     ) -> None:
         if max_samples is not None and max_samples < 1:
             raise InputError(f"expected max_samples >= 1 or None, got {max_samples}")
-        _check_template(question)
+        try:
+            fields = {name for _, name, _, _ in string.Formatter().parse(question) if name is not None}
+        except ValueError as error:
+            raise InputError(f"the question template {question!r} cannot be parsed: {error}") from error
+        if fields != {"expression"}:
+            raise InputError(f"expected a question template with {{expression}} and no other field, got {question!r}")
         self.folder, self.split_by, self.split, self.question = Path(folder), split_by, split, question
         refs = _read_refs(self.folder, split_by, split)
-        tables = _Tables.read(self.folder / "instances.json")
-        finder = _ImageFinder(self.folder, None if images is None else Path(images))
+        tables = _Tables(self.folder / "instances.json")
+        folders = [self.folder / name for name in _IMAGE_FOLDERS] if images is None else [Path(images)]
         records: list[ReferringExpression] = []
         self.n_missing = 0
         self.missing_images: set[str] = set()
         for ref in refs:
             name = tables.image(ref)["file_name"]
-            path = finder.find(name)
+            path = _find_photograph(folders, name)
             if path is None:
                 self.n_missing += len(ref["sentences"])
                 self.missing_images.add(name)
@@ -139,20 +132,19 @@ class RefCOCOg(Sequence[ReferringExpression]):
         if not records:
             raise InputError(
                 f"none of the {len(self.missing_images)} photographs of {self.folder} exists, e.g. "
-                f"{min(self.missing_images, default='(no reference at all)')}. Looked in {finder.where()}; "
+                f"{min(self.missing_images, default='(no reference at all)')}. "
+                f"Looked in {', '.join(map(str, folders))}; "
                 f"pass images= with the folder that contains train2014/"
             )
         if self.n_missing:
-            warnings.warn(self._report(len(records)), stacklevel=2)
+            warnings.warn(
+                f"{self.n_missing} of {self.n_missing + len(records)} expressions left out: "
+                f"{len(self.missing_images)} photographs are missing, e.g. {min(self.missing_images)}",
+                stacklevel=2,
+            )
         if seed is not None:
             records = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
         self._records = records[:max_samples]
-
-    def _report(self, present: int) -> str:
-        return (
-            f"{self.n_missing} of {self.n_missing + present} expressions left out: "
-            f"{len(self.missing_images)} photographs are missing, e.g. {min(self.missing_images)}"
-        )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -174,27 +166,18 @@ class RefCOCOg(Sequence[ReferringExpression]):
             yield model.prepare(record.question, images=record.images, target=record.target, id=record.id)
 
 
-@dataclass(frozen=True)
 class _Tables:
     """The tables of `instances.json`, by id."""
 
-    file: Path
-    images: dict[int, dict[str, Any]]
-    annotations: dict[int, dict[str, Any]]
-    categories: dict[int, str]
-
-    @classmethod
-    def read(cls, file: Path) -> "_Tables":
+    def __init__(self, file: Path) -> None:
         if not file.is_file():
             raise InputError(f"{file} is missing. A RefCOCOg folder contains instances.json and refs(umd).p")
+        self.file = file
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-            return cls(
-                file,
-                images={i["id"]: i for i in data["images"]},
-                annotations={a["id"]: a for a in data["annotations"]},
-                categories={c["id"]: c["name"] for c in data["categories"]},
-            )
+            self.images = {image["id"]: image for image in data["images"]}
+            self.annotations = {annotation["id"]: annotation for annotation in data["annotations"]}
+            self.categories = {category["id"]: category["name"] for category in data["categories"]}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{file} is not COCO's instances file: expected JSON with images, annotations and categories "
@@ -227,25 +210,12 @@ class _Tables:
         return row
 
 
-class _ImageFinder:
-    """Finds photographs by COCO file name, with or without a folder of their COCO split."""
-
-    def __init__(self, folder: Path, images: Path | None) -> None:
-        self.roots = [images] if images is not None else [folder / name for name in _IMAGE_FOLDERS]
-
-    def find(self, name: str) -> Path | None:
-        """The path of a photograph, or None."""
-        split = re.match(r"COCO_([a-z]+\d{4})_", name)
-        below = (f"{split[1]}/{name}", name) if split else (name,)
-        for root in self.roots:
-            for path in (root / b for b in below):
-                if path.is_file():
-                    return path
-        return None
-
-    def where(self) -> str:
-        """The folders that are searched, for a message."""
-        return ", ".join(str(root) for root in self.roots)
+def _find_photograph(folders: Sequence[Path], name: str) -> Path | None:
+    """The path of a photograph by its COCO file name, with or without a folder of its COCO split."""
+    split = re.match(r"COCO_([a-z]+\d{4})_", name)
+    below = (f"{split[1]}/{name}", name) if split else (name,)
+    paths = (folder / path for folder in folders for path in below)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _read_refs(folder: Path, split_by: str, split: str | None) -> list[dict[str, Any]]:
@@ -296,10 +266,7 @@ def _records(
             width=image["width"],
             height=image["height"],
             category=tables.categories.get(annotation["category_id"], "unknown"),
-            split=ref["split"],
-            image_id=ref["image_id"],
-            ann_id=ref["ann_id"],
-            ref_id=ref["ref_id"],
+            **{name: ref[name] for name in ("split", "image_id", "ann_id", "ref_id")},
             sent_id=sentence["sent_id"],
             id=f"refcocog/{split_by}/{ref['split']}/{sentence['sent_id']}",
         )
@@ -318,12 +285,3 @@ def _corners(annotation: dict[str, Any], image: dict[str, Any]) -> Box:
             f"bbox (x, y, w, h) = {annotation['bbox']}"
         )
     return Box(x0, y0, x1, y1)
-
-
-def _check_template(question: str) -> None:
-    try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(question) if name is not None]
-    except ValueError as error:
-        raise InputError(f"the question template {question!r} cannot be parsed: {error}") from error
-    if set(fields) != {"expression"}:
-        raise InputError(f"expected a question template with {{expression}} and no other field, got {question!r}")

@@ -31,17 +31,7 @@ color:var(--ink);white-space:pre-wrap}
 
 
 def html_block(title: str, *parts: str, note: str = "") -> str:
-    """A titled block of HTML with its style sheet: what `_repr_html_` returns.
-
-    Args:
-        title: One line; it is escaped.
-        parts: HTML, from the other functions of this module.
-        note: A line below the title; it is escaped.
-
-    Examples:
-        >>> html_block("a < b").splitlines()[-1]
-        '<div class="hooked-mllm"><p class="title">a &lt; b</p></div>'
-    """
+    """A titled block of HTML with its style sheet, for `_repr_html_`; `title` and `note` are escaped, `parts` HTML."""
     remark = f"<p>{escape(note)}</p>" if note else ""
     return f'{_STYLE}\n<div class="hooked-mllm"><p class="title">{escape(title)}</p>{remark}{"".join(parts)}</div>'
 
@@ -49,17 +39,9 @@ def html_block(title: str, *parts: str, note: str = "") -> str:
 def html_table(
     cells: Iterable[Sequence[object]], header: Sequence[object] = (), align: str = "", named: bool = False
 ) -> str:
-    """A table; every cell is escaped. Empty text where there are no cells.
+    """A table of escaped cells; empty text where there are none.
 
-    Args:
-        cells: The lines.
-        header: The names of the columns.
-        align: "<" or ">" for each column; left where it ends.
-        named: Whether the first cell of a line is its name.
-
-    Examples:
-        >>> html_table([("L2H4", 0.5)], align="<>")
-        '<table><tbody><tr><td>L2H4</td><td class="r">0.5</td></tr></tbody></table>'
+    `align` has "<" or ">" for each column, "<" where it ends; `named`: the first cell of a line is its name.
     """
     body = "".join(_line(line, align, "th" if named else "td") for line in cells)
     head = f"<thead>{_line(header, align, 'th', 'th')}</thead>" if header and body else ""
@@ -67,11 +49,8 @@ def html_table(
 
 
 def _line(line: Sequence[object], align: str, first: str, rest: str = "td") -> str:
-    sides = align.ljust(len(line), "<")
-    tags = [first, *[rest] * (len(line) - 1)]
-    return "<tr>" + "".join(map(_cell, line, tags, sides)) + "</tr>"
-
-
-def _cell(value: object, tag: str, side: str) -> str:
-    kind = ' class="r"' if side == ">" else ""
-    return f"<{tag}{kind}>{escape(str(value))}</{tag}>"
+    cells, tags = "", [first, *[rest] * (len(line) - 1)]
+    for value, tag, side in zip(line, tags, align.ljust(len(line), "<"), strict=False):
+        kind = ' class="r"' if side == ">" else ""
+        cells += f"<{tag}{kind}>{escape(str(value))}</{tag}>"
+    return f"<tr>{cells}</tr>"

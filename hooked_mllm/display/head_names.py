@@ -7,7 +7,6 @@ from hooked_mllm.errors import HeadError
 
 _NAME = re.compile(r"\s*L(\d+)\s*H(\d+)\s*", re.IGNORECASE)
 _SEPARATOR = re.compile(r"[,;\s]+")
-_LONGEST = 80  # characters of a value in an error message
 
 
 def head_name(layer: int, head: int) -> str:
@@ -31,15 +30,7 @@ def head_names(heads: Iterable[tuple[int, int]]) -> list[str]:
 
 
 def parse_head(text: str) -> tuple[int, int]:
-    """The (layer, head) of a name such as "L20H15".
-
-    Raises:
-        HeadError: if the text is not of that form.
-
-    Examples:
-        >>> parse_head("L20H15")
-        (20, 15)
-    """
+    """The (layer, head) of a name such as "L20H15"."""
     match = _NAME.fullmatch(text)
     if match is None:
         raise HeadError(
@@ -49,23 +40,14 @@ def parse_head(text: str) -> tuple[int, int]:
 
 
 def parse_names(text: str) -> list[tuple[int, int]]:
-    """The heads of a text such as "L20H15, L3H2"; empty text has none.
-
-    Raises:
-        HeadError: for text of another form.
-    """
+    """The heads of a text such as "L20H15, L3H2"; empty text has none."""
     if _NAME.fullmatch(text):
         return [parse_head(text)]
     return [parse_head(name) for name in _SEPARATOR.split(text) if name]
 
 
 def is_heads_text(text: str) -> bool:
-    """Whether a text is the names of one or more heads.
-
-    Examples:
-        >>> is_heads_text("L20H15, L3H2"), is_heads_text("scores.json")
-        (True, False)
-    """
+    """Whether a text is the names of one or more heads."""
     try:
         return len(parse_names(text)) > 0
     except HeadError:
@@ -73,11 +55,6 @@ def is_heads_text(text: str) -> bool:
 
 
 def shortened_repr(value: object) -> str:
-    """The repr of a value, cut after 80 characters, for an error message.
-
-    Examples:
-        >>> shortened_repr("L2H4")
-        "'L2H4'"
-    """
+    """The repr of a value, cut after 80 characters, for an error message."""
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({type(value).__name__})"
+    return text if len(text) <= 80 else f"{text[:80]}... ({type(value).__name__})"

@@ -20,17 +20,7 @@ _STRONGEST = 0.6  # opacity below text, which stays readable in the colour of ei
 def html_heat(
     values: Float[np.ndarray, "row column"], row_names: Sequence[object], column_names: Sequence[object]
 ) -> str:
-    r"""Values as colours: blue above zero, red below, opacity proportional to $|v| / \max|v|$, none where it is NaN.
-
-    Args:
-        values: The values.
-        row_names: A name for each row.
-        column_names: A name for each column.
-
-    Examples:
-        >>> html_heat(np.array([[0.0, 1.0]]), ["L0"], ["H0", "H1"]).count("<td")
-        2
-    """
+    r"""Values as colours: blue above zero, red below, opacity proportional to $|v| / \max|v|$, none where it is NaN."""
     if values.size == 0:
         return ""
     if values.shape[1] <= _MOST_COLUMNS and values.size <= _MOST_CELLS:

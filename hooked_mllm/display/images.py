@@ -9,18 +9,7 @@ from PIL import Image
 
 
 def html_image(image: Image.Image, text: str, style: str = "", kind: str = "PNG") -> str:
-    """An image as part of the page.
-
-    Args:
-        image: The image.
-        text: What is shown where images are not, and under the pointer.
-        style: CSS of it.
-        kind: "PNG" or "JPEG".
-
-    Examples:
-        >>> html_image(Image.new("RGB", (2, 2)), "black").partition(";")[0]
-        '<img alt="black" title="black" src="data:image/png'
-    """
+    """An image (`kind` "PNG" or "JPEG") as part of the page; `text` is its alternative and its tooltip, `style` CSS."""
     file = BytesIO()
     image.save(file, kind, optimize=True)
     data = b64encode(file.getvalue()).decode()
@@ -32,14 +21,7 @@ def html_image(image: Image.Image, text: str, style: str = "", kind: str = "PNG"
 def html_thumbnails(
     images: Sequence[tuple[str, Image.Image]], side: int = 112, most: int = 4, most_bytes: int = 14_000
 ) -> str:
-    """Small copies of images, as many as fit.
-
-    Args:
-        images: Each with its name.
-        side: The longest side in pixels.
-        most: The largest number of images shown.
-        most_bytes: The largest number of bytes of all of them, as HTML.
-    """
+    """At most `most` named images of at most `side` pixels each way, while their HTML fits into `most_bytes`."""
     shown = ""
     for name, image in images[:most]:
         small = image.convert("RGB")

@@ -1,10 +1,7 @@
-"""One reader for every way to specify heads.
-
-It imports no `HeadSet`, so that plots, which lie below the heads, read heads in the same way; `heads.parsing` builds
-the set.
-"""
+"""One reader for every way to specify heads, for plots and `heads.parsing` alike: it imports no `HeadSet`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
@@ -21,14 +18,10 @@ class HeadCollection(Protocol):
     """Pairs (layer, head) of a model of known shape, such as a `HeadSet`."""
 
     @property
-    def n_layers(self) -> int:
-        """Layers of the model."""
-        ...
+    def n_layers(self) -> int: ...  # noqa: D102
 
     @property
-    def n_heads(self) -> int:
-        """Heads per layer."""
-        ...
+    def n_heads(self) -> int: ...  # noqa: D102  # per layer
 
     def __iter__(self) -> Iterator[tuple[int, int]]: ...
 
@@ -42,27 +35,14 @@ else:  # at run time anything, so that another value reaches `read_heads`, whose
 
 
 class HeadPairs(NamedTuple):
-    """Heads as they were read.
-
-    Attributes:
-        pairs: (layer, head) in the order of the input, each once.
-        shape: (layers, heads per layer) of the model; None where neither the caller nor the input states it.
-    """
+    """Heads as they were read: (layer, head) in the order of the input, each once."""
 
     pairs: tuple[tuple[int, int], ...]
-    shape: tuple[int, int] | None
+    shape: tuple[int, int] | None  # (layers, heads per layer); None where neither the caller nor the input states it
 
 
 def read_head(head: object) -> tuple[int, int]:
-    """One head: a name, or a pair of integers.
-
-    Raises:
-        HeadError: for anything else.
-
-    Examples:
-        >>> read_head("L2H4"), read_head([2, 4])
-        ((2, 4), (2, 4))
-    """
+    """One head: a name, or a pair of integers."""
     if isinstance(head, str):
         return parse_head(head)
     pair = head.tolist() if isinstance(head, Tensor | np.ndarray) else head
@@ -72,12 +52,7 @@ def read_head(head: object) -> tuple[int, int]:
 
 
 def whole_number(value: object) -> int | None:
-    """An integer of Python, NumPy or torch as a plain int; None for anything else, booleans included.
-
-    Examples:
-        >>> whole_number(np.int64(4)), whole_number(True), whole_number(4.0)
-        (4, None, None)
-    """
+    """An integer of Python, NumPy or torch as a plain int; None for anything else, booleans included."""
     if type(value) is int:  # the usual case
         return value
     if isinstance(value, Tensor | np.ndarray):
@@ -86,11 +61,7 @@ def whole_number(value: object) -> int | None:
 
 
 def check_in_range(layer: int, head: int, shape: tuple[int, int] | None) -> tuple[int, int]:
-    """The same head, if a model of this shape has it; with an unknown shape, if both numbers are 0 or more.
-
-    Raises:
-        HeadError: if it does not exist.
-    """
+    """The same head, if a model of this shape has it; with an unknown shape, if both numbers are 0 or more."""
     name = head_name(layer, head)
     if layer < 0 or (shape is not None and layer >= shape[0]):
         known = f"are 0 to {shape[0] - 1}" if shape else "count from 0"
@@ -102,49 +73,24 @@ def check_in_range(layer: int, head: int, shape: tuple[int, int] | None) -> tupl
 
 
 def read_heads(heads: HeadsLike, shape: tuple[int, int] | None = None, *, whose: str = "this model") -> HeadPairs:
-    """Read heads that are specified in any of the accepted ways.
+    """Read `HeadsLike`, of a model of `shape` (layers, heads per layer) where it is known.
 
-    - Text: "L2H4" or "L2H4, L3H1".
-    - A pair (2, 4), an integer array `[2]` or `[n, 2]`.
-    - A `HeadSet`, or a mapping of layers to heads such as {2: [4, 5]}.
-    - A boolean mask `[layer head]`: a tensor, an array or nested lists.
-    - An iterable of these.
-
-    Args:
-        heads: The heads; may be empty.
-        shape: (layers, heads per layer) of the model; None if it is not known yet.
-        whose: What has this shape, for error messages.
-
-    Raises:
-        HeadError: for anything else, a head out of range, or heads of a model of another shape.
-
-    Examples:
-        >>> read_heads(["L2H4", (3, 1)]).pairs
-        ((2, 4), (3, 1))
-        >>> read_heads([[False, True], [True, False]])
-        HeadPairs(pairs=((0, 1), (1, 0)), shape=(2, 2))
+    Text, a pair, an integer array `[2]` or `[n, 2]`, a `HeadSet`, a mapping of layers to heads, a boolean mask
+    `[layer head]` (nested lists too), or an iterable of these. `whose` has this shape, for error messages.
     """
-    pairs: list[tuple[int, int]] = []
-    stated: list[tuple[int, int]] = []  # shapes of the sets and masks in the input
-    _read(heads, shape, pairs, stated)
-    known = shape or (stated[0] if stated else None)
-    for other in stated:
+    reader = _Reader(shape)
+    reader.read(heads)
+    known = shape or (reader.stated[0] if reader.stated else None)
+    for other in reader.stated:
         if other != known:
             raise other_shape(other, known, whose if shape else "another set or mask among them")
-    return HeadPairs(tuple(dict.fromkeys(check_in_range(*pair, known) for pair in pairs)), known)
+    return HeadPairs(tuple(dict.fromkeys(check_in_range(*pair, known) for pair in reader.pairs)), known)
 
 
 def other_shape(
     own: tuple[int, int], expected: tuple[int, int] | None, whose: str = "this model", hint: str = ""
 ) -> HeadError:
-    """The error for heads of a model of another shape.
-
-    Args:
-        own: (layers, heads) of the heads.
-        expected: The shape that they must have.
-        whose: What has the expected shape.
-        hint: What to do instead.
-    """
+    """The error for heads of a model of `own` shape (layers, heads) where `whose` has the `expected` one."""
     sizes = [f"{layers} x {heads}" for layers, heads in (own, expected or own)]
     text = f"These heads belong to a model of {sizes[0]} (layers x heads); {whose} has {sizes[1]}."
     return HeadError(f"{text} {hint}".rstrip())
@@ -158,77 +104,68 @@ def not_heads(value: object) -> HeadError:
     )
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------
+@dataclass
+class _Reader:
+    """Reads one value after the other; `stated` are the shapes of the sets and masks among them."""
 
+    shape: tuple[int, int] | None
+    pairs: list[tuple[int, int]] = field(default_factory=list)
+    stated: list[tuple[int, int]] = field(default_factory=list)
 
-def _read(
-    value: Any, shape: tuple[int, int] | None, pairs: list[tuple[int, int]], stated: list[tuple[int, int]]
-) -> None:
-    if isinstance(value, str):
-        pairs += parse_names(value)
-    elif isinstance(value, Tensor | np.ndarray):
-        _read_array(value, shape, pairs, stated)
-    elif isinstance(value, Mapping):
-        for layer, inside in value.items():
-            several = isinstance(inside, Iterable) and not isinstance(inside, str)
-            pairs += [_pair((layer, head)) for head in (inside if several else [inside])]
-    elif isinstance(value, HeadCollection):
-        pairs += value
-        stated.append((int(value.n_layers), int(value.n_heads)))
-    elif isinstance(value, tuple) and _is_pair(value):
-        pairs.append(_pair(value))
-    elif isinstance(value, Iterable):
-        _read_items([*value], value, shape, pairs, stated)
-    else:
-        raise not_heads(value)
-
-
-def _read_items(
-    items: list[Any],
-    whole: object,
-    shape: tuple[int, int] | None,
-    pairs: list[tuple[int, int]],
-    stated: list[tuple[int, int]],
-) -> None:
-    if items and all(_is_flags(item) for item in items):
-        mask = [[bool(flag) for flag in row] for row in items]
-        if len({len(row) for row in mask}) > 1:
-            raise not_heads(whole)
-        _read_array(np.array(mask), shape, pairs, stated)
-        return
-    if items and shape in (None, (len(items), 2)) and all(isinstance(i, list) and _is_pair(i, (0, 1)) for i in items):
-        raise HeadError(
-            f"{_shown(whole)} may be pairs (layer, head) or a mask of 0 and 1: write pairs as tuples, such as (0, 1), "
-            "or a mask with True and False."
-        )
-    for item in items:
-        if isinstance(item, tuple | list) and _is_pair(item):
-            pairs.append(_pair(item))
-        elif isinstance(item, Iterable):
-            _read(item, shape, pairs, stated)
+    def read(self, value: Any) -> None:
+        if isinstance(value, str):
+            self.pairs += parse_names(value)
+        elif isinstance(value, Tensor | np.ndarray):
+            self.read_array(value)
+        elif isinstance(value, Mapping):
+            for layer, inside in value.items():
+                several = isinstance(inside, Iterable) and not isinstance(inside, str)
+                self.pairs += [_pair((layer, head)) for head in (inside if several else [inside])]
+        elif isinstance(value, HeadCollection):
+            self.pairs += value
+            self.stated.append((int(value.n_layers), int(value.n_heads)))
+        elif isinstance(value, tuple) and _is_pair(value):
+            self.pairs.append(_pair(value))
+        elif isinstance(value, Iterable):
+            self.read_items([*value], value)
         else:
-            raise not_heads(whole if isinstance(whole, tuple) else item)
+            raise not_heads(value)
 
+    def read_items(self, items: list[Any], whole: object) -> None:
+        if items and all(_is_flags(item) for item in items):
+            mask = [[bool(flag) for flag in row] for row in items]
+            if len({len(row) for row in mask}) > 1:
+                raise not_heads(whole)
+            self.read_array(np.array(mask))
+            return
+        pairs_or_mask = all(isinstance(item, list) and _is_pair(item, (0, 1)) for item in items)
+        if items and self.shape in (None, (len(items), 2)) and pairs_or_mask:
+            raise HeadError(
+                f"{_shown(whole)} may be pairs (layer, head) or a mask of 0 and 1: write pairs as tuples, such as "
+                "(0, 1), or a mask with True and False."
+            )
+        for item in items:
+            if isinstance(item, tuple | list) and _is_pair(item):
+                self.pairs.append(_pair(item))
+            elif isinstance(item, Iterable):
+                self.read(item)
+            else:
+                raise not_heads(whole if isinstance(whole, tuple) else item)
 
-def _read_array(
-    array: Tensor | np.ndarray,
-    shape: tuple[int, int] | None,
-    pairs: list[tuple[int, int]],
-    stated: list[tuple[int, int]],
-) -> None:
-    kind, size = _dtype_kind(array), tuple(array.shape)
-    if kind == "b" and len(size) == 2:
-        stated.append((size[0], size[1]))
-        layers, heads = torch.as_tensor(array).nonzero(as_tuple=True)
-        pairs += zip(layers.tolist(), heads.tolist(), strict=True)
-    elif kind == "i" and size[-1:] == (2,) and len(size) <= 2:
-        pairs += [_pair(pair) for pair in array.reshape(-1, 2).tolist()]
-    elif 0 in size and kind != "b":
-        return
-    elif kind == "O":
-        _read_items(array.tolist(), array, shape, pairs, stated)
-    else:
-        raise not_heads(array)
+    def read_array(self, array: Tensor | np.ndarray) -> None:
+        kind, size = _dtype_kind(array), tuple(array.shape)
+        if kind == "b" and len(size) == 2:  # [layer head]
+            self.stated.append((size[0], size[1]))
+            layers, heads = torch.as_tensor(array).nonzero(as_tuple=True)
+            self.pairs += zip(layers.tolist(), heads.tolist(), strict=True)
+        elif kind == "i" and size[-1:] == (2,) and len(size) <= 2:
+            self.pairs += [_pair(pair) for pair in array.reshape(-1, 2).tolist()]
+        elif 0 in size and kind != "b":
+            return
+        elif kind == "O":
+            self.read_items(array.tolist(), array)
+        else:
+            raise not_heads(array)
 
 
 def _pair(value: Sequence[Any]) -> tuple[int, int]:

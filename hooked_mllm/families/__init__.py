@@ -10,16 +10,3 @@ from hooked_mllm.families.qwen3_vl import Qwen3VL as Qwen3VL
 from hooked_mllm.families.registry import FAMILIES as FAMILIES
 from hooked_mllm.families.registry import family_of as family_of
 from hooked_mllm.families.registry import register as register
-
-__all__ = [
-    "FAMILIES",
-    "BlockParts",
-    "Family",
-    "InternVL",
-    "LlavaOnevision",
-    "Qwen3VL",
-    "TowerParts",
-    "TowerSizes",
-    "family_of",
-    "register",
-]

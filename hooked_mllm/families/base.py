@@ -1,4 +1,4 @@
-"""Family: what one model family must state. A family's file finds all that it needs here and in `geometry`."""
+"""Family: what a model family must state. Its file finds what it needs here and in `parts`, `counts` and `geometry`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,11 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hooked_mllm.errors import UnsupportedModelError
 from hooked_mllm.families.counts import Rows as Rows
-from hooked_mllm.families.counts import counts_of as counts_of
-from hooked_mllm.families.counts import depth_of_states as depth_of_states
-from hooked_mllm.families.counts import placeholder_count as placeholder_count
-from hooked_mllm.families.counts import share_out as share_out
-from hooked_mllm.families.parts import QWEN_DECODER as QWEN_DECODER
 from hooked_mllm.families.parts import BlockParts as BlockParts
 from hooked_mllm.families.parts import TowerParts as TowerParts
 from hooked_mllm.families.parts import TowerSizes as TowerSizes
@@ -41,8 +36,7 @@ class Family(ABC):
     #: the module whose output is `vision.hook_patch_embed`
     patch_embed: str
     projector: str
-    #: keyword arguments of the language model that hold the features which DeepStack adds after its first blocks, one
-    #: tensor a block, and the mask of visual positions
+    #: keyword arguments of the language model with the features of DeepStack, and with the mask of visual positions
     deepstack_arguments: tuple[str, str] | None = None
 
     @property
@@ -71,11 +65,7 @@ class Family(ABC):
     def vision_sizes(self, model: PreTrainedModel) -> TowerSizes:
         """Heads and widths of the vision tower, from the attention output projection of its first block.
 
-        Configurations do not agree on a name: `hidden_size` is the width of most towers, and the width after the
-        projector in Qwen2-VL, whose tower has `embed_dim`.
-
-        Raises:
-            UnsupportedModelError: If the projection does not state its sizes.
+        Configurations do not agree on a name: Qwen2-VL's `hidden_size` is the width after the projector.
         """
         n_heads = self.vision_heads(model.config)
         block = self.vision.modules(model)[0]
@@ -92,14 +82,7 @@ class Family(ABC):
         return 0
 
     def deepstack_of(self, arguments: Mapping[str, Any]) -> tuple[list[Tensor], Tensor | None]:
-        """Features of DeepStack and mask of visual positions, from keyword arguments of the language model.
-
-        Args:
-            arguments: The keyword arguments of one call.
-
-        Returns:
-            Features `[visual d_model]` of each block, an empty list where there are none; the mask `[batch pos]`.
-        """
+        """Features `[visual d_model]` of DeepStack, of each block, and mask `[batch pos]`, from keyword arguments."""
         if self.deepstack_arguments is None:
             return [], None
         features, mask = (arguments.get(name) for name in self.deepstack_arguments)
@@ -153,10 +136,9 @@ class Family(ABC):
 
     @abstractmethod
     def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
-        """The rows of the vision tower's activations that belong to each sample of a batch.
+        """The rows of the vision tower's activations that belong to each sample of a batch, images before videos.
 
-        Rows are positions where the tower is packed, tiles or frames where it is not; images come before videos, in the
-        order in which the tower is called.
+        Rows are positions where the tower is packed, tiles or frames where it is not.
         """
 
     # -- pixels to tokens ----------------------------------------------------------------------------------------------
@@ -168,11 +150,7 @@ class Family(ABC):
         """The pixels of every visual token of one sample, one `VisualItem` per image or video in prompt order."""
 
     def vision_patches(self, item: VisualItem, config: Any) -> Patches:
-        """The pixels of every position of the vision tower, for one image or video, in the order of the tower.
-
-        Raises:
-            UnsupportedModelError: If a family does not define it.
-        """
+        """The pixels of every position of the vision tower, for one image or video, in the order of the tower."""
         raise UnsupportedModelError(
             f"The family {self.name!r} does not say which pixels a patch of its tower sees: override `vision_patches`."
         )

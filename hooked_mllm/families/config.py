@@ -10,34 +10,19 @@ from hooked_mllm.families.parts import projection_sizes
 
 @dataclass(frozen=True)
 class HookedConfig:
-    """Sizes of a model, in TransformerLens's names; those of the vision tower begin with `vision_`.
+    """Sizes of a model, in TransformerLens's names; those of the vision tower begin with `vision_`."""
 
-    Attributes:
-        model_class: The transformers class.
-        family: The family's name.
-        n_layers: Blocks of the language model.
-        n_heads: Query heads of a block.
-        n_key_value_heads: Key and value heads of a block.
-        d_model: Width of the residual stream.
-        d_head: Width of a head.
-        d_mlp: Width of the MLP's hidden layer.
-        d_vocab: Size of the vocabulary (rows of the unembedding).
-        n_deepstack: Blocks after which visual features are added.
-        vision_n_layers: Blocks of the vision tower on the way to the language model.
-        vision_n_heads, vision_d_model, vision_d_head: The same of the vision tower.
-    """
-
-    model_class: str
+    model_class: str  # the transformers class
     family: str
     n_layers: int
-    n_heads: int
+    n_heads: int  # query heads of a block
     n_key_value_heads: int
     d_model: int
     d_head: int
     d_mlp: int
-    d_vocab: int
-    n_deepstack: int
-    vision_n_layers: int
+    d_vocab: int  # rows of the unembedding
+    n_deepstack: int  # blocks after which visual features are added
+    vision_n_layers: int  # blocks on the way to the language model
     vision_n_heads: int
     vision_d_model: int
     vision_d_head: int

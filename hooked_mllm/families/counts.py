@@ -15,18 +15,7 @@ Rows = list[tuple[int, int]]
 def share_out(sizes: Sequence[int], units: Sequence[int], token_counts: Sequence[int], start: int = 0) -> list[Rows]:
     """Assign consecutive images to samples, until each sample has as many tokens as its prompt has placeholders.
 
-    Args:
-        sizes: Rows of each image.
-        units: Tokens of each image.
-        token_counts: Placeholder tokens of each sample.
-        start: The row at which the first image starts.
-
-    Raises:
-        InputError: If images and placeholders do not match.
-
-    Examples:
-        >>> share_out([4, 4, 8], [1, 1, 2], [2, 2])
-        [[(0, 8)], [(8, 16)]]
+    `sizes` are rows of each image, `units` its tokens; the first image starts at the row `start`.
     """
     image, out = 0, []
     for count in token_counts:
@@ -43,12 +32,7 @@ def share_out(sizes: Sequence[int], units: Sequence[int], token_counts: Sequence
 
 
 def depth_of_states(layers: int | Sequence[int], n_blocks: int) -> int:
-    """Number of blocks that compute `hidden_states[layer]` of a tower, of one layer or of the last of several.
-
-    Examples:
-        >>> depth_of_states(-2, n_blocks=24), depth_of_states([3, -1], n_blocks=24)
-        (23, 24)
-    """
+    """Number of blocks that compute `hidden_states[layer]` of a tower, of one layer or of the last of several."""
     indices = [layers] if isinstance(layers, int) else list(layers)
     return max(i + n_blocks + 1 if i < 0 else i for i in indices)
 

@@ -1,6 +1,7 @@
 """Geometry that families share on the way from pixels to tokens: grids of boxes, frames, and prompt order."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,11 @@ def grid_boxes(x: Float[np.ndarray, "col 2"], y: Float[np.ndarray, "row 2"]) -> 
     """Boxes x0, y0, x1, y1 of a grid, row by row."""
     x_cells, y_cells = np.tile(x, (len(y), 1)), np.repeat(y, len(x), axis=0)  # [token 2] each
     return np.stack([x_cells[:, 0], y_cells[:, 0], x_cells[:, 1], y_cells[:, 1]], -1)
+
+
+def square_boxes(n: int, size: float | int, shown: float | int, width: float | int, height: float | int) -> Boxes:
+    """Boxes of n x n patches of `size` pixels in a square of `shown` pixels, to which a picture was resized."""
+    return grid_boxes(patch_cells(n, size, shown, width), patch_cells(n, size, shown, height))
 
 
 def split_boxes(boxes: Float[np.ndarray, "*token 4"], n: int) -> Float[np.ndarray, "*token {n} {n} 4"]:
@@ -94,17 +100,7 @@ def split_media(media: Media) -> tuple[list[ImageMedia], list[VideoMedia]]:
 
 
 def check_rows(inputs: dict[str, Tensor], name: str, n: int, what: str) -> list[list[int]]:
-    """The entries of an input that has one for each image or video, as lists; empty if it is absent.
-
-    Args:
-        inputs: The model inputs.
-        name: The name of the input.
-        n: The number of images or videos of the prompt.
-        what: "images" or "videos", for the error message.
-
-    Raises:
-        LayoutError: If the number of entries is not `n`.
-    """
+    """The `n` entries of an input, one for each image or video of the prompt, as lists; empty if it is absent."""
     entries: list[list[int]] = torch.as_tensor(inputs[name]).tolist() if inputs.get(name) is not None else []
     if len(entries) != n:
         raise LayoutError(
@@ -118,15 +114,6 @@ def in_prompt_order(items: Sequence[VisualItem], ids: Tensor, image_id: int, vid
     """The items in the order of their first tokens, where images and videos have different placeholders.
 
     A chat template may put all images before all videos, so the order of the input is not that of the prompt.
-
-    Args:
-        items: Images and videos, each in prompt order.
-        ids: The token ids of the prompt.
-        image_id: The placeholder of images.
-        video_id: The placeholder of videos.
-
-    Raises:
-        LayoutError: If the numbers of placeholders and of tokens differ.
     """
     ids, starts = ids.reshape(-1), {}
     for kind, token in (("image", image_id), ("video", video_id)):
@@ -139,19 +126,13 @@ def in_prompt_order(items: Sequence[VisualItem], ids: Tensor, image_id: int, vid
                 f"The prompt holds {len(positions)} {kind} placeholder tokens, but its {kind}s give {n_tokens} tokens "
                 f"({each}). Pass the inputs that the processor returned for these {kind}s."
             )
-        token_index = 0
-        for item in of_kind:
-            starts[item.name] = positions[token_index]
-            token_index += len(item)
+        offsets = accumulate(map(len, of_kind), initial=0)
+        starts |= {item.name: positions[offset] for item, offset in zip(of_kind, offsets, strict=False)}
     return sorted(items, key=lambda item: starts[item.name])
 
 
 def square_side(size: Any, what: str) -> int:
-    """The side of the square that a processor's `size` setting describes, in pixels.
-
-    Raises:
-        LayoutError: If it is no square.
-    """
+    """The side of the square that a processor's `size` setting describes, in pixels."""
     get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
     height, width, edge = get("height"), get("width"), get("shortest_edge")
     if height and height == width:

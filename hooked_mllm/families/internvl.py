@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -13,26 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from hooked_mllm.errors import LayoutError
-from hooked_mllm.families.base import (
-    QWEN_DECODER,
-    BlockParts,
-    Family,
-    Rows,
-    TowerParts,
-    counts_of,
-    depth_of_states,
-    share_out,
-)
-from hooked_mllm.families.geometry import (
-    frame_ranges,
-    grid_boxes,
-    image_item,
-    patch_cells,
-    split_boxes,
-    split_media,
-    square_side,
-    video_item,
-)
+from hooked_mllm.families import counts, geometry
+from hooked_mllm.families.base import Family, Rows
+from hooked_mllm.families.parts import QWEN_DECODER, BlockParts, TowerParts
 from hooked_mllm.layout.items import ImageMedia, Media, Patches, View, VisualItem
 
 
@@ -71,7 +55,7 @@ class InternVL(Family):
         return config.vision_config.num_attention_heads
 
     def vision_depth(self, model: PreTrainedModel) -> int:
-        return depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
+        return counts.depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
 
     def vision_out_module(self) -> tuple[str, Literal["input", "output"]]:
         return self.vision.root, "output"
@@ -95,8 +79,8 @@ class InternVL(Family):
 
     def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
         tiles = 0 if inputs.get("pixel_values") is None else len(inputs["pixel_values"])
-        per_tile = config.image_seq_length
-        return share_out([1] * tiles, [per_tile] * tiles, counts_of(inputs["input_ids"], config.image_token_id))
+        placeholders = counts.counts_of(inputs["input_ids"], config.image_token_id)
+        return counts.share_out([1] * tiles, [config.image_seq_length] * tiles, placeholders)
 
     def visual_items(
         self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
@@ -105,41 +89,44 @@ class InternVL(Family):
         patch = patch if isinstance(patch, int) else patch[0]
         cell = patch / model_config.downsample_ratio  # width and height of one token in pixels of its tile
         lengths = _run_lengths(inputs["input_ids"], model_config.image_token_id)
-        images, videos = split_media(media)
+        images, videos = geometry.split_media(media)
         n_runs = len(images) + sum(m.n_frames for m in videos)
         if len(lengths) != n_runs:
             raise LayoutError(
                 f"The prompt holds {len(lengths)} runs of placeholder tokens, but {len(images)} images and "
                 f"{n_runs - len(images)} frames of {len(videos)} videos need {n_runs}."
             )
-        items, run, index = [], 0, {"image": 0, "video": 0}
+        items, runs, index = [], iter(lengths), {"image": 0, "video": 0}
         for m in media:
             kind = "image" if isinstance(m, ImageMedia) else "video"
-            part = "image_processor" if kind == "image" else "video_processor"
-            side = _tile_side(model_config, processor, part)
+            i, side = index[kind], _tile_side(model_config, processor, f"{kind}_processor")
             n = int(side // patch * model_config.downsample_ratio)
-            if isinstance(m, ImageMedia):
-                tiles = _whole_tiles(lengths[run], n, f"Image {index[kind]}")
-                items.append(image_item(index[kind], m, _views(m, tiles, n, cell, side, processor, index[kind])))
-                run += 1
-            else:
-                for length in lengths[run : run + m.n_frames]:
-                    if length != n * n:
-                        raise LayoutError(
-                            f"A frame of video {index[kind]} has {length} tokens in the prompt; expected {n * n}, one "
-                            f"tile of {side} x {side} pixels. Prepare the sample again with this processor."
-                        )
-                boxes = grid_boxes(patch_cells(n, cell, side, m.width), patch_cells(n, cell, side, m.height))
-                items.append(video_item(index[kind], m, boxes, frame_ranges(m.n_frames)))
-                run += m.n_frames
             index[kind] += 1
+            if isinstance(m, ImageMedia):
+                length = next(runs)
+                tiles, remainder = divmod(length, n * n)
+                if remainder:
+                    raise LayoutError(
+                        f"Image {i} has {length} tokens in the prompt, which is no multiple of the {n * n} of one "
+                        "tile. Prepare the sample again with the processor of this checkpoint."
+                    )
+                items.append(geometry.image_item(i, m, _views(m, tiles, n, cell, side, processor, i)))
+                continue
+            for length in islice(runs, m.n_frames):
+                if length != n * n:
+                    raise LayoutError(
+                        f"A frame of video {i} has {length} tokens in the prompt; expected {n * n}, one tile of {side} "
+                        f"x {side} pixels. Prepare the sample again with this processor."
+                    )
+            boxes = geometry.square_boxes(n, cell, side, m.width, m.height)
+            items.append(geometry.video_item(i, m, boxes, geometry.frame_ranges(m.n_frames)))
         return items
 
     def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
         # the last tile of an image is its thumbnail, or the only one; the tiles of a video are its frames
         per_tile = len(item) // item.n_frames if item.n_frames else int((item.views == item.views[-1]).sum())
         n, join = math.isqrt(per_tile), round(1 / config.downsample_ratio)
-        cells = split_boxes(item.boxes.reshape(-1, n, n, 4), join)  # [tile row col row-in-token col-in-token 4]
+        cells = geometry.split_boxes(item.boxes.reshape(-1, n, n, 4), join)  # [tile row col row_in col_in 4]
         patches = rearrange(cells, "tile row col row_in col_in box -> tile (row row_in col col_in) box")
         cls = np.full((len(cells), 1, 4), np.nan)
         return Patches(np.concatenate([cls, patches], 1), item.frames[::per_tile], item.views[::per_tile])
@@ -149,7 +136,7 @@ def _views(
     media: ImageMedia, tiles: int, n: int, cell: float | int, side: int, processor: object, index: int
 ) -> list[tuple[View, Float[np.ndarray, "_ 4"]]]:
     """The tiles of an image row by row, then its thumbnail; a single tile is the whole image."""
-    whole = grid_boxes(patch_cells(n, cell, side, media.width), patch_cells(n, cell, side, media.height))
+    whole = geometry.square_boxes(n, cell, side, media.width, media.height)
     if tiles == 1:
         return [(View.WHOLE, whole)]
     settings = getattr(processor, "image_processor", None)
@@ -163,18 +150,9 @@ def _views(
         )
     # the picture is stretched over all tiles: each shows an equal part of it
     width, height = media.width / cols, media.height / rows
-    tile = grid_boxes(patch_cells(n, cell, side, width), patch_cells(n, cell, side, height))
+    tile = geometry.square_boxes(n, cell, side, width, height)
     corner = [(c * width, r * height) for r in range(rows) for c in range(cols)]
     return [*((View.TILE, tile + np.array([x, y, x, y])) for x, y in corner), (View.THUMBNAIL, whole)]
-
-
-def _whole_tiles(length: int, n: int, what: str) -> int:
-    if length % (n * n):
-        raise LayoutError(
-            f"{what} has {length} tokens in the prompt, which is no multiple of the {n * n} of one tile. "
-            "Prepare the sample again with the processor of this checkpoint."
-        )
-    return length // (n * n)
 
 
 def _run_lengths(input_ids: Int[Tensor, "..."], token: int) -> list[int]:
@@ -188,6 +166,6 @@ def _tile_side(config: PreTrainedConfig, processor: object, part: str) -> int:
     """Width and height of a tile in pixels: the processor's setting, or else the tower's."""
     size = getattr(getattr(processor, part, None), "size", None)
     if size is not None:
-        return square_side(size, f"{part} of InternVL")
+        return geometry.square_side(size, f"{part} of InternVL")
     side = config.vision_config.image_size
     return side if isinstance(side, int) else side[0]

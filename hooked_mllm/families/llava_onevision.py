@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -13,31 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.families.base import (
-    QWEN_DECODER,
-    BlockParts,
-    Family,
-    Rows,
-    TowerParts,
-    counts_of,
-    depth_of_states,
-    share_out,
-)
-from hooked_mllm.families.geometry import (
-    Boxes,
-    Cells,
-    check_rows,
-    even_cells,
-    frame_ranges,
-    grid_boxes,
-    image_item,
-    in_prompt_order,
-    inside,
-    no_box,
-    patch_cells,
-    split_media,
-    video_item,
-)
+from hooked_mllm.families import counts, geometry
+from hooked_mllm.families.base import Family, Rows
+from hooked_mllm.families.geometry import Boxes, Cells
+from hooked_mllm.families.parts import QWEN_DECODER, BlockParts, TowerParts
 from hooked_mllm.layout.items import ImageMedia, Media, Patches, VideoMedia, View, VisualItem
 
 
@@ -78,7 +56,7 @@ class LlavaOnevision(Family):
         return value.transpose(1, 2).reshape(output.shape)  # [batch patch d_model] -> [batch d_model row col]
 
     def vision_depth(self, model: PreTrainedModel) -> int:
-        return depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
+        return counts.depth_of_states(model.config.vision_feature_layer, super().vision_depth(model))
 
     def vision_out_module(self) -> tuple[str, Literal["input", "output"]]:
         # the model selects hidden_states[vision_feature_layer], without CLS if configured so, as the projector's input
@@ -101,13 +79,13 @@ class LlavaOnevision(Family):
                 image_size_to_num_patches(size, config.image_grid_pinpoints, side) if tiled else 1
                 for size, tiled in zip(sizes, is_tiled, strict=True)
             ]
-            out = share_out(tiles, [1] * len(tiles), image_counts)
+            out = counts.share_out(tiles, [1] * len(tiles), image_counts)
             start = sum(tiles)
         if inputs.get("pixel_values_videos") is not None:
             videos, frames = inputs["pixel_values_videos"].shape[:2]
-            placeholders = counts_of(tokens, config.video_token_id)
+            placeholders = counts.counts_of(tokens, config.video_token_id)
             each = sum(placeholders) // videos
-            ranges = share_out([frames] * videos, [each] * videos, placeholders, start)
+            ranges = counts.share_out([frames] * videos, [each] * videos, placeholders, start)
             out = [a + b for a, b in zip(out, ranges, strict=True)]
         return out
 
@@ -116,12 +94,12 @@ class LlavaOnevision(Family):
     ) -> list[VisualItem]:
         vision = model_config.vision_config
         side, patch = vision.image_size, vision.patch_size
-        images, videos = split_media(media)
-        sizes = check_rows(inputs, "image_sizes", len(images), "images")
-        counts = inputs.get("batch_num_images")
+        images, videos = geometry.split_media(media)
+        sizes = geometry.check_rows(inputs, "image_sizes", len(images), "images")
+        per_prompt = inputs.get("batch_num_images")
         # as in the model: a single image of a sample is tiled, one of several is padded to a square
-        counts = [1] * len(images) if counts is None else torch.as_tensor(counts).reshape(-1).tolist()
-        tiled = [n == 1 for n in counts for _ in range(n)]
+        image_counts = [1] * len(images) if per_prompt is None else torch.as_tensor(per_prompt).reshape(-1).tolist()
+        tiled = [n == 1 for n in image_counts for _ in range(n)]
         items = []
         for i, (m, (height, width)) in enumerate(zip(images, sizes, strict=True)):
             if (m.height, m.width) != (height, width):
@@ -133,7 +111,7 @@ class LlavaOnevision(Family):
                 parts = [(View.BASE, _whole(m, side, patch)), (View.HIGHRES, _highres(m, model_config))]
             else:
                 parts = [(View.WHOLE, _padded_square(m, side, patch)), (View.NONE, np.full((1, 4), np.nan))]
-            items.append(image_item(i, m, parts))
+            items.append(geometry.image_item(i, m, parts))
         pixels = inputs.get("pixel_values_videos")
         for i, m in enumerate(videos):
             if pixels is None or len(pixels) != len(videos) or pixels.shape[1] != m.n_frames:
@@ -143,17 +121,18 @@ class LlavaOnevision(Family):
                     f"frames of video {i}; got {shape}. The processor must not sample the frames again "
                     "(do_sample_frames=False)."
                 )
-            items.append(video_item(i, m, _pooled(m, side, patch), frame_ranges(m.n_frames), newlines=1))
-        return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
+            frames = geometry.frame_ranges(m.n_frames)
+            items.append(geometry.video_item(i, m, _pooled(m, side, patch), frames, newlines=1))
+        return geometry.in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
 
     def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
         side, patch = config.vision_config.image_size, config.vision_config.patch_size
         if item.kind == "video":
-            frames = frame_ranges(item.n_frames)
+            frames = geometry.frame_ranges(item.n_frames)
             boxes, views = np.stack([_whole(item, side, patch)] * len(frames)), [View.FRAME] * len(frames)
             return Patches(boxes, frames, np.array(views, np.int8))
         if not (item.views == View.BASE).any():
-            boxes, views = [no_box(_padded_square(item, side, patch))], [View.WHOLE]
+            boxes, views = [geometry.no_box(_padded_square(item, side, patch))], [View.WHOLE]
         else:
             tiles = _tiles(item, config)
             boxes, views = [_whole(item, side, patch), *tiles], [View.BASE] + [View.HIGHRES] * len(tiles)
@@ -166,71 +145,60 @@ Sized = ImageMedia | VideoMedia | VisualItem
 
 def _whole(media: Sized, side: int, patch: int) -> Boxes:
     """The patches, row by row, of the picture resized to a square of `side` pixels without keeping its aspect."""
-    n = side // patch
-    return grid_boxes(patch_cells(n, patch, side, media.width), patch_cells(n, patch, side, media.height))
+    return geometry.square_boxes(side // patch, patch, side, media.width, media.height)
 
 
 def _pooled(media: VideoMedia, side: int, patch: int) -> Boxes:
     """As `_whole`, with the n x n grid resampled to ceil(n / 2) each way: each token covers an equal part of it."""
     n = side // patch
     half = math.ceil(n / 2)
-    size = n * patch / half
-    return grid_boxes(patch_cells(half, size, side, media.width), patch_cells(half, size, side, media.height))
+    return geometry.square_boxes(half, n * patch / half, side, media.width, media.height)
 
 
 def _padded_square(media: Sized, side: int, patch: int) -> Boxes:
     """The patches of the picture centred in a square of its longer edge, which is resized to `side` pixels."""
     n, square = side // patch, max(media.width, media.height)
     x, y = (
-        inside(patch_cells(n, patch, side, square) - (square - length) // 2, length)
+        geometry.inside(geometry.patch_cells(n, patch, side, square) - (square - length) // 2, length)
         for length in (media.width, media.height)
     )
-    return grid_boxes(x, y)
+    return geometry.grid_boxes(x, y)
 
 
-@dataclass(frozen=True)
-class _Canvas:
-    """The rectangle of tiles into which a picture is resized: its size and that of the resized picture, in pixels."""
+def _canvas(media: Sized, config: PreTrainedConfig) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """For x and for y: pixels of the rectangle of tiles, of the picture resized into it, and of the picture.
 
-    width: int
-    height: int
-    shown_w: int
-    shown_h: int
-
-    @classmethod
-    def of(cls, media: Sized, config: PreTrainedConfig) -> "_Canvas":
-        # the picture keeps its aspect and is centred: one axis fills the canvas, the other is padded
-        height, width = select_best_resolution((media.height, media.width), config.image_grid_pinpoints)
-        scale_w, scale_h = width / media.width, height / media.height
-        shown_w = width if scale_w < scale_h else min(math.ceil(media.width * scale_h), width)
-        shown_h = min(math.ceil(media.height * scale_w), height) if scale_w < scale_h else height
-        return cls(width, height, shown_w, shown_h)
+    The picture keeps its aspect and is centred: one axis fills the canvas, the other is padded.
+    """
+    height, width = select_best_resolution((media.height, media.width), config.image_grid_pinpoints)
+    scale_w, scale_h = width / media.width, height / media.height
+    shown_w = width if scale_w < scale_h else min(math.ceil(media.width * scale_h), width)
+    shown_h = min(math.ceil(media.height * scale_w), height) if scale_w < scale_h else height
+    return (width, shown_w, media.width), (height, shown_h, media.height)
 
 
 def _on_picture(cells: Cells, canvas: int, shown: int, length: int) -> Cells:
     """Cells in pixels of the original, clipped at its edges, from cells in pixels of the canvas."""
-    return inside((cells - (canvas - shown) // 2) * (length / shown), length)
+    return geometry.inside((cells - (canvas - shown) // 2) * (length / shown), length)
 
 
 def _tiles(media: Sized, config: PreTrainedConfig) -> list[Boxes]:
     """The patches of every tile; tiles and patches are in row-major order."""
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    canvas, n = _Canvas.of(media, config), side // patch
+    n = side // patch
     x, y = (
-        [_on_picture(t * side + even_cells(n, n * patch), whole, shown, length) for t in range(whole // side)]
-        for whole, shown, length in (
-            (canvas.width, canvas.shown_w, media.width),
-            (canvas.height, canvas.shown_h, media.height),
-        )
+        [_on_picture(t * side + geometry.even_cells(n, n * patch), *axis) for t in range(axis[0] // side)]
+        for axis in _canvas(media, config)
     )
-    return [no_box(grid_boxes(col, row)) for row in y for col in x]
+    return [geometry.no_box(geometry.grid_boxes(column, row)) for row in y for column in x]
 
 
 def _highres(media: ImageMedia, config: PreTrainedConfig) -> Boxes:
     """The tiled grid without its padding, row by row, with a newline token at the end of each row."""
     side, patch = config.vision_config.image_size, config.vision_config.patch_size
-    n, width, height, canvas = side // patch, media.width, media.height, _Canvas.of(media, config)
-    n_rows, n_cols = canvas.height // side * n, canvas.width // side * n
+    x_axis, y_axis = _canvas(media, config)
+    n, width, height = side // patch, media.width, media.height
+    n_rows, n_cols = y_axis[0] // side * n, x_axis[0] // side * n
     # the model removes padding in whole patches, so a remaining patch may cover padding only
     cut_x = cut_y = 0
     if width / height > n_cols / n_rows:
@@ -238,17 +206,14 @@ def _highres(media: ImageMedia, config: PreTrainedConfig) -> Boxes:
     else:
         cut_x = (n_cols - int(round(width * (n_rows / height), 7))) // 2
     kept_w, kept_h = n_cols - 2 * cut_x, n_rows - 2 * cut_y
-    out_w, out_h = kept_w, kept_h
     most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
     ratio = math.sqrt(kept_h * kept_w / (most * n**2))
-    if ratio > 1.1:
-        out_w, out_h = int(kept_w // ratio), int(kept_h // ratio)
+    out_w, out_h = (int(kept_w // ratio), int(kept_h // ratio)) if ratio > 1.1 else (kept_w, kept_h)
 
-    x = _across_tiles(cut_x + even_cells(out_w, kept_w), n, side, patch)
-    y = _across_tiles(cut_y + even_cells(out_h, kept_h), n, side, patch)
-    x = _on_picture(x, canvas.width, canvas.shown_w, width)
-    y = _on_picture(y, canvas.height, canvas.shown_h, height)
-    return grid_boxes(np.concatenate([x, [[np.nan, np.nan]]]), y)
+    x = _across_tiles(cut_x + geometry.even_cells(out_w, kept_w), n, side, patch)
+    y = _across_tiles(cut_y + geometry.even_cells(out_h, kept_h), n, side, patch)
+    newline = [[np.nan, np.nan]]
+    return geometry.grid_boxes(np.concatenate([_on_picture(x, *x_axis), newline]), _on_picture(y, *y_axis))
 
 
 def _across_tiles(cells: Cells, n: int, side: int, patch: int) -> Cells:
@@ -261,15 +226,15 @@ def _across_tiles(cells: Cells, n: int, side: int, patch: int) -> Cells:
 
 def _images_of_samples(inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[int]:
     """Number of images of each sample of a batch."""
-    has_images = [n > 0 for n in counts_of(inputs["input_ids"], config.image_token_id)]
+    has_images = [n > 0 for n in counts.counts_of(inputs["input_ids"], config.image_token_id)]
     per_prompt = inputs.get("batch_num_images")
-    counts = [1] * sum(has_images) if per_prompt is None else per_prompt.flatten().tolist()
-    if len(counts) != sum(has_images):
-        counts = [n for n in counts if n]
-    if len(counts) != sum(has_images) or sum(counts) != len(inputs["image_sizes"]):
+    image_counts = [1] * sum(has_images) if per_prompt is None else per_prompt.flatten().tolist()
+    if len(image_counts) != sum(has_images):
+        image_counts = [n for n in image_counts if n]
+    if len(image_counts) != sum(has_images) or sum(image_counts) != len(inputs["image_sizes"]):
         raise InputError(
             f"{len(inputs['image_sizes'])} images for {sum(has_images)} samples with image placeholders: pass "
             "`batch_num_images`, the number of images of each, which the processor returns."
         )
-    remaining = iter(counts)
+    remaining = iter(image_counts)
     return [next(remaining) if has else 0 for has in has_images]

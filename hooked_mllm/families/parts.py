@@ -48,23 +48,13 @@ class BlockParts:
             )
 
     def names(self, field: str | None) -> bool:
-        """Whether the family names a module or gain for this field.
-
-        Examples:
-            >>> QWEN_DECODER.block.names("mlp_linear"), QWEN_DECODER.block.names("attn_gain")
-            (True, False)
-        """
+        """Whether the family names a module or gain for this field."""
         return field is not None and getattr(self, field, None) is not None
 
     def path(self, part: str, block: nn.Module) -> str | None:
-        """The path of a part in one block; None if the family names none, or the block has no such module.
-
-        Args:
-            part: A field of `BlockParts`, or "" for the block itself.
-            block: The block.
+        """The path of a part ("" is the block itself) in one block; None if it is not named, or the block lacks it.
 
         Examples:
-            >>> from torch import nn
             >>> block = nn.ModuleDict({"self_attn": nn.ModuleDict({"q_proj": nn.Linear(2, 2)})})
             >>> QWEN_DECODER.block.path("q", block)
             'self_attn.q_proj'
@@ -79,10 +69,6 @@ class TowerParts:
 
     `packed`: hidden states are `[pos d_model]` with the images of the whole batch in one row, and each image (each
     frame) attends to itself only. Hook points show them as `[1 pos d_model]`.
-
-    Examples:
-        >>> QWEN_DECODER.root, QWEN_DECODER.packed
-        ('model.language_model', False)
     """
 
     root: str
@@ -120,14 +106,7 @@ QWEN_DECODER = TowerParts(
 
 @dataclass(frozen=True)
 class TowerSizes:
-    """Sizes of one stack of blocks.
-
-    Attributes:
-        n_heads: Query heads of a block.
-        n_key_value_heads: Key and value heads of a block.
-        d_model: Width of the residual stream.
-        d_head: Width of a head.
-    """
+    """Heads of each block in one stack, and widths of the residual stream and of a head."""
 
     n_heads: int
     n_key_value_heads: int
@@ -136,30 +115,14 @@ class TowerSizes:
 
 
 def decoder_sizes(config: PreTrainedConfig) -> TowerSizes:
-    """The sizes of a decoder, from its transformers configuration.
-
-    Configurations without `head_dim` mean `hidden_size / num_attention_heads`.
-
-    Examples:
-        >>> from transformers import LlamaConfig
-        >>> decoder_sizes(LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)).d_head
-        16
-    """
+    """The sizes of a decoder; without `head_dim`, a head is `hidden_size / num_attention_heads` wide."""
     n_heads = config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return TowerSizes(n_heads, config.num_key_value_heads, config.hidden_size, d_head)
 
 
 def projection_sizes(projection: nn.Module) -> tuple[int, int]:
-    """Input and output width of a linear projection; quantised and adapted ones state them, too.
-
-    Raises:
-        UnsupportedModelError: For a module that does not state them.
-
-    Examples:
-        >>> projection_sizes(nn.Linear(3, 4))
-        (3, 4)
-    """
+    """Input and output width of a linear projection; quantised and adapted ones state them, too."""
     d_in, d_out = (getattr(projection, name, None) for name in ("in_features", "out_features"))
     if not isinstance(d_in, int) or not isinstance(d_out, int):
         raise UnsupportedModelError(

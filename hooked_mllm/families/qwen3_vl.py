@@ -8,28 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.families.base import (
-    QWEN_DECODER,
-    BlockParts,
-    Family,
-    Rows,
-    TowerParts,
-    counts_of,
-    placeholder_count,
-    share_out,
-)
-from hooked_mllm.families.geometry import (
-    check_rows,
-    even_cells,
-    frame_ranges,
-    grid_boxes,
-    image_item,
-    in_prompt_order,
-    split_boxes,
-    split_media,
-    video_item,
-)
-from hooked_mllm.layout.items import Media, Patches, View, VisualItem
+from hooked_mllm.families import counts, geometry
+from hooked_mllm.families.base import Family, Rows
+from hooked_mllm.families.parts import QWEN_DECODER, BlockParts, TowerParts
+from hooked_mllm.layout.items import ImageMedia, Media, Patches, VideoMedia, View, VisualItem
 
 
 class Qwen3VL(Family):
@@ -83,12 +65,11 @@ class Qwen3VL(Family):
     def check_inputs(self, inputs: dict[str, Any], config: PreTrainedConfig) -> None:
         if inputs.get("mm_token_type_ids") is not None or inputs.get("position_ids") is not None:
             return
-        if inputs.get("input_ids") is not None and placeholder_count(
-            inputs["input_ids"], self.visual_token_ids(config)
-        ):
+        ids = inputs.get("input_ids")
+        if ids is not None and counts.placeholder_count(ids, self.visual_token_ids(config)):
             raise InputError(
-                "Qwen3-VL needs `mm_token_type_ids` with images or videos: without them `generate` silently uses text "
-                "positions for visual tokens. The processor returns them; pass everything that it returns, or use "
+                f"{self.name} needs `mm_token_type_ids` with images or videos: without them `generate` silently uses "
+                "text positions for visual tokens. The processor returns them; pass everything that it returns, or use "
                 "`model.prepare`."
             )
 
@@ -113,7 +94,7 @@ class Qwen3VL(Family):
                 continue
             patches = grid.prod(1).tolist()
             units = [n // config.vision_config.spatial_merge_size**2 for n in patches]
-            ranges = share_out(patches, units, counts_of(tokens, token), start)
+            ranges = counts.share_out(patches, units, counts.counts_of(tokens, token), start)
             out = [a + b for a, b in zip(out, ranges, strict=True)]
             start += sum(patches)
         return out
@@ -123,28 +104,30 @@ class Qwen3VL(Family):
     ) -> list[VisualItem]:
         vision = model_config.vision_config
         merge, per_step = vision.spatial_merge_size, vision.temporal_patch_size
-        images, videos = split_media(media)
+        images, videos = geometry.split_media(media)
+        image_grids = geometry.check_rows(inputs, "image_grid_thw", len(images), "images")
+        video_grids = geometry.check_rows(inputs, "video_grid_thw", len(videos), "videos")
         items = []
-        for i, (m, (_, h, w)) in enumerate(
-            zip(images, check_rows(inputs, "image_grid_thw", len(images), "images"), strict=True)
-        ):
-            boxes = grid_boxes(even_cells(w // merge, m.width), even_cells(h // merge, m.height))
-            items.append(image_item(i, m, [(View.WHOLE, boxes)]))
-        for i, (m, (t, h, w)) in enumerate(
-            zip(videos, check_rows(inputs, "video_grid_thw", len(videos), "videos"), strict=True)
-        ):
-            frames = frame_ranges(m.n_frames, per_step)
+        for i, (m, (_, h, w)) in enumerate(zip(images, image_grids, strict=True)):
+            boxes = _even_boxes(m, w // merge, h // merge)
+            items.append(geometry.image_item(i, m, [(View.WHOLE, boxes)]))
+        for i, (m, (t, h, w)) in enumerate(zip(videos, video_grids, strict=True)):
+            frames = geometry.frame_ranges(m.n_frames, per_step)
             if len(frames) != t:
                 raise LayoutError(
                     f"Video {i} has {m.n_frames} frames, so {len(frames)} steps of {per_step}, but the inputs hold {t} "
                     "steps. The processor must not sample the frames again (do_sample_frames=False)."
                 )
-            boxes = grid_boxes(even_cells(w // merge, m.width), even_cells(h // merge, m.height))
-            items.append(video_item(i, m, boxes, frames))
-        return in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
+            items.append(geometry.video_item(i, m, _even_boxes(m, w // merge, h // merge), frames))
+        return geometry.in_prompt_order(items, inputs["input_ids"], *self.visual_token_ids(model_config))
 
     def vision_patches(self, item: VisualItem, config: PreTrainedConfig) -> Patches:
         # the patches of a token are neighbours in the packed row, where the merger joins them
-        boxes = split_boxes(item.boxes, config.vision_config.spatial_merge_size)  # [token row col 4]
+        boxes = geometry.split_boxes(item.boxes, config.vision_config.spatial_merge_size)  # [token row col 4]
         step = len(item) // len(np.unique(item.frames[:, 0]))  # tokens of an image, or of the frames that share tokens
         return Patches(boxes.reshape(len(item) // step, -1, 4), item.frames[::step], item.views[::step])
+
+
+def _even_boxes(media: ImageMedia | VideoMedia, columns: int, rows: int) -> geometry.Boxes:
+    """The boxes of an even grid over a picture, row by row."""
+    return geometry.grid_boxes(geometry.even_cells(columns, media.width), geometry.even_cells(rows, media.height))

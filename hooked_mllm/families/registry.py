@@ -13,7 +13,6 @@ def register(family: Family) -> Family:
     """Register a family under each of its `model_types`, and return it.
 
     Examples:
-        >>> from hooked_mllm.families import Qwen3VL, register
         >>> register(Qwen3VL()).name
         'qwen3_vl'
     """
@@ -27,10 +26,7 @@ for _family in (Qwen3VL(), LlavaOnevision(), InternVL()):
 
 
 def family_of(config: object) -> Family:
-    """The family of a transformers configuration.
-
-    Args:
-        config: The configuration, or any object with a `model_type`.
+    """The family of a transformers configuration, or of any object with a `model_type`.
 
     Raises:
         UnsupportedModelError: If no family has that `model_type`.

@@ -10,8 +10,7 @@ from transformers import PreTrainedConfig
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.families.base import Family
-from hooked_mllm.layout.find import find_item, find_view
-from hooked_mllm.layout.items import Patches, View, VisualItem
+from hooked_mllm.layout.items import Patches, View, VisualItem, find_item, find_view
 from hooked_mllm.layout.kinds import Kind
 from hooked_mllm.layout.layout import TokenLayout
 from hooked_mllm.layout.regions import Number, RegionInput
@@ -19,30 +18,15 @@ from hooked_mllm.layout.regions import Number, RegionInput
 
 @dataclass(frozen=True, eq=False)
 class VisionLayout:
-    """The positions of a vision tower's activations.
-
-    Attributes:
-        layout: A `TokenLayout` of them, row after row.
-        tile: Number of the tile of each position, among those of its image; -1 outside of tiles.
-        shape: Rows and positions of an activation.
-    """
+    """The positions of a vision tower's activations, as a `TokenLayout`, row after row."""
 
     layout: TokenLayout
-    tile: Int[Tensor, " pos"]
-    shape: tuple[int, int]
+    tile: Int[Tensor, " pos"]  # number of the tile among those of its image; -1 outside of tiles
+    shape: tuple[int, int]  # rows and positions of an activation
 
     @classmethod
     def of(cls, family: Family, config: PreTrainedConfig, layout: TokenLayout) -> "VisionLayout":
-        """The positions from which the visual tokens of a sample are computed.
-
-        Args:
-            family: The model's family.
-            config: The model's configuration.
-            layout: The token layout of the sample.
-
-        Raises:
-            LayoutError: For a sample without images and videos.
-        """
+        """The positions from which the visual tokens of a sample, of token layout `layout`, are computed."""
         if not layout.items:
             raise LayoutError(
                 "This input has no image and no video, so its vision tower does not run: pass a sample with one."

@@ -66,6 +66,8 @@ def _combine(like: Scores, left: Operand, right: Operand, operation: Callable[[A
         else:
             return NotImplemented
     expression = f"({names[0]} {symbol} {names[1]})"
+    counts = scores[0].counts
+    same_counts = counts is not None and all(s.counts is not None and torch.equal(counts, s.counts) for s in scores)
     return type(like)(
         operation(*values),
         name=expression,
@@ -73,14 +75,6 @@ def _combine(like: Scores, left: Operand, right: Operand, operation: Callable[[A
             "expression": expression,
             "operands": [{"name": side.name, "provenance": side.provenance} for side in scores],
         },
-        counts=_common_counts(scores),
+        counts=counts if same_counts else None,  # a sum over different samples has no single count
         missing=sorted({layer for side in scores for layer in side.missing}),
     )
-
-
-def _common_counts(scores: list[HeadValues]) -> Tensor | None:
-    """The counts, if all operands have the same; a sum over different samples has no single count."""
-    counts = scores[0].counts
-    if counts is None or any(side.counts is None or not torch.equal(counts, side.counts) for side in scores):
-        return None
-    return counts

@@ -11,14 +11,13 @@ def rho_half(scores: HeadValues) -> float:
 
     $$\rho_{0.5} = \frac{1}{LH}\min\Big\{k : \sum_{r\le k} s_{(r)}^+ \ge \tfrac12\sum_r s_{(r)}^+\Big\}$$
 
-    - $s_{(r)}^+$: the r-th largest score, and 0 where it is negative; $LH$: all measured heads.
-
-    Small values mean few heads do it all; 0.5 is an even distribution.
+    $s_{(r)}^+$ is the r-th largest score, and 0 where it is negative; $LH$ are all measured heads. An even distribution
+    has 0.5.
 
     Raises:
-        NumericsError: if no score is positive.
+        NumericsError: If no score is positive.
 
-    Source: arXiv:2605.27243 (for calibrated scores; it makes sense for any).
+    Source: arXiv:2605.27243, for calibrated scores.
 
     Examples:
         >>> from hooked_mllm import HeadScores

@@ -8,41 +8,14 @@ from hooked_mllm.errors import HeadError
 
 
 def share_count(share: float, n: int) -> int:
-    """`ceil(share * n)`, computed as if `share` were the decimal number that was typed.
-
-    In binary floating point `0.05 * 140` is a little more than 7, and its ceiling 8; here it is 7.
-
-    Args:
-        share: Between 0 and 1.
-        n: Number of things to take a share of.
-
-    Raises:
-        ValueError: for a share outside 0..1.
-
-    Examples:
-        >>> share_count(0.05, 140)
-        7
-    """
+    """`ceil(share * n)` of the decimal number: 0.05 of 140 are 7, where the binary product is a little more."""
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"A share is a number from 0 to 1; got {share!r}.")
     return math.ceil(Fraction(repr(float(share))) * n)
 
 
 def resolve_count(k: int | float, n: int, what: str = "heads") -> int:
-    """The number that `k` asks for among `n`: an integer is a number, a float a share rounded up.
-
-    Args:
-        k: 20 for twenty of them, 0.05 for five per cent of them.
-        n: How many there are.
-        what: What is counted, for the error message.
-
-    Raises:
-        HeadError: for a negative number, more than `n`, or a share outside 0..1.
-
-    Examples:
-        >>> resolve_count(0.05, 1152), resolve_count(20, 1152)
-        (58, 20)
-    """
+    """The number that `k` means: an integer is the number, a float a share of `n`, rounded up; raises for others."""
     if isinstance(k, bool) or not isinstance(k, Real):
         raise HeadError(f"Expected a number of {what} (int) or a share of them (float); got {k!r}.")
     if isinstance(k, float):

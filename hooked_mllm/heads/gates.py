@@ -22,21 +22,19 @@ def heads_from_gates(
     r"""The dense heads of DuoAttention's gates: one number in 0..1 for each key-value head of each layer.
 
     Key-value head g of layer l is dense iff `gates[l, g] >= threshold`; then all query heads that read it are.
-    With `sparsity` in place of a threshold, that share of all gates, the smallest, streams. Ties at the border are cut
-    by place, so that the number of dense heads is exact: of equal gates those of earlier layers and heads stay dense.
-
-    Gates of query heads (one column per query head) are used as they are.
+    With `sparsity`, that share of all gates, the smallest, streams; of equal gates those of earlier layers and heads
+    stay dense.
 
     Args:
-        gates: `[layer, kv_head]`, a tensor, an array or nested lists, such as `numpy.loadtxt` makes of a file
+        gates: `[layer, kv_head]`, or one column for each query head, such as `numpy.loadtxt` reads from a file
             `full_attention_heads.tsv`. Values a little outside 0..1, as training leaves them, are clipped.
         n_heads: Query heads of a layer.
-        threshold: The least gate of a dense head; 0.5 if neither is given.
+        threshold: The least gate of a dense head; 0.5 if neither is specified.
         sparsity: The share of heads that stream, 0..1.
 
     Raises:
-        InputError: for gates that are no matrix of finite numbers, or a threshold or a share out of range.
-        HeadError: if the query heads cannot be shared evenly among the gates of a layer.
+        InputError: For gates that are no matrix of finite numbers, or a threshold or a share out of range.
+        HeadError: If the query heads cannot be shared evenly among the gates of a layer.
 
     Source: arXiv:2410.10819.
 
@@ -54,11 +52,9 @@ def heads_from_gates(
     if sparsity is not None:
         if not 0 <= sparsity <= 1:
             raise InputError(f"sparsity is the share of heads that stream, 0 to 1; got {sparsity}.")
-        kept = values.numel() - round(sparsity * values.numel())
-        order = values.flatten().argsort(descending=True, stable=True)
-        dense = torch.zeros(values.numel(), dtype=torch.bool)
-        dense[order[:kept]] = True
-        dense = dense.view_as(values)
+        n_dense = values.numel() - round(sparsity * values.numel())
+        ranks = values.flatten().argsort(descending=True, stable=True).argsort()
+        dense = (ranks < n_dense).view_as(values)
     else:
         threshold = 0.5 if threshold is None else threshold
         if not math.isfinite(threshold):

@@ -14,13 +14,13 @@ class Grouping(HeadValues):
     """`to_query` and `to_kv` of head scores."""
 
     def to_query(self: Scores, n_heads: int) -> Scores:
-        """Scores of key-value heads as scores of query heads: each query head takes that of the one it reads.
+        """Scores of key-value heads as scores of query heads: each query head has that of the one it reads.
 
         Args:
             n_heads: Query heads per layer, `model.cfg.n_heads`.
 
         Raises:
-            HeadError: if the number of key-value heads is no multiple of it.
+            HeadError: If it is no multiple of the number of key-value heads.
 
         Examples:
             >>> from hooked_mllm import HeadScores
@@ -37,10 +37,10 @@ class Grouping(HeadValues):
 
         Args:
             n_kv_heads: Key-value heads per layer, `model.cfg.n_key_value_heads`.
-            reduce: What becomes of a group's scores: "sum", "mean" or "max".
+            reduce: "sum", "mean" or "max" over each group.
 
         Raises:
-            HeadError: if the number of query heads is no multiple of it, or for another reduction.
+            HeadError: If the number of query heads is no multiple of `n_kv_heads`, or for another reduction.
 
         Examples:
             >>> from hooked_mllm import HeadScores

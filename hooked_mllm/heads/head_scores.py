@@ -13,14 +13,14 @@ from torch import Tensor
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.head_names import head_name, head_names
 from hooked_mllm.display.heat import html_heat
-from hooked_mllm.display.read_heads import whole_number
+from hooked_mllm.display.read_heads import check_in_range, read_head, whole_number
 from hooked_mllm.display.text import number_runs, text_table
 from hooked_mllm.errors import HeadError, InputError, NumericsError
 from hooked_mllm.heads.arithmetic import Arithmetic
 from hooked_mllm.heads.concentration import rho_half
 from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.heads.grouping import Grouping
-from hooked_mllm.heads.head_set import HeadSet, check_head
+from hooked_mllm.heads.head_set import HeadSet
 from hooked_mllm.heads.parsing import HeadsLike, parse_heads
 from hooked_mllm.storage import (
     described,
@@ -54,15 +54,13 @@ class HeadScores(Arithmetic, Grouping):
     Args:
         values: Scores of shape [layer head]; kept as float64 on the CPU.
         name: What the numbers are, such as "RetrievalAttentionMass".
-        provenance: JSON-able facts: model, revision, metric and its settings, dataset, sample ids, template, seed,
-            versions.
-        counts: Number of samples behind each score, [layer head] or [layer].
-        missing: Layers that were not measured. Their values become NaN and they take no part in rankings; anywhere
-            else a NaN or an infinity is an error.
+        provenance: JSON-able facts, such as model, revision, metric and its settings, dataset, sample ids, versions.
+        counts: Number of samples behind each score, `[layer head]` or `[layer]`.
+        missing: Layers that were not measured: their values become NaN, and rankings leave them out.
 
     Raises:
-        HeadError: for values or counts of another shape, or a missing layer that is out of range.
-        NumericsError: for a value that is not finite in a layer that is not declared missing.
+        HeadError: For values or counts of another shape, or a missing layer that is out of range.
+        NumericsError: For a value that is not finite in a layer that is not declared missing.
 
     Examples:
         >>> scores = HeadScores([[0.1, 0.4], [0.3, 0.2]], name="demo")
@@ -78,19 +76,11 @@ class HeadScores(Arithmetic, Grouping):
         return self._ordered(descending=True)
 
     def top(self, k: int | float) -> HeadSet:
-        """The `k` highest heads (int), or the share `k` of them rounded up (float); ties to the lower layer, then head.
-
-        Raises:
-            HeadError: if there are not that many.
-        """
+        """The `k` highest heads (int), or that share of them rounded up (float); ties to the lower layer, then head."""
         return self.ranking[: self._count(k)]
 
     def bottom(self, k: int | float) -> HeadSet:
-        """The `k` lowest heads, lowest first; ties to the lower layer, then head.
-
-        Raises:
-            HeadError: if there are not that many.
-        """
+        """The `k` lowest heads, lowest first; ties to the lower layer, then head."""
         return self._ordered(descending=False)[: self._count(k)]
 
     def random(
@@ -110,8 +100,7 @@ class HeadScores(Arithmetic, Grouping):
             exclude: Heads that must not be drawn; those of `like` by default.
 
         Raises:
-            HeadError: if neither `k` nor `like` is given, if they disagree, if too few heads are left, or for heads of
-                a model of another shape.
+            HeadError: Without `k` and `like`, if they disagree, or if too few heads are left.
         """
         if k is None and like is None:
             raise HeadError("random() needs a number of heads, or `like=` a set of heads to copy the layers of.")
@@ -142,8 +131,8 @@ class HeadScores(Arithmetic, Grouping):
         """Spearman rank correlation over the heads that both measured (ties share their mean rank).
 
         Raises:
-            HeadError: if the shapes differ or fewer than two heads are measured in both.
-            NumericsError: if all the scores of one are equal, so that no correlation is defined.
+            HeadError: If the shapes differ or fewer than two heads are measured in both.
+            NumericsError: If all the scores of one are equal.
         """
         from scipy.stats import spearmanr
 
@@ -159,11 +148,7 @@ class HeadScores(Arithmetic, Grouping):
         return float(result.statistic)
 
     def overlap(self, other: ScoresInput, k: int | float) -> float:
-        """The share of the top `k` heads that is also in the other's top `k`, from 0 to 1.
-
-        Raises:
-            HeadError: if the shapes differ, or for k of no heads or too many.
-        """
+        """The share of the top `k` heads that is also in the other's top `k`, from 0 to 1; k must be 1 head or more."""
         self._check_comparable(other)
         own_top, other_top = self.top(k), other.top(k)
         if not own_top:
@@ -179,13 +164,10 @@ class HeadScores(Arithmetic, Grouping):
         return self.values >= threshold
 
     def mean(self, heads: HeadsLike | None = None) -> float:
-        """The mean score over a group of heads; over all measured heads if none is given.
-
-        Args:
-            heads: A `HeadSet`, "L2H4, L3H1", a pair (2, 4), a boolean mask `[layer head]`, or a list of these.
+        """The mean score over a group of heads; over all measured heads if none is specified.
 
         Raises:
-            HeadError: for an empty group, one of another shape, or one with a head that was not measured.
+            HeadError: For an empty group, one of another shape, or one with a head that was not measured.
         """
         if heads is None:
             return float(self.values[self.measured].mean())
@@ -222,12 +204,11 @@ class HeadScores(Arithmetic, Grouping):
         return head_map(self, top, title=title, vmin=vmin, vmax=vmax, cmap=cmap)
 
     def save(self, path: str | Path) -> None:
-        """Write `<path>.json` and `<path>.safetensors`; each holds everything. A suffix of `path` is replaced.
-
-        Raises:
-            CacheFileError: If one of them cannot be written.
-        """
-        stem = _stem(path)
+        """Write `<path>.json` and `<path>.safetensors`; each contains everything. A suffix of `path` is replaced."""
+        stem = Path(path)
+        if not stem.name:
+            raise InputError(f"Expected the path of a file, such as 'scores'; got {str(path)!r}.")
+        stem = stem.with_suffix("") if stem.suffix in (".json", ".safetensors") else stem
         json_path, tensor_path = (ready(stem.with_name(stem.name + suffix)) for suffix in (".json", ".safetensors"))
         header = {"name": self.name, "missing": list(self.missing), "provenance": self.provenance}
         tensors = {"values": self.values} | ({} if self.counts is None else {"counts": self.counts})
@@ -240,7 +221,7 @@ class HeadScores(Arithmetic, Grouping):
         """Read scores from a `.json` or a `.safetensors` file (the latter, if `path` has no such suffix).
 
         Raises:
-            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or contains something else.
         """
         path = Path(path)
         if path.suffix == ".json":
@@ -257,16 +238,12 @@ class HeadScores(Arithmetic, Grouping):
     @overload
     def __getitem__(self, head: tuple[int, int] | str) -> float: ...
     def __getitem__(self, head: Any) -> float | Tensor:
-        """`scores[20, 15]` or `scores["L20H15"]`: the score of one head; `scores[20]`: the scores of a layer.
-
-        Raises:
-            HeadError: for something else, a head that is not there, or one that was not measured.
-        """
+        """`scores[20, 15]` or `scores["L20H15"]`: the score of one head; `scores[20]`: the scores of a layer."""
         number = whole_number(head)
         if number is not None:
-            layer, _ = check_head((number, 0), self.n_layers, self.n_heads)
+            layer, _ = check_in_range(number, 0, self.shape)
             return self.values[layer].clone()
-        layer, index = check_head(head, self.n_layers, self.n_heads)
+        layer, index = check_in_range(*read_head(head), self.shape)
         if layer in self.missing:
             raise HeadError(f"Layer {layer} was not measured; missing layers: {list(self.missing)}.")
         return float(self.values[layer, index])
@@ -275,16 +252,12 @@ class HeadScores(Arithmetic, Grouping):
         """Same name, values, counts and missing layers. The provenance is not compared."""
         if not isinstance(other, HeadScores):
             return NotImplemented
-        same_counts = (self.counts is None) == (other.counts is None)
-        if self.counts is not None and other.counts is not None:
+        if self.counts is None or other.counts is None:
+            same_counts = self.counts is other.counts
+        else:
             same_counts = torch.equal(self.counts, other.counts)
-        return (
-            self.name == other.name
-            and self.missing == other.missing
-            and same_counts
-            and self.shape == other.shape
-            and torch.equal(self.values.nan_to_num(), other.values.nan_to_num())
-        )
+        same_values = torch.equal(self.values.nan_to_num(), other.values.nan_to_num())
+        return same_values and same_counts and (self.name, self.missing) == (other.name, other.missing)
 
     __hash__ = None  # type: ignore[assignment]  # provenance may be added to
 
@@ -323,24 +296,8 @@ class HeadScores(Arithmetic, Grouping):
 
 
 def check_scores(scores: ScoresInput, what: str) -> "HeadScores":
-    """The same scores.
-
-    Args:
-        scores: The argument.
-        what: What needs it, for the error message.
-
-    Raises:
-        HeadError: for something else than `HeadScores`.
-    """
+    """The same scores; raises for something else, which `what` needs."""
     if not isinstance(scores, HeadScores):
-        raise HeadError(
-            f"{what} needs HeadScores, such as `model.measure(samples, metric)` returns; got {type(scores).__name__}."
-        )
+        expected = "HeadScores, such as `model.measure(samples, metric)` returns"
+        raise HeadError(f"{what} needs {expected}; got {type(scores).__name__}.")
     return scores
-
-
-def _stem(path: str | Path) -> Path:
-    path = Path(path)
-    if not path.name:
-        raise InputError(f"Expected the path of a file, such as 'scores'; got {str(path)!r}.")
-    return path.with_suffix("") if path.suffix in (".json", ".safetensors") else path

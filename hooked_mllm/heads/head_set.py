@@ -10,31 +10,12 @@ from torch import Tensor
 
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.head_names import head_names, parse_head, parse_names
-from hooked_mllm.display.read_heads import HeadsLike, check_in_range, not_heads, read_head, read_heads, whole_number
+from hooked_mllm.display.read_heads import HeadsLike, not_heads, read_heads, whole_number
 from hooked_mllm.errors import HeadError
 
 
-def check_head(head: Any, n_layers: int, n_heads: int) -> tuple[int, int]:
-    """`head` as a (layer, head) pair that exists in a model of this shape.
-
-    Args:
-        head: A pair of integers or a name such as "L20H15".
-        n_layers: Number of decoder layers of the model.
-        n_heads: Number of query heads per layer.
-
-    Raises:
-        HeadError: if it is neither, or out of range.
-    """
-    return check_in_range(*read_head(head), (n_layers, n_heads))
-
-
 def heads_by_layer(heads: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
-    """The heads of each layer that has any, layers and heads in ascending order.
-
-    Examples:
-        >>> heads_by_layer([(3, 1), (2, 5), (2, 4)])
-        {2: (4, 5), 3: (1,)}
-    """
+    """The heads of each layer that has any, layers and heads in ascending order."""
     layers: dict[int, list[int]] = {}
     for layer, head in sorted(heads):
         layers.setdefault(layer, []).append(head)
@@ -42,19 +23,19 @@ def heads_by_layer(heads: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...
 
 
 class HeadSet:
-    """An immutable set of (layer, head), in the order in which they were given, for a model of one shape.
+    """An immutable set of (layer, head), in the order in which they were specified, for a model of one shape.
 
-    Two sets are equal if they hold the same heads of the same shape, whatever the order; the order is that of a ranking
-    when the set comes from `HeadScores.top`. Set algebra keeps the order of the left operand.
+    Two sets are equal if they contain the same heads of the same shape, in any order. Set algebra keeps the order of
+    the left operand.
 
     Args:
         heads: Pairs (layer, head), names such as "L20H15", a boolean mask `[layer head]`, or a list of these; repeated
-            ones count once. May be empty. Text goes to `HeadSet.parse`.
+            ones count once. May be empty. For text, see `HeadSet.parse`.
         n_layers: Number of decoder layers of the model.
         n_heads: Number of query heads per layer.
 
     Raises:
-        HeadError: for a head that such a model does not have.
+        HeadError: For a head that such a model does not have.
 
     Examples:
         >>> core = HeadSet(["L20H15", (3, 2)], n_layers=36, n_heads=32)
@@ -76,7 +57,7 @@ class HeadSet:
             raise HeadError(f"A model has at least one layer and one head; got {n_layers} layers of {n_heads} heads.")
         if isinstance(heads, str):
             raise HeadError(f"For heads written as text use HeadSet.parse({heads!r}, n_layers=..., n_heads=...).")
-        # a set of another model is taken head by head: to name a shape is to ask for it
+        # a set of another model is read head by head
         pairs = read_heads(list(heads) if isinstance(heads, HeadSet) else heads, shape).pairs
         object.__setattr__(self, "_heads", dict.fromkeys(pairs))
         object.__setattr__(self, "n_layers", shape[0])
@@ -93,20 +74,12 @@ class HeadSet:
 
     @classmethod
     def parse(cls, text: str, *, n_layers: SupportsIndex, n_heads: SupportsIndex) -> "HeadSet":
-        """Read the text form "L20H15, L3H2" (commas, semicolons or spaces between heads; empty text, empty set).
-
-        Raises:
-            HeadError: for text of another form, or a head out of range.
-        """
+        """Read the text form "L20H15, L3H2" (commas, semicolons or spaces between heads; empty text, empty set)."""
         return cls(parse_names(text), n_layers=n_layers, n_heads=n_heads)
 
     @classmethod
     def from_mask(cls, mask: Bool[Tensor, "layer head"] | np.ndarray | Sequence[Sequence[bool]]) -> "HeadSet":
-        """The heads where `mask` is true, layer by layer.
-
-        Raises:
-            HeadError: for something else than booleans `[layer head]`.
-        """
+        """The heads where `mask` is true, layer by layer."""
         pairs, shape = read_heads(mask)
         if shape is None:
             raise not_heads(mask)
@@ -126,7 +99,7 @@ class HeadSet:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(number of layers, number of heads per layer) of the model the heads belong to."""
+        """(layers, heads per layer) of the model."""
         return self.n_layers, self.n_heads
 
     def __or__(self, other: "HeadSet") -> "HeadSet":
@@ -181,9 +154,9 @@ class HeadSet:
         return f"HeadSet({len(self)} of {self.n_layers} x {self.n_heads}{listed})"
 
     def _repr_html_(self) -> str:
+        by_layer = self.by_layer.items()
         lines = [
-            (f"layer {layer}", ", ".join(head_names((layer, head) for head in heads)))
-            for layer, heads in self.by_layer.items()
+            (f"layer {layer}", ", ".join(head_names((layer, head) for head in heads))) for layer, heads in by_layer
         ]
         title = f"HeadSet: {len(self)} heads of {self.n_layers} layers x {self.n_heads} heads"
         return html_block(title, html_table(lines, named=True))

@@ -53,8 +53,15 @@ class HeadValues:
         if len(self.missing) == self.n_layers:
             raise HeadError("Every layer is declared missing: there are no scores.")
         self.values[list(self.missing)] = torch.nan
-        self._reject_non_finite()
-        self.counts = self._checked_counts(counts)
+        bad = ~self.values.isfinite()
+        bad[list(self.missing)] = False
+        if bool(bad.any()):
+            heads = HeadSet.from_mask(bad)
+            raise NumericsError(
+                f"{self.name}: {len(heads)} scores are not finite, first at {heads[:4]}. Expected finite numbers; "
+                "declare layers that were not measured with `missing=`."
+            )
+        self.counts = None if counts is None else self._checked_counts(counts)
 
     @property
     def n_layers(self) -> int:
@@ -88,40 +95,18 @@ class HeadValues:
                 "scores of models of different shape cannot be compared head by head."
             )
 
-    def _reject_non_finite(self) -> None:
-        measured = torch.ones(self.n_layers, dtype=torch.bool)
-        measured[list(self.missing)] = False
-        bad = ~self.values.isfinite() & measured[:, None]  # [layer] -> [layer 1], against [layer head]
-        if bool(bad.any()):
-            heads = HeadSet.from_mask(bad)
-            raise NumericsError(
-                f"{self.name}: {len(heads)} scores are not finite, first at {heads[:4]}. Expected finite numbers; "
-                "declare layers that were not measured with `missing=`."
-            )
-
-    def _checked_counts(self, counts: Numbers | None) -> Tensor | None:
-        if counts is None:
-            return None
+    def _checked_counts(self, counts: Numbers) -> Tensor:
         tensor = torch.as_tensor(counts).to(device="cpu", dtype=torch.int64)
         if tensor.dim() == 1 and tensor.shape[0] == self.n_layers:
             tensor = tensor[:, None].expand(self.shape)  # [layer] -> [layer head]
         if tuple(tensor.shape) != self.shape:
-            raise HeadError(
-                f"Expected counts of shape {list(self.shape)} or [{self.n_layers}]; got {list(tensor.shape)}."
-            )
+            expected = f"{list(self.shape)} or [{self.n_layers}]"
+            raise HeadError(f"Expected counts of shape {expected}; got {list(tensor.shape)}.")
         return tensor.clone()
 
 
 def as_float64(values: Numbers, expected: str) -> Tensor:
-    """A float64 copy on the CPU.
-
-    Args:
-        values: A tensor, an array or nested lists.
-        expected: What the error says was expected.
-
-    Raises:
-        HeadError: for something else than numbers.
-    """
+    """A float64 copy on the CPU; raises for something else than numbers, with what was expected."""
     if not isinstance(values, Tensor):
         try:
             values = torch.from_numpy(np.array(values, dtype=np.float64))  # torch would read a list as float32

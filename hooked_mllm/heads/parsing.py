@@ -49,7 +49,7 @@ def parse_heads(
         allow_empty: Whether there may be no head.
 
     Raises:
-        HeadError: for anything else, a head out of range, heads of a model of another shape, or none.
+        HeadError: For anything else, or heads that the model lacks.
 
     Examples:
         >>> parse_heads("L2H4, L3H1", (6, 8))
@@ -70,19 +70,7 @@ def parse_heads(
 
 
 def parse_head_set(heads: HeadsLike, what: str) -> HeadSet:
-    """Heads that state the shape of their model: a `HeadSet`, a boolean mask `[layer head]`, or a list with one.
-
-    Args:
-        heads: The heads.
-        what: What takes them, for the error message.
-
-    Raises:
-        HeadError: for heads without a shape, or something else than heads.
-
-    Examples:
-        >>> parse_head_set([[False, True], [False, False]], "A ranking")
-        HeadSet(1 of 2 x 2: L0H1)
-    """
+    """Heads that state the shape of their model: a `HeadSet`, a boolean mask `[layer head]`, or a list with one."""
     parsed = parse_heads(heads)
     if not isinstance(parsed, HeadSet):
         raise HeadError(
@@ -97,18 +85,15 @@ def heads_in_layer(
 ) -> list[int]:
     """Heads of one layer, by number.
 
-    Numbers are those of the layer: `2`, `[2, 4]`, an integer array, or a boolean mask `[head]`; negative ones count
-    from the end. Heads with a layer ("L2H4", pairs in a list) must be of this one; of a `HeadSet` or a mask
-    `[layer head]`, which cover a whole model, the heads in this layer are taken.
-
     Args:
-        heads: The heads.
+        heads: Numbers, negative ones counted from the end, or a boolean mask `[head]`. Heads with a layer ("L2H4",
+            pairs in a list) must be of this one; of a `HeadSet` or a mask `[layer head]` those in this layer count.
         layer: The layer, from 0.
         shape: (layers, heads per layer).
         whose: What has this shape, for the error message.
 
     Raises:
-        HeadError: for anything else, a head that the layer lacks, or a set without a head in this layer.
+        HeadError: For anything else, a head that the layer lacks, or a set without a head in this layer.
 
     Examples:
         >>> heads_in_layer("L2H4", 2, (6, 8)), heads_in_layer([2, -1], 2, (6, 8))

@@ -21,13 +21,13 @@ class SampleScores:
     """One float64 per sample and query head, [sample layer head]; `metrics.PerSample` measures them.
 
     Args:
-        values: Scores [sample layer head]; a layer that was not measured is NaN in every sample.
+        values: Scores `[sample layer head]`; a layer that was not measured is NaN in every sample.
         name: What the numbers are.
         provenance: JSON-able facts, as in `HeadScores`.
 
     Raises:
-        HeadError: for values of another shape or without a sample.
-        NumericsError: for a value that is not finite in a layer that other samples or heads have.
+        HeadError: For values of another shape or without a sample.
+        NumericsError: For another value that is not finite.
 
     Examples:
         >>> scores = SampleScores([[[0.1, 0.4]], [[0.3, 0.2]]], name="demo")
@@ -48,10 +48,8 @@ class SampleScores:
         bad = ~self.values.isfinite() & ~gone[:, None]
         if bool(bad.any()):
             sample, layer, head = bad.nonzero()[0].tolist()
-            raise NumericsError(
-                f"{name}: {int(bad.sum())} scores are not finite, first that of {head_name(layer, head)} in sample "
-                f"{sample}."
-            )
+            head_in_sample = f"{head_name(layer, head)} in sample {sample}"
+            raise NumericsError(f"{name}: {int(bad.sum())} scores are not finite, first that of {head_in_sample}.")
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -73,11 +71,7 @@ class SampleScores:
         )
 
     def draw(self, n: int | float, seed: int) -> HeadScores:
-        """The mean over `n` samples (int), or that share of them (float), drawn without replacement.
-
-        Raises:
-            HeadError: for no sample, or more than there are.
-        """
+        """The mean over `n` samples (int, 1 or more), or that share of them (float), drawn without replacement."""
         k = resolve_count(n, len(self), "samples")
         if not k:
             raise HeadError(f"The mean over no sample is not defined; got {n!r} of {len(self)}.")
@@ -87,11 +81,7 @@ class SampleScores:
         return scores
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file.
-
-        Raises:
-            CacheFileError: If the file cannot be written.
-        """
+        """Write a safetensors file."""
         header = {"name": self.name, "provenance": self.provenance}
         write_tensors(Path(path), KIND, {"values": self.values}, header)
 
@@ -100,7 +90,7 @@ class SampleScores:
         """Read what `save` wrote.
 
         Raises:
-            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
+            CacheFileError: If the file is missing, damaged, a pickle, or contains something else.
         """
         tensors, header = read_tensors(Path(path), KIND)
         with restoring(path):

@@ -40,11 +40,10 @@ def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: in
     r"""Percentile bootstrap: the interval that holds a share `level` of the means of resampled samples.
 
     Each of `n` times, as many samples as there are get drawn with replacement, the same for all heads, and averaged;
-    low and high are the $(1-\text{level})/2$ and $(1+\text{level})/2$ quantiles of these means, by linear
-    interpolation.
+    low and high are the $(1\mp\text{level})/2$ quantiles of these means, by linear interpolation.
 
     Raises:
-        InputError: for fewer than two samples, a level that is not between 0 and 1, or no draw.
+        InputError: For fewer than two samples, a level that is not between 0 and 1, or no draw.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
 
@@ -99,8 +98,8 @@ def pairwise_overlap(rankings: Sequence[ScoresInput], k: int | float) -> Overlap
     """The overlap of the top `k` heads between all pairs of scores, such as those of several seeds.
 
     Raises:
-        InputError: for fewer than two scores.
-        HeadError: if their shapes differ, or for k of no heads or too many.
+        InputError: For fewer than two scores.
+        HeadError: If their shapes differ, or for k of no heads or too many.
 
     Examples:
         >>> from hooked_mllm import HeadScores
@@ -118,7 +117,7 @@ def overlap_across_seeds(
 ) -> Overlap:
     """How far the top `k` heads depend on the samples: overlap between draws of `n_samples` of them, one per seed.
 
-    Draws of different seeds share samples; for disjoint ones, measure them apart and use `pairwise_overlap`.
+    Draws of different seeds share samples; for disjoint ones, use `pairwise_overlap`.
 
     Args:
         scores: The scores of every sample.
@@ -127,8 +126,8 @@ def overlap_across_seeds(
         seeds: One draw each.
 
     Raises:
-        InputError: for fewer than two seeds, or a seed given twice.
-        HeadError: for k of no heads or too many, or likewise for the samples.
+        InputError: For fewer than two seeds, or a repeated seed.
+        HeadError: For no heads or samples, or too many.
     """
     if len(set(seeds)) != len(seeds):
         raise InputError(f"Every seed counts once; got {list(seeds)}.")

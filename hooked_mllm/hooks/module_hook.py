@@ -31,11 +31,11 @@ class Call:
 
     def set_first(self, value: Any) -> None:
         """Replace the first argument."""
-        if self.args:
-            self.args = (value, *self.args[1:])
-            self.touched = True
-        else:
+        if not self.args:
             self.set_argument("hidden_states", value)
+            return
+        self.args = (value, *self.args[1:])
+        self.touched = True
 
     def set_argument(self, name: str, value: Any) -> None:
         """Replace a keyword argument."""
@@ -71,8 +71,8 @@ class Binding:
 class ModuleHook:
     """The hook points on one side of one module; they run in the order in which they were bound.
 
-    Its torch hook runs before all other hooks of the module: transformers records hidden states with forward hooks of
-    its own, and these must see edits.
+    Its torch hook runs before all others of the module: transformers records hidden states with forward hooks, which
+    must see edits.
 
     Examples:
         >>> import torch
@@ -99,9 +99,9 @@ class ModuleHook:
 
     def watch(self, fn: Callable[[Call], None], points: list[HookPoint]) -> None:
         """Call `fn`, once and first, at every call of the module while one of `points` is in use."""
-        for known, known_points in self.watchers:
-            if known == fn:
-                known_points.extend(points)
+        for watcher, watcher_points in self.watchers:
+            if watcher == fn:
+                watcher_points.extend(points)
                 return
         self.watchers.append((fn, list(points)))
 
@@ -132,14 +132,11 @@ class ModuleHook:
             if any(p.active for p in points):
                 fn(call)
         for binding in self.bindings:
-            if not binding.point.active:
-                continue
-            value = binding.get(call)
-            if value is None:
-                continue
-            value, edited = binding.point.run(value)
-            if edited:
-                binding.put(call, value)
+            value = binding.get(call) if binding.point.active else None
+            if value is not None:
+                value, edited = binding.point.run(value)
+                if edited:
+                    binding.put(call, value)
 
     def _pre(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -39,6 +39,10 @@ class Handle:
     #: where it is active; None for every run
     scope: Scope | None = None
 
+    def fits(self, dir: Directions, including_permanent: bool, level: int | None = None) -> bool:
+        """Whether the hook is of this direction, permanence and level."""
+        return dir in ("both", self.dir) and (including_permanent or not self.permanent) and level in (None, self.level)
+
 
 class HookPoint:
     """A named activation of the model. An edit reaches every later computation that uses the activation.
@@ -70,9 +74,8 @@ class HookPoint:
         self.name = name
         self.tower: TowerName = tower
         self.ctx: dict[Any, Any] = {}
-        self._block = block
+        self._block, self._on_change = block, on_change
         self.context = context or RunContext()
-        self._on_change = on_change
         #: those of all threads; replaced at every change, so that a run in progress keeps its own
         self._handles: tuple[Handle, ...] = ()
         #: whether the activation that hooks get is memory that the model continues from, not a copy
@@ -126,7 +129,7 @@ class HookPoint:
             The handle by which `remove` removes the hook.
 
         Raises:
-            HookValueError: If `dir` is neither "fwd" nor "bwd", or `fn` is not callable.
+            HookValueError: If `dir` is another text, or `fn` is not callable.
         """
         if dir not in ("fwd", "bwd"):
             raise HookValueError(f"dir must be 'fwd' or 'bwd', got {dir!r}.")
@@ -156,10 +159,7 @@ class HookPoint:
                 self._replace(tuple(h for h in self._handles if h is not handle))
 
     def remove_hooks(
-        self,
-        dir: Directions = "fwd",
-        including_permanent: bool = False,
-        level: int | None = None,
+        self, dir: Directions = "fwd", including_permanent: bool = False, level: int | None = None
     ) -> None:
         """Remove the hooks of one direction or both.
 
@@ -169,37 +169,21 @@ class HookPoint:
             level: Remove only hooks of this level.
 
         Raises:
-            HookValueError: If `dir` is none of the three.
+            HookValueError: If `dir` is another text.
         """
         if dir not in ("fwd", "bwd", "both"):
             raise HookValueError(f"dir must be 'fwd', 'bwd' or 'both', got {dir!r}.")
-        removed = {
-            id(h)
-            for h in self.handles
-            if (dir in ("both", h.dir))
-            and (including_permanent or not h.permanent)
-            and (level is None or h.level == level)
-        }
         with self.context.lock:
-            self._replace(tuple(h for h in self._handles if id(h) not in removed))
+            removed = [h for h in self.handles if h.fits(dir, including_permanent, level)]
+            self._replace(tuple(h for h in self._handles if h not in removed))
 
     def clear_context(self) -> None:
         """Empty `ctx`."""
         self.ctx = {}
 
-    def has_hooks(
-        self,
-        dir: Directions = "both",
-        including_permanent: bool = True,
-        level: int | None = None,
-    ) -> bool:
+    def has_hooks(self, dir: Directions = "both", including_permanent: bool = True, level: int | None = None) -> bool:
         """Whether a hook is registered, of that direction, permanence and level."""
-        return any(
-            (dir in ("both", h.dir))
-            and (including_permanent or not h.permanent)
-            and (level is None or h.level == level)
-            for h in self.handles
-        )
+        return any(h.fits(dir, including_permanent, level) for h in self.handles)
 
     @property
     def fwd_hooks(self) -> list[Handle]:
@@ -247,24 +231,17 @@ class HookPoint:
         return any(not h.reads_only for h in self.handles)
 
     def run(self, value: Tensor) -> tuple[Tensor, bool]:
-        """Run the hooks on an activation.
-
-        Returns:
-            The activation, and whether the caller must write it to the model.
-        """
-        edited = False
-        handles = self.handles
-        run = self.context.run
+        """Run the hooks on an activation; returns it, and whether the caller must write it to the model."""
+        edited, own, run, handles = False, self.live, self.context.run, self.handles
         if run is not None:
             run.fired.add(self.name)
-        forward = [h for h in handles if h.dir == "fwd"]
-        own = self.live
-        if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in forward):
+        fwd_hooks = [h for h in handles if h.dir == "fwd"]
+        if value.requires_grad and torch.is_grad_enabled() and any(not h.reads_only for h in fwd_hooks):
             # autograd may have saved this tensor: an edit in place would break the backward pass
             value, own = value.clone(), False
-        for handle in forward:
+        for handle in fwd_hooks:
             version = None if value.is_inference() else value._version
-            # the counter of autograd misses edits through `.data` and NumPy; in live memory they need no writing back
+            # autograd's counter misses edits through `.data` and NumPy; in live memory they need no writing back
             before = None if own or edited or handle.reads_only else value.detach().clone()
             result = handle.fn(value, hook=self)
             if result is not None and result is not value:
@@ -273,9 +250,9 @@ class HookPoint:
                 edited = True
             elif before is not None:
                 edited |= not torch.equal(before, value)
-        backward = [h for h in handles if h.dir == "bwd"]
-        if backward and torch.is_grad_enabled() and value.is_floating_point():
-            value, edited = self._with_gradient_hooks(value, backward), True
+        bwd_hooks = [h for h in handles if h.dir == "bwd"]
+        if bwd_hooks and torch.is_grad_enabled() and value.is_floating_point():
+            value, edited = self._with_gradient_hooks(value, bwd_hooks), True
         return value, edited
 
     def _with_gradient_hooks(self, value: Tensor, handles: list[Handle]) -> Tensor:
@@ -295,11 +272,7 @@ class HookPoint:
         return value
 
     def _checked(self, result: object, value: Tensor) -> Tensor:
-        """What a hook returned.
-
-        Raises:
-            HookValueError: If it is no tensor of the shape, dtype and device of `value`.
-        """
+        """What a hook returned, if it is a tensor of the shape, dtype and device of `value`."""
         if not isinstance(result, Tensor):
             raise HookValueError(
                 f"A hook on {self.name} returned {type(result).__name__}; expected None or a tensor of shape "

@@ -46,7 +46,7 @@ class HookRegistry:
         self.hook_dict: dict[str, HookPoint] = {}
 
     def add(self, point: HookPoint) -> HookPoint:
-        """Add a point and return it."""
+        """Add a point, and return it."""
         self.hook_dict[point.name] = point
         return point
 
@@ -64,12 +64,7 @@ class HookRegistry:
 
     @contextmanager
     def running_on(self, inputs: Any, first: int = 0) -> Iterator[Run]:
-        """Start a run for the body of a `with` statement.
-
-        Args:
-            inputs: What hooks read from `running`.
-            first: Position of the first row of text activations.
-        """
+        """Start a run on `inputs`, whose first row of text activations is at position `first`, for a `with`."""
         with self.context.running(Run(inputs, first=first)) as run, ExitStack() as stack:
             for enter in self.on_run:
                 stack.enter_context(enter())
@@ -83,18 +78,13 @@ class HookRegistry:
     # -- looking up ------------------------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> HookPoint:
-        if name not in self.hook_dict:
-            full_names = self.select_short(name)
-            hint = nearest(name, self.hook_dict)
-            if full_names:
-                hint = (
-                    f"Short names are keys of a cache; of all layers the points are '*hook_{name}', of one "
-                    f"{full_names[0]!r}."
-                )
-            raise HookNameError(
-                f"{self.family} has no hook point {name!r}. {hint} `model.hook_dict` lists all of them."
-            )
-        return self.hook_dict[name]
+        if name in self.hook_dict:
+            return self.hook_dict[name]
+        hint, full_names = nearest(name, self.hook_dict), self.select_short(name)
+        if full_names:
+            every = f"'*hook_{name}'"
+            hint = f"Short names are keys of a cache; of all layers the points are {every}, of one {full_names[0]!r}."
+        raise HookNameError(f"{self.family} has no hook point {name!r}. {hint} `model.hook_dict` lists all of them.")
 
     def select_short(self, name: str) -> list[str]:
         """Names of the points whose short name, as in keys of a cache, is `name`: "z", "resid_post"."""
@@ -104,18 +94,16 @@ class HookRegistry:
         """The points that a name filter selects; each once, in the order of the forward pass.
 
         Args:
-            names: None (all), a name, a glob, a compiled regular expression (searched in the name), a predicate, or an
-                iterable of these.
+            names: None (all), a name, a glob, a compiled regular expression, a predicate, or an iterable of these.
 
         Raises:
-            HookNameError: For a name that this model lacks, or a glob or expression without a match. A predicate may
-                have no match.
+            HookNameError: For a name, a glob or an expression without a match; a predicate may have none.
             HookValueError: For a filter of another type.
         """
         if names is None:
             return list(self.hook_dict.values())
-        selected_names = {p.name for p in self._matches(names)}
-        return [p for p in self.hook_dict.values() if p.name in selected_names]
+        selected_points = set(self._matches(names))
+        return [p for p in self.hook_dict.values() if p in selected_points]
 
     def _matches(self, names: Any) -> list[HookPoint]:  # any value: of other types it raises
         if isinstance(names, HookPoint):
@@ -144,10 +132,7 @@ class HookRegistry:
         return matches
 
     def list_hooks(
-        self,
-        name_filter: NameFilter = None,
-        dir: Directions = "both",
-        including_permanent: bool = True,
+        self, name_filter: NameFilter = None, dir: Directions = "both", including_permanent: bool = True
     ) -> dict[str, list[Handle]]:
         """The registered hooks, by the name of their point.
 
@@ -158,11 +143,7 @@ class HookRegistry:
         """
         handles_by_name: dict[str, list[Handle]] = {}
         for point in self.select(name_filter):
-            handles = [
-                h
-                for h in (*point.fwd_hooks, *point.bwd_hooks)
-                if dir in ("both", h.dir) and (including_permanent or not h.permanent)
-            ]
+            handles = [h for h in (*point.fwd_hooks, *point.bwd_hooks) if h.fits(dir, including_permanent)]
             if handles:
                 handles_by_name[point.name] = handles
         return handles_by_name
@@ -172,20 +153,9 @@ class HookRegistry:
     def attach(
         self, names: NameFilter, fn: HookFunction, dir: Direction = "fwd", **how: Unpack[HookOptions]
     ) -> list[tuple[HookPoint, Handle]]:
-        """Register a hook on every selected point; after an error on none of them.
+        """Register a hook on every point that `select` finds, after an error on none of them; see `HookPoint.add_hook`.
 
-        Args:
-            names: Which points; see `select`.
-            fn: The hook.
-            dir: "fwd" for activations, "bwd" for their gradients.
-            **how: Passed to `HookPoint.add_hook`.
-
-        Returns:
-            The points and handles, as `detach` takes them.
-
-        Raises:
-            HookNameError: For a name that this model lacks.
-            HookValueError: For arguments that `HookPoint.add_hook` rejects.
+        Returns the points and handles, as `detach` takes them.
         """
         added: list[tuple[HookPoint, Handle]] = []
         try:
@@ -202,6 +172,19 @@ class HookRegistry:
             point.remove(handle)
 
     @contextmanager
+    def attached(
+        self, names: NameFilter, fn: HookFunction, dir: Direction = "fwd", **how: Unpack[HookOptions]
+    ) -> Iterator[None]:
+        """Register a hook for the runs of the body of a `with`, without those that hooks start inside of a run."""
+        with self.context.scope(of_run=True) as scope:
+            with self.context.registers_in(scope):
+                added = self.attach(names, fn, dir, **how)
+            try:
+                yield
+            finally:
+                self.detach(added)
+
+    @contextmanager
     def hooks(
         self,
         fwd_hooks: HookList = (),
@@ -210,30 +193,14 @@ class HookRegistry:
         clear_contexts: bool = False,
         of_run: bool = False,
     ) -> Iterator[None]:
-        """Register hooks for the body of a `with` statement; at its end, by an error too, exactly these are removed.
-
-        They are active in this thread and task alone.
-
-        Args:
-            fwd_hooks: Pairs of a name filter and a hook on activations.
-            bwd_hooks: Pairs of a name filter and a hook on gradients.
-            reset_hooks_end: Remove them at the end.
-            clear_contexts: Empty the points' contexts at the end.
-            of_run: Exclude runs that hooks start inside of a run.
-
-        Raises:
-            HookNameError: For a name that this model lacks.
-            HookValueError: For hooks that are not pairs.
-        """
-        fwd_hooks, bwd_hooks = _pairs("fwd_hooks", fwd_hooks), _pairs("bwd_hooks", bwd_hooks)
+        """As `HookedMLLM.hooks`; with `of_run`, runs that hooks start inside of a run are excluded."""
+        hooks = [*_pairs("fwd", fwd_hooks), *_pairs("bwd", bwd_hooks)]
         added: list[tuple[HookPoint, Handle]] = []
         with self.context.scope(of_run) as scope:
             try:
                 with self.context.registers_in(scope if reset_hooks_end else None):
-                    for names, fn in fwd_hooks:
-                        added += self.attach(names, fn, "fwd")
-                    for names, fn in bwd_hooks:
-                        added += self.attach(names, fn, "bwd")
+                    for names, fn, direction in hooks:
+                        added += self.attach(names, fn, direction)
                 yield
             finally:
                 if reset_hooks_end:
@@ -269,17 +236,12 @@ class HookRegistry:
                 point.clear_context()
 
 
-def _pairs(argument: str, hooks: HookList) -> list[tuple[NameFilter, HookFunction]]:
-    """The hooks as a list.
-
-    Raises:
-        HookValueError: For an entry that is no pair of names and a function.
-    """
-    pairs = list(hooks)
-    for pair in pairs:
+def _pairs(direction: Direction, hooks: HookList) -> Iterator[tuple[NameFilter, HookFunction, Direction]]:
+    """Names, function and direction of each of `hooks`, which must be pairs of names and a function."""
+    for pair in hooks:
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not callable(pair[1]):
             raise HookValueError(
-                f"{argument} is a list of pairs (names, function), such as [('blocks.2.attn.hook_z', fn)]; got "
+                f"{direction}_hooks is a list of pairs (names, function), such as [('blocks.2.attn.hook_z', fn)]; got "
                 f"{pair!r} in it."
             )
-    return pairs
+        yield (*pair, direction)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,31 +17,23 @@ ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 #: one picture, or several; an array of four axes is several
 Images = ImageInput | Sequence[ImageInput]
 
-T = TypeVar("T")
-
 _CHANNELS = (1, 3, 4)
 
 
 def load_image(image: ImageInput) -> Image.Image:
-    """One picture as a PIL image in RGB, upright.
+    """One picture as an upright PIL image in RGB; transparent pixels become white.
 
-    EXIF orientation is applied, palettes and greys are expanded, transparent pixels become white, 16-bit greys are
-    reduced to 8.
-
-    Args:
-        image: A path, a PIL image, or an array `[height width channel]`, `[channel height width]` or `[height width]`,
-            of integers from 0 to 255 or floats from 0 to 1.
-
-    Raises:
-        InputError: No such file, not a picture, another shape or range, NaN or infinity among the pixels.
-
-    Examples:
-        >>> import numpy as np
-        >>> load_image(np.zeros((4, 6, 3), dtype=np.uint8)).size
-        (6, 4)
+    An array is `[height width channel]`, `[channel height width]` or `[height width]`, of integers from 0 to 255 or
+    floats from 0 to 1.
     """
     if isinstance(image, str | os.PathLike):
-        return _rgb(_open(image))
+        file = existing_file(image, "image")
+        try:
+            with Image.open(file) as picture:
+                picture.load()  # the header of a truncated file is read without an error
+                image = picture.copy()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(f"{str(file)!r} cannot be read as an image: {error}") from error
     if isinstance(image, Image.Image):
         return _rgb(image)
     if isinstance(image, np.ndarray | Tensor):
@@ -59,15 +51,7 @@ def load_image(image: ImageInput) -> Image.Image:
 
 
 def to_uint8(array: np.ndarray | Tensor, what: str) -> np.ndarray:
-    """Pixels as uint8: integers from 0 to 255 as they are, floats from 0 to 1 times 255.
-
-    Args:
-        array: Pixels of any shape.
-        what: The subject of an error message.
-
-    Raises:
-        InputError: NaN, infinity, or values outside the range.
-    """
+    """Pixels as uint8: integers from 0 to 255 as they are, floats from 0 to 1 times 255."""
     if isinstance(array, Tensor):
         tensor = array.detach().cpu()
         array = np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
@@ -93,15 +77,7 @@ def to_uint8(array: np.ndarray | Tensor, what: str) -> np.ndarray:
 
 
 def channels_last(pixels: np.ndarray, what: str) -> np.ndarray:
-    """The last three axes as `[height width channel]`, from that or from `[channel height width]`.
-
-    Args:
-        pixels: An array of three axes at least.
-        what: The subject of an error message.
-
-    Raises:
-        InputError: When neither the first nor the last of the three can be the channels.
-    """
+    """The last three axes as `[height width channel]`, from that or from `[channel height width]`."""
     if pixels.shape[-1] in _CHANNELS:
         return pixels
     if pixels.shape[-3] in _CHANNELS:
@@ -110,35 +86,27 @@ def channels_last(pixels: np.ndarray, what: str) -> np.ndarray:
     raise InputError(f"{what} needs 1, 3 or 4 channels, first or last; got shape {tuple(pixels.shape)}.")
 
 
-def as_list(images: ImageInput | Sequence[T] | None) -> list[ImageInput | T]:
-    """One picture or a sequence of pictures as a list; `None` gives an empty one.
-
-    Raises:
-        InputError: For something else.
-    """
-    if images is None:
+def media_list(media: Any, single: type = Image.Image, axes: int = 3, kind: str = "image") -> list[Any]:
+    """One picture or video, or a sequence of them, as a list; an array of more than `axes` axes is a sequence."""
+    if media is None:
         return []
-    if isinstance(images, np.ndarray | Tensor):
-        return list(images) if images.ndim == 4 else [images]
-    if isinstance(images, str | os.PathLike | Image.Image):
-        return [images]
-    if isinstance(images, Sequence) and not isinstance(images, bytes):
-        return list(images)
-    raise InputError(f"Images are one picture or a list of them; got {type(images).__name__}.")
+    if isinstance(media, np.ndarray | Tensor):
+        return list(media) if media.ndim == axes + 1 else [media]
+    if isinstance(media, str | os.PathLike | single):
+        return [media]
+    if isinstance(media, Sequence) and not isinstance(media, bytes):
+        return list(media)
+    raise InputError(f"{kind.title()}s are one {kind} or a list of them; got {type(media).__name__}.")
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+def existing_file(path: str | os.PathLike[str], kind: str) -> Path:
+    """The path of an image or video file, with `~` expanded."""
     if "://" in str(path):
-        raise InputError(f"Images are read from files, not from addresses: download {str(path)!r} first.")
+        raise InputError(f"{kind.title()}s are read from files, not from addresses: download {str(path)!r} first.")
     file = Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"No image file at {str(path)!r}.")
-    try:
-        with Image.open(file) as image:
-            image.load()  # the header of a truncated file is read without an error
-            return image.copy()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as an image: {error}") from error
+        raise InputError(f"No {kind} file at {str(path)!r}.")
+    return file
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -35,33 +35,14 @@ def resolve_positions(
 ) -> Int[Tensor, "batch n"]:
     """Positions as indices on the CPU, `[batch n]`; -1 where a sample has fewer than the others.
 
-    Args:
-        selected: A token kind, a region or several, a mask, indices, one index, or a slice.
-        batch: Number of sequences.
-        length: Positions of a sequence, padding included; None where it is not known.
-        masks: Gives the mask of a token kind; None for inputs without a layout.
-
-    Raises:
-        LayoutError: for anything else, a token kind or region without a layout, a mask or indices of another shape, an
-            index out of range, or no position at all.
-
-    Examples:
-        >>> resolve_positions([0, -1], batch=2, length=5, masks=None).tolist()
-        [[0, 4], [0, 4]]
-        >>> resolve_positions(torch.tensor([[True, False], [True, True]]), 2, 2, None).tolist()
-        [[0, -1], [0, 1]]
+    `length` is None where it is not known, and `masks` for inputs without a layout.
     """
     resolved = _resolved(selected, batch, length, masks)
     return indices_of(resolved) if resolved.dtype == torch.bool else resolved
 
 
 def resolve_mask(selected: Positions, batch: int, length: int, masks: KindMasks | None) -> Bool[Tensor, "batch pos"]:
-    """Positions as a mask on the CPU, `[batch pos]`; arguments and errors are those of `resolve_positions`.
-
-    Examples:
-        >>> resolve_mask(slice(1, 3), batch=1, length=4, masks=None).tolist()
-        [[False, True, True, False]]
-    """
+    """Positions as a mask on the CPU, `[batch pos]`; see `resolve_positions`."""
     resolved = _resolved(selected, batch, length, masks)
     return resolved if resolved.dtype == torch.bool else mask_of(resolved, length)
 
@@ -82,40 +63,23 @@ def mask_of(index: Int[Tensor, "batch n"], length: int) -> Bool[Tensor, "batch p
 
 
 def check_positions(selected: Positions) -> None:
-    """Reject what selects positions in no run, before there is one.
-
-    Raises:
-        LayoutError: for anything that `Positions` does not list.
-    """
+    """Raise a LayoutError, before any run, for what `Positions` does not list."""
     if not (is_token_kind(selected) or isinstance(selected, slice)):
         _tensor(selected)
 
 
 def check_every_sample(present: Bool[Tensor, " batch"], selected: Positions) -> None:
-    """Reject positions that some sample of a batch has none of.
-
-    Args:
-        present: Whether each sample has a selected position.
-        selected: What was resolved, for the message.
-
-    Raises:
-        LayoutError: naming the first such sample.
-    """
+    """Raise a LayoutError that names the first sample of a batch without a selected position."""
     if not bool(present.all()):
+        label = _shown(selected) if is_token_kind(selected) else "given"
         raise LayoutError(
-            f"The {_label(selected)} mask is empty for sample {int(present.int().argmin())} of the batch: every sample "
+            f"The {label} mask is empty for sample {int(present.int().argmin())} of the batch: every sample "
             "needs at least one such position. Give the sample what is missing, or select other positions."
         )
 
 
 def describe_positions(selected: Positions | None) -> Any:
-    """Positions as a record keeps them, of values that JSON can hold.
-
-    Examples:
-        >>> from hooked_mllm import Pages
-        >>> describe_positions("question"), describe_positions(slice(2, None)), describe_positions(Pages([3]))
-        ('question', '2:None:None', 'Pages(images=(3,))')
-    """
+    """Positions as a record keeps them, of values that JSON can hold."""
     if selected is None or isinstance(selected, str):
         return selected
     if is_token_kind(selected):
@@ -144,11 +108,7 @@ class MappingMasks:
     config: PreTrainedConfig
 
     def __call__(self, kind: TokenKind) -> Bool[Tensor, "batch pos"]:
-        """The mask of one kind, on the device of the inputs.
-
-        Raises:
-            LayoutError: for other kinds and for regions, or without `input_ids`.
-        """
+        """The mask of one kind, on the device of the inputs."""
         tokens = self.inputs.get("input_ids")
         if tokens is None:
             raise LayoutError("Inputs without `input_ids` have no token kinds: use `model.prepare`.")
@@ -170,9 +130,6 @@ class MappingMasks:
             f"A plain mapping of model inputs has no token layout: {_shown(kind)} is not among its token kinds "
             "(visual, text, padding, last). Make a sample with `model.prepare(question, images=..., target=...)`."
         )
-
-
-# -- resolving -----------------------------------------------------------------------------------------------------
 
 
 def _resolved(selected: object, batch: int, length: int | None, masks: KindMasks | None) -> Tensor:
@@ -226,9 +183,9 @@ def _checked_indices(index: Tensor, selected: object, batch: int, length: int | 
     if not each.numel():
         raise _error(selected, "there is no index. Select at least one position.")
     each = each.long().expand(batch, -1)
-    if length is None and bool((each < 0).any()):
-        raise _error(selected, "negative indices need a sequence of known length. Count from the start.")
     if length is None:
+        if bool((each < 0).any()):
+            raise _error(selected, "negative indices need a sequence of known length. Count from the start.")
         return each
     if bool(((each < -length) | (each >= length)).any()):
         raise _error(selected, f"outside a sequence of {length} tokens. Give indices from {-length} to {length - 1}.")
@@ -236,33 +193,22 @@ def _checked_indices(index: Tensor, selected: object, batch: int, length: int | 
 
 
 def _tensor(selected: object) -> Tensor:
-    """Indices or a mask as a tensor.
-
-    Raises:
-        LayoutError: for something else.
-    """
-    if isinstance(selected, Tensor):
-        values = selected
-    else:
-        allowed = isinstance(selected, int | np.integer | np.ndarray | Sequence)
-        if not allowed or isinstance(selected, bool | str | bytes):
-            raise _error(selected, f"{EXPECTED}; got {type(selected).__name__}.")
-        try:
-            values = torch.from_numpy(np.array(selected))
-        except (TypeError, ValueError):  # ragged lists, texts and objects
-            raise _error(selected, f"{EXPECTED}; got a {type(selected).__name__} of something else.") from None
-        if not values.numel():  # NumPy takes an empty list for floats
-            values = values.long()
+    """Indices or a mask as a tensor."""
+    allowed = isinstance(selected, int | np.integer | np.ndarray | Sequence | Tensor)
+    if not allowed or isinstance(selected, bool | str | bytes):
+        raise _error(selected, f"{EXPECTED}; got {type(selected).__name__}.")
+    try:
+        values = selected if isinstance(selected, Tensor) else torch.from_numpy(np.array(selected))
+    except (TypeError, ValueError):  # ragged lists, texts and objects
+        raise _error(selected, f"{EXPECTED}; got a {type(selected).__name__} of something else.") from None
+    if not values.numel() and not isinstance(selected, Tensor):  # NumPy takes an empty list for floats
+        values = values.long()
     if values.is_floating_point() or values.is_complex():
         advice = ": give mask.bool() for a mask" if values.dim() else ""
         raise _error(selected, f"{EXPECTED}; got numbers of {values.dtype}{advice}.")
     if values.dtype == torch.bool and not values.dim():
         raise _error(selected, f"{EXPECTED}; got one truth value.")
     return values
-
-
-def _label(selected: Positions) -> str:
-    return _shown(selected) if is_token_kind(selected) else "given"
 
 
 def _shown(selected: object) -> str:

@@ -3,8 +3,8 @@
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, cast, overload, runtime_checkable
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,53 +14,16 @@ from transformers.video_utils import VideoMetadata
 
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.families.base import Family
-from hooked_mllm.inputs import images as pictures
-from hooked_mllm.inputs import video as clips
-from hooked_mllm.inputs.images import Images
-from hooked_mllm.inputs.prompt import ChatTemplate, Tokenizer, check_special, check_text, render, token_spans
+from hooked_mllm.inputs import video as loading
+from hooked_mllm.inputs.images import Images, load_image, media_list
+from hooked_mllm.inputs.prompt import Processor, Tokenizer, check_special, check_text, render, token_spans
 from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, Target, is_per_token
 from hooked_mllm.inputs.video import Number, Video, Videos
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
 
 
-@runtime_checkable
-class Processor(ChatTemplate, Protocol):
-    """The part of a transformers processor that is used here."""
-
-    tokenizer: Any
-
-    def __call__(self, **kwargs: Any) -> Mapping[str, Any]:
-        """Model inputs of texts, images and videos."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What all samples of a batch are prepared with.
-
-    Attributes:
-        decode: Arguments of `read_video`.
-        min_overlap: The least share of a token's footprint that the target must cover.
-        processor: Arguments of the processor.
-    """
-
-    decode: Mapping[str, Any]
-    min_overlap: float
-    processor: Mapping[str, Any]
-
-
 class Preparer:
-    """Makes samples for one model.
-
-    Args:
-        processor: The model's own processor, with its chat template.
-        config: The model's configuration.
-        family: Its family, which maps visual tokens to pixels.
-        tokenizer: Another tokenizer than the processor's own.
-
-    Raises:
-        InputError: Without a processor.
-    """
+    """Makes samples for one model, with its own processor and chat template, or with another `tokenizer`."""
 
     def __init__(
         self, processor: Processor | None, config: PreTrainedConfig, family: Family, tokenizer: Tokenizer | None = None
@@ -73,44 +36,6 @@ class Preparer:
             )
         self.processor, self.config, self.family = processor, config, family
         self.tokenizer: Any = tokenizer if tokenizer is not None else processor.tokenizer
-
-    @overload
-    def __call__(
-        self,
-        question: str,
-        images: Images | None = None,
-        videos: Videos | None = None,
-        system: str | None = None,
-        answer: str | None = None,
-        target: Target | None = None,
-        id: str | None = None,
-        *,
-        fps: Number | None = None,
-        num_frames: int | None = None,
-        max_frames: int | None = None,
-        min_overlap: Number = 0.0,
-        padding_side: str = "left",
-        **processor_kwargs: Any,
-    ) -> Sample: ...
-
-    @overload
-    def __call__(
-        self,
-        question: list[str] | tuple[str, ...],
-        images: Sequence[Images | None] | None = None,
-        videos: Sequence[Videos | None] | None = None,
-        system: str | Sequence[str | None] | None = None,
-        answer: Sequence[str | None] | None = None,
-        target: Sequence[Target | None] | None = None,
-        id: Sequence[str | None] | None = None,
-        *,
-        fps: Number | None = None,
-        num_frames: int | None = None,
-        max_frames: int | None = None,
-        min_overlap: Number = 0.0,
-        padding_side: str = "left",
-        **processor_kwargs: Any,
-    ) -> SampleBatch: ...
 
     def __call__(
         self,
@@ -136,8 +61,8 @@ class Preparer:
         Args:
             question: The question, or a list of them; everything below is then a list of the same length, or `None`.
                 (`system` and the sampling of videos may also be one for all.)
-            images: A picture or a list of them: PIL images, paths, arrays (see `load_image`).
-            videos: A video or a list of them: paths, `Video`s, frames, pairs (frames, fps) (see `read_video`).
+            images: A picture or a list of them: PIL images, paths, arrays.
+            videos: A video or a list of them: paths, `Video`s, frames, pairs (frames, fps).
             system: The system prompt; without one, the template's own default.
             answer: A text put after the prompt, token by token what the model would have generated.
             target: The region that the question is about, such as `Box(412, 230, 520, 371)`, or a list of regions.
@@ -148,31 +73,15 @@ class Preparer:
             min_overlap: The least share of a token's footprint that the target must cover.
             padding_side: Where a batch is padded, "left" or "right".
             **processor_kwargs: For the processor, such as `size` or `crop_to_patches`.
-
-        Raises:
-            InputError: An argument that neither this nor the processor takes, an empty question or batch, pictures that
-                cannot be read or hold NaN, frames without fps, a question with special tokens in it, or what the
-                processor rejects.
-            LayoutError: The question is not found in the prompt, the target lies outside its image or no token sees it,
-                or the model's placeholders do not match its pictures.
-
-        Examples:
-            >>> from hooked_mllm.families import family_of
-            >>> from hooked_mllm.model.loading import load_model
-            >>> model, processor = load_model("toy-qwen3-vl")
-            >>> prepare = Preparer(processor, model.config, family_of(model.config))
-            >>> sample = prepare("what color is the star ?", images=Image.new("RGB", (96, 96)))
-            >>> int(sample.mask("visual").sum())
-            36
         """
         self._check_names(processor_kwargs)
         decode = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames}
-        options = _Options(decode, float(min_overlap), processor_kwargs)
-        columns = {
+        prepared = partial(self._one, decode, processor_kwargs, float(min_overlap))
+        columns: dict[str, Any] = {
             "images": images, "videos": videos, "system": system, "answer": answer, "target": target, "id": id,
         }  # fmt: skip
         if isinstance(question, str):
-            return self._one(options, question, **cast("dict[str, Any]", columns))
+            return prepared(question, **columns)
         if not isinstance(question, Sequence):
             check_text("question", question)
         n = len(question)
@@ -180,32 +89,24 @@ class Preparer:
             raise InputError("The batch is empty: give one question at least.")
         if isinstance(system, str):
             columns["system"] = [system] * n
-        # one dictionary of arguments for each question
-        entries = zip(*(_column(name, value, n) for name, value in columns.items()), strict=True)
-        samples = [
-            self._one(options, text, **dict(zip(columns, entry, strict=True)))
-            for text, entry in zip(question, entries, strict=True)
-        ]
-        return SampleBatch.collate(samples, padding_side)
+        # the arguments of each question
+        entries = zip(question, *(_column(name, value, n) for name, value in columns.items()), strict=True)
+        return SampleBatch.collate([prepared(*entry) for entry in entries], padding_side)
 
     def _check_names(self, arguments: Mapping[str, Any]) -> None:
         known = _processor_arguments(self.processor)
         unknown = [name for name in arguments if name not in known] if known else []
-        if not unknown:
-            return
-        own = [name for name in inspect.signature(type(self).__call__).parameters if name != "self"]
-        own.remove("processor_kwargs")
-        hints = [
-            f"prepare takes no argument {name!r}. {nearest(name, [*own, *sorted(known)], n=1)}" for name in unknown
-        ]
-        raise InputError(
-            " ".join(line.strip() for line in hints)
-            + f" It takes {', '.join(own)}, and what {type(self.processor).__name__} takes."
-        )
+        if unknown:
+            own = [name for name in inspect.signature(self.__call__).parameters if name != "processor_kwargs"]
+            hints = [f"prepare takes no argument {x!r}. {nearest(x, [*own, *sorted(known)], n=1)}" for x in unknown]
+            takes = f"It takes {', '.join(own)}, and what {type(self.processor).__name__} takes."
+            raise InputError(" ".join([*(hint.strip() for hint in hints), takes]))
 
     def _one(
         self,
-        options: _Options,
+        decode: Mapping[str, Any],
+        processor_kwargs: Mapping[str, Any],
+        min_overlap: float,
         question: str,
         images: Images | None,
         videos: Videos | None,
@@ -215,20 +116,26 @@ class Preparer:
         id: str | None,
     ) -> Sample:
         placeholders = [getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video")]
-        self._check_texts(question, system, answer, placeholders)
-        shown = tuple(pictures.load_image(image) for image in pictures.as_list(images))
-        films = tuple(clips.as_video(video, **options.decode) for video in clips.as_list(videos))
-        prompt = render(self.processor, question, system, len(shown), len(films))
-        inputs = self._process(prompt.text, shown, films, options.processor)
+        check_text("question", question)
+        for name, text in (("system prompt", system), ("answer", answer)):
+            if text is not None:
+                check_text(name, text)
+        check_special(question, "question", self.tokenizer, placeholders)
+        check_special(system or "", "system prompt", self.tokenizer, placeholders)
+        shown = tuple(load_image(image) for image in media_list(images))
+        films = tuple(loading.as_video(video, **decode) for video in loading.as_list(videos))
+        prompt, texts = render(self.processor, question, system, len(shown), len(films))
+        inputs = self._process(prompt, shown, films, processor_kwargs)
         # the processor's own placeholders in the text, before it widens them to `visual_token_ids`
         marks = {self.tokenizer.convert_tokens_to_ids(p) for p in placeholders if p}
-        spans = token_spans(prompt, self.tokenizer, inputs["input_ids"][0].tolist(), marks)
-        items = self.family.visual_items(self.config, self.processor, inputs, _media(shown, films))
+        spans = token_spans(prompt, texts, self.tokenizer, inputs["input_ids"][0].tolist(), marks)
+        photos = [ImageMedia(image.width, image.height) for image in shown]
+        clips = [VideoMedia(film.width, film.height, len(film), film.times_s) for film in films]
+        items = self.family.visual_items(self.config, self.processor, inputs, (*photos, *clips))
         if answer is not None:
             spans["answer"] = [self._append(inputs, answer, placeholders)]
         self.family.check_inputs(inputs, self.config)
-        visual_ids = self.family.visual_token_ids(self.config)
-        layout = TokenLayout.build(inputs["input_ids"][0], items, visual_ids, spans)
+        layout = TokenLayout.build(inputs["input_ids"][0], items, self.family.visual_token_ids(self.config), spans)
         pad = self.tokenizer.pad_token_id
         return Sample(
             inputs=inputs,
@@ -238,21 +145,13 @@ class Preparer:
             images=shown,
             videos=films,
             target=target,
-            target_mask=None if target is None else layout.target(target, options.min_overlap),
+            target_mask=None if target is None else layout.target(target, min_overlap),
             id=id,
             template=hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()[:16],
             pad_token_id=pad if pad is not None else self.tokenizer.eos_token_id or 0,
-            preparation=Preparation(system, options.min_overlap, dict(options.processor)),
+            preparation=Preparation(system, min_overlap, dict(processor_kwargs)),
             family=self.family.name,
         )
-
-    def _check_texts(self, question: str, system: str | None, answer: str | None, placeholders: Sequence[str]) -> None:
-        check_text("question", question)
-        for name, text in (("system prompt", system), ("answer", answer)):
-            if text is not None:
-                check_text(name, text)
-        check_special(question, "question", self.tokenizer, placeholders)
-        check_special(system or "", "system prompt", self.tokenizer, placeholders)
 
     def _process(
         self, text: str, shown: Sequence[Image.Image], films: Sequence[Video], kwargs: Mapping[str, Any]
@@ -262,7 +161,9 @@ class Preparer:
             # nested: LLaVA-OneVision takes a flat list for samples of one image each
             media["images"] = [list(shown)]
         if films:
-            media |= {"videos": [_channels_first(f) for f in films], "video_metadata": [_metadata(f) for f in films]}
+            # [frame height width channel] -> [frame channel height width]
+            media["videos"] = [torch.from_numpy(film.frames).permute(0, 3, 1, 2).contiguous() for film in films]
+            media["video_metadata"] = [_metadata(film) for film in films]
             media["videos_kwargs"] = {"input_data_format": "channels_first", "do_sample_frames": False}
             video_processor = getattr(self.processor, "video_processor", None)
             if getattr(video_processor, "cap_pixels_per_frame", True) is None:
@@ -271,23 +172,17 @@ class Preparer:
         try:
             out = self.processor(text=[text], return_tensors="pt", **media, **kwargs)
         except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-            lengths = sorted({len(f) for f in films})
-            hint = (
-                f" The videos have {lengths} frames: this processor may need one number for all videos of a sample, "
-                "see num_frames=."
-                if len(lengths) > 1
-                else ""
-            )
+            lengths, hint = sorted({len(film) for film in films}), ""
+            if len(lengths) > 1:
+                hint = f" The videos have {lengths} frames: this processor may need one number, see num_frames=."
             raise InputError(f"{type(self.processor).__name__} rejects these inputs: {error}{hint}") from error
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
     def _append(self, inputs: dict[str, Tensor], answer: str, placeholders: Sequence[str]) -> tuple[int, int]:
         """Append the answer's tokens to the prompt's, which stay those that `generate` would start from."""
-        inside = [p for p in placeholders if p and p in answer]
+        inside = ", ".join(repr(p) for p in placeholders if p and p in answer)
         if inside:
-            raise InputError(
-                f"The answer contains {', '.join(map(repr, inside))}, which represents an image or a video."
-            )
+            raise InputError(f"The answer contains {inside}, which represents an image or a video.")
         ids = self.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
         if not ids.shape[-1]:
             raise InputError("The answer is empty: leave it out, or give a text.")
@@ -300,10 +195,7 @@ class Preparer:
 
 
 def _processor_arguments(processor: Processor) -> set[str]:
-    """The keywords that a processor of transformers takes in addition to text and media; none if it declares none.
-
-    It takes those of its own class and of its parts, and ignores any other with a line in its log.
-    """
+    """The keywords that a processor takes, its own and those of its parts; none if it declares none."""
     declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", None)
     if not declared:
         return set()
@@ -316,27 +208,15 @@ def _processor_arguments(processor: Processor) -> set[str]:
     return known
 
 
-def _media(shown: Sequence[Image.Image], films: Sequence[Video]) -> tuple[ImageMedia | VideoMedia, ...]:
-    images = [ImageMedia(image.width, image.height) for image in shown]
-    return (*images, *(VideoMedia(film.width, film.height, len(film), film.times_s) for film in films))
-
-
 def _column(name: str, value: Any, n: int) -> list[Any]:
     """One entry for each question."""
     if value is None:
         return [None] * n
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != n:
-        got = (
-            f"{len(value)} entries"
-            if isinstance(value, Sequence) and not isinstance(value, str)
-            else type(value).__name__
-        )
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        got = f"{len(value)} entries" if is_list else type(value).__name__
         raise InputError(f"With a list of {n} questions `{name}` is a list of {n} entries (or None); got {got}.")
     return list(value)
-
-
-def _channels_first(film: Video) -> Tensor:
-    return torch.from_numpy(film.frames).permute(0, 3, 1, 2).contiguous()
 
 
 def _metadata(film: Video) -> VideoMetadata:

@@ -1,14 +1,10 @@
-"""A chat prompt and where exactly its question and system text lie among the tokens.
+"""A chat prompt, and where its question and system text lie among the tokens.
 
-The chat template is any program: words of the question may occur in it, it may strip or repeat its input. So the range
-of a text is found by rendering the template twice, with the text and with a unique sentinel instead of it; the parts
-before and after must agree. Characters become tokens by the tokenizer's own offsets. The processor then widens every
-image and video placeholder; placeholders are special tokens, which no merge crosses, so the tokens before the first and
-after the last of them stay the same, which is checked.
+A chat template is any program, so a text is located by rendering twice, with the text and with a unique sentinel.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 from hooked_mllm.errors import InputError, LayoutError
@@ -18,13 +14,17 @@ Span = tuple[int, int]
 
 
 @runtime_checkable
-class ChatTemplate(Protocol):
-    """An object that renders conversations, such as a processor."""
+class Processor(Protocol):
+    """The part of a transformers processor that is used here."""
 
+    tokenizer: Any
     chat_template: Any
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
         """The prompt of a conversation."""
+
+    def __call__(self, **kwargs: Any) -> Mapping[str, Any]:
+        """Model inputs of texts, images and videos."""
         ...
 
 
@@ -37,73 +37,45 @@ class Tokenizer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A rendered prompt and the character ranges of the texts in it, end exclusive."""
-
-    text: str
-    spans: Mapping[str, Span]
-
-
 def render(
-    template: ChatTemplate, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0
-) -> Prompt:
-    """The prompt of one question: images first, then videos, then the question, up to where the answer starts.
-
-    Args:
-        template: An object with `apply_chat_template`, such as a processor.
-        question: The user's question.
-        system: The system prompt.
-        n_images: Number of image placeholders.
-        n_videos: Number of video placeholders.
-
-    Raises:
-        LayoutError: When the rendered prompt does not hold the question or the system prompt exactly once.
-        InputError: When there is no chat template, or it raises an error.
-    """
+    template: Processor, question: str, system: str | None = None, n_images: int = 0, n_videos: int = 0
+) -> tuple[str, dict[str, Span]]:
+    """The prompt of one question up to where the answer starts, and the character ranges of its texts."""
     texts = {"question": question} | ({} if system is None else {"system": system})
     rendered = _apply(template, texts, n_images, n_videos)
-    marks = {name: _sentinel(name, rendered) for name in texts}
+    # more X than the prompt has, so that no mark occurs in it
+    tail = "X" * (rendered.count("X") + 1)
+    marks = {name: f"XhookedX{name}{tail}" for name in texts}
     marked = _apply(template, marks, n_images, n_videos)
     for name, mark in marks.items():
         if marked.count(mark) != 1:
+            advice = "Use another chat template" + (", or leave `system` out." if name == "system" else ".")
             raise LayoutError(
                 f"The chat template holds the {name} {marked.count(mark)} times, where once was expected: its tokens "
-                "cannot be located. Use another chat template"
-                + (", or leave `system` out." if name == "system" else ".")
+                f"cannot be located. {advice}"
             )
-    return Prompt(rendered, _between(rendered, marked, texts, marks))
+    return rendered, _between(rendered, marked, texts, marks)
 
 
 def token_spans(
-    prompt: Prompt, tokenizer: Tokenizer, input_ids: Sequence[int], placeholders: set[int]
+    prompt: str, texts: Mapping[str, Span], tokenizer: Tokenizer, input_ids: Sequence[int], placeholders: set[int]
 ) -> dict[str, list[Span]]:
-    """Token ranges of the prompt's texts among the processor's `input_ids`, end exclusive.
+    """Token ranges of the prompt's `texts` among the processor's `input_ids`, end exclusive.
 
-    A token belongs to a text if it holds one of its characters; a token that it shares with the template only if that
-    character is not white space.
-
-    Args:
-        prompt: A rendered prompt.
-        tokenizer: A fast tokenizer, which gives the characters of each token.
-        input_ids: The processor's token ids of that prompt.
-        placeholders: Ids of the image and video placeholders in the text.
-
-    Raises:
-        LayoutError: When the ids around the text are not those of the rendered prompt.
+    `placeholders` are the ids of images and videos in the text, which the processor repeats.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise LayoutError(
             f"{type(tokenizer).__name__} gives no character offsets, so the question's tokens cannot be located: load "
             "the fast tokenizer of this checkpoint."
         )
-    encoded = tokenizer(prompt.text, return_offsets_mapping=True)
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     at = [i for i, token in enumerate(ids) if token in placeholders]
     first, after = (at[0], at[-1] + 1) if at else (len(ids), 0)
     spans = {}
-    for name, (start, end) in prompt.spans.items():
-        low, high = _tokens(prompt.text, offsets, start, end, name)
+    for name, (start, end) in texts.items():
+        low, high = _tokens(prompt, offsets, start, end, name)
         shift = len(input_ids) - len(ids)
         if low >= after and list(input_ids[low + shift :]) == ids[low:]:
             spans[name] = [(low + shift, high + shift)]
@@ -113,21 +85,13 @@ def token_spans(
             where = "between its images and videos" if first < high and low < after else "with other tokens than alone"
             raise LayoutError(
                 f"The {name} was not found: the prompt holds it {where}, so its tokens cannot be located. The prompt, "
-                f"before images and videos are filled in: {prompt.text!r}"
+                f"before images and videos are filled in: {prompt!r}"
             )
     return spans
 
 
 def check_text(what: str, text: Any) -> None:
-    """Reject what is no text, or an empty one.
-
-    Args:
-        what: The subject of the error message.
-        text: What is checked.
-
-    Raises:
-        InputError: For such a text.
-    """
+    """Raise an InputError for what is no text, or an empty one."""
     if not isinstance(text, str):
         raise InputError(f"The {what} is a text; got {type(text).__name__}.")
     if not text.strip():
@@ -135,48 +99,28 @@ def check_text(what: str, text: Any) -> None:
 
 
 def check_special(text: str, what: str, tokenizer: Tokenizer, placeholders: Sequence[str] = ()) -> None:
-    """Reject a text that holds a special token, which would change the prompt's meaning.
-
-    Args:
-        text: What is checked.
-        what: The subject of the error message.
-        tokenizer: The tokenizer that has special tokens.
-        placeholders: More texts to reject.
-
-    Raises:
-        InputError: For such a text.
-    """
+    """Raise an InputError for a text with a special token or placeholder, which changes the prompt's meaning."""
     special = [str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special]
-    found = sorted({t for t in (*special, *placeholders) if t and t in text})
-    if found:
+    tokens = sorted({t for t in (*special, *placeholders) if t and t in text})
+    if tokens:
         raise InputError(
-            f"The {what} contains {', '.join(map(repr, found))}, which this model reads as a special token and not as "
+            f"The {what} contains {', '.join(map(repr, tokens))}, which this model reads as a special token and not as "
             "text. Write it differently; images and videos get their placeholders from `images=` and `videos=`."
         )
 
 
-def _apply(template: ChatTemplate, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
+def _apply(template: Processor, texts: Mapping[str, str], n_images: int, n_videos: int) -> str:
     parts = [{"type": "image"} for _ in range(n_images)] + [{"type": "video"} for _ in range(n_videos)]
-    user = {"role": "user", "content": [*parts, {"type": "text", "text": texts["question"]}]}
-    messages = [user]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": texts["question"]}]}]
     if "system" in texts:
         messages.insert(0, {"role": "system", "content": [{"type": "text", "text": texts["system"]}]})
     if not getattr(template, "chat_template", None):
-        raise InputError(
-            f"{type(template).__name__} has no chat template: set `processor.chat_template`, or load the checkpoint's "
-            "own."
-        )
+        name = type(template).__name__
+        raise InputError(f"{name} has no chat template: set `processor.chat_template`, or load the checkpoint's own.")
     try:
         return template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is free to raise anything, among it jinja2's own errors
         raise InputError(f"The chat template rejects this conversation: {error}") from error
-
-
-def _sentinel(name: str, taken: str) -> str:
-    mark = f"XhookedX{name}X"
-    while mark in taken:
-        mark += "X"
-    return mark
 
 
 def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mapping[str, str]) -> dict[str, Span]:
@@ -186,16 +130,14 @@ def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mappin
     for name in order:
         before, rest = rest.split(marks[name])
         pieces.append(before)
-    for strip in (str, str.strip, str.rstrip, str.lstrip):
-        for others in (str, str.strip, str.rstrip, str.lstrip):
-            spans, built = {}, ""
-            for name, before in zip(order, pieces, strict=True):
-                built += before
-                text = (strip if name == "question" else others)(texts[name])
-                spans[name] = (len(built), len(built) + len(text))
-                built += text
-            if built + rest == rendered:
-                return spans
+    for strips in product((str, str.strip, str.rstrip, str.lstrip), repeat=len(order)):
+        spans, built = {}, ""
+        for name, before, strip in zip(order, pieces, strips, strict=True):
+            start = len(built) + len(before)
+            built += before + strip(texts[name])
+            spans[name] = (start, len(built))
+        if built + rest == rendered:
+            return spans
     raise LayoutError(
         "The question was not found: the chat template changes its texts, or the rest depending on them. "
         f"With the question it gives {rendered!r}, with a mark instead of it {marked!r}."
@@ -203,11 +145,12 @@ def _between(rendered: str, marked: str, texts: Mapping[str, str], marks: Mappin
 
 
 def _tokens(text: str, offsets: Sequence[Span], start: int, end: int, name: str) -> Span:
-    inside_text = []
-    for i, (a, b) in enumerate(offsets):
-        inside = text[max(a, start) : min(b, end)]
-        if a < end and b > start and ((start <= a and b <= end) or inside.strip()):
-            inside_text.append(i)
-    if not inside_text:
+    """The tokens with a character of a text; one that the template shares only if that is not white space."""
+    inside = [
+        token
+        for token, (a, b) in enumerate(offsets)
+        if a < end and b > start and ((start <= a and b <= end) or text[max(a, start) : min(b, end)].strip())
+    ]
+    if not inside:
         raise LayoutError(f"The {name} was not found: no token holds one of its characters.")
-    return inside_text[0], inside_text[-1] + 1
+    return inside[0], inside[-1] + 1

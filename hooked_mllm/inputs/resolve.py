@@ -26,41 +26,22 @@ T = TypeVar("T")
 _ADVICE = "`model.prepare(question, images=...)` makes a sample."
 
 
-# -- one input or several ------------------------------------------------------------------------------------------
-
-
 def is_model_input(value: object) -> TypeGuard[ModelInput]:
-    """Whether a value is one model input: a Sample, a SampleBatch or a mapping.
-
-    Examples:
-        >>> is_model_input({"input_ids": torch.zeros(1, 4)}), is_model_input([])
-        (True, False)
-    """
+    """Whether a value is one model input: a Sample, a SampleBatch or a mapping."""
     return isinstance(value, Sample | SampleBatch | Mapping)
 
 
 def each_sample(samples: ModelInputs) -> Iterator[ModelInput]:
-    """Model inputs one after another, each as it was given; an iterator is read as far as its inputs are needed.
-
-    Args:
-        samples: A Sample, a SampleBatch, a mapping, or an iterable of these.
-
-    Raises:
-        InputError: for anything else, or (when reached) an element that is none of these.
-    """
+    """Model inputs one after another, unchanged; an iterator is read as far as its inputs are needed."""
     return _each_sample(samples)
 
 
+def _each_sample(samples: Any) -> Iterator[ModelInput]:  # any object, so that a wrong one reaches our own error
+    return iter((samples,)) if is_model_input(samples) else each_element(samples, check_model_input)
+
+
 def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
-    """`each_sample` as a list of at least one.
-
-    Args:
-        samples: A Sample, a SampleBatch, a mapping, or an iterable of these.
-        purpose: What they are for, for the message.
-
-    Raises:
-        InputError: for none, or as `each_sample` does.
-    """
+    """`each_sample` as a list of at least one; `purpose` completes the message for an empty list."""
     collected = list(_each_sample(samples))
     if not collected:
         raise no_sample(purpose)
@@ -68,11 +49,7 @@ def as_samples(samples: ModelInputs, purpose: str = "run") -> list[ModelInput]:
 
 
 def each_prepared(samples: ModelInputs) -> Iterator[Sample]:
-    """Samples one after another, those of a batch by themselves.
-
-    Raises:
-        InputError: as `each_sample` does, or (when reached) for a mapping, which has no layout.
-    """
+    """Samples one after another, those of a batch by themselves; an InputError for a mapping."""
     return (sample for source in _each_sample(samples) for sample in prepared_samples(source))
 
 
@@ -84,15 +61,7 @@ def sample_count(samples: ModelInputs) -> int | None:
 
 
 def each_element(samples: Any, check: Callable[[Any, str], T]) -> Iterator[T]:
-    """Elements of an iterable one after another, each checked when it is reached.
-
-    Args:
-        samples: An iterable.
-        check: Takes an element and its name in a message; returns the element, or raises.
-
-    Raises:
-        InputError: for what is no iterable of model inputs.
-    """
+    """`check(element, name)` of each element, when it is reached."""
     if isinstance(samples, str | bytes | Tensor | np.ndarray) or not isinstance(samples, Iterable):
         raise InputError(
             "Expected a Sample, a SampleBatch, a mapping of model inputs, or an iterable of these; got "
@@ -107,28 +76,13 @@ def no_sample(purpose: str) -> InputError:
 
 
 def check_model_input(value: Any, name: str = "") -> ModelInput:
-    """The value, if it is one model input.
-
-    Args:
-        value: What is checked.
-        name: What it is called in the message.
-
-    Raises:
-        InputError: for anything else.
-    """
+    """The value, if it is one model input; `name` is what the message calls it."""
     if is_model_input(value):
         return value
     raise InputError(
         f"Expected a Sample, a SampleBatch or a mapping of model inputs{f' for {name}' if name else ''}; got "
         f"{type(value).__name__}. {_ADVICE}"
     )
-
-
-def _each_sample(samples: Any) -> Iterator[ModelInput]:
-    return iter((samples,)) if is_model_input(samples) else each_element(samples, check_model_input)
-
-
-# -- the contents of one input -------------------------------------------------------------------------------------
 
 
 def samples_of(source: ModelInput) -> tuple[Sample, ...]:
@@ -139,11 +93,7 @@ def samples_of(source: ModelInput) -> tuple[Sample, ...]:
 
 
 def prepared_samples(source: ModelInput) -> tuple[Sample, ...]:
-    """The samples of an input, where a token layout is needed.
-
-    Raises:
-        InputError: for a mapping, or something else.
-    """
+    """The samples of an input; an InputError for a mapping, which has no token layout."""
     samples = samples_of(source)
     if not samples:
         raise InputError(
@@ -164,11 +114,7 @@ def sequence_count(source: ModelInput) -> int:
 
 
 def _tokens(tensors: Mapping[str, Any]) -> Tensor:
-    """Token ids `[batch pos]`, or embeddings `[batch pos d_model]`.
-
-    Raises:
-        InputError: for inputs that have neither, or in another shape.
-    """
+    """Token ids `[batch pos]`, or embeddings `[batch pos d_model]`."""
     for name, axes in (("input_ids", "[batch pos]"), ("inputs_embeds", "[batch pos d_model]")):
         value = tensors.get(name)
         if value is None:
@@ -178,9 +124,6 @@ def _tokens(tensors: Mapping[str, Any]) -> Tensor:
             raise InputError(f"`{name}` must be a tensor {axes} with at least one token; got {shape}.")
         return value
     raise InputError(f"The model inputs hold no `input_ids`; they hold {', '.join(map(str, tensors)) or 'nothing'}.")
-
-
-# -- resolved inputs -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -238,7 +181,7 @@ class ResolvedInput:
             selected: A token kind, a region or several, a mask, indices, one index, or a slice.
 
         Raises:
-            LayoutError: for positions that these inputs do not have; see `resolve_positions`.
+            LayoutError: for positions that these inputs do not have.
             InputError: for the answer or target of a sample that has none.
         """
         return resolve_positions(selected, self.batch, self.length, self.host_masks)
@@ -268,11 +211,7 @@ class ResolvedInput:
         return mask
 
     def check_whole(self) -> None:
-        """Reject inputs that continue from `past_key_values`, whose positions do not start at 0.
-
-        Raises:
-            InputError: for such inputs.
-        """
+        """Raise an InputError for inputs that continue from `past_key_values`, with positions not from 0."""
         if self.tensors.get("past_key_values") is not None:
             raise InputError(
                 "Positions count from the start of the prompt, and these inputs continue from `past_key_values`: give "
@@ -283,18 +222,7 @@ class ResolvedInput:
 def resolve_input(
     source: ModelInput, family: Family, config: PreTrainedConfig, device: torch.device | str | None
 ) -> ResolvedInput:
-    """Check one model input and move it to the model's device.
-
-    Args:
-        source: A Sample, a SampleBatch or a mapping.
-        family: The family of the model.
-        config: Its transformers configuration.
-        device: Where the inputs go; None leaves them.
-
-    Raises:
-        InputError: for nothing at all, for visual tokens without pixels, for pixels that are NaN, for a sample that was
-            prepared by another family, or for another type.
-    """
+    """Check one model input and move it to the model's device; None leaves it where it is."""
     check_model_input(source)
     if isinstance(source, Sample | SampleBatch):
         check_maker(source, family)
@@ -309,11 +237,7 @@ def resolve_input(
 
 
 def check_maker(source: Sample | SampleBatch, family: Family) -> None:
-    """Reject samples of another family: their token ids and pixels mean something else here, if they fit at all.
-
-    Raises:
-        InputError: for such samples.
-    """
+    """Raise an InputError for samples of another family, whose token ids and pixels mean something else."""
     for sample in samples_of(source):
         if sample.family not in (None, family.name):
             raise InputError(
@@ -323,11 +247,7 @@ def check_maker(source: Sample | SampleBatch, family: Family) -> None:
 
 
 def check_mapping(inputs: dict[str, Any], family: Family, config: PreTrainedConfig) -> None:
-    """Reject a mapping that the model would take and get wrong.
-
-    Raises:
-        InputError: for inputs without tokens, with damaged pixels, or with visual tokens whose pixels are missing.
-    """
+    """Raise an InputError for a mapping that the model would accept, with wrong results."""
     _tokens(inputs)
     tokens = inputs.get("input_ids")
     for name in family.pixel_inputs:

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.images import html_thumbnails
 from hooked_mllm.display.text import shortened
 from hooked_mllm.errors import InputError, LayoutError
-from hooked_mllm.inputs.describe import media_html, tensors_html
 from hooked_mllm.inputs.positions import TokenKind
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout import Region, TokenLayout
@@ -44,8 +44,7 @@ class Sample:
     Attributes:
         inputs: Arguments of the model's `forward`; token tensors `[1 pos]`, without padding.
         layout: Which position is what.
-        question: The question.
-        answer: The answer that follows the prompt (teacher forcing), or `None`.
+        answer: The answer that follows the prompt (teacher forcing).
         images: The pictures, upright RGB; `layout` counts in their pixels.
         videos: The frames given to the model, with their times.
         target: The region that the question is about, or a list of them.
@@ -53,8 +52,7 @@ class Sample:
         id: A name of the user's own.
         template: A fingerprint of the chat template.
         pad_token_id: The token that pads a batch.
-        preparation: The other settings that it was prepared with, so that it can be prepared again with one change;
-            `None` for a sample made by hand.
+        preparation: The other settings of `prepare`; `None` for a sample made by hand.
         family: The family of the model that it was prepared for; `None` for a sample made by hand.
     """
 
@@ -76,8 +74,7 @@ class Sample:
         """Positions of a token kind, on the device of the inputs.
 
         Args:
-            name: "target", or what `TokenLayout.mask` supports: "question", "answer", "system", "template", "visual",
-                "last", "text", "padding", "pixels", "generating"; or a region or several, for the tokens that see it.
+            name: "target", a name that `TokenLayout.mask` accepts, or a region or several, for the tokens that see it.
 
         Raises:
             InputError: "target" when no target was given, "answer" when no answer was.
@@ -90,11 +87,7 @@ class Sample:
         return self._positions(name)[None]  # [pos] -> [1 pos]
 
     def target_regions(self) -> list[Region]:
-        """The target in pixels of the pictures, as a list of regions.
-
-        Raises:
-            InputError: when the sample has none.
-        """
+        """The target in pixels of the pictures, as a list of regions."""
         if self.target is None:
             raise InputError(
                 f"{self.who} has no target region: give `target=` to prepare, such as Box(x0, y0, x1, y1)."
@@ -166,10 +159,7 @@ class SampleBatch:
 
     @classmethod
     def collate(cls, samples: Sequence[Sample], padding_side: str = "left") -> "SampleBatch":
-        """Join samples of one model.
-
-        Token tensors are padded and stacked; pictures of all samples are joined in order, as each family's processor
-        does for a batch (LLaVA-OneVision's are padded to the same number of tiles).
+        """Join samples of one model: token tensors are padded and stacked, pictures joined in order.
 
         Args:
             samples: At least one, prepared by one model.
@@ -289,3 +279,24 @@ def _join(name: str, samples: Sequence[Sample], pads: Sequence[tuple[int, int]])
             "in a batch: give num_frames= to prepare, or run the samples one by one."
         )
     return torch.cat(values)
+
+
+def media_html(images: Sequence[Image.Image], videos: Sequence[Video]) -> str:
+    """Thumbnails of the images, and of the first frame of each video."""
+    named = [(f"image {i}, {x.width}x{x.height} px", x) for i, x in enumerate(images)]
+    named += [(f"video {i}, first of {len(x)} frames", Image.fromarray(x.frames[0])) for i, x in enumerate(videos)]
+    return html_thumbnails(named)
+
+
+def tensors_html(inputs: Mapping[str, object]) -> str:
+    """Name, shape, dtype and device of each tensor; other values by their type."""
+    return html_table(
+        [
+            (name, list(x.shape), f"{str(x.dtype).removeprefix('torch.')} on {x.device}")
+            if isinstance(x, Tensor)
+            else (name, "", type(x).__name__)
+            for name, x in inputs.items()
+        ],
+        ("input", "shape", "dtype"),
+        named=True,
+    )

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeGuard, cast
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs.images import ImageInput, channels_last, load_image, to_uint8
+from hooked_mllm.inputs.images import ImageInput, channels_last, existing_file, load_image, media_list, to_uint8
 
 #: Qwen3-VL's own sampling, the default
 DEFAULT_FPS, DEFAULT_MAX_FRAMES = 2.0, 768
@@ -48,7 +47,7 @@ class Video:
             raise InputError(
                 f"A video needs one time for each frame; got {len(self.frames)} frames and {len(self.times_s)} times."
             )
-        if len(self.frames) == 0:
+        if not len(self.frames):
             raise InputError("A video needs one frame at least; got none.")
         if not all(np.isfinite(self.times_s)) or any(np.diff(self.times_s) <= 0):
             raise InputError("The times of a video's frames must be finite and increasing.")
@@ -64,8 +63,8 @@ class Video:
         """Frames in memory with their frame rate, or with a time in seconds for each.
 
         Args:
-            frames: `[frame height width channel]` or `[frame channel height width]`, integers 0 to 255 or floats 0 to
-                1; or a list of pictures of one size.
+            frames: `[frame height width channel]` or `[frame channel height width]`, integers to 255 or floats to 1;
+                or a list of pictures of one size.
             fps: Frames a second, of these very frames.
             times_s: Instead of `fps`, for frames at uneven distances.
             source: A name for messages.
@@ -89,12 +88,12 @@ class Video:
 
     @property
     def width(self) -> int:
-        """Pixels across."""
+        """In pixels."""
         return self.frames.shape[2]
 
     @property
     def height(self) -> int:
-        """Pixels down."""
+        """In pixels."""
         return self.frames.shape[1]
 
     def __len__(self) -> int:
@@ -111,7 +110,7 @@ def read_video(
     num_frames: int | None = None,
     max_frames: int | None = None,
 ) -> Video:
-    """Frames of a video file, from its largest video stream, each with its real time.
+    """Frames of a video file, from its largest video stream, upright, each with its time in seconds from the first.
 
     Args:
         path: The file.
@@ -119,29 +118,19 @@ def read_video(
         num_frames: Take that many frames at even distances, first and last included; all if the video has fewer.
         max_frames: With `fps`, the most frames: spread evenly if there would be more (768 by default).
 
-    Times count from the video's first frame. Frames come upright: a rotation noted in the file is applied.
-
     Raises:
-        InputError: No such file, no video in it, frames that do not decode, nothing but black, or `fps` together with
-            `num_frames`.
+        InputError: No such file, no video in it, frames that do not decode, or nothing but black.
     """
     if fps is not None and num_frames is not None:
         raise InputError(f"Give fps= or num_frames=, not both; got fps={fps}, num_frames={num_frames}.")
     for name, value in (("fps", fps), ("num_frames", num_frames), ("max_frames", max_frames)):
         if value is not None:
             _check_positive(name, value)
-    if "://" in str(path):
-        raise InputError(f"Videos are read from files, not from addresses: download {str(path)!r} first.")
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"No video file at {str(path)!r}.")
-
-    def choose(times: np.ndarray) -> np.ndarray:
-        return sampled(times, fps, num_frames, max_frames)
+    file = existing_file(path, "video")
 
     from hooked_mllm.inputs.video_decoder import decode  # PyAV is loaded only where a file is read
 
-    frames, times, rate = decode(file, choose)
+    frames, times, rate = decode(file, lambda times: sampled(times, fps, num_frames, max_frames))
     if frames.max() <= _BLACK:
         raise InputError(
             f"{str(path)!r} decodes black: no pixel of the {len(frames)} frames taken is brighter than {_BLACK} of "
@@ -157,37 +146,17 @@ _BLACK = 10
 def sampled(
     times: np.ndarray, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
 ) -> np.ndarray:
-    """Numbers of the frames to take, of frames shown at `times` (increasing, from 0).
-
-    Args:
-        times: The time of each frame in seconds.
-        fps: As in `read_video`.
-        num_frames: As in `read_video`.
-        max_frames: As in `read_video`.
-
-    Examples:
-        >>> import numpy as np
-        >>> sampled(np.arange(10) / 10, fps=5).tolist()
-        [0, 2, 4, 6, 8]
-        >>> sampled(np.arange(10) / 10, num_frames=4).tolist()
-        [0, 3, 6, 9]
-    """
-    n = len(times)
+    """Numbers of the frames to take, of frames shown at `times` seconds (increasing, from 0); see `read_video`."""
     if num_frames is None:
         rate = float(fps or DEFAULT_FPS)
         sample_times = np.arange(int(np.floor(times[-1] * rate + 1e-6)) + 1) / rate
         # the frame shown at that time; a stream's clock may round it to just after
         shown = np.unique((np.searchsorted(times, sample_times + 1e-3, side="right") - 1).clip(0))
-        limit = DEFAULT_MAX_FRAMES if max_frames is None else max_frames
-        if len(shown) <= limit:
-            return shown
-        num_frames, n = limit, len(shown)
-        return shown[_even(n, num_frames)]
-    return _even(n, num_frames)
-
-
-def _even(n: int, k: int) -> np.ndarray:
-    return np.unique(np.round(np.linspace(0, n - 1, min(n, k))).astype(int))
+        num_frames = DEFAULT_MAX_FRAMES if max_frames is None else max_frames
+    else:
+        shown = np.arange(len(times))
+    evenly = np.linspace(0, len(shown) - 1, min(len(shown), num_frames))
+    return shown[np.unique(np.round(evenly).astype(int))]
 
 
 #: one video: a path, a `Video`, frames (with `fps=`), or a pair (frames, fps)
@@ -199,17 +168,7 @@ Videos = VideoInput | Sequence[VideoInput]
 def as_video(
     video: VideoInput, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
 ) -> Video:
-    """One video in any form that `prepare` takes.
-
-    Args:
-        video: A `Video`, a path, frames (with `fps`), or a pair (frames, fps).
-        fps: Of frames in memory, their rate; of a file, as in `read_video`.
-        num_frames: As in `read_video`.
-        max_frames: As in `read_video`.
-
-    Raises:
-        InputError: For anything else, and as `read_video` and `Video.from_frames` do.
-    """
+    """One video in any form that `prepare` takes; `fps` is the rate of frames in memory."""
     if isinstance(video, Video):
         return video
     if isinstance(video, str | os.PathLike):
@@ -225,20 +184,8 @@ def as_video(
 
 
 def as_list(videos: Videos | None) -> list[Any]:
-    """One video or a list of them, as a list; `None` gives an empty one.
-
-    Raises:
-        InputError: For something else.
-    """
-    if videos is None:
-        return []
-    if isinstance(videos, np.ndarray | Tensor):
-        return [videos] if videos.ndim == 4 else list(videos)
-    if _is_pair(videos) or isinstance(videos, str | os.PathLike | Video):
-        return [videos]
-    if isinstance(videos, Sequence) and not isinstance(videos, bytes):
-        return list(videos)
-    raise InputError(f"Videos are one video or a list of them; got {type(videos).__name__}.")
+    """One video or a list of them, as a list; `None` gives an empty one."""
+    return [videos] if _is_pair(videos) else media_list(videos, Video, 4, "video")
 
 
 def _is_pair(video: Any) -> TypeGuard[tuple[FrameInput, Number]]:

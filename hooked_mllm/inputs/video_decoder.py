@@ -17,21 +17,9 @@ class _Missed(Exception):
 
 
 def decode(path: Path, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
-    """The frames that `choose` selects by the times of all.
+    """The frames that `choose` selects by the times of all, their times in seconds from the first, and their rate.
 
-    The file is read twice: once for the packets' time stamps, which costs no decoding, then to decode the selected
-    frames, with a jump over every group of pictures that holds none of them.
-
-    Args:
-        path: The file.
-        choose: Takes the times of all frames in seconds from the first, and returns the numbers of those to decode.
-
-    Returns:
-        Frames uint8 `[frame height width 3]`, their times in seconds from the first, and the stream's average frame
-        rate.
-
-    Raises:
-        InputError: No video stream, or frames that do not decode.
+    The first reading collects the packets' time stamps; the second skips groups of pictures without selected frames.
     """
     try:
         with av.open(str(path)) as container:
@@ -58,9 +46,9 @@ def decode(path: Path, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.n
             "s). The file is cut off or damaged."
         )
     order = sorted(pixels)
-    sizes = {pixels[stamp].shape for stamp in order}
+    sizes = {pixels[stamp].shape[:2] for stamp in order}
     if len(sizes) > 1:
-        raise InputError(f"{str(path)!r} has frames of several sizes: {sorted(s[:2] for s in sizes)}.")
+        raise InputError(f"{str(path)!r} has frames of several sizes: {sorted(sizes)}.")
     times = (np.asarray(order) - stamps[0]) * float(base)
     fps = float(rate) if rate else (len(stamps) - 1) / max(float((stamps[-1] - stamps[0]) * base), 1e-9)
     return np.stack([pixels[stamp] for stamp in order]), times.clip(0), fps
@@ -95,34 +83,31 @@ def _frames(path: Path, selected: np.ndarray, keys: np.ndarray) -> dict[int, np.
         stream.thread_type = "AUTO"
         # selected stamps by the key frame that decoding them starts from
         group = np.searchsorted(keys, selected, side="right") - 1
-        runs = np.split(selected, np.flatnonzero(np.diff(group) > 1) + 1)
-        starts = [
-            int(keys[max(0, np.searchsorted(keys, run[0], side="right") - 1)]) if len(keys) else 0 for run in runs
-        ]
-        for number, (run, start) in enumerate(zip(runs, starts, strict=True)):
-            jumped = number > 0 or start > (int(keys[0]) if len(keys) else 0)
+        for run in np.split(np.arange(len(selected)), np.flatnonzero(np.diff(group) > 1) + 1):
+            key = max(0, int(group[run[0]]))
+            jumped = bool(run[0] > 0 or key > 0)
             if jumped:
-                container.seek(start, stream=stream)
-            _collect(container.decode(stream), run.tolist(), pixels, jumped)
+                container.seek(int(keys[key]), stream=stream)
+            _collect(container.decode(stream), selected[run].tolist(), pixels, jumped)
     return pixels
 
 
 def _collect(frames: Iterator[av.VideoFrame], selected: list[int], pixels: dict[int, np.ndarray], jumped: bool) -> None:
+    """Add the frame nearest to each of the selected stamps, which are removed from the list."""
     before: tuple[int, av.VideoFrame] | None = None
-    queue = list(selected)
     for frame in frames:
         if frame.pts is None:
             continue
-        if jumped and before is None and frame.pts > queue[0]:
+        if jumped and before is None and frame.pts > selected[0]:
             raise _Missed
-        while queue and frame.pts >= queue[0]:
-            stamp = queue.pop(0)
+        while selected and frame.pts >= selected[0]:
+            stamp = selected.pop(0)
             nearest = frame if before is None or stamp - before[0] >= frame.pts - stamp else before[1]
             pixels.setdefault(int(nearest.pts or 0), _pixels(nearest))
-        if not queue:
+        if not selected:
             return
         before = frame.pts, frame
-    if queue and before is not None:  # the stream ended before the stamps did
+    if selected and before is not None:  # the stream ended before the stamps did
         pixels.setdefault(before[0], _pixels(before[1]))
 
 

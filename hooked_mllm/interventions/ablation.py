@@ -9,32 +9,24 @@ from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
 from hooked_mllm.contracts import Model, Phase, Tower
-from hooked_mllm.errors import HookValueError
+from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
-from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput
-from hooked_mllm.interventions.base import (
-    Edit,
-    Intervention,
-    check_choice,
-    heads_of,
-    keep_heads,
-    tower_shape,
-)
-from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions, first_edited
-from hooked_mllm.interventions.reference import HeadReference, head_reference
+from hooked_mllm.inputs.resolve import ModelInputs, each_sample, no_sample
+from hooked_mllm.interventions.base import Edit, check_choice, heads_of, keep_heads, tower_shape
+from hooked_mllm.interventions.edited_positions import EditedPositions, PositionIntervention, check_edited_positions
+from hooked_mllm.interventions.reference import HeadReference, HeadSums
 from hooked_mllm.interventions.source import Source
 from hooked_mllm.kernels.streaming_window import head_flags
 
 MODES = ("zero", "mean", "resample", "uniform", "scale")
 
 
-class HeadAblation(Intervention):
+class HeadAblation(PositionIntervention):
     r"""Remove the contribution of heads: their z, the input of the output projection, is replaced.
 
-    Published code implements "ablating a head" in different ways, and the phase changes results more than the choice
-    of heads. Both are required, and both are in the record.
+    Published code ablates heads in different ways, so that mode and phase are required and recorded.
 
     | mode | z of an ablated head becomes |
     | --- | --- |
@@ -45,8 +37,8 @@ class HeadAblation(Intervention):
     | `uniform` | the mean of v over the keys that the query sees (attention spread evenly) |
 
     Args:
-        heads: "L20H15", "L20H15, L3H2", a pair (20, 15), a `HeadSet`, a boolean mask `[layer head]`, or a list of
-            these; query heads of `tower`.
+        heads: "L20H15, L3H2", a pair (20, 15), a `HeadSet`, a boolean mask `[layer head]`, or a list of these; query
+            heads of `tower`.
         mode: What z becomes.
         phase: "prefill" (the prompt's positions), "decode" (generated tokens), or "both".
         positions: Only these positions of the prompt: a token kind, a mask, indices, an index, a slice.
@@ -57,8 +49,8 @@ class HeadAblation(Intervention):
         tower: "text" or "vision".
 
     Raises:
-        HeadError: for an empty set of heads, or (when used) a head that the model lacks.
-        HookValueError: for arguments that are missing or contradict each other.
+        HeadError: For an empty set of heads, or (when used) a head that the model lacks.
+        HookValueError: For arguments that are missing or contradict each other.
 
     Examples:
         >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
@@ -94,41 +86,39 @@ class HeadAblation(Intervention):
     def _check_arguments(self) -> None:
         mode, source = self.mode, self.source
         if mode in ("mean", "resample") and source is None:
-            raise HookValueError(
-                f"mode={mode!r} needs a reference: HeadAblation.reference(model, samples, heads"
-                + (", keep_tokens=True), or the cache of another run." if mode == "resample" else ").")
-            )
+            how = "(model, samples, heads)"
+            if mode == "resample":
+                how = "(model, samples, heads, keep_tokens=True), or the cache of another run"
+            raise HookValueError(f"mode={mode!r} needs a reference: HeadAblation.reference{how}.")
         if mode not in ("mean", "resample") and source is not None:
             raise HookValueError(f"mode={mode!r} takes no reference; 'mean' and 'resample' do.")
         if (mode == "scale") != (self.factor is not None):
             raise HookValueError(f"`factor` goes with mode='scale' and with no other; got {mode=}, {self.factor=}.")
         if self.factor is not None and not np.isfinite(self.factor):
             raise HookValueError(f"`factor` must be a finite number; got {self.factor!r}.")
-        if mode == "mean" and not isinstance(source, HeadReference | Tensor):
+        accepted: dict[str, tuple[Any, str]] = {
+            "mean": (HeadReference | Tensor, "what HeadAblation.reference gives, or a tensor [layer head d_head]"),
+            "resample": (
+                HeadReference | ActivationCache,
+                "the cache of another run, or what HeadAblation.reference gives with keep_tokens=True",
+            ),
+        }
+        if mode in accepted and not isinstance(source, accepted[mode][0]):
+            expected = f"The reference of mode={mode!r} is {accepted[mode][1]}"
+            raise HookValueError(f"{expected}; got {type(source).__name__}.")
+        drawn = mode == "resample" and isinstance(source, HeadReference)
+        if mode == "resample" and isinstance(source, HeadReference) and (not source.tokens or self.seed is None):
+            raise HookValueError("mode='resample' draws from a reference made with keep_tokens=True, by a `seed=`.")
+        if isinstance(source, ActivationCache) and self.phase != "prefill":
             raise HookValueError(
-                "The reference of mode='mean' is what HeadAblation.reference gives, or a tensor [layer head d_head]; "
-                f"got {type(source).__name__}."
+                f"A cache has no z for tokens that are yet to be generated, so phase={self.phase!r} cannot "
+                "resample from it: take phase='prefill', or a reference made with keep_tokens=True."
             )
-        drawn = isinstance(source, HeadReference)
-        if mode == "resample":
-            if not drawn and not isinstance(source, ActivationCache):
-                raise HookValueError(
-                    "The reference of mode='resample' is the cache of another run, or what HeadAblation.reference "
-                    f"gives with keep_tokens=True; got {type(source).__name__}."
-                )
-            if drawn and (not source.tokens or self.seed is None):
-                raise HookValueError(
-                    "mode='resample' draws from a reference made with keep_tokens=True, by a `seed=` that is given."
-                )
-            if not drawn and self.phase != "prefill":
-                raise HookValueError(
-                    f"A cache has no z for tokens that are yet to be generated, so phase={self.phase!r} cannot "
-                    "resample from it: take phase='prefill', or a reference made with keep_tokens=True."
-                )
-        if self.seed is not None and not (mode == "resample" and drawn):
+        if self.seed is not None and not drawn:
             raise HookValueError("`seed` goes with mode='resample' and a reference of samples, where tokens are drawn.")
 
     @staticmethod
+    @torch.no_grad()
     def reference(
         model: Model,
         samples: ModelInputs,
@@ -138,7 +128,7 @@ class HeadAblation(Intervention):
         tower: Tower = "text",
         keep_tokens: bool = False,
     ) -> HeadReference:
-        """Mean z of heads over the tokens of a set of samples, padding left out; one forward pass a sample.
+        """Mean z of heads over the tokens of a set of samples, padding left out; one forward pass per sample.
 
         Args:
             model: A `HookedMLLM`.
@@ -149,7 +139,7 @@ class HeadAblation(Intervention):
             keep_tokens: Also keep z of every token, for "resample".
 
         Raises:
-            HeadError: for an empty set of heads, or a head that the model lacks.
+            HeadError: For an empty set of heads, or a head that the model lacks.
             InputError: For no sample, or samples without images for the vision tower.
 
         Examples:
@@ -160,47 +150,53 @@ class HeadAblation(Intervention):
             >>> with model.intervene(HeadAblation(["L2H4"], mode="mean", phase="prefill", reference=mean)):
             ...     logits = model(samples[0])
         """
-        return head_reference(model, samples, heads, positions=positions, tower=tower, keep_tokens=keep_tokens)
+        check_edited_positions(positions, "prefill", tower)
+        if tower != "text" and positions is not None:
+            raise HookValueError("A reference of the vision tower is over all of its positions: leave positions out.")
+        head_set, ids = heads_of(keep_heads(heads), model, tower), []
+        total = HeadSums(head_set.by_layer, keep_tokens)
+        names = [_point(tower, layer, "z") for layer in head_set.by_layer]
+        for sample in each_sample(samples):
+            inputs = model.resolve(sample)
+            if tower == "text":
+                total.mask = ~inputs.padding if positions is None else ~inputs.padding & inputs.mask(positions)
+            with model.registry.attached(names, total, reads_only=True):
+                model.run_trunk(inputs)
+            ids += inputs.ids
+        if not ids:
+            raise no_sample("average z over")
+        if not all(total.counts[layer] for layer in head_set.by_layer):
+            raise InputError(f"These samples have no positions in the {tower} tower: give samples with images.")
+        mean = torch.full(_shape_of_means(model, tower), torch.nan)
+        for layer, inside in head_set.by_layer.items():
+            mean[layer, list(inside)] = (total.sums[layer] / total.counts[layer]).float()
+        tokens = {layer: torch.cat(parts) for layer, parts in total.kept.items()}
+        count = max(total.counts.values())  # the same in all layers
+        return HeadReference(mean, head_set, count, len(ids), tower, describe_positions(positions), tuple(ids), tokens)
 
     def describe(self) -> dict[str, Any]:
         """Its settings, as values that JSON can hold."""
-        settings: dict[str, Any] = {
+        settings = {"mode": self.mode, "phase": self.phase, "positions": describe_positions(self.positions)}
+        optional = {"factor": self.factor, "seed": self.seed, "reference": _described(self.source)}
+        return {
             "intervention": "HeadAblation",
             "heads": head_names(self.heads),
-            "mode": self.mode,
-            "phase": self.phase,
-            "positions": describe_positions(self.positions),
+            **settings,
             "tower": self.tower,
+            **{name: value for name, value in optional.items() if value is not None},
         }
-        optional = {"factor": self.factor, "seed": self.seed, "reference": _described(self.source)}
-        return {**settings, **{name: value for name, value in optional.items() if value is not None}}
-
-    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
-        """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
-        return first_edited(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer that has heads of the set."""
         head_set = heads_of(self.heads, model, self.tower)
         if isinstance(self.source, HeadReference):
             self.source.check(head_set, self.tower)
-        elif isinstance(self.source, Tensor):
-            self._check_means(model)
+        elif isinstance(self.source, Tensor) and self.source.shape != (shape := _shape_of_means(model, self.tower)):
+            raise HookValueError(f"Means must be [layer head d_head] of {shape}; got {tuple(self.source.shape)}.")
         edited = EditedPositions(model, self.positions, self.phase, self.tower)
-        prefix = "" if self.tower == "text" else f"{self.tower}."
-        point = "attn_scores" if self.mode == "uniform" else "z"
         for layer, inside in head_set.by_layer.items():
-            name = f"{prefix}blocks.{layer}.attn.hook_{point}"
-            yield (
-                name,
-                (_uniform(edited, inside) if self.mode == "uniform" else self._edit(edited, layer, inside, name)),
-            )
-
-    def _check_means(self, model: Model) -> None:
-        d_head = model.cfg.d_head if self.tower == "text" else model.cfg.vision_d_head
-        due = (*tower_shape(model, self.tower), d_head)
-        if tuple(self.source.shape) != due:
-            raise HookValueError(f"Means must be [layer head d_head] of {due}; got {tuple(self.source.shape)}.")
+            name = _point(self.tower, layer, "attn_scores" if self.mode == "uniform" else "z")
+            yield name, _uniform(edited, inside) if self.mode == "uniform" else self._edit(edited, layer, inside, name)
 
     def _edit(self, edited: EditedPositions, layer: int, inside: tuple[int, ...], name: str) -> Edit:
         source = Source(self.source, edited) if isinstance(self.source, ActivationCache) else None
@@ -224,14 +220,21 @@ class HeadAblation(Intervention):
                 return means[layer].to(z)
             if source is not None:
                 return source.fit(name, z, mask)
-            tokens = self.source.tokens[layer]
+            tokens, kept_heads = self.source.tokens[layer], self.source.heads.by_layer[layer]
+            index = _draw(self.seed, len(tokens), z.shape[0], z.shape[1], edited.offset(z.shape[1]))
             drawn = torch.zeros_like(z)
-            picked = _draw(self.seed, len(tokens), z.shape[0], z.shape[1], edited.offset(z.shape[1]))
-            columns = [self.source.heads.by_layer[layer].index(head) for head in inside]
-            drawn[:, :, list(inside)] = tokens[picked][:, :, columns].to(z)
+            drawn[:, :, list(inside)] = tokens[index][:, :, [kept_heads.index(head) for head in inside]].to(z)
             return drawn
 
         return edit
+
+
+def _point(tower: Tower, layer: int, activation: str) -> str:
+    return f"{'' if tower == 'text' else f'{tower}.'}blocks.{layer}.attn.hook_{activation}"
+
+
+def _shape_of_means(model: Model, tower: Tower) -> tuple[int, int, int]:
+    return (*tower_shape(model, tower), model.cfg.d_head if tower == "text" else model.cfg.vision_d_head)
 
 
 def _uniform(edited: EditedPositions, inside: tuple[int, ...]) -> Edit:
@@ -249,8 +252,8 @@ def _uniform(edited: EditedPositions, inside: tuple[int, ...]) -> Edit:
 
 def _draw(seed: int | None, n: int, batch: int, length: int, offset: int) -> Tensor:
     """The token drawn for each position: by seed, sample and position, so that decoding steps continue the sequence."""
-    rows = [np.random.default_rng([seed or 0, sample]).integers(n, size=offset + length) for sample in range(batch)]
-    return torch.from_numpy(np.stack(rows)[:, offset:])
+    drawn = [np.random.default_rng([seed or 0, sample]).integers(n, size=offset + length) for sample in range(batch)]
+    return torch.from_numpy(np.stack(drawn)[:, offset:])  # [batch pos]
 
 
 def _described(source: Any) -> Any:

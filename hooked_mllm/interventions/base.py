@@ -1,7 +1,7 @@
 """The base of interventions: edits at hook points, checked before they are registered, and a record of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,8 @@ Edit = Callable[[Tensor, HookPoint], Tensor | None]
 class Intervention(ABC):
     """Edits of a model's activations while it runs; `model.intervene(...)` registers and removes them.
 
-    A subclass defines in `edits` which hook points it edits and how, and in `describe` its settings. One object may be
-    used many times, and on several models.
+    A subclass defines its hook points and edits in `edits`, and its settings in `describe`. One object may be used many
+    times, and on several models.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, Intervention, toys
@@ -55,10 +55,7 @@ class Intervention(ABC):
         """Its settings, as values that JSON can hold."""
 
     def first_position(self, model: Model, inputs: ResolvedInput) -> int:
-        """The first prompt position that it may change in any sample; earlier positions need no second run.
-
-        0 unless a subclass overrides it.
-        """
+        """The first prompt position that it may change in any sample; a subclass without an own method has 0."""
         return 0
 
     def validate(self, model: Model) -> None:
@@ -76,16 +73,14 @@ class Intervention(ABC):
         Returns:
             The registered hooks, for `model.registry.detach`.
         """
-        applied = {"prefill": 0, "decode": 0}
-        if record is not None:
-            record["applied"] = applied
+        record = {} if record is None else record
+        applied = record["applied"] = {"prefill": 0, "decode": 0}
         added: list[tuple[HookPoint, Handle]] = []
         try:
             for name, edit in self.edits(model):
                 point = model.registry[name]
-                handle = point.add_hook(_counted(edit, applied))
-                handle.owner = self
-                added.append((point, handle))
+                added.append((point, point.add_hook(_counted(edit, applied))))
+                added[-1][1].owner = self
         except BaseException:
             model.registry.detach(added)
             raise
@@ -109,21 +104,21 @@ def _counted(edit: Edit, applied: dict[str, int]) -> Callable[..., Tensor | None
 @contextmanager
 def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[Records]:
     """The body of `HookedMLLM.intervene`."""
-    chosen = list(interventions)
-    for each in chosen:
+    interventions = list(interventions)
+    for each in interventions:
         if not all(callable(getattr(each, name, None)) for name in ("validate", "attach", "describe")):
             raise HookValueError(
                 f"Expected interventions such as HeadAblation or Steer; got {type(each).__name__}. Plain hook "
                 "functions go to `model.hooks`."
             )
         each.validate(model)
-    records = Records(Record(each.describe()) for each in chosen)
+    records = Records(Record(each.describe()) for each in interventions)
     added: list[tuple[HookPoint, Handle]] = []
     context = model.registry.context
     with context.scope() as scope:
         try:
             with context.registers_in(scope):
-                for each, record in zip(chosen, records, strict=True):
+                for each, record in zip(interventions, records, strict=True):
                     added += each.attach(model, record)
             yield records
         finally:
@@ -133,11 +128,10 @@ def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[Records]
 # -- checks that interventions share -------------------------------------------------------------------------------
 
 
-def check_choice(what: str, value: Any, choices: Iterable[str]) -> None:
+def check_choice(what: str, value: Any, choices: Collection[str]) -> None:
     """Raise for a value that is not among the choices."""
-    known = tuple(choices)
-    if value not in known:
-        raise HookValueError(f"{what} must be one of {', '.join(map(repr, known))}; got {value!r}.")
+    if value not in choices:
+        raise HookValueError(f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
 def tower_shape(model: Model, tower: Tower) -> tuple[int, int]:
@@ -147,61 +141,43 @@ def tower_shape(model: Model, tower: Tower) -> tuple[int, int]:
 
 
 def keep_heads(heads: HeadsLike) -> HeadSet | Pairs:
-    """The heads of an intervention, before its model is known.
-
-    Raises:
-        HeadError: for something else than heads, or no head.
-    """
+    """The heads of an intervention, before its model is known."""
     return parse_heads(heads, allow_empty=False)
 
 
 def heads_of(heads: HeadsLike, model: Model, tower: Tower) -> HeadSet:
-    """Heads as a set that fits a tower of the model.
-
-    Raises:
-        HeadError: for a head that the tower lacks, or a set made for a model of another shape.
-    """
+    """Heads as a set that fits a tower of the model."""
     return parse_heads(heads, tower_shape(model, tower), whose=f"the {tower} tower of this model")
 
 
 def keep_head_numbers(heads: LayersLike) -> tuple[int, ...]:
-    """Heads by number, the same in every layer.
-
-    Raises:
-        HeadError: for something else, or no head.
-    """
+    """Heads by number, the same in every layer."""
     numbers = _whole_numbers(heads)
     if numbers is None:
-        raise HeadError(
-            f"Expected heads by number, such as 4 or [4, 5]; got {heads!r}. Heads of one layer, such as 'L2H4', go to "
-            "HeadPatch."
-        )
+        hint = "Heads of one layer, such as 'L2H4', go to HeadPatch."
+        raise HeadError(f"Expected heads by number, such as 4 or [4, 5]; got {heads!r}. {hint}")
     if not numbers:
         raise HeadError("The set of heads is empty: leave heads out for all of them.")
     return numbers
 
 
 def keep_layers(layers: LayersLike) -> int | tuple[int, ...]:
-    """Layers as they were specified, safe to read more than once.
-
-    Raises:
-        HookValueError: for something else than layers by number.
-    """
+    """Layers as they were specified, safe to read more than once."""
     numbers = _whole_numbers(layers)
     if numbers is None:
         raise HookValueError(f"Expected layers by number, such as 3 or [3, 4]; got {layers!r}.")
     return numbers[0] if whole_number(layers) is not None else numbers
 
 
-def layers_of(layers: LayersLike, count: int, tower: Tower) -> list[int]:
-    """Layers by number, negative ones counted from the end.
+def layer_list(layers: int | tuple[int, ...] | None) -> list[int] | None:
+    """Layers that `keep_layers` returned, as a record keeps them."""
+    return [layers] if isinstance(layers, int) else None if layers is None else list(layers)
 
-    Raises:
-        HookNameError: for none, or one that the tower lacks.
-        HookValueError: for something else than layers by number.
-    """
+
+def layers_of(layers: LayersLike, count: int, tower: Tower) -> list[int]:
+    """Layers by number, negative ones counted from the end."""
     kept = keep_layers(layers)
-    numbers = kept if isinstance(kept, tuple) else (kept,)
+    numbers = (kept,) if isinstance(kept, int) else kept
     if not numbers:
         raise HookNameError("The set of layers is empty: an intervention needs at least one.")
     for layer in numbers:

@@ -4,23 +4,17 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooked_mllm.contracts import Model
+from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.hooks.run_context import Run
 from hooked_mllm.inputs.positions import Positions, check_positions, is_token_kind, resolve_mask
 from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.interventions.base import check_choice
+from hooked_mllm.interventions.base import Intervention, check_choice
 
 
 def check_edited_positions(selected: Positions | None, phase: str, tower: str) -> None:
-    """Reject positions and phases that exclude each other.
-
-    Raises:
-        HookValueError: for an unknown phase or tower, positions of the prompt in decoding, or decoding in a vision
-            tower.
-        LayoutError: for what selects no positions, or names and regions in a vision tower.
-    """
+    """Reject positions and phases that exclude each other."""
     check_choice("phase", phase, ("prefill", "decode", "both"))
     check_choice("tower", tower, ("text", "vision"))
     if selected is not None:
@@ -40,18 +34,29 @@ def check_edited_positions(selected: Positions | None, phase: str, tower: str) -
         )
 
 
+class PositionIntervention(Intervention):
+    """An intervention at prompt positions of a tower; None for all."""
+
+    tower: Tower
+    positions: Positions | None
+
+    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
+        """The first prompt position that it may change in any sample; 0 in a vision tower."""
+        if self.tower != "text" or self.positions is None:
+            return 0
+        return int(inputs.mask(self.positions).any(0).int().argmax())
+
+
+def for_batch(mask: Bool[Tensor, "sample pos"], batch: int) -> Bool[Tensor, "batch pos"]:
+    """A mask for all rows; beams and several sequences of one prompt are adjacent."""
+    return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
+
+
 class EditedPositions:
-    """The positions that an intervention edits, for the run that is in progress.
+    """The positions that an intervention edits in the current run: of the prompt, and of generated tokens.
 
-    Prompt positions are edited in phases "prefill" and "both", generated tokens in "decode" and "both". That holds by
-    position and not by call, so a generation without KV cache, which runs the whole sequence at every step, is edited
-    at the same positions as one with it.
-
-    Args:
-        model: The model that runs.
-        selected: Positions of the prompt; None for all.
-        phase: "prefill", "decode" or "both".
-        tower: "text" or another.
+    Phases select by position and not by call, so that generation without KV cache, which runs the whole sequence at
+    every step, is edited at the same positions as one with it.
     """
 
     def __init__(self, model: Model, selected: Positions | None, phase: str = "prefill", tower: str = "text") -> None:
@@ -83,17 +88,7 @@ class EditedPositions:
         return run.first + (0 if run.rows is None else max(0, run.rows - length))  # logits may be of the last rows only
 
     def mask(self, batch: int, length: int, hook: HookPoint, device: torch.device) -> Bool[Tensor, "batch pos"] | None:
-        """True at the positions of an activation that are edited; None where its phase excludes all.
-
-        Args:
-            batch: Sequences of the activation.
-            length: Positions of the activation.
-            hook: The hook point.
-            device: Where the activation is.
-
-        Raises:
-            LayoutError: for positions that the run does not have.
-        """
+        """True at the positions of an activation that are edited; None where its phase excludes all."""
         prompt, offset = self.prompt_length(length), self.offset(length)
         n_prompt = min(max(prompt - offset, 0), length)  # rows of the prompt, which come first
         if n_prompt == (0 if self.phase == "prefill" else length if self.phase == "decode" else -1):
@@ -106,33 +101,19 @@ class EditedPositions:
         return mask
 
     def prompt_mask(self, batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch pos"]:
-        """True at the selected positions of the prompt.
-
-        Raises:
-            LayoutError: for positions that the run does not have.
-            InputError: for inputs that continue from `past_key_values`.
-        """
+        """True at the selected positions of the prompt."""
         inputs = self.inputs
-        if self._resolved is None or inputs is None or self._resolved[0] is not inputs:
+        if self._resolved is not None and inputs is not None and self._resolved[0] is inputs:
+            mask = self._resolved[1].to(device)
+        else:
             mask = self._resolve(inputs, batch, length).to(device)
             self._resolved = None if inputs is None else (inputs, mask)
-        else:
-            mask = self._resolved[1].to(device)
-        # beams and several sequences of one prompt lie side by side: [sample pos] -> [batch pos]
-        return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
+        return for_batch(mask, batch)
 
     def _resolve(self, inputs: ResolvedInput | None, batch: int, length: int) -> Bool[Tensor, "sample pos"]:
+        batch = batch if inputs is None else inputs.batch
         if self.selected is None:
-            return torch.ones(batch if inputs is None else inputs.batch, length, dtype=torch.bool)
-        if inputs is None:
-            return resolve_mask(self.selected, batch, length, None)
-        if not is_token_kind(self.selected):
-            return resolve_mask(self.selected, inputs.batch, length, None)
-        if inputs.is_part:  # of a prompt, behind a KV cache
+            return torch.ones(batch, length, dtype=torch.bool)
+        if inputs is not None and inputs.is_part and is_token_kind(self.selected):  # of a prompt, behind a KV cache
             return inputs.part_mask(self.selected, self.offset(inputs.length), length)
-        return resolve_mask(self.selected, inputs.batch, length, inputs.host_masks)
-
-
-def first_edited(selected: Positions | None, inputs: ResolvedInput) -> int:
-    """The first of the selected positions in any sample of the inputs; 0 for all."""
-    return 0 if selected is None else int(inputs.mask(selected).any(0).int().argmax())
+        return resolve_mask(self.selected, batch, length, None if inputs is None else inputs.host_masks)

@@ -18,6 +18,7 @@ from hooked_mllm.interventions.base import (
     heads_of,
     keep_heads,
     keep_layers,
+    layer_list,
     layers_of,
     tower_shape,
 )
@@ -28,22 +29,21 @@ from hooked_mllm.kernels.streaming_window import head_flags
 class AttentionKnockout(Intervention):
     r"""Forbid queries to see keys: their scores become $-\infty$ before the softmax (Geva et al. 2023).
 
-    The layer then runs through explicit attention under the model's own mask, whatever its implementation or backend,
-    and the rest of each row is renormalised. Keys are positions of the prompt; in decoding every generated token is a
-    query.
+    The layer then runs through explicit attention under the model's own mask, and the rest of each row is renormalised.
+    Keys are positions of the prompt; in decoding every generated token is a query.
 
     Args:
-        heads: The heads in which it is forbidden, in any way that `HeadAblation` accepts; or
+        heads: The heads in which it is forbidden, in any form that `HeadAblation` accepts; or
         layers: the layers, in all of their heads. One of the two.
-        queries: Positions of the prompt that may not look; None for all.
-        keys: Positions of the prompt that may not be seen.
+        queries: Positions of the prompt that do not see the keys; None for all.
+        keys: Positions of the prompt that are hidden.
         phase: "prefill" (queries of the prompt), "decode" (generated tokens), or "both".
         tower: "text" or "vision".
 
     Raises:
-        HeadError: for an empty set of heads, or (when used) a head that the model lacks.
-        HookNameError: for a layer that it lacks.
-        HookValueError: for both or neither of heads and layers; in a run, for a query that would see nothing.
+        HeadError: For an empty set of heads, or (when used) a head that the model lacks.
+        HookNameError: For a layer that it lacks.
+        HookValueError: For both or neither of heads and layers; in a run, for a query that would see nothing.
 
     Examples:
         >>> from hooked_mllm import AttentionKnockout, HookedMLLM, toys
@@ -76,15 +76,11 @@ class AttentionKnockout(Intervention):
         self.tower: Tower = tower
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
-        where: dict[str, Any] = {"layers": [self.layers] if isinstance(self.layers, int) else self.layers}
-        if self.heads is not None:
-            where = {"heads": head_names(self.heads)}
-        elif not isinstance(self.layers, int) and self.layers is not None:
-            where = {"layers": list(self.layers)}
+        """Its settings, as values that JSON can hold."""
+        layers = {"layers": layer_list(self.layers)}
         return {
             "intervention": "AttentionKnockout",
-            **where,
+            **(layers if self.heads is None else {"heads": head_names(self.heads)}),
             "queries": describe_positions(self.queries),
             "keys": describe_positions(self.keys),
             "phase": self.phase,
@@ -146,11 +142,8 @@ def knockout_windows(model: Model, k: int, tower: Tower = "text") -> list[range]
         k: Layers in a window.
         tower: "text" or "vision".
 
-    Returns:
-        One range of layers for each centre l.
-
     Raises:
-        HookValueError: for a k that the model has no room for.
+        HookValueError: For fewer than one layer, or more than the tower has.
 
     Examples:
         >>> from hooked_mllm import AttentionKnockout, HookedMLLM, interventions

@@ -9,12 +9,7 @@ from hooked_mllm.display.text import shortened
 
 
 class Record(dict[str, Any]):
-    """What one intervention does, and under "applied" the calls of hook points edited so far.
-
-    Examples:
-        >>> Record(intervention="Steer", layer=3) == {"intervention": "Steer", "layer": 3}
-        True
-    """
+    """The settings of an intervention, and under "applied" the calls of hook points edited so far."""
 
     def _repr_html_(self) -> str:
         return html_block(str(self.get("intervention", type(self).__name__)), _table(self))
@@ -30,9 +25,6 @@ class Records(list[dict[str, Any]]):
 
 def _table(record: Mapping[str, Any], header: tuple[str, ...] = ()) -> str:
     """Name and value of each entry."""
-    cells = [(name, _text(value)) for name, value in record.items() if name != "intervention"]
+    texts = {n: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, default=repr) for n, v in record.items()}
+    cells = [(name, shortened(text, 1000)) for name, text in texts.items() if name != "intervention"]
     return html_table(cells, header, named=True)
-
-
-def _text(value: Any) -> str:
-    return shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr), 1000)

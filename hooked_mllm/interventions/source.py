@@ -1,6 +1,7 @@
 """Activations to put in place of a run's own: from a cache or tensors, brought to the shape of the run."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,53 +11,29 @@ from hooked_mllm.cache import ActivationCache, GenerationCache
 from hooked_mllm.cache.lazy import value_of
 from hooked_mllm.errors import HookedMLLMError, HookValueError, LayoutError
 from hooked_mllm.hooks.table import is_quadratic
-from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, resolve_positions
-from hooked_mllm.interventions.edited_positions import EditedPositions
+from hooked_mllm.inputs.positions import KindMasks, Positions, resolve_positions
+from hooked_mllm.interventions.edited_positions import EditedPositions, for_batch
 
 
+@dataclass
 class Source:
-    """Where the new values come from.
+    """Where the new values of a hook point come from."""
 
-    Args:
-        given: A cache, tensors by hook name, or one tensor for every patched name.
-        edited: The positions of the run that are replaced.
-        source_positions: The positions of the source that they take, in order; None for the same ones.
-    """
-
-    def __init__(
-        self,
-        given: ActivationCache | Mapping[Any, Tensor] | Tensor,
-        edited: EditedPositions,
-        source_positions: Positions | None = None,
-    ) -> None:
-        self.given, self.edited, self.source_positions = given, edited, source_positions
-        self._compared: Any = None
+    given: ActivationCache | Tensor
+    edited: EditedPositions  # the positions of the run that are replaced
+    source_positions: Positions | None = None  # their positions in the source, in order; None for the same ones
+    _compared: Any = None
 
     @property
     def masks(self) -> KindMasks | None:
         """The token kinds of the run that the source comes from; None where it has none."""
         return self.given._masks if isinstance(self.given, ActivationCache) and self.edited.tower == "text" else None
 
-    def value(self, name: str) -> Tensor:
-        """The activation that the source holds of a hook point."""
-        if isinstance(self.given, Tensor):
-            return self.given
-        if isinstance(self.given, ActivationCache):
-            return value_of(self.given.entry(name))
-        return self.given[name]
-
     def fit(self, name: str, x: Tensor, mask: Tensor, axis: int = 1) -> Tensor:
-        """The source's values in the shape of `x`, in place at the positions that are replaced.
-
-        Raises:
-            LayoutError: when the source has other positions than this run.
-            HookValueError: when it has another shape in any other way.
-        """
-        value = self.value(name).to(x)
-        inputs = self.edited.inputs
-        batch = x.shape[0] if inputs is None else inputs.batch
+        """The source's values in the shape of `x`, in place at the positions that are replaced."""
+        value = (self.given if isinstance(self.given, Tensor) else value_of(self.given.entry(name))).to(x)
         square = is_quadratic(name)
-        self._check_shape(name, value, x, axis, batch, square)
+        self._check_shape(name, value, x, axis, square)
         if square:  # keys of a static cache, or generated since, of which the patch has none; or a part of a prompt
             empty = 0.0 if name.endswith("pattern") else torch.finfo(x.dtype).min
             value = torch.nn.functional.pad(value, (0, x.shape[-1] - value.shape[-1]), value=empty)
@@ -72,7 +49,8 @@ class Source:
         value = value.expand(len(x), *value.shape[1:])
         return value if self.source_positions is None else self._moved(name, value, x, mask, axis)
 
-    def _check_shape(self, name: str, value: Tensor, x: Tensor, axis: int, batch: int, square: bool) -> None:
+    def _check_shape(self, name: str, value: Tensor, x: Tensor, axis: int, square: bool) -> None:
+        batch = len(x) if self.edited.inputs is None else self.edited.inputs.batch
         free = {0, axis} | ({3} if square else set())
         same = value.dim() == x.dim() and all(value.shape[i] == x.shape[i] for i in range(x.dim()) if i not in free)
         if not same or len(value) not in (1, batch, len(x)):
@@ -105,11 +83,12 @@ class Source:
 
     def _moved(self, name: str, value: Tensor, x: Tensor, mask: Tensor, axis: int) -> Tensor:
         assert self.source_positions is not None
-        index = resolve_positions(self.source_positions, len(x), value.shape[axis], self._repeated(len(x)))
-        rows = x.shape[axis]
+        rows, masks, batch = x.shape[axis], self.masks, len(x)
         length, offset = self.edited.prompt_length(rows), self.edited.offset(rows)
         if length > rows:  # a part of a prompt
-            mask = self.edited.prompt_mask(len(x), length, mask.device)
+            mask = self.edited.prompt_mask(batch, length, mask.device)
+        repeated = None if masks is None else lambda kind: for_batch(masks(kind), batch)
+        index = resolve_positions(self.source_positions, batch, value.shape[axis], repeated)
         n_targets, n_sources = mask.sum(1).tolist(), (index >= 0).sum(1).tolist()
         if n_targets != n_sources:
             raise LayoutError(
@@ -124,24 +103,9 @@ class Source:
         shape[0], shape[axis] = moved.shape
         return torch.take_along_dim(value, moved.view(shape).to(x.device), dim=axis)
 
-    def _repeated(self, batch: int) -> KindMasks | None:
-        masks = self.masks
-        if masks is None:
-            return None
-
-        def repeated(kind: TokenKind) -> Tensor:
-            mask = masks(kind)
-            return mask if len(mask) == batch else mask.repeat_interleave(batch // len(mask), dim=0)
-
-        return repeated
-
 
 def source_of(given: Any) -> ActivationCache | Mapping[Any, Tensor] | Tensor:
-    """What a patch may be given, a generation's cache by its prefill.
-
-    Raises:
-        HookValueError: for anything else.
-    """
+    """What a patch may be given, a generation's cache by its prefill."""
     if isinstance(given, GenerationCache):
         return given.steps[0]
     if isinstance(given, ActivationCache | Tensor | Mapping):
@@ -152,7 +116,7 @@ def source_of(given: Any) -> ActivationCache | Mapping[Any, Tensor] | Tensor:
 
 
 def _counts(masks: KindMasks | None, length: int, batch: int) -> tuple[str, list[list[int]]]:
-    """The layout of a run in words, and the numbers of real and visual tokens, a sample's side by side."""
+    """The layout of a run in words, and each sample's numbers of real and visual tokens, once if all are equal."""
     if masks is None:
         return f"{length} tokens", []
     try:
@@ -160,7 +124,6 @@ def _counts(masks: KindMasks | None, length: int, batch: int) -> tuple[str, list
         visual = masks("visual").sum(1).tolist()
     except HookedMLLMError:  # a prompt without an image
         real, visual = [length] * batch, [0] * batch
-    words = [f"{n} ({v} visual)" for n, v in zip(real, visual, strict=True)]
     pairs = [[n, v] for n, v in zip(real, visual, strict=True)]
-    alike = all(p == pairs[0] for p in pairs)
-    return f"{' and '.join(words[:1] if alike else words)} tokens", pairs[:1] if alike else pairs
+    pairs = pairs[:1] if all(pair == pairs[0] for pair in pairs) else pairs
+    return f"{' and '.join(f'{n} ({v} visual)' for n, v in pairs)} tokens", pairs

@@ -10,34 +10,27 @@ from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.positions import Positions, describe_positions
-from hooked_mllm.inputs.resolve import ResolvedInput
-from hooked_mllm.interventions.base import (
-    Edit,
-    Intervention,
-    check_choice,
-    layers_of,
-    tower_shape,
-)
-from hooked_mllm.interventions.edited_positions import EditedPositions, check_edited_positions, first_edited
+from hooked_mllm.interventions.base import Edit, check_choice, layer_list, layers_of, tower_shape
+from hooked_mllm.interventions.edited_positions import EditedPositions, PositionIntervention, check_edited_positions
 
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
-class Steer(Intervention):
+class Steer(PositionIntervention):
     r"""Add a direction to the residual stream: $x \leftarrow x + \alpha d$.
 
     Args:
-        direction: d, of the tower's width; added as it is, without normalisation.
+        direction: d, of the tower's width; not normalised.
         layer: The layer or layers, negative ones counted from the end.
-        positions: Positions of the prompt to steer; None for all. Generated tokens follow from `phase`.
+        positions: Positions of the prompt to steer; None for all.
         coefficient: α.
         phase: "prefill", "decode" (generated tokens), or "both".
         site: Where in the block: "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out".
         tower: "text" or "vision".
 
     Raises:
-        HookValueError: for a direction that is not finite or not a vector of the tower's width, or an unknown site.
-        HookNameError: for a layer that the model lacks.
+        HookValueError: For a direction that is not finite or not a vector of the tower's width, or an unknown site.
+        HookNameError: For a layer that the model lacks.
 
     Examples:
         >>> import torch
@@ -74,10 +67,10 @@ class Steer(Intervention):
         self.tower: Tower = tower
 
     def describe(self) -> dict[str, Any]:
-        """What it does, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         return {
             "intervention": "Steer",
-            "layers": [self.layer] if isinstance(self.layer, int) else list(self.layer),
+            "layers": layer_list(self.layer),
             "site": self.site,
             "coefficient": self.coefficient,
             "norm": float(self.direction.detach().float().norm()),
@@ -85,10 +78,6 @@ class Steer(Intervention):
             "positions": describe_positions(self.positions),
             "tower": self.tower,
         }
-
-    def first_position(self, model: Model, inputs: ResolvedInput) -> int:
-        """The first position of the prompt whose row it may change; see `Intervention.first_position`."""
-        return first_edited(self.positions, inputs) if self.tower == "text" else 0
 
     def edits(self, model: Model) -> Iterator[tuple[str, Edit]]:
         """One edit in each layer."""

@@ -1,14 +1,22 @@
 """The choice between a Triton kernel and its definition in torch, and what the kernels support."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_mllm.errors import HookValueError
+
+#: inputs of the kernels: queries, keys or values, flags of heads, and first or last real keys of sequences
+Queries = Float[Tensor, "batch head query d_head"]
+Keys = Float[Tensor, "batch kv_head key d_head"]
+HeadFlags = Bool[Tensor, " head"]
+Bound = Int[Tensor, " batch"]
 
 IMPLEMENTATIONS = ("auto", "triton", "naive")
 if TYPE_CHECKING:
@@ -42,27 +50,19 @@ def supported(d_head: int, dtype: torch.dtype) -> bool:
     return HEAD_DIMS[0] <= d_head <= HEAD_DIMS[1] and dtype in DTYPES
 
 
-def check_implementation(implementation: Implementation) -> None:
-    """Check the name of an implementation.
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one within it: Triton launches on the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
-    Raises:
-        HookValueError: for an unknown name.
-    """
+
+def check_implementation(implementation: Implementation) -> None:
+    """Check the name of an implementation."""
     if implementation not in IMPLEMENTATIONS:
         raise HookValueError(f"implementation is one of {IMPLEMENTATIONS}; got {implementation!r}.")
 
 
 def check_triton(q: Tensor, fits: bool, runs: bool) -> None:
-    """Check that the Triton kernels can be used.
-
-    Args:
-        q: The queries.
-        fits: Whether the kernels support them.
-        runs: Whether kernels run on their device.
-
-    Raises:
-        HookValueError: if they cannot.
-    """
+    """Check that the kernels support queries like these (`fits`) and run on their device (`runs`)."""
     if not fits:
         raise HookValueError(
             f"The Triton kernels support head dims {HEAD_DIMS[0]} to {HEAD_DIMS[1]} in bfloat16, float16 or float32; "

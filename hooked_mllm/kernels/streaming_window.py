@@ -19,20 +19,7 @@ else:  # at run time any value, so that a wrong one reaches the check, whose err
 
 
 def check_sink_and_window(sink: WholeNumber, window: WholeNumber, window_name: str = "window") -> tuple[int, int]:
-    """Sink and window of streaming heads, as plain ints.
-
-    Args:
-        sink: First keys of the sequence that streaming heads see.
-        window: Last keys that they see, the query's own included.
-        window_name: The caller's name of the window, for the error message.
-
-    Raises:
-        InputError: unless both are whole numbers, sink 0 or more and window 1 or more.
-
-    Examples:
-        >>> check_sink_and_window(4, 16)
-        (4, 16)
-    """
+    """Sink (0 or more) and window (1 or more) of streaming heads, as plain ints; `window_name` is for the error."""
     sizes = _as_int(sink), _as_int(window)
     if sizes[0] is None or sizes[1] is None or sizes[0] < 0 or sizes[1] < 1:
         raise InputError(
@@ -50,39 +37,22 @@ def _as_int(value: object) -> int | None:
 
 
 def head_flags(heads: Iterable[int], n_heads: int, device: torch.device | str = "cpu") -> Bool[Tensor, " head"]:
-    """A mask of one layer's heads, True at `heads`.
-
-    Examples:
-        >>> head_flags((0, 2), n_heads=4).tolist()
-        [True, False, True, False]
-    """
+    """A mask of one layer's heads, True at `heads`."""
     flags = torch.zeros(n_heads, dtype=torch.bool)
     flags[[*heads]] = True
     return flags.to(device)
 
 
 def visible_keys_at(
-    positions: Int[Tensor, "#batch query"],
-    n_keys: int,
-    dense: Bool[Tensor, " head"],
-    sink: int,
-    window: int,
-    start: Int[Tensor, " batch"],
-    end: Int[Tensor, " batch"],
-) -> Bool[Tensor, "batch head query key"]:
+    positions: Int[Tensor, "#batch query"], n_keys: int, dense: Bool[Tensor, " head"], sink: int, window: int,
+    start: Int[Tensor, " batch"], end: Int[Tensor, " batch"],
+) -> Bool[Tensor, "batch head query key"]:  # fmt: skip
     """The keys that each query of each head sees.
 
     A query at position p sees key j iff `start <= j < end`, `j <= p`, and, unless the head is dense,
     `j < start + sink` or `j > p - window`.
 
-    Args:
-        positions: The position of each query among the keys; one row for all sequences, or one for each.
-        n_keys: Number of keys.
-        dense: True at the dense heads.
-        sink: First keys that the other heads see.
-        window: Last keys that they see, the query's own included.
-        start: The first real key of each sequence.
-        end: One past its last real key.
+    `positions` has one row for all sequences or one for each; `start` and `end` bound the real keys of each sequence.
     """
     device = positions.device
     key = torch.arange(n_keys, device=device)

@@ -11,9 +11,8 @@ from hooked_mllm.layout.regions import Corners
 class Coverage:
     """The union of boxes and pixel masks; `area` measures it inside any rectangle.
 
-    The plane is cut at every edge of the shapes, so each cell is wholly inside the union or wholly outside. The
-    integral of the union's indicator function over [0, x] x [0, y] is bilinear within a cell. Interpolating its values
-    at the cell corners is therefore exact, at fractional coordinates too, and overlaps count once.
+    The edges of all shapes cut the plane into cells. The integral of the union's indicator over [0, x] x [0, y] is
+    bilinear in a cell, so interpolating between its corners is exact, at fractional coordinates too.
     """
 
     def __init__(self, boxes: Sequence[Corners], masks: Sequence[Bool[np.ndarray, "height width"]] = ()) -> None:
@@ -32,6 +31,11 @@ class Coverage:
         area = inside * np.diff(self._y)[:, None] * np.diff(self._x)
         # 2D cumulative area; a zero row and column in front: [row col] of cells -> [row + 1, col + 1] of corners
         self._integral = np.pad(area.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+
+    def share(self, rectangles: Float[np.ndarray, "token 4"]) -> Float[np.ndarray, " token"]:
+        """The share of each rectangle x0, y0, x1, y1 inside the union; NaN rectangles give NaN."""
+        x0, y0, x1, y1 = rectangles.T
+        return self.area(rectangles) / ((x1 - x0) * (y1 - y0))
 
     def area(self, rectangles: Float[np.ndarray, "token 4"]) -> Float[np.ndarray, " token"]:
         """Area of the union inside each rectangle x0, y0, x1, y1; NaN rectangles give NaN."""

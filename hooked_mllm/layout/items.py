@@ -65,13 +65,11 @@ class VisualItem:
     """What the visual tokens of one image or video see, in the order of the tokens.
 
     Attributes:
-        kind: "image" or "video".
         index: Its number within its kind, from 0, in prompt order.
         width: The width of the original, in pixels.
         height: The height of the original, in pixels.
         boxes: x0, y0, x1, y1 in original pixels (pixel i spans [i, i + 1]); NaN for a token that sees no pixel.
         frames: The first and the last frame that the token sees, both included; -1 for images and newline tokens.
-        views: A `View` for each token.
         times_s: The time of each frame of a video, in seconds; empty for an image.
     """
 
@@ -111,12 +109,9 @@ class VisualItem:
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """What the positions of a vision tower see of one image or video.
+    """What the positions of a vision tower see: pixels, frames and a `View`, as in `VisualItem`.
 
-    Attributes:
-        boxes: x0, y0, x1, y1 in original pixels; NaN for a class token, and for a patch that sees only padding.
-        frames: The first and the last frame that the positions of a row see; -1 for images.
-        views: A `View` for each row.
+    Boxes are NaN for a class token, and for a patch that sees only padding.
     """
 
     boxes: Float[np.ndarray, "row pos 4"]
@@ -124,14 +119,27 @@ class Patches:
     views: Int8[np.ndarray, " row"]
 
 
-def number_items(items: Sequence[VisualItem]) -> list[tuple[str, int]]:
-    """The kind of each of `items`, and its number within the kind if they are in prompt order."""
-    count = {"image": 0, "video": 0}
-    numbers = []
-    for item in items:
-        numbers.append((item.kind, count[item.kind]))
-        count[item.kind] += 1
-    return numbers
+def find_item(items: Sequence[VisualItem], image: int | None, video: int | None) -> int:
+    """The index in `items` of an image or of a video."""
+    if (image is None) == (video is None):
+        raise LayoutError(f"Name one image or one video; got image={image}, video={video}.")
+    kind, index = ("image", image) if image is not None else ("video", video)
+    if not items:
+        raise LayoutError(f"This input has no visual tokens, so there is no {kind} {index}.")
+    for number, item in enumerate(items):
+        if (item.kind, item.index) == (kind, index):
+            return number
+    n = sum(item.kind == kind for item in items)
+    available = f"{n} of them, numbered from 0" if n else "none"
+    raise LayoutError(f"There is no {kind} {index}: this input has {available}.")
+
+
+def find_view(item: VisualItem, view: str) -> View:
+    """A view of an item by its lower-case name."""
+    available = [v.name.lower() for v in View if v and (item.views == v).any()]
+    if view not in available:
+        raise LayoutError(f"{item.name} has no view {view!r}; it has {', '.join(available)}.")
+    return View[view.upper()]
 
 
 def _check_size(width: int, height: int, what: str) -> None:

@@ -24,11 +24,7 @@ class Kind(IntEnum):
 
 
 def kinds_of_spans(n: int, spans: Mapping[str, Sequence[tuple[int, int]]]) -> Int8[Tensor, " pos"]:
-    """A `Kind` for each of `n` positions from the ranges of the texts; all others are template.
-
-    Raises:
-        LayoutError: for an unknown name, a range outside the input, or overlapping ranges.
-    """
+    """A `Kind` for each of `n` positions from the ranges of the texts; all others are template."""
     kinds = torch.full((n,), Kind.TEMPLATE, dtype=torch.int8)
     for name, ranges in spans.items():
         if name not in SPAN_NAMES:

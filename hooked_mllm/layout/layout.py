@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from hooked_mllm.display.blocks import html_block
+from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import LayoutError, nearest
-from hooked_mllm.layout.describe import TEXT_KINDS, describe, overview, overview_html, runs, summary
-from hooked_mllm.layout.find import find_item, find_view
-from hooked_mllm.layout.items import View, VisualItem, number_items
+from hooked_mllm.layout.items import View, VisualItem, find_item, find_view
 from hooked_mllm.layout.kinds import Kind, kinds_of_spans
 from hooked_mllm.layout.paint import paint
-from hooked_mllm.layout.regions import Frames, Number, Pages, RegionInput, as_regions, list_regions, moved
+from hooked_mllm.layout.regions import Frames, Number, Pages, RegionInput, as_regions, moved
 from hooked_mllm.layout.shares import shares
 
+HEADER = ("what", "positions", "")
 #: names that `TokenLayout.mask` accepts in addition to the kinds
 DERIVED = ("text", "last", "generating", "pixels")
 #: shares closer than this count as equal: token edges are fractions of pixels, which rounding moves
@@ -29,12 +29,11 @@ class TokenLayout:
     """What each position of one sample is, and what the visual ones see.
 
     Attributes:
-        kinds: A `Kind` for each position.
+        kinds, view: A `Kind` and a `View` for each position.
         item: The index in `items` of the image or video that a visual position belongs to; -1 elsewhere.
         boxes: x0, y0, x1, y1 in pixels of the original image that a visual token sees (pixel i spans [i, i + 1]);
             NaN for text, and for visual tokens that see none: newlines, and tokens that see only padding.
         frame_range: The first and the last frame a video token sees, both included; -1 elsewhere.
-        view: A `View` for each position.
         items: The images and videos, in prompt order.
         last_index: The last position before any answer.
 
@@ -78,9 +77,10 @@ class TokenLayout:
         n, items = len(ids), tuple(items)
         if n == 0:
             raise LayoutError("The input has no tokens.")
-        for item, (kind, index) in zip(items, number_items(items), strict=True):
-            if (item.kind, item.index) != (kind, index):
-                raise LayoutError(f"Expected {kind} {index}, got {item.name}: list the items in prompt order.")
+        for position, item in enumerate(items):
+            index = sum(earlier.kind == item.kind for earlier in items[:position])
+            if item.index != index:
+                raise LayoutError(f"Expected {item.kind} {index}, got {item.name}: list the items in prompt order.")
         positions = torch.isin(ids, torch.tensor(sorted(visual_ids), dtype=ids.dtype)).nonzero()[:, 0]
         n_tokens = sum(map(len, items))
         if len(positions) != n_tokens:
@@ -129,8 +129,6 @@ class TokenLayout:
             self.last_index + left,
         )
 
-    # -- positions by name ---------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self.kinds)
 
@@ -140,9 +138,6 @@ class TokenLayout:
         Args:
             name: A kind, or "text" (neither visual nor padding), "last", "generating" (those that predict the answer's
                 tokens: the last, and all of the answer but its end), "pixels" (visual, with a footprint).
-
-        Raises:
-            LayoutError: for another name.
         """
         names = [k.name.lower() for k in Kind]
         if name in names:
@@ -234,31 +229,23 @@ class TokenLayout:
     def tokens(
         self, image: int | None = None, video: int | None = None, view: str | None = None
     ) -> Bool[Tensor, " pos"]:
-        """All tokens of one image or video, or those of one of its views.
-
-        Raises:
-            LayoutError: when there is no such image, video or view.
-        """
+        """All tokens of one image or video, or those of one of its views."""
         number = find_item(self.items, image, video)
         mask = self.item == number
         return mask if view is None else mask & (self.view == find_view(self.items[number], view))
-
-    # -- from regions to tokens ----------------------------------------------------------------------------------------
 
     def target(self, region: RegionInput, min_overlap: Number = 0.0) -> Bool[Tensor, " pos"]:
         """The tokens whose pixels overlap a region, or the union of several.
 
         A token is a target iff the region covers a positive share of its footprint, and at least `min_overlap`; for a
-        video token, the share is the mean over the frames that it sees. Newline tokens have no footprint and are never
-        targets.
+        video token, the share is the mean over the frames that it sees. Newline tokens are never targets.
 
         Args:
             region: A region, or several.
             min_overlap: The least share, from 0 to 1.
 
         Raises:
-            LayoutError: no visual tokens, no such image or video, a region outside of it, a mask of another size,
-                or no token that overlaps enough.
+            LayoutError: no such image or video, a region outside of it, a mask of another size, or no target.
         """
         if not 0 <= min_overlap <= 1:
             raise LayoutError(f"min_overlap is a share of the token's footprint, from 0 to 1; got {min_overlap}.")
@@ -268,22 +255,18 @@ class TokenLayout:
         share = shares(self.items, self.item.numpy(), self.boxes.numpy(), self.frame_range.numpy(), regions)
         mask = torch.from_numpy(share > TOLERANCE if min_overlap == 0 else share >= min_overlap - TOLERANCE)
         if not mask.any():
+            names = ", ".join(map(repr, regions[:3])) + (f" and {len(regions) - 3} more" if len(regions) > 3 else "")
             raise LayoutError(
-                f"No token has more than {min_overlap} of its footprint in {list_regions(regions)}: the most covered "
+                f"No token has more than {min_overlap} of its footprint in {names}: the most covered "
                 f"one has {share.max():.3g}. Lower min_overlap, or give a region that the model sees."
             )
         return mask
 
     def region(
-        self,
-        region: RegionInput,
-        image: int | None = None,
-        video: int | None = None,
-        min_overlap: Number = 0.0,
+        self, region: RegionInput, image: int | None = None, video: int | None = None, min_overlap: Number = 0.0
     ) -> Bool[Tensor, " pos"]:
         """`target`, with `image` or `video` in place of the region's own."""
-        regions = [moved(item, image, video) for item in as_regions(region)]
-        return self.target(regions, min_overlap)
+        return self.target([moved(item, image, video) for item in as_regions(region)], min_overlap)
 
     def frames(
         self, video: int = 0, start_s: Number | None = None, end_s: Number | None = None
@@ -302,10 +285,7 @@ class TokenLayout:
 
         Args:
             mask: The keys K.
-            queries: The queries Q, as a name that `mask` accepts or as a mask.
-
-        Raises:
-            LayoutError: when there are no such queries.
+            queries: The queries Q, at least one, as a name that `mask` accepts or as a mask.
         """
         query_mask = self.mask(queries) if isinstance(queries, str) else queries
         query_mask = query_mask & ~self.padding
@@ -314,8 +294,6 @@ class TokenLayout:
         # at position i: the number of keys j <= i, in the mask and in all
         in_mask, visible = (mask & ~self.padding).cumsum(0), (~self.padding).cumsum(0)
         return float((in_mask[query_mask].double() / visible[query_mask]).mean())
-
-    # -- from token values to an image ---------------------------------------------------------------------------------
 
     def to_image(
         self,
@@ -327,9 +305,8 @@ class TokenLayout:
     ) -> Float[np.ndarray, "height width"]:
         """Paint one value per token onto the original image, or onto one frame of a video.
 
-        Each pixel takes the value of the token that sees its centre. Where several views do, the finest is used
-        ("highres" over "base", "tile" over "thumbnail", unless the picture is so small that these are the coarser
-        ones). Pixels that no token sees are NaN.
+        Each pixel takes the value of the token that sees its centre, of the finest view where several do; pixels that
+        no token sees are NaN. In a very small picture "base" and "thumbnail" may be finer than "highres" and "tile".
 
         Args:
             values: One number per position `[pos]`, tensor or array.
@@ -358,21 +335,44 @@ class TokenLayout:
         tokens = mask.numpy()  # [pos] -> [token]
         return paint(item.width, item.height, self.boxes.numpy()[tokens], values[tokens], self.view.numpy()[tokens])
 
-    # -- display -------------------------------------------------------------------------------------------------------
-
     def describe(self) -> str:
         """One line per span, image and video."""
-        return describe(self._overview(), self.last_index)
+        return text_table([HEADER, *self._overview(), ("last", self.last_index, "")])
 
     def __repr__(self) -> str:
-        return summary(self._overview(), len(self))
+        texts = [f"{name} {where}" + (f" ({what})" if what else "") for name, where, what in self._overview()]
+        return f"TokenLayout({len(self)} tokens: {'; '.join(texts)})"
 
     def _repr_html_(self) -> str:
         return html_block(f"TokenLayout: {len(self)} tokens", self.html_table())
 
     def html_table(self) -> str:
         """The table of `describe` in HTML, without a title."""
-        return overview_html(self._overview(), self.last_index)
+        return html_table([*self._overview(), ("last", self.last_index, "")], HEADER, named=True)
 
     def _overview(self) -> list[tuple[str, str, str]]:
-        return overview(self.items, self.item, self.pixels, {name: self.spans(name) for name in TEXT_KINDS})
+        """Name, positions and remarks of each image, each video and each kind of text."""
+        table = []
+        for number, item in enumerate(self.items):
+            positions = self.item == number
+            size = f"{item.width}x{item.height} px"
+            if item.kind == "video":
+                size += f", {item.n_frames} frames, {min(item.times_s):g} to {max(item.times_s):g} s"
+            views = [f"{int((item.views == v).sum())} {v.name.lower()}" for v in View if v and (item.views == v).any()]
+            n_blank = int((~self.pixels[positions]).sum())
+            views += [f"{n_blank} without pixels"] if n_blank else []
+            table.append((item.name, _ranges(runs(positions), 2), f"{size}; {', '.join(views)}"))
+        spans = {name: self.spans(name) for name in ("system", "template", "question", "answer", "padding")}
+        return table + [(name, _ranges(ranges), "") for name, ranges in spans.items() if ranges]
+
+
+def runs(mask: Bool[Tensor, " pos"]) -> list[tuple[int, int]]:
+    """The contiguous true ranges (start, end), end exclusive."""
+    edge = torch.nn.functional.pad(mask.to(torch.int8), (1, 1)).diff()  # 1 where a range starts, -1 where it ends
+    starts, ends = (edge == 1).nonzero()[:, 0], (edge == -1).nonzero()[:, 0]
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _ranges(spans: list[tuple[int, int]], most: int = 3) -> str:
+    text = " ".join(f"{a}:{b}" for a, b in spans[:most])
+    return text if len(spans) <= most else f"{text} ... {spans[-1][0]}:{spans[-1][1]} ({len(spans)} spans)"

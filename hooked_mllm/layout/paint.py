@@ -16,10 +16,7 @@ def paint(
     values: Float[np.ndarray, " token"],
     views: Int8[np.ndarray, " token"],
 ) -> Float[np.ndarray, "height width"]:
-    """Every pixel takes the value of the token whose box contains its centre; NaN where there is none.
-
-    Views with large footprints are painted first, finer ones over them.
-    """
+    """Every pixel takes the value of the token of the finest view whose box contains its centre; NaN without one."""
     picture = np.full((height, width), np.nan)
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     present = [view for view in ORDER if (views == view).any()]
@@ -31,9 +28,7 @@ def paint(
 
 
 def _paint_grid(
-    picture: Float[np.ndarray, "height width"],
-    boxes: Float[np.ndarray, "token 4"],
-    values: Float[np.ndarray, " token"],
+    picture: Float[np.ndarray, "height width"], boxes: Float[np.ndarray, "token 4"], values: Float[np.ndarray, " token"]
 ) -> None:
     """Paint one view in place. Its boxes are the cells of a grid, so column and row of a pixel determine its token."""
     height, width = picture.shape

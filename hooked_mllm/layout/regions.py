@@ -24,15 +24,7 @@ else:  # at run time any object, so that a wrong one reaches the checks below, w
 
 
 def corners(box: BoxInput, what: str = "A box") -> Corners:
-    """Four finite numbers x0 < x1, y0 < y1 from a `Box` or a sequence.
-
-    Args:
-        box: The rectangle.
-        what: How errors name it.
-
-    Raises:
-        LayoutError: for anything else.
-    """
+    """Four finite numbers x0 < x1, y0 < y1 from a `Box` or a sequence; `what` is how errors name it."""
     values = (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else tuple(box)
     if len(values) != 4:
         raise LayoutError(f"{what} is (x0, y0, x1, y1) in pixels of the original; got {len(values)} numbers.")
@@ -186,11 +178,7 @@ Region = Box | Mask | Frames | Tube | Pages
 
 
 def as_regions(region: RegionInput) -> list[Region]:
-    """One region or several, as a list.
-
-    Raises:
-        LayoutError: for an empty list or an object that is not a region.
-    """
+    """One region or several, as a list of at least one."""
     regions = list(region) if isinstance(region, Iterable) else [region]
     if not regions:
         raise LayoutError("The list of regions is empty: give at least one region.")
@@ -203,29 +191,19 @@ def as_regions(region: RegionInput) -> list[Region]:
 
 
 def moved(region: Region, image: int | None, video: int | None) -> Region:
-    """The same region in another image or video, if `image` or `video` is specified.
-
-    Raises:
-        LayoutError: when the region cannot lie there.
-    """
+    """The same region in another image or video, if `image` or `video` is specified."""
+    if image is None and video is None:
+        return region
     if image is not None and video is not None:
         raise LayoutError(f"Name one image or one video; got image={image}, video={video}.")
     if isinstance(region, Pages):
-        if image is not None or video is not None:
-            raise LayoutError("Pages contains the numbers of its images: leave out image= and video=.")
-        return region
+        raise LayoutError("Pages contains the numbers of its images: leave out image= and video=.")
     if isinstance(region, Box | Mask):
-        if video is not None and isinstance(region, Box):
-            return Frames(video=video, box=region)
-        if video is not None:
-            raise LayoutError("A Mask lies in an image. For a video use Frames(..., box=...) or Tube(...).")
-        return region if image is None else replace(region, image=image)
-    if image is not None:
+        if image is not None:
+            return replace(region, image=image)
+        if isinstance(region, Box):
+            return Frames(video=video or 0, box=region)
+        raise LayoutError("A Mask lies in an image. For a video use Frames(..., box=...) or Tube(...).")
+    if video is None:
         raise LayoutError(f"{type(region).__name__} lies in a video: use video=, not image=.")
-    return region if video is None else replace(region, video=video)
-
-
-def list_regions(regions: Sequence[Region]) -> str:
-    """The first three regions, for a message."""
-    text = ", ".join(repr(region) for region in regions[:3])
-    return text if len(regions) <= 3 else f"{text} and {len(regions) - 3} more"
+    return replace(region, video=video)

@@ -1,5 +1,6 @@
-"""The share of each token's footprint that a union of regions covers."""
+"""The share of each token's footprint that a union of regions covers, and the pixels that it touches."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -8,8 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout.coverage import Coverage
-from hooked_mllm.layout.find import find_item
-from hooked_mllm.layout.items import VisualItem
+from hooked_mllm.layout.items import VisualItem, find_item
 from hooked_mllm.layout.regions import Box, BoxInput, Corners, Frames, Mask, Pages, Region, Tube, corners
 
 
@@ -22,33 +22,28 @@ def shares(
 ) -> Float[np.ndarray, " pos"]:
     """The share of each position's footprint inside the union of `regions`, 0 to 1; 0 without a footprint.
 
-    Args:
-        items: The images and videos of a layout.
-        item_of: The index in `items` of each position's image or video.
-        boxes: The pixels that each position sees; NaN for none.
-        frame_range: The first and the last frame that each position sees.
-        regions: The regions.
-
-    Raises:
-        LayoutError: no such image or video, or a region outside of it.
+    `boxes` are NaN at positions that see no pixel, `frame_range` has the first and the last frame of each position.
     """
-    regions_of: dict[int, list[Region]] = defaultdict(list)
-    for region in regions:
-        if isinstance(region, Pages):
-            for image in region.images:
-                regions_of[find_item(items, image, None)].append(region)
-        elif isinstance(region, Box | Mask):
-            regions_of[find_item(items, region.image, None)].append(region)
-        else:
-            regions_of[find_item(items, None, region.video)].append(region)
     covered, has_pixels = np.zeros(len(item_of)), ~np.isnan(boxes[:, 0])
-    for number, item_regions in regions_of.items():
+    for number, item_regions in regions_by_item(items, regions).items():
         item, positions = items[number], np.flatnonzero(has_pixels & (item_of == number))
         if item.kind == "image":
             covered[positions] = _image_shares(item, item_regions, boxes[positions])
         else:
             covered[positions] = _video_shares(item, item_regions, boxes[positions], frame_range[positions])
     return covered
+
+
+def regions_by_item(items: Sequence[VisualItem], regions: Sequence[Region]) -> dict[int, list[Region]]:
+    """The regions of each image or video, by its index in `items`."""
+    by_item: dict[int, list[Region]] = defaultdict(list)
+    for region in regions:
+        if isinstance(region, Frames | Tube):
+            by_item[find_item(items, None, region.video)].append(region)
+        else:
+            for image in region.images if isinstance(region, Pages) else [region.image]:
+                by_item[find_item(items, image, None)].append(region)
+    return by_item
 
 
 def _image_shares(
@@ -60,7 +55,7 @@ def _image_shares(
     for mask in masks:
         check_mask_shape(item, mask)
     rectangles = [clip_box(item, region) for region in regions if isinstance(region, Box)]
-    return _covered(Coverage(rectangles, [mask.pixels for mask in masks]), boxes)
+    return Coverage(rectangles, [mask.pixels for mask in masks]).share(boxes)
 
 
 def _video_shares(
@@ -85,7 +80,7 @@ def _video_shares(
         in_group = np.zeros(item.n_frames, dtype=bool)
         in_group[frames] = True
         tokens = order[np.searchsorted(ends, min(frames), "right") : np.searchsorted(starts, max(frames), "right")]
-        covered[tokens] += count(in_group, tokens) * _covered(Coverage(rectangles), boxes[tokens])
+        covered[tokens] += count(in_group, tokens) * Coverage(rectangles).share(boxes[tokens])
     return covered / (after - first)  # the mean over the frames that a token sees
 
 
@@ -94,18 +89,11 @@ def _boxes_of_frames(
 ) -> tuple[Bool[np.ndarray, " frame"], dict[tuple[Corners, ...], list[int]]]:
     """Which frames of a video are covered whole, and the other frames grouped by the boxes that cover them."""
     whole, frame_boxes = np.zeros(item.n_frames, dtype=bool), defaultdict(list)
-    for region in regions:
-        if isinstance(region, Frames):
-            frames = frames_within(item, region)
-            if region.box is None:
-                whole[frames] = True
-                continue
-            box = clip_box(item, region.box)
-            for frame in frames.tolist():
-                frame_boxes[frame].append(box)
-        elif isinstance(region, Tube):
-            for frame, box in tube_boxes(item, region):
-                frame_boxes[frame].append(box)
+    for frame, box in (pair for region in regions for pair in boxes_in_frames(item, region)):
+        if box is None:
+            whole[frame] = True
+        else:
+            frame_boxes[frame].append(box)
     # frames with equal boxes are measured once
     groups: dict[tuple[Corners, ...], list[int]] = defaultdict(list)
     for frame, rectangles in frame_boxes.items():
@@ -114,17 +102,8 @@ def _boxes_of_frames(
     return whole, groups
 
 
-def _covered(coverage: Coverage, boxes: Float[np.ndarray, "token 4"]) -> Float[np.ndarray, " token"]:
-    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])  # of the whole footprints
-    return coverage.area(boxes) / area
-
-
 def check_mask_shape(item: VisualItem, mask: Mask) -> None:
-    """Check that a mask has the size of its image.
-
-    Raises:
-        LayoutError: when it has another size.
-    """
+    """Raise a LayoutError for a mask of another size than its image."""
     if mask.pixels.shape != (item.height, item.width):
         raise LayoutError(
             f"A mask of {item.name} must have its shape [height width] = ({item.height}, {item.width}); "
@@ -133,11 +112,7 @@ def check_mask_shape(item: VisualItem, mask: Mask) -> None:
 
 
 def clip_box(item: VisualItem, box: BoxInput) -> Corners:
-    """The part of a box that lies in the picture.
-
-    Raises:
-        LayoutError: when no part does.
-    """
+    """The part of a box that lies in the picture; a LayoutError when no part does."""
     box = corners(box)
     x0, y0, x1, y1 = max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(item.width)), min(box[3], float(item.height))
     if x0 >= x1 or y0 >= y1:
@@ -149,11 +124,7 @@ def clip_box(item: VisualItem, box: BoxInput) -> Corners:
 
 
 def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]:
-    """The indices of a video's frames whose time lies in the region.
-
-    Raises:
-        LayoutError: when there is none.
-    """
+    """The indices of a video's frames whose time lies in the region; a LayoutError when there is none."""
     times = np.asarray(item.times_s)
     start = -np.inf if region.start_s is None else float(region.start_s)
     end = np.inf if region.end_s is None else float(region.end_s)
@@ -173,12 +144,13 @@ def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]
     )
 
 
-def tube_boxes(item: VisualItem, region: Tube) -> list[tuple[int, Corners]]:
-    """The frames in which a tube has a box, each with the part of the box that lies in the picture.
-
-    Raises:
-        LayoutError: when there is none.
-    """
+def boxes_in_frames(item: VisualItem, region: Region) -> Sequence[tuple[int, Corners | None]]:
+    """Each frame that `Frames` or a `Tube` covers, with its box in the picture; None for a whole frame."""
+    if isinstance(region, Frames):
+        frames = frames_within(item, region).tolist()
+        clipped_box = None if region.box is None else clip_box(item, region.box)
+        return [(frame, clipped_box) for frame in frames]
+    assert isinstance(region, Tube)  # other regions lie in images
     frame_boxes = ((frame, region.at(float(time))) for frame, time in enumerate(item.times_s))
     clipped = [(frame, clip_box(item, box)) for frame, box in frame_boxes if box is not None]
     if not clipped:
@@ -188,3 +160,35 @@ def tube_boxes(item: VisualItem, region: Tube) -> list[tuple[int, Corners]]:
             f"{item.n_frames} frames from {min(item.times_s):g} to {max(item.times_s):g} s."
         )
     return clipped
+
+
+def rectangle(item: VisualItem, box: BoxInput) -> tuple[slice, slice]:
+    """Rows and columns of all pixels that a box touches; the part outside the picture is cut off."""
+    x0, y0, x1, y1 = clip_box(item, box)
+    return slice(math.floor(y0), math.ceil(y1)), slice(math.floor(x0), math.ceil(x1))
+
+
+def pixel_masks(
+    items: Sequence[VisualItem], regions: Sequence[Region]
+) -> dict[int, Bool[np.ndarray, "*frame height width"]]:
+    """The pixels that the union of `regions` touches, by the index in `items` of their image or video.
+
+    `[height width]` of an image, `[frame height width]` of a video.
+    """
+    masks: dict[int, np.ndarray] = {}
+    for number, item_regions in regions_by_item(items, regions).items():
+        item = items[number]
+        shape = (item.height, item.width) if item.kind == "image" else (item.n_frames, item.height, item.width)
+        mask = masks[number] = np.zeros(shape, dtype=bool)
+        for region in item_regions:
+            if isinstance(region, Pages):
+                mask[:] = True
+            elif isinstance(region, Box):
+                mask[rectangle(item, region)] = True
+            elif isinstance(region, Mask):
+                check_mask_shape(item, region)
+                mask |= region.pixels
+            else:
+                for frame, box in boxes_in_frames(item, region):
+                    mask[frame][... if box is None else rectangle(item, box)] = True
+    return masks

@@ -28,20 +28,7 @@ class Chunk(NamedTuple):
 
 
 class LayerRows:
-    """The tensors that an `AttentionView` is computed from, and the computation; see there.
-
-    Args:
-        q: One tensor per layer; or, by the name of query tokens, one tensor per layer of their rows only.
-        k: One tensor per layer.
-        mask: One per layer.
-        scale: One per layer.
-        first: Position of the first query of the masks.
-        max_bytes: Bound on the scratch memory for rows.
-        implementation: "auto", "triton" or "torch".
-
-    Raises:
-        HookValueError: For another implementation, or "triton" where the kernel cannot run.
-    """
+    """The tensors that an `AttentionView` is computed from, and the computation; arguments as there."""
 
     def __init__(
         self,
@@ -53,8 +40,7 @@ class LayerRows:
         max_bytes: int,
         implementation: str | None,
     ) -> None:
-        self._q: Sequence[Tensor] | Mapping[str, Sequence[Tensor]] = q
-        self._k, self._mask, self._scale = k, mask, list(scale)
+        self._q, self._k, self._mask, self._scale = q, k, mask, list(scale)
         self._first, self._max_bytes = first, max_bytes
         example = next(iter(q.values()))[0] if isinstance(q, Mapping) else q[0]
         self.batch, self.n_heads = example.shape[:2]
@@ -78,11 +64,7 @@ class LayerRows:
             self.by_kernel = False
 
     def check(self, selection: QuerySelection) -> None:
-        """Raise for queries whose rows were not kept.
-
-        Raises:
-            InputError: For a query before the first, or a name that was not kept.
-        """
+        """Raise for queries whose rows were not kept: before the first, or of another name."""
         selection.check(self._first)
         if isinstance(self._q, Mapping) and selection.key not in self._q:
             raise InputError(
@@ -96,9 +78,8 @@ class LayerRows:
 
     def profile(self, selection: QuerySelection) -> Float[Tensor, "layer batch head key"]:
         """The mean row over the query tokens."""
-        return self._profile_by_kernel(selection) if self.by_kernel else self._profile_by_rows(selection)
-
-    def _profile_by_kernel(self, selection: QuerySelection) -> Tensor:
+        if not self.by_kernel:
+            return self._profile_by_rows(selection)
         bounds = [self._bounds(number) for number in range(len(self._k))]
         start, end = (self._joined([b and getattr(b, name) for b in bounds]) for name in ("start", "end"))
         kinds = [mask.streaming for mask in self._mask]
@@ -167,8 +148,9 @@ class LayerRows:
         layer_step = 1
         if kv_step == self.n_kv_heads:
             layer_step = max(1, self._max_bytes // (self._row_bytes(self.n_heads) * query_step))
+        share_mask = self.plain_causal or len(set(self._kinds)) == 1
         for queries in _parts(selection.length, query_step):
-            shared = self._hidden(selection, queries, slice(0, 1)) if self._share_mask() else None
+            shared = self._hidden(selection, queries, slice(0, 1)) if share_mask else None
             for layers in _parts(len(self._k), layer_step):
                 hidden = self._hidden(selection, queries, layers) if shared is None else shared
                 for kv_heads in _parts(self.n_kv_heads, kv_step):
@@ -192,16 +174,10 @@ class LayerRows:
             return [t[:, :, part] for t in self._q[str(selection.key)][layers]]
         return [selection.take(t, part, self._first) for t in self._q[layers]]
 
-    def _share_mask(self) -> bool:
-        return self.plain_causal or len(set(self._kinds)) == 1
-
     def _hidden(
         self, selection: QuerySelection, part: slice, layers: slice
     ) -> Bool[Tensor, "mask_layer batch mask_head query tail"]:
-        """True at those of the last `tail` keys that are masked for these queries; earlier keys are visible to all.
-
-        One mask for all layers if they share it, else one per layer.
-        """
+        """True at those of the last `tail` keys that are masked for these queries; earlier keys are visible to all."""
         index = selection.index[:, part]
         if self.plain_causal:  # keys up to the first query are visible to all of them
             first = int(selection.positions[:, part].min()) + 1

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,7 @@ from hooked_mllm.heads import head_name
 from hooked_mllm.heads.counting import share_count
 from hooked_mllm.inputs.positions import KindMasks
 from hooked_mllm.measuring.attention_rows import LayerRows
-from hooked_mllm.measuring.query_selection import QuerySelection, Selections
+from hooked_mllm.measuring.query_selection import QuerySelection, Selections, TokenMask
 from hooked_mllm.measuring.view_context import ViewContext
 
 #: scratch memory for attention rows, in bytes
@@ -24,35 +25,31 @@ MAX_BYTES = 1 << 30
 class AttentionView:
     """The post-softmax attention of a group of layers in one forward pass, of one sample or a batch.
 
-    Every quantity is computed once, in float32, in chunks of at most `max_bytes`, and kept until the view is released:
-    all metrics that read the profile of the question share one tensor. Nothing of size N x N is ever built. Wherever a
-    method takes `queries` or `keys`, that is the name of a mask ("question", "answer", "last", "target", "visual",
-    "text", ...) or a boolean tensor [batch pos]. Padding is never a query and never a key. Where some heads stream (see
-    `HybridAttention`), all values follow the mask of each head.
+    Every quantity is computed once, in float32, in chunks of at most `max_bytes`, and kept until the view is released.
+    Nothing of size N x N is ever built. `queries` and `keys` are the name of a mask ("question", "answer", "last",
+    "target", "visual", "text", ...) or a boolean tensor [batch pos]. Padding is never a query and never a key. Where
+    some heads stream (see `HybridAttention`), all values follow the mask of each head.
 
-    On a GPU, profiles and values derived from them come from a Triton kernel that stores no rows, if the mask is causal
-    with padding at the ends (see `MaskRows.bounds`); otherwise, and for `rows`, torch computes rows in chunks.
+    On a GPU, profiles come from a Triton kernel that stores no rows, if the mask is causal with padding at the ends;
+    otherwise, and for `rows`, torch computes rows in chunks.
 
     Args:
         layers: Indices of the decoder layers, ascending.
         q: One tensor per layer, [batch head pos d_head], after position encoding. Or, by the name of query tokens, one
-            tensor per layer of their rows only, [batch head query d_head], in the order of `positions`; the view then
-            supports these names only.
+            per layer of their rows only, [batch head query d_head]; the view then supports these names only.
         k: One tensor per layer, [batch kv_head pos d_head], after position encoding.
-        mask: The keys that are visible to each query of that layer. Rows are built once for layers with one mask.
+        mask: The keys that are visible to each query of that layer.
         scale: The factor of the scores before the softmax, one per layer.
-        masks: Returns the mask of a name, [batch pos], "padding" among them; masks on the CPU avoid synchronising with
-            the device. Or a `Selections` of it, which the views of a forward pass share.
+        masks: Returns the mask of a name, [batch pos], "padding" among them, best on the CPU; or a `Selections` of it,
+            which the views of a forward pass share.
         n_layers: Number of decoder layers of the model.
         max_bytes: Bound on the scratch memory for attention rows.
         context: Further facts: token ids, layouts, the residual stream.
         first: Position of the first row of q, where the positions before it are keys only (see `SharedPrefix`).
-        implementation: "triton" for the kernel, "torch" for rows in chunks, "auto" for the kernel on a GPU where it
-            can run.
+        implementation: "triton", "torch", or "auto" for the kernel on a GPU where it can run.
 
     Raises:
-        InputError: If the lists differ in length or the tensors in shape; on reading, for a query before `first` or
-            one that was not kept.
+        InputError: If the lists differ in length or the tensors in shape; on reading, for queries that were not kept.
         HookValueError: For "triton" where the kernel cannot run.
     """
 
@@ -105,31 +102,28 @@ class AttentionView:
                 f"{self.n_keys} positions on {self.device}."
             )
         self._selections = masks
-        self._profiles: dict[object, Tensor] = {}
-        self._tops: dict[tuple[object, float], Tensor] = {}
-        self._chances: dict[tuple[object, object], Tensor] = {}
+        self._profiles: dict[TokenMask, Tensor] = {}
+        self._tops: dict[tuple[TokenMask, float], Tensor] = {}
+        self._chances: dict[tuple[TokenMask, TokenMask], Tensor] = {}
         self._sums: list[Tensor] = []
         self._host_sum: tuple[Tensor, torch.cuda.Event] | None = None
-        self._layer_index: Tensor | None = None
 
-    @property
+    @cached_property
     def layer_index(self) -> Int[Tensor, " layer"]:
         """The indices of the layers, on the device of the view."""
-        if self._layer_index is None:
-            self._layer_index = torch.tensor(self.layers).to(self.device, non_blocking=True)
-        return self._layer_index
+        return torch.tensor(self.layers).to(self.device, non_blocking=True)
 
     @property
     def is_last(self) -> bool:
         """Whether this view holds the model's last layer, so that the sample is complete with it."""
         return self.layers[-1] == self.n_layers - 1
 
-    def mask(self, name: str | Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    def mask(self, name: TokenMask) -> Bool[Tensor, "batch pos"]:
         """The positions of that name, on the device of the view.
 
         Raises:
-            LayoutError: if a sample of the batch has no such position.
-            InputError: if a sample was prepared without the target or answer.
+            LayoutError: If a sample of the batch has no such position.
+            InputError: If a sample was prepared without the target or answer.
         """
         return self._selections.mask(name)
 
@@ -160,19 +154,14 @@ class AttentionView:
 
     @torch.no_grad()
     def rows(
-        self,
-        queries: str | Bool[Tensor, "batch pos"],
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        self, queries: TokenMask, reduce: Callable[[Tensor], Tensor] | None = None
     ) -> Float[Tensor, "layer batch head query *key"]:
-        """The attention rows A[i, :] of the query tokens, in order of position.
+        """The attention rows A[i, :] of the query tokens, in order of position, float32; or their reduced values.
 
         Args:
             queries: The query tokens. Samples with fewer of them get zero rows at the end.
             reduce: Maps a chunk of rows [layer batch head query key] to one value per row [layer batch head query];
                 the rows then never exist all at once.
-
-        Returns:
-            Rows [layer batch head query key] in float32, or the reduced values [layer batch head query].
         """
         selection = self._select(queries)
         shape = (len(self.layers), self.batch, self.n_heads, selection.length)
@@ -195,22 +184,20 @@ class AttentionView:
         self._sums.append(sums)
         return out
 
-    def positions(
-        self, queries: str | Bool[Tensor, "batch pos"]
-    ) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
+    def positions(self, queries: TokenMask) -> tuple[Int[Tensor, "batch query"], Bool[Tensor, "batch query"]]:
         """The positions of `rows(queries)` in the sequence, and whether each is a row of the sample (not filled up)."""
         selection = self._selections.queries(queries)
         return selection.index, selection.valid
 
     def average(
-        self, values: Float[Tensor, "layer batch head query"], queries: str | Bool[Tensor, "batch pos"]
+        self, values: Float[Tensor, "layer batch head query"], queries: TokenMask
     ) -> Float[Tensor, "layer batch head"]:
         """The mean over each sample's query tokens of the values of `rows(queries, reduce=...)`."""
         weight = self._selections.queries(queries).weight
         return (values * weight[:, None]).sum(-1, dtype=torch.float64)
 
     @torch.no_grad()
-    def profile(self, queries: str | Bool[Tensor, "batch pos"]) -> Float[Tensor, "layer batch head key"]:
+    def profile(self, queries: TokenMask) -> Float[Tensor, "layer batch head key"]:
         """The mean attention row over the query tokens: `a[j] = 1/|Q| sum_{i in Q} A[i, j]` (arXiv:2606.05843 eq. 22).
 
         The tensor is shared: edit a copy of it only.
@@ -223,9 +210,7 @@ class AttentionView:
         self._sums.append(out.sum(-1))
         return out
 
-    def mass(
-        self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "layer batch head"]:
+    def mass(self, queries: TokenMask, keys: TokenMask) -> Float[Tensor, "layer batch head"]:
         """The attention mass of the query tokens on the keys: `sum_{j in K} a[j]`, in [0, 1], as float64."""
         profile = self.profile(queries)
         span, whole = self._selections.span(keys)
@@ -233,25 +218,20 @@ class AttentionView:
             return profile[..., span].sum(-1, dtype=torch.float64)
         return key_mass(profile[..., span], self.mask(keys)[:, span])
 
-    def top_share(
-        self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"], share: float
-    ) -> Float[Tensor, "layer batch head"]:
+    def top_share(self, queries: TokenMask, keys: TokenMask, share: float) -> Float[Tensor, "layer batch head"]:
         """The share of the keys that are among the `ceil(share * N)` largest entries of the profile, as float64."""
-        top, wanted = self.top(queries, share), self.mask(keys)
+        top, key_mask = self.top(queries, share), self.mask(keys)
         span, _ = self._selections.span(keys)
-        return (top[..., span] & wanted[:, None, span]).sum(-1) / wanted.sum(-1)[:, None].double()
+        return (top[..., span] & key_mask[:, None, span]).sum(-1) / key_mask.sum(-1)[:, None].double()
 
-    def top(self, queries: str | Bool[Tensor, "batch pos"], share: float) -> Bool[Tensor, "layer batch head key"]:
-        """True at the `ceil(share * N)` largest entries of the profile (arXiv:2606.05843 eq. 23).
+    def top(self, queries: TokenMask, share: float) -> Bool[Tensor, "layer batch head key"]:
+        """True at the `ceil(share * N)` largest entries of the profile, 0 < share <= 1 (arXiv:2606.05843 eq. 23).
 
         N is the sample's own length: padding does not count and is never selected. Ties go to the lower index.
-
-        Raises:
-            InputError: For a share that is not above 0 and at most 1.
         """
         if not 0.0 < share <= 1.0:
             raise InputError(f"Expected a share of the keys above 0 and at most 1; got {share!r}.")
-        key = (self._selections.queries(queries).key, share)
+        key = (queries, share)
         if key not in self._tops:
             profile = self.profile(queries)
             counts = [share_count(share, n) for n in self._selections.lengths]
@@ -265,15 +245,12 @@ class AttentionView:
         return self._tops[key]
 
     @torch.no_grad()
-    def chance(
-        self, queries: str | Bool[Tensor, "batch pos"], keys: str | Bool[Tensor, "batch pos"]
-    ) -> Float[Tensor, "layer batch head"]:
+    def chance(self, queries: TokenMask, keys: TokenMask) -> Float[Tensor, "layer batch head"]:
         """The mass of a head that attends evenly to all visible keys: target tokens over visible tokens.
 
         It is the same for all heads of a layer unless some of them stream.
         """
-        selection = self._select(queries)
-        key = (selection.key, keys if isinstance(keys, str) else id(keys))
+        selection, key = self._select(queries), (queries, keys)
         if key not in self._chances:
             if self._rows.plain_causal:
                 level = self._selections.causal_chance(queries, keys)[:, None]
@@ -283,11 +260,7 @@ class AttentionView:
         return self._chances[key]
 
     def release(self) -> None:
-        """Free q, k and everything computed from them; `check` still works.
-
-        On a GPU the sum that `check` reads is copied to the host from here on, so that a later `check` does not wait
-        for kernels launched since.
-        """
+        """Free q, k and everything computed from them; `check` still works, and waits only for earlier kernels."""
         if self._sums and self.device.type == "cuda":
             total = torch.empty((), dtype=torch.float32, pin_memory=True)
             with torch.cuda.device(self.device):
@@ -301,9 +274,7 @@ class AttentionView:
         self._chances.clear()
 
     def check(self) -> None:
-        """Raise if any profile or row computed so far is not finite.
-
-        Synchronises with the device, after `release` only with what was launched before it; call it once per sample.
+        """Raise if any profile or row computed so far is not finite; synchronises with the device.
 
         Raises:
             NumericsError: With the layers and heads of a NaN or an infinity.
@@ -316,10 +287,10 @@ class AttentionView:
             return
         bad = ~torch.stack(self._sums).isfinite().all(0)
         if bool(bad.any()):
-            found = bad.nonzero().tolist()
-            names = ", ".join(f"{head_name(self.layers[l], head)} (sample {sample})" for l, sample, head in found[:4])
+            heads = bad.nonzero().tolist()  # of [layer batch head]
+            names = ", ".join(f"{head_name(self.layers[l], head)} (sample {sample})" for l, sample, head in heads[:4])
             raise NumericsError(
-                f"The attention of {len(found)} heads is not finite, first at {names}. The q or k of these layers hold "
+                f"The attention of {len(heads)} heads is not finite, first at {names}. The q or k of these layers hold "
                 "NaN or infinity: half precision overflowed before the attention (load the model in bfloat16 or "
                 "float32), or the inputs are damaged."
             )
@@ -329,7 +300,7 @@ class AttentionView:
         sums = [sums.sum() for sums in self._sums]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
-    def _select(self, queries: str | Bool[Tensor, "batch pos"]) -> QuerySelection:
+    def _select(self, queries: TokenMask) -> QuerySelection:
         selection = self._selections.queries(queries)
         self._rows.check(selection)
         return selection

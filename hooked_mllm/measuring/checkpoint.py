@@ -20,66 +20,53 @@ FORMAT = "hooked_mllm.measure/3"
 NUMBERS = 1 << 16
 
 
-class MeasureCheckpoint:
-    """What the metrics hold, which samples are in it, and what a score depends on beyond them.
-
-    Args:
-        path: The file; None keeps nothing.
-        metrics: The metrics, set up for the model.
-        identity: What makes a run the same, as `identity_of` returns it.
-
-    Raises:
-        CacheFileError: If the file cannot be written.
-    """
+class MeasureCheckpoint(Checkpoint):
+    """The state of the metrics, set up for the model, and the names of the samples in it."""
 
     def __init__(
         self, path: str | PathLike[str] | None, metrics: Sequence[Metric], identity: Mapping[str, Any]
     ) -> None:
+        super().__init__(path, FORMAT, identity)
         self.metrics = metrics
         self.done: list[str] = []
         self._states: list[dict[str, Tensor]] = []
-        self._file = Checkpoint(path, FORMAT, identity)
 
     def finished(self, name: str) -> None:
         """A sample is in all metrics: keep their states, for the next may be interrupted between two of them."""
         self.done.append(name)
-        if self._file.path is not None:
-            self._states = [_state_of(metric) for metric in self.metrics]
+        if self.path is not None:
+            self._keep_states()
 
     def load(self) -> None:
-        """Load the state of the file, if there is one, into the metrics.
-
-        Raises:
-            CacheFileError: If the file is damaged, or the checkpoint of another run or of another version.
-        """
-        kept = self._file.read()
+        """Load the state of the file, if there is one, into the metrics."""
+        kept = self.read()
         if kept is None:
             return
         tensors, header = kept
-        with restoring(str(self._file.path)):
+        with restoring(str(self.path)):
             settings, done = list(header["metrics"]), list(header["done"])
         if settings != [repr(m) for m in self.metrics]:
             raise CacheFileError(
-                f"{self._file.path} was made with {', '.join(settings)}; this run measures "
+                f"{self.path} was made with {', '.join(settings)}; this run measures "
                 f"{', '.join(map(repr, self.metrics))}. Use another file, or the same metrics."
             )
-        with restoring(str(self._file.path)):
+        with restoring(str(self.path)):
             for number, metric in enumerate(self.metrics):
                 prefix = f"{number}/"
                 state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
                 metric.load_state_dict(state)  # type: ignore[attr-defined]
         self.done = done
-        self._states = [_state_of(metric) for metric in self.metrics]
+        self._keep_states()
+
+    def _keep_states(self) -> None:
+        states = [metric.state_dict() for metric in self.metrics]  # type: ignore[attr-defined]
+        self._states = [{name: value.detach().clone() for name, value in state.items()} for state in states]
 
     def save(self) -> None:
         """Write the state."""
         if self._states:
             tensors = {f"{number}/{name}": t for number, state in enumerate(self._states) for name, t in state.items()}
-            self._file.write(tensors, metrics=[repr(m) for m in self.metrics], done=self.done)
-
-
-def _state_of(metric: Metric) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in metric.state_dict().items()}  # type: ignore[attr-defined]
+            self.write(tensors, metrics=[repr(m) for m in self.metrics], done=self.done)
 
 
 # -- what a score depends on -----------------------------------------------------------------------------------------
@@ -132,16 +119,20 @@ def _weights(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
+def sampled_bytes(value: Tensor) -> bytes:
+    """Evenly spaced numbers of a tensor."""
+    flat = value.detach().reshape(-1)
+    part = flat[:: max(1, len(flat) // NUMBERS)]
+    return (part.float() if part.is_floating_point() else part).cpu().numpy().tobytes()
+
+
 def _content(intervention: object) -> str:
     """A fingerprint of the tensors of an intervention, which its description leaves out."""
     digest = hashlib.sha256()
 
     def take(value: object) -> None:
         if isinstance(value, Tensor):
-            flat = value.detach().reshape(-1)
-            part = flat[:: max(1, len(flat) // NUMBERS)]
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update((part.float() if part.is_floating_point() else part).cpu().numpy().tobytes())
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + sampled_bytes(value))
         elif isinstance(value, dict):
             for key in value:
                 digest.update(repr(key).encode())

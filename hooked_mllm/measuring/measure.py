@@ -28,9 +28,9 @@ from hooked_mllm.inputs.resolve import (
     tensors_of,
 )
 from hooked_mllm.measuring.attention_view import AttentionView
-from hooked_mllm.measuring.checkpoint import MeasureCheckpoint, identity_of
+from hooked_mllm.measuring.checkpoint import MeasureCheckpoint, identity_of, sampled_bytes
 from hooked_mllm.measuring.query_selection import QuerySelection, Selections
-from hooked_mllm.measuring.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared
+from hooked_mllm.measuring.shared_prefix import SharedPrefix, reasons_to_run_whole, run_shared, tapping
 from hooked_mllm.measuring.view_context import ViewContext
 
 #: q and k of this many bytes are held back before their rows are computed together
@@ -62,10 +62,7 @@ def named_queries(metrics: Iterable[Any]) -> tuple[str, ...] | None:
 
 
 class _Collector:
-    """Collects q and k of consecutive layers, and passes them to the metrics as one view.
-
-    Of q it keeps only the rows that the metrics read, where these name them.
-    """
+    """Collects k and the rows of q that the metrics read, and passes those of several layers to them as one view."""
 
     def __init__(self, metrics: Sequence[Metric], n_layers: int, inputs: ResolvedInput, group_bytes: int) -> None:
         self.metrics, self.n_layers, self.inputs, self.group_bytes = metrics, n_layers, inputs, group_bytes
@@ -76,20 +73,20 @@ class _Collector:
         #: the residual stream entering a layer, where a metric reads it
         self.residual: dict[int, Tensor] = {}
         self._selections: dict[torch.device, Selections] = {}  # resolved once a sample, for they may wait for a device
-        self._chosen: list[tuple[str, QuerySelection]] | None = None
+        self._queries: list[tuple[str, QuerySelection]] | None = None
 
     def __call__(self, call: AttentionCall) -> None:
         if self.held and self.held[0].k.device != call.k.device:
             self.flush()
-            self._chosen = None
+            self._queries = None
         q, k = call.q, call.k
         if q.requires_grad or k.requires_grad:  # hooks may turn gradients on
             q, k = q.detach(), k.detach()
         first = k.shape[2] - q.shape[2]
-        if self._chosen is None:
+        if self._queries is None:
             selections = self._selected(k)
-            self._chosen = [(name, selections.queries(name)) for name in self.names or ()]
-        rows = {name: some.take(q, slice(0, some.length), first).contiguous() for name, some in self._chosen}
+            self._queries = [(name, selections.queries(name)) for name in self.names or ()]
+        rows = {name: s.take(q, slice(0, s.length), first).contiguous() for name, s in self._queries}
         self.held.append(_Held(call.layer, None if rows else q, rows, k, call.mask, call.scale, first))
         if len(self.held) == 1:  # the layers of one device are alike
             residual = self.residual.get(call.layer)
@@ -108,6 +105,8 @@ class _Collector:
     def flush(self) -> None:
         held, self.held, self._bytes = self.held, [], 0
         whole = [h.q for h in held if h.q is not None]
+        tokens, device = self.inputs.tensors.get("input_ids"), held[0].k.device
+        residual = [self.residual.pop(h.layer) for h in held] if self.residual else None
         view = AttentionView(
             [h.layer for h in held],
             whole or {name: [h.rows[name] for h in held] for name in held[0].rows},
@@ -116,18 +115,13 @@ class _Collector:
             [h.scale for h in held],
             self._selected(held[0].k),
             self.n_layers,
-            context=self._context(held),
+            context=ViewContext(None if tokens is None else tokens.to(device), self.inputs.layouts, residual),
             first=held[0].first,
         )
         for metric in self.metrics:
             metric.update(view=view)
         view.release()
         self.views.append(view)
-
-    def _context(self, held: Sequence[_Held]) -> ViewContext:
-        tokens = self.inputs.tensors.get("input_ids")
-        residual = [self.residual.pop(h.layer) for h in held] if self.residual else None
-        return ViewContext(None if tokens is None else tokens.to(held[0].k.device), self.inputs.layouts, residual)
 
     def keep_residual(self, value: Tensor, hook: HookPoint) -> None:
         """A hook on the residual stream."""
@@ -138,10 +132,6 @@ def _is_metric(value: Any) -> bool:
     return isinstance(value, Metric) and not isinstance(value, type)  # a class has a metric's methods, too
 
 
-#: numbers of a pixel tensor that its fingerprint reads
-PIXELS = 1 << 16
-
-
 def fingerprint(inputs: ModelInput) -> str:
     """A short name of an input's contents: its tokens and target, and its pixels at evenly spaced positions."""
     digest = hashlib.sha256()
@@ -149,11 +139,8 @@ def fingerprint(inputs: ModelInput) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         if isinstance(value, Tensor):
-            digest.update(f"{name}{tuple(value.shape)}".encode())
-            if value.is_floating_point():
-                flat = value.reshape(-1)
-                value = flat[:: max(1, len(flat) // PIXELS)].float()
-            digest.update(value.cpu().numpy().tobytes())
+            content = sampled_bytes(value) if value.is_floating_point() else value.cpu().numpy().tobytes()
+            digest.update(f"{name}{tuple(value.shape)}".encode() + content)
     for sample in samples_of(inputs):
         if sample.target_mask is not None:
             digest.update(sample.target_mask.numpy().tobytes())
@@ -162,7 +149,7 @@ def fingerprint(inputs: ModelInput) -> str:
 
 @dataclass
 class _Facts:
-    """What is known of the samples that were measured, for the provenance of results."""
+    """The samples that were measured, for the provenance of results."""
 
     ids: list[str] = field(default_factory=list)
     templates: set[str] = field(default_factory=set)
@@ -271,38 +258,20 @@ def _check(views: list[AttentionView]) -> None:
 
 
 def _one(
-    model: Model,
-    inputs: ResolvedInput,
-    metrics: Sequence[Metric],
-    group_bytes: int,
-    shared: SharedPrefix | None,
+    model: Model, inputs: ResolvedInput, metrics: Sequence[Metric], group_bytes: int, shared: SharedPrefix | None
 ) -> list[AttentionView]:
     """One forward pass of the language model, no logits, the metrics fed layer by layer; or a shared prefix, once."""
     collector = _Collector(metrics, model.cfg.n_layers, inputs, group_bytes)
-    sites = model.wiring.text
-    taken = []
-    residual_hooks = []
     try:
         if shared is not None:
             run_shared(model, shared, collector)
             return collector.views
-        context = model.registry.context
-        with context.scope(of_run=True) as scope:
-            with context.registers_in(scope):
-                if any(getattr(metric, "needs_residual", False) for metric in metrics):
-                    name, keep = "blocks.*.hook_resid_pre", collector.keep_residual
-                    residual_hooks = model.registry.attach(name, keep, reads_only=True)
-                for site in sites:
-                    site.add_tap(collector)
-                    taken.append(site)
+        names = "blocks.*.hook_resid_pre" if any(getattr(metric, "needs_residual", False) for metric in metrics) else []
+        with tapping(model, collector), model.registry.attached(names, collector.keep_residual, reads_only=True):
             with torch.no_grad():
                 model.run_trunk(inputs)
     except BaseException:
         for metric in metrics:
             metric.setup(model.info)  # drops the half-measured sample
         raise
-    finally:
-        for site in taken:
-            site.remove_tap(collector)
-        model.registry.detach(residual_hooks)
     return collector.views

@@ -1,7 +1,6 @@
 """Which query tokens of each sample the attention rows are gathered for, from masks of positions.
 
-The masks of a batch are small and known before the forward pass. They are kept on the host, so that sizes and positions
-are read without waiting for the device, and copied to the device once, when first needed there.
+Masks are kept on the host, where reading sizes does not wait for the device, and copied to the device once.
 """
 
 from functools import cached_property
@@ -19,27 +18,19 @@ TokenMask = str | Bool[Tensor, "batch pos"]
 
 
 class QuerySelection:
-    """The query tokens of a batch, padded to the longest sample by repeating the last one of each.
+    """The query tokens of a batch, padded to the longest sample by repeating the last one of each."""
 
-    Args:
-        key: What identifies the selection in a cache.
-        mask: True at the query tokens, on the host; at least one in every sample.
-        device: Where the attention is computed.
-    """
-
-    def __init__(self, key: object, mask: Bool[np.ndarray, "batch pos"], device: torch.device) -> None:
+    def __init__(self, key: TokenMask, mask: Bool[np.ndarray, "batch pos"], device: torch.device) -> None:
         self.key = key
         self.device = device
         #: name of the mask in messages
         self.label = repr(key) if isinstance(key, str) else "given"
-        #: number of query tokens of each sample
+        #: number of query tokens of each sample, and of the longest
         self.counts = mask.sum(1)
-        #: that of the longest
         self.length = int(self.counts.max())
         indices = [np.flatnonzero(sample_mask) for sample_mask in mask]
         #: position of each query token [batch query]; a short sample repeats its last one
         self.positions = np.stack([np.pad(index, (0, self.length - len(index)), mode="edge") for index in indices])
-        #: the first position of all
         self.lowest = int(self.positions.min())
         #: whether all samples have the same number of query tokens
         self.even = bool((self.counts == self.length).all())
@@ -73,16 +64,7 @@ class QuerySelection:
     def take(
         self, q: Float[Tensor, "batch head pos d_head"], part: slice, first: int = 0
     ) -> Float[Tensor, "batch head query d_head"]:
-        """The selected rows of q.
-
-        Args:
-            q: Queries from position `first` to the end.
-            part: A range of the query tokens.
-            first: Position of the first row of q.
-
-        Raises:
-            InputError: for a query before that.
-        """
+        """The rows of q for a part of the query tokens; `first` is the position of the first row of q."""
         self.check(first)
         if self.span is not None:
             start = self.span[0] - first
@@ -92,11 +74,7 @@ class QuerySelection:
         return q.gather(2, index - first)
 
     def check(self, first: int) -> None:
-        """Reject query tokens before position `first`.
-
-        Raises:
-            InputError: for a query before that.
-        """
+        """Reject query tokens before position `first`."""
         if self.lowest < first:
             raise InputError(
                 f"Some of the {self.label} query tokens lie before position {first}, in a shared prefix of which only "
@@ -110,27 +88,18 @@ class QuerySelection:
 
 
 class Selections:
-    """The masks of one batch by name, and the query selections made from them; the views of a forward pass share one.
-
-    Args:
-        masks: Gives the mask of a name, [batch pos], "padding" among them. On the CPU they need no wait for the device.
-        shape: (batch, pos) that every mask must have.
-        device: Where the attention is computed.
-
-    Raises:
-        LayoutError: where a mask is used, for one of another shape, or empty in a sample.
-    """
+    """The masks `[batch pos]` of one batch, and query selections made from them; views of a forward pass share one."""
 
     def __init__(self, masks: KindMasks, shape: tuple[int, int], device: torch.device) -> None:
         self.shape = shape
         self.device = device
         self._masks = masks
-        self._hosts: dict[object, np.ndarray] = {}
-        self._devices: dict[object, Tensor] = {}
-        self._queries: dict[object, QuerySelection] = {}
-        self._chances: dict[tuple[object, object], Tensor] = {}
-        self._spans: dict[object, tuple[slice, bool]] = {}
-        self._kept: list[Tensor] = []  # mask tensors stay alive, so that no other tensor gets their id
+        # by name or by mask: a tensor is hashed by its identity
+        self._hosts: dict[TokenMask, np.ndarray] = {}
+        self._devices: dict[TokenMask, Tensor] = {}
+        self._queries: dict[TokenMask, QuerySelection] = {}
+        self._chances: dict[tuple[TokenMask, TokenMask], Tensor] = {}
+        self._spans: dict[TokenMask, tuple[slice, bool]] = {}
         # padding is never a query or a key
         padding = masks("padding").cpu().numpy()
         if padding.shape != shape or padding.dtype != bool:
@@ -145,53 +114,38 @@ class Selections:
         self.padded = not bool(self._real.all())
 
     def host(self, name: TokenMask) -> Bool[np.ndarray, "batch pos"]:
-        """The mask on the host, without padding.
-
-        Raises:
-            LayoutError: for a mask of another shape, or a sample that has no such position.
-        """
-        key = _key(name)
-        if key not in self._hosts:
+        """The mask on the host, without padding; every sample must have such a position."""
+        if name not in self._hosts:
             mask = resolve_mask(name, *self.shape, self._masks).numpy() & self._real
             check_every_sample(torch.from_numpy(mask.any(1)), name)
-            self._hosts[key] = mask
-            if not isinstance(name, str):
-                self._kept.append(name)
-        return self._hosts[key]
+            self._hosts[name] = mask
+        return self._hosts[name]
 
     def mask(self, name: TokenMask) -> Bool[Tensor, "batch pos"]:
         """The mask of `host` on the device."""
-        key = _key(name)
-        if key not in self._devices:
-            self._devices[key] = torch.from_numpy(self.host(name)).to(self.device, non_blocking=True)
-        return self._devices[key]
+        if name not in self._devices:
+            self._devices[name] = torch.from_numpy(self.host(name)).to(self.device, non_blocking=True)
+        return self._devices[name]
 
     def span(self, name: TokenMask) -> tuple[slice, bool]:
         """From the first to the last position of that name in any sample, and whether all between are of it."""
-        key = _key(name)
-        if key not in self._spans:
+        if name not in self._spans:
             positions = np.flatnonzero(self.host(name).any(0))
             span = slice(int(positions[0]), int(positions[-1]) + 1)
-            self._spans[key] = (span, bool(self.host(name)[:, span].all()))
-        return self._spans[key]
+            self._spans[name] = (span, bool(self.host(name)[:, span].all()))
+        return self._spans[name]
 
     def queries(self, name: TokenMask) -> QuerySelection:
         """The rows to gather for a mask of query tokens."""
-        key = _key(name)
-        if key not in self._queries:
-            self._queries[key] = QuerySelection(key, self.host(name), self.device)
-        return self._queries[key]
+        if name not in self._queries:
+            self._queries[name] = QuerySelection(name, self.host(name), self.device)
+        return self._queries[name]
 
     def causal_chance(self, queries: TokenMask, keys: TokenMask) -> Float[Tensor, " batch"]:
         """The mass on the keys of a head that attends evenly to positions 0 .. i, counted on the host."""
-        selection = self.queries(queries)
-        name = (selection.key, _key(keys))
-        if name not in self._chances:
-            seen = np.take_along_axis(self.host(keys).cumsum(1), selection.positions, axis=1)
-            level = selection.average(seen / (selection.positions + 1))
-            self._chances[name] = torch.from_numpy(level).to(self.device, non_blocking=True)
-        return self._chances[name]
-
-
-def _key(name: TokenMask) -> object:
-    return name if isinstance(name, str) else id(name)
+        if (queries, keys) not in self._chances:
+            selection = self.queries(queries)
+            visible = np.take_along_axis(self.host(keys).cumsum(1), selection.positions, axis=1)  # [batch query]
+            level = selection.average(visible / (selection.positions + 1))
+            self._chances[queries, keys] = torch.from_numpy(level).to(self.device, non_blocking=True)
+        return self._chances[queries, keys]

@@ -1,14 +1,14 @@
-"""What all metrics of attention heads share: states that stay exact, samples taken in whole or not at all."""
+"""The base classes of metrics of attention heads: exact states, samples that are added whole or not at all."""
 
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
@@ -21,19 +21,30 @@ from hooked_mllm.measuring.attention_view import AttentionView
 
 @dataclass(frozen=True)
 class Piece:
-    """What one view contributed to a sample: its layers, and tensors by name."""
+    """The part of a sample from one view: its layers, and tensors by name."""
 
     layers: tuple[int, ...]
     parts: dict[str, Tensor]
 
 
-class AttentionMetric(Metric):
+class Configured:
+    """Settings and representation by the constructor's arguments."""
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments that are attributes of the same name."""
+        parameters = inspect.signature(type(self).__init__).parameters
+        return {name: getattr(self, name) for name in parameters if name != "self" and hasattr(self, name)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
+
+
+class AttentionMetric(Configured, Metric):
     """A `torchmetrics.Metric` that is fed attention views; base of `HeadMetric` and of metrics of head groups.
 
-    A sample reaches the metric in one or more views, each a group of layers. They are held back until the last one has
-    come, so that a run stopped in the middle of a sample leaves no half of it in the sums. Sums are float64 and counts
-    int64, and stay so under `.half()` and `.to(dtype)`; they are in `state_dict()`, merge across processes by
-    `merge_state`, and are summed by torchmetrics when `compute()` is called under `torch.distributed`.
+    A sample has one or more views, each a group of layers, and is added after the last one: an interrupted run leaves
+    no half of a sample in the sums. Sums are float64 and counts int64, also under `.half()` and `.to(dtype)`; they are
+    in `state_dict()`, and `compute()` sums them over processes under `torch.distributed`.
     """
 
     full_state_update = False
@@ -46,24 +57,14 @@ class AttentionMetric(Metric):
         self._pieces: list[Piece] = []
 
     def setup(self, info: ModelInfo) -> None:
-        """Learn the shape of the model before the first sample, and drop a sample that was left unfinished.
-
-        Raises:
-            HeadError: if the metric already holds results of a model of another shape.
-            InputError: if a constructor of the user's own left out `super().__init__()`.
-        """
+        """Allocate states and drop an unfinished sample; raises a HeadError if it has results of another shape."""
         self._check_constructed()
         self._allocate(info.n_layers, info.n_heads)
         self._info = info
         self._pieces = []
 
     def update(self, *, view: AttentionView) -> None:
-        """Take in one group of layers of a sample or of a batch of samples.
-
-        Raises:
-            InputError: if a layer comes twice within one sample.
-            HeadError: if the shape of the model is not that of the results held already.
-        """
+        """Add one group of layers of a sample or batch; raises an InputError if a layer comes twice in it."""
         self._check_constructed()
         self._allocate(view.n_layers, view.n_heads)
         if not self._pieces and self.device != view.device:
@@ -74,15 +75,14 @@ class AttentionMetric(Metric):
                 f"{self!r}: layer {min(twice)} came twice within one sample. Views come in order of layers and the "
                 "last holds the model's last layer; call setup() or reset() after an interrupted sample."
             )
-        parts = {name: part.to(self.device) for name, part in self.observe(view).items()}
-        self._pieces.append(Piece(view.layers, parts))
+        self._pieces.append(Piece(view.layers, {n: part.to(self.device) for n, part in self.observe(view).items()}))
         if view.is_last:
             pieces, self._pieces = self._pieces, []
             self.commit(pieces)
 
     @abstractmethod
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
-        """What this view contributes, by name."""
+        """Tensors of this view, by name."""
 
     @abstractmethod
     def commit(self, pieces: Sequence[Piece]) -> None:
@@ -90,29 +90,20 @@ class AttentionMetric(Metric):
 
     @abstractmethod
     def _allocate(self, n_layers: int, n_heads: int) -> None:
-        """Give the states their shape, once it is known."""
-
-    def config(self) -> dict[str, Any]:
-        """The settings: the constructor's arguments, as far as attributes of the same name hold them."""
-        parameters = inspect.signature(type(self).__init__).parameters
-        return {name: getattr(self, name) for name in parameters if name != "self" and hasattr(self, name)}
+        """Allocate the states."""
 
     def provenance(self) -> dict[str, Any]:
-        """What a result of this metric records of the metric and the model."""
+        """Facts about the metric and the model, for results."""
         model = {} if self._info is None else self._info.provenance()
         return {"metric": type(self).__name__, "config": self.config(), **model}
 
     def reset(self) -> None:
-        """Forget all samples."""
+        """Remove all samples."""
         super().reset()
         self._pieces = []
 
     def merge_state(self, incoming_state: "dict[str, Any] | Metric") -> None:
-        """Add the samples that another metric of the same kind and settings has taken in, or its `metric_state`.
-
-        Raises:
-            ValueError: for a metric of another class or with other settings.
-        """
+        """Add the samples of another metric, or of its `metric_state`; raises a ValueError for other settings."""
         if isinstance(incoming_state, AttentionMetric):
             if type(incoming_state) is not type(self) or incoming_state.config() != self.config():
                 raise ValueError(
@@ -127,19 +118,18 @@ class AttentionMetric(Metric):
 
     @property
     def update_called(self) -> bool:
-        """True: a `compute` without samples is answered by an error of our own."""
+        """True: `compute` without samples raises an InputError."""
         return True
 
     def synced(self) -> AbstractContextManager[Any]:
-        """Synchronise the states over all processes in the body of a `with`, for results other than `compute()`."""
+        """Context manager: states summed over all processes, for results other than `compute()`."""
         return self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync and not self._is_synced)
 
     def _check_constructed(self) -> None:
         if "_defaults" not in self.__dict__:
-            name = type(self).__name__
             raise InputError(
-                f"{name}.__init__ must call super().__init__() first, before it keeps settings of its own: without it "
-                "the metric has no sums to add to."
+                f"{type(self).__name__}.__init__ must call super().__init__() first, before it keeps settings of its "
+                "own: without it the metric has no sums to add to."
             )
 
     def _resize(self, name: str, shape: tuple[int, ...]) -> None:
@@ -156,7 +146,7 @@ class AttentionMetric(Metric):
         setattr(self, name, state.new_zeros(shape))
 
     def _match(self, states: dict[str, Any]) -> None:
-        """Let states that are still empty take the shape of incoming ones."""
+        """Allocate empty states in the shape of incoming ones."""
         for name in self._defaults:
             if name in states and states[name].numel():
                 shape = tuple(states[name].shape)
@@ -192,15 +182,11 @@ class AttentionMetric(Metric):
 
         return super()._apply(move, exclude_state)  # type: ignore[return-value]
 
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{name}={value!r}" for name, value in self.config().items())
-        return f"{type(self).__name__}({settings})"
-
 
 class HeadMetric(AttentionMetric):
-    """A metric that gives every head one number per sample; the result is the mean over the samples.
+    """A metric with one number per head and sample, averaged over samples.
 
-    Write one method, `score`. What a view offers is in `AttentionView`: `profile`, `mass`, `rows`, `top`, the masks.
+    A subclass defines `score`. `AttentionView` has `profile`, `mass`, `rows`, `top` and the masks.
 
     Examples:
         >>> from hooked_mllm.metrics import HeadMetric
@@ -216,6 +202,7 @@ class HeadMetric(AttentionMetric):
     total: Tensor
     count: Tensor
     each: Tensor
+    chance: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,36 +214,29 @@ class HeadMetric(AttentionMetric):
         """One number per layer of the view, sample of the batch and query head."""
 
     def compute(self) -> HeadScores:
-        """The mean over all samples, for every head.
+        """The mean over samples, [layer head]; with state `chance`, even attention's score is in the provenance.
 
         Raises:
-            InputError: if no sample was taken in.
-            NumericsError: if a score was NaN or infinite, naming the heads.
+            NumericsError: For a score that is NaN or infinite, with its heads.
         """
-        return self.scores("total")
+        return self.scores("total", **(_even_attention(self) if "chance" in self._defaults else {}))
 
     def scores(self, state: str, name: str | None = None, **facts: Any) -> HeadScores:
-        """One of the states divided by the number of samples, as head scores."""
+        """A state divided by the number of samples."""
         if not bool(self.count.any()):
             raise InputError(f"{self!r} has seen no sample: there is nothing to compute.")
+        values = getattr(self, state).to(device="cpu", dtype=torch.float64) / self.count.cpu()[:, None]
+        return self._head_scores(values, name or type(self).__name__, facts)
+
+    def _head_scores(self, values: Float[Tensor, "layer head"], name: str, facts: dict[str, Any]) -> HeadScores:
+        """Values with the provenance; layers without samples are missing."""
         count = self.count.cpu()
-        values = getattr(self, state).to(device="cpu", dtype=torch.float64) / count[:, None]
-        return HeadScores(
-            values,
-            name=name or type(self).__name__,
-            provenance={**self.provenance(), **facts, "n_samples": int(count.max())},
-            counts=count,
-            missing=(count == 0).nonzero().flatten().tolist(),
-        )
+        provenance = {**self.provenance(), **facts, "n_samples": int(count.max())}
+        missing = (count == 0).nonzero().flatten().tolist()
+        return HeadScores(values, name=name, provenance=provenance, counts=count, missing=missing)
 
     def keep_samples(self) -> "HeadMetric":
-        """Also keep the score of every sample, for `sample_scores`; call it before the first sample.
-
-        Examples:
-            >>> from hooked_mllm import metrics
-            >>> metrics.VisionMass().keep_samples()
-            VisionMass(queries='question')
-        """
+        """Keep the score of every sample, for `sample_scores`; called before the first sample; returns the metric."""
         self._check_constructed()
         if bool(self.count.any()):
             raise InputError(f"{self!r} has taken in samples already: ask it to keep them before the first.")
@@ -265,11 +245,7 @@ class HeadMetric(AttentionMetric):
         return self
 
     def sample_scores(self) -> SampleScores:
-        """The score of every sample apart, over all processes, for intervals and overlaps.
-
-        Raises:
-            InputError: If `keep_samples` was not called, or there is no sample.
-        """
+        """The scores [sample layer head] over all processes; raises an InputError without `keep_samples` or sample."""
         if "each" not in self._defaults:
             raise InputError(f"{self!r} did not keep its samples: measure with {type(self).__name__}().keep_samples().")
         with self.synced():
@@ -278,50 +254,37 @@ class HeadMetric(AttentionMetric):
             return SampleScores(self.each, name=type(self).__name__, provenance=self.provenance())
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
-        """The scores of this view, checked; a subclass adds parts for states of its own."""
+        """The scores of this view; a subclass adds parts for other states."""
         return {"total": _checked(self, self.score(view), view)}
 
     def commit(self, pieces: Sequence[Piece]) -> None:
-        """Add each part, summed over the batch, to the state of its name, at its layers; append rows."""
-        rows = self._rows
-        for name in rows:
-            self._append(name, [(p.layers, p.parts["total" if name == "each" else name]) for p in pieces])
-        pieces = [replace(p, parts={n: part for n, part in p.parts.items() if n not in rows}) for p in pieces]
-        whole = [layer for piece in pieces for layer in piece.layers] == list(range(len(self.count)))
-        if whole:  # the usual case: one addition per state
-            for name in pieces[0].parts:
-                parts = [piece.parts[name] for piece in pieces]
-                part = parts[0] if len(parts) == 1 else torch.cat(parts)
-                state: Tensor = getattr(self, name)
-                setattr(self, name, state + part.sum(1, dtype=state.dtype))
-            self.count = self.count + pieces[0].parts["total"].shape[1]
-            return
-        for piece in pieces:
-            index = torch.tensor(piece.layers).to(self.device)
-            for name, part in piece.parts.items():
-                state = getattr(self, name)
-                setattr(self, name, state.index_add(0, index, part.sum(1, dtype=state.dtype)))
-            self.count = self.count.index_add(0, index, torch.full_like(index, piece.parts["total"].shape[1]))
+        """Add each part, summed over the batch, to the state of its name at its layers; append rows."""
+        index = torch.tensor([layer for piece in pieces for layer in piece.layers], device=self.device)
+        parts = {name: torch.cat([piece.parts[name] for piece in pieces]) for name in pieces[0].parts}
+        batch = parts["total"].shape[1]
+        for name in self._rows:
+            part = parts["total"] if name == "each" else parts.pop(name)
+            state: Tensor = getattr(self, name)
+            rows = state.new_full((batch, *state.shape[1:]), torch.nan)  # layers that are not measured remain NaN
+            rows[:, index] = part.transpose(0, 1).to(rows.dtype)  # [layer batch head] -> [sample layer head]
+            setattr(self, name, torch.cat([state, rows]))
+        for name, part in parts.items():
+            state = getattr(self, name)
+            setattr(self, name, state.index_add(0, index, part.sum(1, dtype=state.dtype)))
+        self.count = self.count.index_add(0, index, torch.full_like(index, batch))
 
     def add_sum(self, name: str, *, per_head: bool = True, dtype: torch.dtype = torch.float64) -> None:
-        """Add a state that sums over samples, of shape [layer head] or [layer]; its parts come from `observe`."""
+        """Add a state that is summed over samples, [layer head] or [layer]; `observe` returns its parts."""
         empty = torch.zeros((0, 0) if per_head else (0,), dtype=dtype)
         self.add_state(name, empty, dist_reduce_fx="sum", persistent=True)
 
     def add_rows(self, name: str) -> None:
-        """Add a state that keeps every sample, [sample layer head]; its parts come from `observe`."""
+        """Add a state that keeps every sample, [sample layer head]; `observe` returns its parts."""
         self.add_state(name, torch.zeros((0, 0, 0), dtype=torch.float64), dist_reduce_fx="cat", persistent=True)
 
     @property
     def _rows(self) -> list[str]:
         return [name for name, default in self._defaults.items() if isinstance(default, Tensor) and default.dim() == 3]
-
-    def _append(self, name: str, parts: Sequence[tuple[tuple[int, ...], Tensor]]) -> None:
-        state: Tensor = getattr(self, name)
-        rows = state.new_full((parts[0][1].shape[1], *state.shape[1:]), torch.nan)  # layers never seen stay NaN
-        for layers, part in parts:
-            rows[:, list(layers)] = part.transpose(0, 1).to(rows.dtype)
-        setattr(self, name, torch.cat([state, rows]))
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
         # torchmetrics stacks what it gathers; rows of processes with unequal numbers of samples are gathered here
@@ -339,36 +302,38 @@ class HeadMetric(AttentionMetric):
                 self._resize(name, {1: (n_layers,), 2: (n_layers, n_heads), 3: (0, n_layers, n_heads)}[default.dim()])
 
 
-def even_attention(chance: Float[Tensor, "layer head"], count: Int[Tensor, " layer"]) -> dict[str, Any]:
-    """The chance level of a result, the score of even attention: per layer, None for a layer without samples.
+def check_share(share: float | int, of: str = "") -> None:
+    """Raise for a share that is not above 0 and at most 1."""
+    if not 0.0 < share <= 1.0:
+        raise InputError(f"share must be above 0 and at most 1{of}; got {share!r}.")
 
-    Where some heads of a layer stream, `chance` is the mean over its heads, and `chance_by_head` has each.
-    """
-    if not chance.numel():  # no sample yet
+
+def _even_attention(metric: HeadMetric) -> dict[str, Any]:
+    """Score of even attention by layer, None without samples; `chance_by_head`, too, where some heads stream."""
+    if not metric.chance.numel():  # no sample yet
         return {}
-    level = chance.cpu() / count.cpu().clamp(min=1)[:, None]
-    seen = count.tolist()
+    counts = metric.count.tolist()
+    level = metric.chance.cpu() / metric.count.cpu().clamp(min=1)[:, None]  # [layer head]
     alike = bool((level == level[:, :1]).all())
-    means = (level[:, 0] if alike else level.mean(1)).tolist()
-    facts: dict[str, Any] = {"chance": [c if n else None for c, n in zip(means, seen, strict=True)]}
-    if not alike:
-        facts["chance_by_head"] = [c if n else None for c, n in zip(level.tolist(), seen, strict=True)]
-    return facts
+    levels = {"chance": level[:, 0] if alike else level.mean(1)} | ({} if alike else {"chance_by_head": level})
+    return {
+        name: [c if n else None for c, n in zip(by_layer.tolist(), counts, strict=True)]
+        for name, by_layer in levels.items()
+    }
 
 
 def _checked(metric: HeadMetric, score: Any, view: AttentionView) -> Tensor:
     expected = {"layer": len(view.layers), "batch": view.batch, "head": view.n_heads}
     if not isinstance(score, Tensor):
         raise InputError(f"{metric!r}: score() must return a tensor [layer batch head]; got {type(score).__name__}.")
-    wanted = list(expected.values())
-    if list(score.shape) != wanted:
-        if score.dim() != 3:
-            wrong = f"{score.dim()} axes instead of 3"
-        else:
-            pairs = zip(expected, wanted, score.shape, strict=True)
-            wrong = ", ".join(f"axis '{axis}' has {got} instead of {want}" for axis, want, got in pairs if got != want)
+    shape = list(expected.values())
+    if list(score.shape) != shape:
+        wrong = f"{score.dim()} axes instead of 3"
+        if score.dim() == 3:
+            pairs = zip(expected, shape, score.shape, strict=True)
+            wrong = ", ".join(f"axis '{axis}' has {got} instead of {size}" for axis, size, got in pairs if got != size)
         raise InputError(
-            f"{metric!r}: score() must return a tensor [layer batch head] of shape {wanted}; "
+            f"{metric!r}: score() must return a tensor [layer batch head] of shape {shape}; "
             f"got {list(score.shape)}: {wrong}."
         )
     if not score.is_floating_point():

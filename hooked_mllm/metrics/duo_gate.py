@@ -1,4 +1,4 @@
-"""DuoGate: how much of its full attention each key-value head needs, found by optimisation."""
+"""DuoGate: how much of its full attention each key-value head needs, by optimisation."""
 
 from pathlib import Path
 from typing import Any
@@ -17,53 +17,48 @@ from hooked_mllm.inputs.positions import Positions, check_positions, describe_po
 from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 from hooked_mllm.measuring.measure import fingerprint
+from hooked_mllm.metrics.base import Configured
 from hooked_mllm.metrics.gating import GateState, MixedAttention, last_hidden
 from hooked_mllm.storage import ready
 
 
-class DuoGate:
+class DuoGate(Configured):
     r"""A gate per key-value head between full attention and a short window, optimised to change the model little.
 
     $$z = \alpha\,\text{full}(q,k,v) + (1-\alpha)\,\text{streaming}(q,k,v),\qquad
     \mathcal L = \frac{1}{|T|}\sum_{t\in T}\frac{1}{d}\lVert x_t - \tilde x_t\rVert^2 + \frac{\lambda}{LH}\sum|\alpha|$$
 
-    - $\alpha\in[0,1]$: the score, one per layer and key-value head, shared by the query heads that read it. It starts
-      at 1 and is clamped after every step; all weights stay as they are.
+    - $\alpha\in[0,1]$: the score, one per layer and key-value head, shared by its query heads. It starts at 1 and is
+      clamped after every step; the weights of the model do not change.
     - full: the model's own attention; streaming: of the keys that a query sees, the first `sink` tokens and the last
-      `recent` (its own among them), padding not counted.
+      `recent` (with its own), padding not counted.
     - $x, \tilde x$: the last hidden states (after the final norm) without and with the gates; $T$: `positions`.
 
-    Heads that end near 1 cannot do without what lies far back. Adam, one sample (or batch) a step, the samples in an
-    order drawn anew for each pass through them; the learning rate rises from a tenth over the first fifth of the steps
-    and falls back over the last.
+    Heads with gates near 1 need distant tokens. Adam, one sample (or batch) a step, in a new random order for each
+    pass; the learning rate rises from a tenth over the first fifth of the steps and falls back over the last.
 
-    What the released code does differently: its full branch runs without gradients and on the hidden states of the
-    unmodified model, computed with the gated ones in a batch of twice the size, so that a gated layer mixes outputs of
-    two streams; here both branches read the gated stream, which is the paper's formula and what a deployed model does.
-    Its gates are clamped before a step and so may be saved outside [0, 1]. Its block-sparse kernel rounds `sink` and
-    `recent` up to blocks of 128 tokens. To deploy, it keeps gates above 0.5 or above a quantile, ties broken by noise
-    without a seed: here `result.top(share)` breaks them by layer and head.
+    The released code differs: its full branch runs without gradients on the hidden states of the unmodified model, so
+    that a gated layer mixes outputs of two streams; here both branches read the gated stream, as in the paper's formula
+    and a deployed model. Its gates are clamped before a step and may be saved outside [0, 1]. Its block-sparse kernel
+    rounds `sink` and `recent` up to blocks of 128 tokens. It deploys gates above 0.5 or above a quantile, ties broken
+    by noise without a seed: here `result.top(share)` breaks them by layer and head.
 
     Args:
-        sink: First tokens that every streaming head sees.
-        recent: Last tokens that it sees, at least 1.
-        steps: Steps of the optimisation.
-        lr: Largest learning rate.
-        l1: λ.
-        positions: T, the positions that must not change: "suffix" (from the question's first token to the end, an
-            answer included), or a token kind, a region, a mask, indices, a slice.
+        sink: Number of first tokens that streaming heads see.
+        recent: Number of last tokens that they see, at least 1.
+        steps: Steps of the optimisation, at least 1.
+        lr: Largest learning rate, above 0.
+        l1: λ, at least 0.
+        positions: T: "suffix" (from the question's first token to the end, with an answer), a token kind, a region, a
+            mask, indices, a slice.
         seed: Seed of the order of the samples.
-
-    Raises:
-        InputError: for settings out of range.
 
     Source: arXiv:2410.10819 (DuoAttention), section 3.2; defaults are the paper's.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval(pages=1).samples(model, 2)
+        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2)
         >>> gate = metrics.DuoGate(sink=4, recent=16, steps=2, lr=0.1).run(model, samples, progress=False)
         >>> gate.shape, gate.to_query(model.cfg.n_heads).shape
         ((6, 4), (6, 8))
@@ -86,16 +81,12 @@ class DuoGate:
         if not (lr > 0 and l1 >= 0):
             raise InputError(f"Expected lr > 0 and l1 >= 0; got {lr=}, {l1=}.")
         check_positions(positions)
-        self.steps = steps
-        self.lr, self.l1, self.positions, self.seed = lr, l1, positions, seed
+        self.steps, self.lr, self.l1, self.positions, self.seed = steps, lr, l1, positions, seed
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
         named = ("sink", "recent", "steps", "lr", "l1", "seed")
         return {**{n: getattr(self, n) for n in named}, "positions": describe_positions(self.positions)}
-
-    def __repr__(self) -> str:
-        return f"DuoGate({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
 
     def run(
         self,
@@ -106,27 +97,24 @@ class DuoGate:
         save_every: int = 100,
         progress: bool = True,
     ) -> HeadScores:
-        """Optimise the gates of a model: one forward and one backward pass a step, and one forward a sample.
+        """Optimise the gates: a forward and a backward pass for each step, and a forward pass for each sample.
 
-        The same model, samples and settings give the same gates. Parameters get no gradients and stay as they are.
+        The same model, samples and settings give the same gates.
 
         Args:
-            model: The model.
-            samples: Samples, batches or mappings; each is one step's input.
-            checkpoint: A file in which the gates are kept every `save_every` steps and when interrupted; a later call
-                with the same samples, settings and file resumes there.
+            model: A `HookedMLLM`, not under an attention backend.
+            samples: Samples, batches or mappings with a token layout; each is the input of a step.
+            checkpoint: A file for the gates, at intervals and when interrupted; a later call with the same samples,
+                settings and file continues from there.
             save_every: Steps between two savings.
             progress: Show a progress bar.
 
         Returns:
-            `HeadScores` [layer kv_head]; `.to_query(model.cfg.n_heads)` gives those of query heads.
+            `HeadScores` [layer kv_head]; `.to_query(model.cfg.n_heads)` has those of query heads.
 
         Raises:
-            InputError: for no sample.
-            HookValueError: under an attention backend, whose place the gates would take.
-            LayoutError: For inputs without a token layout.
-            NumericsError: when the hidden states are not finite.
-            CacheFileError: for a checkpoint of other settings or samples.
+            NumericsError: If the hidden states are not finite.
+            CacheFileError: For a checkpoint of other settings or samples.
         """
         ready(checkpoint)
         sources = as_samples(samples, "optimise the gates on")
@@ -136,25 +124,26 @@ class DuoGate:
                 "with the model's: leave model.attention(...) first."
             )
         gates = torch.ones(model.cfg.n_layers, model.cfg.n_key_value_heads, device=model.device, requires_grad=True)
-        named = {"samples": [fingerprint(source) for source in sources]} if checkpoint is not None else {}
-        state = GateState(checkpoint, gates, self.lr, {**self.config(), **named})
+        samples_config = {"samples": [fingerprint(source) for source in sources]} if checkpoint is not None else {}
+        state = GateState(checkpoint, gates, self.lr, {**self.config(), **samples_config})
         state.load()
-        known: dict[int, Tensor] = {}
+        references: dict[int, Tensor] = {}
         start = len(state.distances)
         bar = tqdm(total=self.steps, initial=start, desc="optimising gates", unit="step", disable=not progress)
         try:
-            with frozen_parameters(model.hf_model):
+            with frozen_parameters(model):
                 for step in range(start, self.steps):
-                    number = self._sample_of(step, len(sources))
+                    epoch, index = divmod(step, len(sources))
+                    number = int(np.random.default_rng([self.seed, epoch]).permutation(len(sources))[index])
                     inputs = model.resolve(sources[number])
-                    rows = self._rows(inputs)
-                    if number not in known:
+                    positions = self._mask(inputs)
+                    if number not in references:
                         with torch.no_grad():
-                            known[number] = last_hidden(model, inputs, rows)
+                            references[number] = last_hidden(model, inputs, positions)
                     with torch.enable_grad():
-                        distance = self._distance(model, inputs, rows, known[number], gates)
+                        distance = self._distance(model, inputs, positions, references[number], gates)
                         loss = distance + self.l1 * gates.abs().mean()
-                    state.step(loss, float(distance.detach()), self.lr * self._warmth(step))
+                    state.step(loss, float(distance.detach()), self.lr * self._warmup(step))
                     bar.set_postfix(distance=f"{state.distances[-1]:.3g}", refresh=False)
                     bar.update()
                     if (step + 1) % save_every == 0:
@@ -162,45 +151,37 @@ class DuoGate:
         finally:  # an interrupt, too
             state.save()
             bar.close()
-        return HeadScores(
-            gates.detach(),
-            name="DuoGate",
-            provenance={
-                "metric": "DuoGate",
-                "config": self.config(),
-                **model.info.provenance(),
-                "heads": "key-value",
-                "n_samples": len(sources),
-                "sample_ids": [i for source in sources for i in model.resolve(source).ids if i is not None],
-                "distance": state.distances[-1],
-            },
-        )
+        provenance = {
+            "metric": "DuoGate",
+            "config": self.config(),
+            **model.info.provenance(),
+            "heads": "key-value",
+            "n_samples": len(sources),
+            "sample_ids": [i for source in sources for i in model.resolve(source).ids if i is not None],
+            "distance": state.distances[-1],
+        }
+        return HeadScores(gates.detach(), name="DuoGate", provenance=provenance)
 
-    def _sample_of(self, step: int, n: int) -> int:
-        round_, place = divmod(step, n)
-        return int(np.random.default_rng([self.seed, round_]).permutation(n)[place])
+    def _warmup(self, step: int) -> float:
+        """The share of the learning rate in a step: up over the first fifth, down over the last, at least 0.1."""
+        return min(1.0, max(min(step + 1, self.steps - step) / (self.steps / 5), 0.1))
 
-    def _warmth(self, step: int) -> float:
-        """The share of the learning rate that a step has: up over the first fifth, down over the last, at least 0.1."""
-        fifth = self.steps / 5
-        return min(1.0, max(min(step + 1, self.steps - step) / fifth, 0.1))
-
-    def _rows(self, inputs: ResolvedInput) -> Bool[Tensor, "batch pos"]:
+    def _mask(self, inputs: ResolvedInput) -> Bool[Tensor, "batch pos"]:
         if isinstance(self.positions, str) and self.positions == "suffix":
-            # from the first token of the question on [batch pos]
+            # from the first token of the question [batch pos]
             suffix = inputs.mask("question").int().cummax(1).values.bool()
             return suffix & ~inputs.padding
         return inputs.mask(self.positions)
 
     def _distance(
-        self, model: Model, inputs: ResolvedInput, rows: Tensor, reference: Tensor, gates: Tensor
+        self, model: Model, inputs: ResolvedInput, positions: Tensor, reference: Tensor, gates: Tensor
     ) -> Float[Tensor, ""]:
         mixed = MixedAttention(gates, self.sink, self.recent, inputs.padding.to(model.device))
         with model.attention(mixed):
-            hidden = last_hidden(model, inputs, rows)
+            hidden = last_hidden(model, inputs, positions)
         if len(mixed.layers) < model.cfg.n_layers:
             raise HookValueError(
-                "A hook on attention scores or patterns keeps the gates from layers of their own: take it off, or "
+                "A hook on attention scores or patterns keeps the gates from layers of their own: remove it, or "
                 "intervene on z."
             )
         distance = (hidden - reference.to(hidden.device)).pow(2).mean()

@@ -1,4 +1,4 @@
-"""What `DuoGate` runs: attention mixed of a full and a streaming branch, the last hidden states, the state on disk."""
+"""Parts of `DuoGate`: attention mixed of a full and a streaming branch, last hidden states, the state on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,7 @@ KIND = "hooked_mllm.DuoGate"
 
 
 class MixedAttention:
-    """An attention backend: each key-value head's full attention and its streaming one, mixed by its gate.
-
-    Args:
-        gates: 1 for full attention, 0 for streaming.
-        sink: First tokens that streaming heads see.
-        recent: Last tokens that they see, the query's own among them.
-        padding: True at positions that hold no token; they count neither as first nor as last.
-    """
+    """An attention backend: each key-value head's full (gate 1) and streaming (gate 0) attention, mixed by its gate."""
 
     def __init__(
         self, gates: Float[Tensor, "layer kv_head"], sink: int, recent: int, padding: Bool[Tensor, "batch pos"]
@@ -35,7 +28,7 @@ class MixedAttention:
         self.near = (rank[:, :, None] - rank[:, None, :] < recent) | (rank <= sink)[:, None, :]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: MaskRows, scale: float, layer: int) -> Tensor:
-        """The attention of one layer: `[batch query head d_head]`."""
+        """The attention of a layer: q, k, v `[batch head pos d_head]` -> `[batch query head d_head]`."""
         self.layers.add(layer)
         groups = q.shape[1] // k.shape[1]
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -51,8 +44,8 @@ class MixedAttention:
         return (gate * attend(visible) + (1 - gate) * attend(visible & near)).transpose(1, 2).to(q.dtype)
 
 
-def last_hidden(model: Model, inputs: ResolvedInput, rows: Bool[Tensor, "batch pos"]) -> Float[Tensor, "row d_model"]:
-    """The states that the unembedding takes, after the final norm, at some positions; float32."""
+def last_hidden(model: Model, inputs: ResolvedInput, mask: Bool[Tensor, "batch pos"]) -> Float[Tensor, "row d_model"]:
+    """The states after the final norm at the positions of a mask; float32."""
     kept: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -63,18 +56,11 @@ def last_hidden(model: Model, inputs: ResolvedInput, rows: Bool[Tensor, "batch p
         model.run_trunk(inputs)
     finally:
         handle.remove()
-    return kept[0][rows.to(kept[0].device)].float()
+    return kept[0][mask.to(kept[0].device)].float()  # [batch pos d_model] -> [row d_model]
 
 
 class GateState:
-    """The gates, their optimiser, and both on disk.
-
-    Args:
-        path: The checkpoint; None for none.
-        gates: What is optimised.
-        lr: Largest learning rate.
-        settings: What a checkpoint must have been made with, as JSON-able values.
-    """
+    """The gates and their optimiser, in memory and in a checkpoint with the same settings."""
 
     def __init__(self, path: str | Path | None, gates: Tensor, lr: float, settings: dict[str, Any]) -> None:
         self.gates = gates
@@ -84,7 +70,7 @@ class GateState:
         self._kept: dict[str, Tensor] = {}
 
     def step(self, loss: Tensor, distance: float, lr: float) -> None:
-        """One step down the gradient, the gates kept in [0, 1]."""
+        """A step of Adam, with the gates clamped to [0, 1]."""
         (self.gates.grad,) = torch.autograd.grad(loss, self.gates)
         self.optimiser.param_groups[0]["lr"] = lr
         self.optimiser.step()
@@ -98,16 +84,12 @@ class GateState:
             self._kept["distances"] = torch.tensor(self.distances, dtype=torch.float64)
 
     def save(self) -> None:
-        """Write what the last whole step left."""
+        """Write the state after the last whole step."""
         if self._kept:
             self._file.write(self._kept)
 
     def load(self) -> None:
-        """Continue from the checkpoint, if there is one.
-
-        Raises:
-            CacheFileError: If it is damaged, or of other settings or samples.
-        """
+        """Continue from the checkpoint, if there is one."""
         checkpoint = self._file.read()
         if checkpoint is None:
             return

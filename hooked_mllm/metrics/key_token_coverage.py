@@ -1,4 +1,4 @@
-"""KeyTokenCoverage: how much of the target a growing group of heads sees together."""
+"""KeyTokenCoverage: the share of the target that a growing group of heads attends to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadsLike
 from hooked_mllm.heads.parsing import parse_head_set
 from hooked_mllm.measuring.attention_view import AttentionView
-from hooked_mllm.metrics.base import AttentionMetric, Piece
+from hooked_mllm.metrics.base import AttentionMetric, Piece, check_share
 from hooked_mllm.storage import read_json, restoring, write_json
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class CoverageCurve:
 
     Args:
         ks: Numbers of heads.
-        coverage: Mean coverage over the samples at each of them, in [0, 1].
-        n_samples: Number of samples behind the means.
+        coverage: Mean coverage over the samples for each k, in [0, 1].
+        n_samples: Number of samples.
         share: Share of the sequence that counts as most attended.
         provenance: Metric, settings, ranking and model.
 
@@ -47,11 +47,7 @@ class CoverageCurve:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def at(self, k: int) -> float:
-        """The coverage of the top `k` heads.
-
-        Raises:
-            HeadError: if `k` is not among the computed ones.
-        """
+        """The coverage of the top `k` heads; raises a HeadError for a k that was not computed."""
         if k not in self.ks:
             raise HeadError(f"The coverage of the top {k} heads was not computed; it was for k in {self.ks}.")
         return self.coverage[self.ks.index(k)]
@@ -63,23 +59,14 @@ class CoverageCurve:
         return coverage_curve(self) if title is None else coverage_curve(self, title=title)
 
     def save(self, path: str | Path) -> None:
-        """Write the curve as JSON.
-
-        Raises:
-            CacheFileError: If the file cannot be written.
-        """
-        names = ("ks", "coverage", "n_samples", "share", "provenance")
-        write_json(Path(path), KIND, {name: getattr(self, name) for name in names})
+        """Write the curve as JSON; raises a CacheFileError if that is not possible."""
+        write_json(Path(path), KIND, vars(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "CoverageCurve":
-        """Read a curve.
-
-        Raises:
-            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
-        """
+        """Read a file of `save`; raises a CacheFileError if it is missing, damaged, a pickle, or of another kind."""
         content = read_json(Path(path), KIND)
-        names = {"ks", "coverage", "n_samples", "share", "provenance"}
+        names = set(cls.__dataclass_fields__)
         with restoring(path):
             if set(content) != names | {"kind"} or len(content["ks"]) != len(content["coverage"]):
                 raise ValueError("its fields are not those of a coverage curve")
@@ -87,7 +74,7 @@ class CoverageCurve:
 
 
 class KeyTokenCoverage(AttentionMetric):
-    r"""Key Token Coverage (KTC): the share of the target tokens that the top k heads see together, for every k at once.
+    r"""Key Token Coverage (KTC): the share of the target tokens that any of the top k heads attends to, for every k.
 
     $$\mathrm{KTC}(G) = \frac{\big|\bigcup_{(l,h)\in G}(S^{l,h}\cap K^*)\big|}{|K^*|}$$
 
@@ -95,21 +82,13 @@ class KeyTokenCoverage(AttentionMetric):
     - $S^{l,h}$: the `ceil(share * N)` positions that head h of layer l attends to most, as in `KeyTokenRatio`.
     - $K^*$: the visual tokens of the target region; every sample needs one.
 
-    A target token is covered by the top k heads iff the best-ranked head that holds it has a rank below k, so that one
-    minimum per token gives the coverage for all k. Averaged over samples.
+    In [0, 1], averaged over samples.
 
     Args:
-        ranking: Head scores, best first, or a `HeadSet` in the order of a ranking (or a boolean mask `[layer head]`).
-        ks: Numbers of heads to report; every one from 1 to the length of the ranking by default.
-        share: Share of the sequence that counts as most attended.
+        ranking: Head scores, a `HeadSet` in the order of a ranking, or a boolean mask `[layer head]`; not empty.
+        ks: Numbers of heads, at most the length of the ranking; by default, 1 to that length.
+        share: Share of the sequence that counts as most attended, above 0 and at most 1.
         queries: Name of the mask of query tokens.
-
-    Returns (`compute()`):
-        A `CoverageCurve`.
-
-    Raises:
-        HeadError: for an empty ranking, something else than scores or heads, or a k beyond its length.
-        InputError: on `update`, if a sample has no target or no question.
 
     Source: arXiv:2606.05843 eq. 24 and 25, figure 6c.
 
@@ -140,14 +119,11 @@ class KeyTokenCoverage(AttentionMetric):
         self.ks = list(range(1, n + 1)) if ks is None else [int(k) for k in ks]
         if not self.ks or min(self.ks) < 0 or max(self.ks) > n:
             raise HeadError(f"Expected one or more k from 0 to {n}, the length of the ranking; got {self.ks}.")
-        if not 0.0 < share <= 1.0:
-            raise InputError(f"share must be above 0 and at most 1; got {share!r}.")
-        self.share = share
-        self.queries = queries
-        ranks = torch.full(self.ranking.shape, n, dtype=torch.int32)
-        for rank, (layer, head) in enumerate(self.ranking):
-            ranks[layer, head] = rank
-        self._ranks = ranks
+        check_share(share)
+        self.share, self.queries = share, queries
+        self._ranks = torch.full(self.ranking.shape, n, dtype=torch.int32)
+        for rank, head in enumerate(self.ranking):
+            self._ranks[head] = rank
         # state [k]: the sum over samples of the coverage of the top k heads, k from 0
         self.add_state("covered", torch.zeros(n + 1, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
@@ -161,28 +137,20 @@ class KeyTokenCoverage(AttentionMetric):
         return {"best": best, "target": view.mask("target")}
 
     def commit(self, pieces: Sequence[Piece]) -> None:
-        """Join the layers of a sample and add its whole curve."""
+        """Add the curve of a sample, from all its layers."""
+        # a token is covered by the top k heads if the best rank of a head that holds it is below k
         best = torch.stack([piece.parts["best"] for piece in pieces]).amin(0)
         curves = coverage_by_rank(best, pieces[0].parts["target"], len(self.ranking))
         self.covered = self.covered + curves.sum(0)
         self.count = self.count + curves.shape[0]
 
     def compute(self) -> CoverageCurve:
-        """The mean curve over all samples.
-
-        Raises:
-            InputError: if no sample was taken in.
-        """
+        """The mean curve over all samples; raises an InputError without samples."""
         if not int(self.count):
             raise InputError(f"{self!r} has seen no sample: there is nothing to compute.")
-        curve = (self.covered / self.count).tolist()
-        return CoverageCurve(
-            ks=list(self.ks),
-            coverage=[curve[k] for k in self.ks],
-            n_samples=int(self.count),
-            share=self.share,
-            provenance=self.provenance(),
-        )
+        curve = (self.covered / self.count).tolist()  # [k], from 0
+        coverage = [curve[k] for k in self.ks]
+        return CoverageCurve(list(self.ks), coverage, int(self.count), self.share, self.provenance())
 
     def config(self) -> dict[str, Any]:
         """The settings, the ranking as text."""

@@ -1,4 +1,4 @@
-"""KeyTokenRatio: how much of the target lies among the tokens a head looks at most."""
+"""KeyTokenRatio: the share of the target among the tokens that a head attends to most."""
 
 import torch
 from torch import Tensor
@@ -15,23 +15,17 @@ class KeyTokenRatio(AttentionScore):
     $$a^{l,h}[j] = \frac{1}{|Q|}\sum_{i\in Q} A^{l,h}[i,j],\qquad
     \mathrm{KTR}[l,h] = \frac{|S^{l,h}\cap K^*|}{|K^*|}$$
 
-    - $S^{l,h}$: the `ceil(share * N)` positions with the largest $a^{l,h}$, over all N positions of the sequence
-      (padding is none of them); ties to the lower index.
-    - $Q$: the tokens of the user's question; `queries` chooses otherwise.
+    - $S^{l,h}$: the `ceil(share * N)` positions with the largest $a^{l,h}$ among the N positions of the sequence
+      (without padding); ties to the lower index.
     - $K^*$: the visual tokens of the target region; every sample needs one.
 
-    In [0, 1], averaged over samples. `hit_rate()` is the share of samples with KTR >= `hit`.
+    In [0, 1], averaged over samples; `compute().mean(heads)` is the mean KTR of a head group, `hit_rate()` the share of
+    samples with KTR >= `hit`.
 
     Args:
-        share: Share of the sequence that counts as most attended.
-        hit: KTR from which a sample counts as a hit.
-        queries: Name of the mask of query tokens.
-
-    Returns (`compute()`):
-        `HeadScores` [layer head]; its `mean(heads)` is the mean KTR of a head group.
-
-    Raises:
-        InputError: for a share or a hit outside 0..1, and on `update` if a sample has no target or no question.
+        share: Share of the sequence that counts as most attended, above 0 and at most 1.
+        hit: KTR from which a sample counts as a hit, above 0 and at most 1.
+        queries: Q, name of a mask of tokens.
 
     Source: arXiv:2606.05843 eq. 22 and 23.
 
@@ -56,10 +50,6 @@ class KeyTokenRatio(AttentionScore):
         return {**parts, "hits": parts["total"] >= self.hit}
 
     def hit_rate(self) -> HeadScores:
-        """The share of samples whose KTR reaches `hit`, for every head, over all processes.
-
-        Raises:
-            InputError: if no sample was taken in.
-        """
+        """The share of samples whose KTR reaches `hit`, [layer head], over all processes."""
         with self.synced():
             return self.scores("hits", name=f"{type(self).__name__}.hit_rate")

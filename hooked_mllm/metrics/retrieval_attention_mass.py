@@ -9,21 +9,14 @@ class RetrievalAttentionMass(AttentionScore):
     $$\mathrm{RAM}[l,h] = \frac{1}{|Q|}\sum_{i\in Q}\sum_{j\in K^*} A^{l,h}[i,j]$$
 
     - $A^{l,h}[i,j]$: attention after the softmax, of head h in layer l, from position i to position j.
-    - $Q$: the tokens of the user's question alone, without system prompt, template and answer. The paper leaves this
-      open; `queries` chooses otherwise.
+    - $Q$: the tokens of the user's question, without system prompt, template and answer (the paper leaves this open).
     - $K^*$: the visual tokens of the target region; every sample needs one.
 
     In [0, 1], averaged over samples; the heads that score highest are the paper's CoRe heads (`compute().top(0.05)`).
     The mass grows with the size of the region: `compute().provenance["chance"]` holds the score of even attention.
 
     Args:
-        queries: Name of the mask of query tokens: "question", "last", "text", "answer", ...
-
-    Returns (`compute()`):
-        `HeadScores` [layer head].
-
-    Raises:
-        InputError: on `update`, if a sample has no target or no question.
+        queries: Q, name of a mask of tokens: "question", "last", "text", "answer", ...
 
     Source: arXiv:2606.05843 eq. 1.
 

@@ -1,4 +1,4 @@
-"""Stability across domains: do different tasks find the same heads?"""
+"""Stability: whether scores of different tasks rank the same heads highest."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,14 +28,14 @@ KIND = "hooked_mllm.Stability"
 
 @dataclass(frozen=True)
 class Stability:
-    """How alike the head scores of several tasks are; `stability` computes it.
+    """Similarity of the head scores of several tasks; `stability` computes it.
 
     Args:
-        tasks: Names of the tasks, in the order of the matrix.
+        tasks: Names of the tasks.
         spearman: Rank correlation of all heads' scores between tasks, [task task].
         counts: Number of tasks in which a head reaches the threshold, [layer head]; 0 in layers not measured.
         thresholds: The score at the percentile, one per task.
-        percentile: Which percentile, 0 to 100.
+        percentile: 0 to 100.
         provenance: Name and provenance of the scores, by task.
     """
 
@@ -52,11 +52,7 @@ class Stability:
         return self.heads(len(self.tasks))
 
     def heads(self, n_tasks: int) -> HeadSet:
-        """The heads that reach the threshold in `n_tasks` tasks or more.
-
-        Raises:
-            InputError: for fewer than one task, or more than there are.
-        """
+        """The heads that reach the threshold in at least `n_tasks` tasks, from 1 to their number."""
         if not 1 <= n_tasks <= len(self.tasks):
             raise InputError(f"Expected a number of tasks from 1 to {len(self.tasks)}; got {n_tasks}.")
         return HeadSet.from_mask(self.counts >= n_tasks)
@@ -73,28 +69,13 @@ class Stability:
         return stability_map(self, title=title)
 
     def save(self, path: str | Path) -> None:
-        """Write everything as JSON.
-
-        Raises:
-            CacheFileError: If the file cannot be written.
-        """
-        content = {
-            "tasks": list(self.tasks),
-            "spearman": to_lists(self.spearman),
-            "counts": to_lists(self.counts),
-            "thresholds": list(self.thresholds),
-            "percentile": self.percentile,
-            "provenance": self.provenance,
-        }
-        write_json(Path(path), KIND, content)
+        """Write everything as JSON; raises a CacheFileError if that is not possible."""
+        arrays = {"spearman": to_lists(self.spearman), "counts": to_lists(self.counts)}
+        write_json(Path(path), KIND, vars(self) | arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> "Stability":
-        """Read what `save` wrote.
-
-        Raises:
-            CacheFileError: If the file is missing, damaged, a pickle, or holds something else.
-        """
+        """Read a file of `save`; raises a CacheFileError if it is missing, damaged, a pickle, or of another kind."""
         content = read_json(Path(path), KIND)
         with restoring(path):
             n = len(content["tasks"])
@@ -132,24 +113,19 @@ def stability(scores_by_task: Mapping[str, ScoresInput], percentile: float | int
     - Spearman correlation between each pair of tasks, over all heads.
 
     Args:
-        scores_by_task: Head scores of one model, by the task's name.
+        scores_by_task: Head scores of one model, of the same layers, by the name of the task; at least two.
         percentile: Threshold of each task, 0 to 100.
 
-    Returns:
-        A `Stability`.
-
     Raises:
-        InputError: for fewer than two tasks, or a percentile outside 0..100.
-        HeadError: for scores of another shape, or with other missing layers.
-        NumericsError: if all the scores of a task are equal.
+        NumericsError: If all the scores of a task are equal.
 
     Source: arXiv:2606.05843 eq. 20 and 21, figure 5.
 
     Examples:
         >>> from hooked_mllm import HeadScores
         >>> charts = HeadScores([[0.9, 0.1], [0.2, 0.3]])
-        >>> found = stability({"charts": charts, "pages": charts * 2 + 1}, percentile=75)
-        >>> found.universal, found.spearman[0, 1].item()
+        >>> result = stability({"charts": charts, "pages": charts * 2 + 1}, percentile=75)
+        >>> result.universal, result.spearman[0, 1].item()
         (HeadSet(1 of 2 x 2: L0H0), 1.0)
     """
     if len(scores_by_task) < 2:
@@ -158,22 +134,17 @@ def stability(scores_by_task: Mapping[str, ScoresInput], percentile: float | int
         raise InputError(f"percentile must be from 0 to 100; got {percentile!r}.")
     tasks = tuple(scores_by_task)
     scores = [check_scores(item, "A comparison of tasks") for item in scores_by_task.values()]
-    for task, one in zip(tasks, scores, strict=True):
-        if one.shape != scores[0].shape or one.missing != scores[0].missing:
+    for task, of_task in zip(tasks, scores, strict=True):
+        if of_task.shape != scores[0].shape or of_task.missing != scores[0].missing:
             raise HeadError(
-                f"The scores of {task!r} are {one.shape} (layers, heads) without layers {list(one.missing)}, those of "
-                f"{tasks[0]!r} {scores[0].shape} without {list(scores[0].missing)}: compare one model's heads, all "
-                "measured alike."
+                f"The scores of {task!r} are {of_task.shape} (layers, heads) without layers {list(of_task.missing)}, "
+                f"those of {tasks[0]!r} {scores[0].shape} without {list(scores[0].missing)}: compare one model's "
+                "heads, all measured alike."
             )
     matrix = np.eye(len(tasks))
     for i, j in combinations(range(len(tasks)), 2):
         matrix[i, j] = matrix[j, i] = scores[i].spearman(scores[j])
-    masks = [one.percentile_mask(percentile) for one in scores]
-    return Stability(
-        tasks,
-        matrix,
-        torch.stack(masks).sum(0),
-        tuple(float(np.percentile(one.values[one.measured].numpy(), percentile)) for one in scores),
-        float(percentile),
-        {task: {"name": one.name, "provenance": one.provenance} for task, one in zip(tasks, scores, strict=True)},
-    )
+    counts = torch.stack([s.percentile_mask(percentile) for s in scores]).sum(0)  # [task layer head] -> [layer head]
+    thresholds = tuple(float(np.percentile(s.values[s.measured].numpy(), percentile)) for s in scores)
+    provenance = {task: {"name": s.name, "provenance": s.provenance} for task, s in zip(tasks, scores, strict=True)}
+    return Stability(tasks, matrix, counts, thresholds, float(percentile), provenance)

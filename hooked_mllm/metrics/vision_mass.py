@@ -4,24 +4,17 @@ from hooked_mllm.metrics.attention_score import AttentionScore
 
 
 class VisionMass(AttentionScore):
-    r"""Vision heads: the attention that the question's tokens pay to all visual tokens, wherever they look.
+    r"""Vision heads: the attention that the question's tokens pay to all visual tokens.
 
     $$\mathrm{VisionMass}[l,h] = \frac{1}{|Q|}\sum_{i\in Q}\sum_{j\in V} A^{l,h}[i,j]$$
 
     - $A^{l,h}[i,j]$: attention after the softmax, of head h in layer l, from position i to position j.
-    - $Q$: the tokens of the user's question; `queries` chooses otherwise.
     - $V$: the visual tokens of all images and videos.
 
     In [0, 1], averaged over samples. The baseline that retrieval attention mass is compared with.
 
     Args:
-        queries: Name of the mask of query tokens: "question", "last", "text", "answer", ...
-
-    Returns (`compute()`):
-        `HeadScores` [layer head].
-
-    Raises:
-        InputError: on `update`, if a sample has no visual tokens or no question.
+        queries: Q, name of a mask of tokens: "question", "last", "text", "answer", ...
 
     Source: arXiv:2606.05843 section 4.2.
 

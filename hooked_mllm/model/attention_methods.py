@@ -1,5 +1,6 @@
 """Which attention a model runs: an implementation of transformers, or a backend."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
@@ -28,6 +29,11 @@ class AttentionMethods:
         """A backend for a tower, checked against the tower's shape."""
         if isinstance(backend, type) or not callable(backend):
             raise HookValueError(f"Expected a name or a callable for the {tower} tower; got {backend!r}.")
+        try:
+            inspect.signature(backend).bind(*range(6))
+        except (TypeError, ValueError) as error:  # ValueError: a builtin function, which has no signature
+            expected = "Expected a backend that is called with (q, k, v, mask, scale, layer)"
+            raise HookValueError(f"{expected}; got {backend!r}: {error}.") from None
         validate = getattr(backend, "validate", None)
         if validate is not None:
             text = (self.cfg.n_layers, self.cfg.n_heads)
@@ -35,30 +41,27 @@ class AttentionMethods:
             validate(*shape, causal=self._sites(tower)[0].causal)
         return cast(AttentionBackend, backend)
 
-    def _attention_name(self) -> str:
-        base, backend = self.wiring.switches["text"].base, self.wiring.text[0].running
+    def _described_attention(self) -> tuple[str, dict[str, Any] | None]:
+        """The name of the language model's attention, and the settings of a backend that describes itself."""
+        base, backend = self.wiring.switches["text"].chosen_base, self.wiring.text[0].running
         if backend is None:
-            return base
-        name = str(backend) if hasattr(backend, "describe") else getattr(backend, "__name__", type(backend).__name__)
-        return f"{name.removesuffix(')')}; {base})" if name.endswith(")") else f"{name} over {base}"
-
-    def _attention_settings(self) -> dict[str, Any] | None:
-        describe = getattr(self.wiring.text[0].running, "describe", None)
-        return None if describe is None else describe()
+            return base, None
+        describe = getattr(backend, "describe", None)
+        name = str(backend) if describe else getattr(backend, "__name__", type(backend).__name__)
+        name = f"{name.removesuffix(')')}; {base})" if name.endswith(")") else f"{name} over {base}"
+        return name, describe() if describe else None
 
     @contextmanager
     def attention(self, implementation: str | AttentionBackend, tower: Tower = "text") -> Iterator[None]:
         """Run another attention in the body of a `with`; hooks and metrics work the same under each.
 
         Args:
-            implementation: An implementation of transformers ("eager", "sdpa", ...), which also replaces a backend that
-                is set; `HybridAttention(...)`; or a callable `(q, k, v, mask, scale, layer) -> z` (see
-                `AttentionBackend`).
+            implementation: A name of transformers ("eager", "sdpa", ...), which also replaces a backend that is set;
+                `HybridAttention(...)`; or a callable `(q, k, v, mask, scale, layer) -> z` (see `AttentionBackend`).
             tower: "text" or "vision".
 
         Raises:
             HookValueError: For an unknown name or tower.
-            HeadError: For heads that the tower does not have.
             UnsupportedModelError: For a backend that does not fit the tower.
 
         Examples:
@@ -93,7 +96,7 @@ class AttentionMethods:
 def split_attention(
     attention: AttentionChoice | None,
 ) -> tuple[str | dict[str, str] | None, dict[str, AttentionBackend]]:
-    """`attention=` split into names, which go to transformers, and backends by tower."""
+    """Split `attention=` into names, which transformers takes, and backends by tower."""
     if attention is None or isinstance(attention, str):
         return attention, {}
     if not isinstance(attention, Mapping):

@@ -20,8 +20,7 @@ class HookMethods:
     registry: HookRegistry
     forward: Callable[..., Tensor]
 
-    # not a property, because IPython evaluates none when it completes `model.hook_dict[`; not declared as a
-    # cached_property, because a type checker does not accept one for the property of `contracts.Model`
+    # IPython evaluates no property when it completes `model.hook_dict[`; a type checker accepts no cached_property here
     hook_dict: dict[str, HookPoint] = cast(Any, cached_property(lambda self: self.registry.hook_dict))
     """Every hook point by name, in the order of the forward pass."""
 
@@ -47,14 +46,11 @@ class HookMethods:
 
         Args:
             name: A hook name, a glob, a compiled regular expression, a predicate on names, or a list of these.
-            hook: Called as `hook(activation, hook=point)`; None leaves the activation, a tensor replaces it.
+            hook: Called as `hook(activation, hook=point)`; returns None, or a tensor that replaces the activation.
             dir: "fwd" for activations, "bwd" for gradients.
             is_permanent: Keep the hook on `reset_hooks`, unless it is called with `including_permanent=True`.
             level: A number by which groups of hooks can be removed together.
             prepend: Run before the hooks that are registered there already.
-
-        Raises:
-            HookNameError: For a name that this model does not have; the message lists the nearest ones.
 
         Examples:
             >>> from hooked_mllm import HookedMLLM
@@ -123,21 +119,18 @@ class HookMethods:
         return self.registry.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
     def intervene(self, *interventions: Any) -> AbstractContextManager[list[dict[str, Any]]]:
-        """Intervene in the body of a `with`: interventions are checked, registered in this order, removed at its end.
+        """Intervene in the body of a `with`: in forward passes, and in every step of `generate`.
 
-        Interventions nest and combine, and act in forward passes and in every step of `generate`. At the end, also
-        after an error or an interrupt, exactly their hooks are removed.
+        At its end, also after an error or an interrupt, exactly these interventions are removed.
 
         Args:
-            *interventions: `HeadAblation`, `AttentionKnockout`, `HeadPatch`, `ActivationPatch`, `Steer`, or your own.
+            *interventions: Instances of `HeadAblation`, `HeadPatch`, `Steer`, ..., or your own; applied in this order.
 
         Yields:
             A record of each: its settings, and under "applied" the number of hook-point calls edited so far.
 
         Raises:
             HookValueError: For an object that is no intervention, or settings that do not fit this model.
-            HeadError: For heads that the model does not have.
-            HookNameError: For layers or sites that the model does not have.
 
         Examples:
             >>> from hooked_mllm import HeadAblation, HookedMLLM, toys
@@ -145,8 +138,8 @@ class HookMethods:
             >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
             >>> with model.intervene(HeadAblation(["L2H4"], mode="zero", phase="prefill")) as records:
             ...     logits = model(sample)
-            >>> records[0]["heads"], records[0]["mode"], records[0]["applied"]
-            (['L2H4'], 'zero', {'prefill': 1, 'decode': 0})
+            >>> records[0]["heads"], records[0]["applied"]
+            (['L2H4'], {'prefill': 1, 'decode': 0})
         """
         return intervening(cast(Model, self), interventions)
 
@@ -160,17 +153,14 @@ class HookMethods:
         clear_contexts: bool = False,
         **forward: Any,
     ) -> Tensor:
-        """One forward pass with these hooks; backward hooks act in a later `backward` of this pass.
-
-        Backward hooks are part of the graph of this pass: they act after it returned, although their points no longer
-        list them.
+        """One forward pass with these hooks; a later `backward` of this pass calls those on gradients.
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs.
-            fwd_hooks: Pairs of a name filter and a hook on activations.
-            bwd_hooks: Pairs of a name filter and a hook on gradients.
-            reset_hooks_end: Remove the hooks at the end.
-            clear_contexts: Empty the points' contexts at the end.
+            fwd_hooks: As for `hooks`.
+            bwd_hooks: As for `hooks`; they belong to the graph of this pass, and act after their removal.
+            reset_hooks_end: As for `hooks`.
+            clear_contexts: As for `hooks`.
             **forward: Passed to `forward`.
 
         Examples:

@@ -35,8 +35,7 @@ Result = TypeVar("Result")
 class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     """A multimodal language model with a name for every activation: read it, edit it, score its heads.
 
-    The transformers model is not changed: no module is replaced, and without hooks its logits are bit for bit those of
-    the plain model.
+    No module of the transformers model is replaced; without hooks its logits are bit for bit those of the plain model.
 
     Attributes:
         hf_model: The transformers model.
@@ -106,9 +105,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             device: The device of the whole model.
             device_map: Spread the model over devices instead, as transformers does ("auto").
             revision: A branch, tag or commit of the hub.
-            attention: A transformers implementation ("sdpa", "eager", ...) for both towers; a backend, such as
-                `HybridAttention(...)` or your own, for the language model; or a mapping of "text" and "vision" to
-                either.
+            attention: A transformers implementation ("sdpa", "eager", ...) for both towers; a backend (see
+                `attention`) for the language model; or a mapping of "text" and "vision" to either.
             check: Verify the wiring on a small input (see `check`).
             **kwargs: For transformers' `from_pretrained`.
 
@@ -128,12 +126,9 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         """Wrap a transformers model in memory; without a processor, everything except `prepare` works.
 
         Args:
-            hf_model: An instance of one of the supported classes. It is not changed and stays usable.
+            hf_model: An instance of one of the supported classes, else `UnsupportedModelError`.
             processor: Its processor.
             check: Verify the wiring on a small input.
-
-        Raises:
-            UnsupportedModelError: For a model of another class.
         """
         return cls(hf_model, processor, check=check)
 
@@ -177,9 +172,6 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         Args:
             tokens: An id, a string that is one token, or one id for each sample.
             batch: Number of samples.
-
-        Raises:
-            InputError: For a string of several tokens or an id outside the vocabulary.
         """
         if isinstance(tokens, str):
             if self.processor is None:
@@ -200,6 +192,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     @property
     def info(self) -> ModelInfo:
         """The facts that results of this model carry."""
+        attention, settings = self._described_attention()
         packages = {"torch": torch, "transformers": transformers}
         return ModelInfo(
             n_layers=self.cfg.n_layers,
@@ -208,18 +201,14 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             model=self.name,
             revision=self.revision,
             family=self.family.name,
-            attention=self._attention_name(),
-            attention_settings=self._attention_settings(),
+            attention=attention,
+            attention_settings=settings,
             dtype=str(self.dtype).removeprefix("torch."),
             versions={**{n: str(p.__version__) for n, p in packages.items()}, "hooked_mllm": __version__},
         )
 
     def to(self, *args: Any, **kwargs: Any) -> "HookedMLLM":
-        """Move the model, as `torch.nn.Module.to`.
-
-        Raises:
-            InputError: For a model that `device_map` spread over devices.
-        """
+        """Move the model, as `torch.nn.Module.to`; not one that `device_map` spread over devices."""
         if getattr(self.hf_model, "hf_device_map", None):
             raise InputError("This model was spread by device_map; load it again with another one to move it.")
         self.hf_model.to(*args, **kwargs)
@@ -236,19 +225,11 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
 
     @overload
     def prepare(
-        self,
-        question: list[str] | tuple[str, ...],
-        images: AnyImages = None,
-        videos: AnyVideos = None,
-        **options: Any,
+        self, question: list[str] | tuple[str, ...], images: AnyImages = None, videos: AnyVideos = None, **options: Any
     ) -> SampleBatch: ...
 
     def prepare(
-        self,
-        question: str | Sequence[str],
-        images: AnyImages = None,
-        videos: AnyVideos = None,
-        **options: Any,
+        self, question: str | Sequence[str], images: AnyImages = None, videos: AnyVideos = None, **options: Any
     ) -> Sample | SampleBatch:
         """Build model inputs through the model's own processor and chat template, and the layout of their tokens.
 
@@ -257,11 +238,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             images: A picture or several: PIL images, paths, arrays.
             videos: A video or several: paths, `Video`s, pairs (frames, fps).
             **options: `system=`, `answer=` (teacher forcing), `target=` (the region asked about), `id=`, `fps=`,
-                `num_frames=`, `max_frames=`, `min_overlap=`, `padding_side=`, and options of the processor; see
-                `Preparer`.
-
-        Returns:
-            A `Sample`, or a `SampleBatch` for a list.
+                `num_frames=`, `max_frames=`, `min_overlap=`, `padding_side=`, and options of the processor.
 
         Raises:
             InputError: For inputs that are missing, damaged or contradictory, or without a processor.
@@ -323,19 +300,14 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
 
         Args:
             samples: Samples, batches or mappings; one, a list, or an iterator that makes them as they are needed.
-            metrics: A metric or several.
-            checkpoint: A file to which the state is saved every `save_every` samples and on an interrupt; a later call
-                with the same samples, metrics and file resumes there. Model, attention, interventions, hooks and
-                library versions must be the same.
+            metrics: A metric, which returns its result, mostly `HeadScores`; or several, which return a list.
+            checkpoint: A file to which the state is saved every `save_every` samples and on an interrupt. A later call
+                resumes there, if samples, metrics, model, attention, hooks and library versions are the same.
             save_every: Samples between two saves.
             progress: Show a progress bar.
 
-        Returns:
-            The metric's result, mostly `HeadScores`; for several metrics the list of their results.
-
         Raises:
-            InputError: When a sample has no tokens of a kind that a metric reads, such as a target, or there is no
-                sample.
+            InputError: When there is no sample, or one lacks tokens that a metric reads, such as a target.
             NumericsError: When attention is not finite, as after an overflow in float16.
             CacheFileError: For the checkpoint of another run.
 
@@ -343,9 +315,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             >>> from hooked_mllm import HookedMLLM, metrics, toys
             >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
             >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2)
-            >>> ram, mass = model.measure(
-            ...     samples, [metrics.RetrievalAttentionMass(), metrics.VisionMass()], progress=False
-            ... )
+            >>> scores = model.measure(samples, metrics.RetrievalAttentionMass(), progress=False)
         """
         return measure(self, samples, metrics, checkpoint=checkpoint, save_every=save_every, progress=progress)
 
@@ -357,37 +327,20 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
 
         nnsight is imported on first use. It adds a method `save` to every Python object, with which some packages
         cannot be imported: import everything else before.
-
-        Raises:
-            InputError: When nnsight is not installed.
-
-        Examples:
-            >>> from hooked_mllm import HookedMLLM, toys
-            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-            >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-            >>> with model.nnsight.trace(sample):
-            ...     z = model.nnsight["blocks.3.attn.hook_z"].save()
         """
         try:
             from hooked_mllm.model.nnsight_bridge import NNsightModel
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] != "nnsight":
                 raise
-            raise InputError(
-                "model.nnsight needs nnsight, which is not installed: pip install 'nnsight>=0.8'."
-            ) from error
+            message = "model.nnsight needs nnsight, which is not installed: pip install 'nnsight>=0.8'."
+            raise InputError(message) from error
         return NNsightModel(self)
-
-    # -- trust -----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Verify the wiring on a small input, with an image where there is a processor.
 
-        Checked: every module of the family exists; hooked logits equal plain ones bit for bit; every hook point fires;
-        patterns sum to one, and pattern times v equals z; the layout and the model count the same number of visual
-        tokens.
-
-        Raises:
-            UnsupportedModelError: With the check that failed.
+        Hooked logits equal plain ones bit for bit; every hook point fires; patterns sum to one, and pattern times v
+        equals z; the layout and the model count the same visual tokens. `UnsupportedModelError` names a failed check.
         """
         self_check(self)

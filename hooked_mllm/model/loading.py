@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
-from hooked_mllm.errors import HookedMLLMError, InputError, UnsupportedModelError, nearest
+from hooked_mllm.errors import InputError, UnsupportedModelError, nearest
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.toys.checkpoint import resolve
 
@@ -36,31 +36,19 @@ def load_model(
     attention: str | Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin | None]:
-    """The transformers model in eval mode, its parameters frozen, and its processor.
+    """The transformers model in eval mode, its parameters frozen, and its processor (None without processor files).
 
-    Parameters are frozen (`requires_grad` false) because gradients are taken of activations here; ask for those of
-    parameters with `model.hf_model.requires_grad_(True)`.
-
-    Args:
-        path_or_id: A folder, a hub id "organisation/name", or the name of a bundled toy.
-        dtype: "bfloat16", "float16", "float32", or "auto" for that of the checkpoint.
-        device: The device of the whole model.
-        device_map: Spread the model over devices instead, as transformers does ("auto" needs `accelerate`).
-        revision: A branch, tag or commit of the hub.
-        attention: An attention implementation of transformers, such as "sdpa", for both towers, or
-            {"text": ..., "vision": ...}.
-        **kwargs: For transformers' `from_pretrained`.
-
-    Returns:
-        The model, and its processor; `None` if the checkpoint has no processor files.
-
-    Raises:
-        InputError: no such folder or checkpoint, damaged files, contradictory arguments.
-        UnsupportedModelError: another kind of model, one that needs its own code, or weights that are not safetensors.
+    Arguments as for `HookedMLLM.from_pretrained`; `attention` is a name, or names by tower.
     """
     kwargs = _checked(kwargs, device, device_map) | {"dtype": _dtype(dtype)}
-    if attention is not None:
-        kwargs["attn_implementation"] = _attention(attention)
+    if isinstance(attention, Mapping):
+        if not attention or attention.keys() - _TOWERS.keys():  # transformers ignores the names of other towers
+            raise InputError(
+                f"attention= names an implementation for 'text', 'vision' or both; got {sorted(attention)}."
+            )
+        kwargs["attn_implementation"] = {_TOWERS[tower]: name for tower, name in attention.items()}
+    elif attention is not None:
+        kwargs["attn_implementation"] = attention
     if device_map is not None:
         kwargs["device_map"] = device_map
     source = _locate(path_or_id)
@@ -106,21 +94,12 @@ def _checked(
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype == "auto":
         return dtype
-    found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if found is None or found not in _DTYPES.values():
+    resolved = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved not in _DTYPES.values():
         names = ("bfloat16", "float16", "float32", "auto")
         hint = nearest(dtype, names) if isinstance(dtype, str) else ""
         raise InputError(f"dtype is one of {', '.join(names)}; got {str(dtype)!r}. {hint}".rstrip())
-    return found
-
-
-def _attention(attention: str | Mapping[str, str]) -> str | dict[str, str]:
-    if isinstance(attention, str):
-        return attention
-    unknown = [name for name in attention if name not in _TOWERS]
-    if unknown or not attention:  # transformers ignores a name that it does not know
-        raise InputError(f"attention= names an implementation for 'text', 'vision' or both; got {sorted(attention)}.")
-    return {_TOWERS[name]: value for name, value in attention.items()}
+    return resolved
 
 
 def _locate(path_or_id: str | os.PathLike[str]) -> str:
@@ -145,27 +124,19 @@ def _check_config(source: str, where: dict[str, str]) -> None:
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, **where)
     except (OSError, ValueError) as error:
-        here = (
-            "has a config.json that cannot be read"
-            if Path(source).is_dir()
-            else "is neither a folder nor found on the hub"
-        )
-        raise InputError(f"{source!r} {here}: {error}") from error
+        local, remote = "has a config.json that cannot be read", "is neither a folder nor found on the hub"
+        raise InputError(f"{source!r} {local if Path(source).is_dir() else remote}: {error}") from error
     model_type = config.get("model_type")
     try:
         family = family_of(SimpleNamespace(model_type=model_type))
     except UnsupportedModelError as error:
-        if model_type != "internvl_chat" and "auto_map" in config:
-            raise UnsupportedModelError(
-                f"{source!r} needs its own code, which this package never runs. {error}"
-            ) from error
-        raise UnsupportedModelError(f"{source!r} cannot be loaded. {error}") from error
-    except HookedMLLMError:
-        raise
-    wanted, got = family.model_classes, config.get("architectures") or []
-    if got and not set(got) & set(wanted):
+        needs_code = model_type != "internvl_chat" and "auto_map" in config
+        reason = "needs its own code, which this package never runs" if needs_code else "cannot be loaded"
+        raise UnsupportedModelError(f"{source!r} {reason}. {error}") from error
+    supported, got = family.model_classes, config.get("architectures") or []
+    if got and not set(got) & set(supported):
         raise UnsupportedModelError(
-            f"{source!r} contains a {', '.join(got)}; for {model_type!r} this package supports {', '.join(wanted)}."
+            f"{source!r} contains a {', '.join(got)}; for {model_type!r} this package supports {', '.join(supported)}."
         )
 
 
@@ -184,18 +155,9 @@ def _check_weights(source: str) -> None:
 
 
 def _processor(source: str, safe: dict[str, Any]) -> ProcessorMixin | None:
-    quiet = {name: value for name, value in safe.items() if name == "revision"}
-    files = [
-        cached_file(
-            source,
-            file,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **quiet,
-        )
-        for file in _PROCESSOR_FILES
-    ]
-    if not any(files):
+    quiet = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
+    where = {name: value for name, value in safe.items() if name == "revision"}
+    if not any(cached_file(source, file, **quiet, **where) for file in _PROCESSOR_FILES):
         return None
     try:
         processor = AutoProcessor.from_pretrained(source, **safe)

@@ -1,8 +1,7 @@
 """`model.nnsight`: the model as an nnsight object, with the names of hook points inside a trace.
 
-Most activations are the input or output of a module, which nnsight serves; `wiring.module_sides` states which. Those
-inside the attention function, and those that are computed outside of modules, are served by their hook points, in
-traces that name them.
+nnsight serves inputs and outputs of modules (see `wiring.module_sides`). Activations of the attention function and
+those computed outside of modules come from their hook points, in traces that name them.
 """
 
 from dataclasses import dataclass
@@ -54,8 +53,6 @@ class NNsightModel(NNsight):
         self._values: dict[str, tuple[eproperty, Any]] = {}
         super().__init__(hooked.hf_model)
 
-    # -- running -------------------------------------------------------------------------------------------------------
-
     def trace(self, inputs: ModelInput | None = None, *, fn: Any = None, hooks: NameFilter = (), **forward: Any) -> Any:
         """Open a trace of one forward pass, for use in a `with` statement.
 
@@ -64,20 +61,15 @@ class NNsightModel(NNsight):
             fn: Run this function instead, as nnsight does, without this package's checks.
             hooks: Names that hook points serve: those that no module takes or returns, such as
                 "blocks.*.attn.hook_pattern". A layer whose pattern is named computes explicit attention.
-            **forward: As for `model(...)`.
-
-        Returns:
-            nnsight's tracer; its `result` is the return value of `model(...)`.
-
-        Raises:
-            InputError: For inputs that the model would compute wrong results from.
-            HookNameError: For a name in `hooks` that this model lacks.
+            **forward: As for `model(...)`, whose return value is the tracer's `result`.
         """
         if fn is not None:
             return super().trace(*(() if inputs is None else (inputs,)), fn=fn, **forward)
         if inputs is None:
             inputs, forward = forward, {}
-        return super().trace(self._hooked.resolve(inputs), fn=self._run("run", hooks), **forward)
+        return super().trace(
+            self._hooked.resolve(inputs), fn=Run(self._hooked, "run", self._hooked.registry.select(hooks)), **forward
+        )
 
     def generate(self, inputs: ModelInput, *, hooks: NameFilter = (), **options: Any) -> Any:
         """Open a trace of a generation, for use in a `with` statement; `tracer.iter[...]` iterates over its steps.
@@ -85,26 +77,10 @@ class NNsightModel(NNsight):
         Args:
             inputs: A sample, a batch padded on the left, or a mapping of model inputs.
             hooks: As for `trace`.
-            **options: As for `model.generate`.
-
-        Returns:
-            nnsight's tracer; its `result` is the token ids.
-
-        Examples:
-            >>> from hooked_mllm import HookedMLLM, toys
-            >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl")
-            >>> sample = toys.VisualRetrieval(pages=1).samples(model, 1)[0]
-            >>> with model.nnsight.generate(sample, max_new_tokens=2, do_sample=False) as tracer:
-            ...     lengths = [].save()
-            ...     for step in tracer.iter[:2]:
-            ...         lengths.append(model.nnsight["blocks.3.attn.hook_z"].shape[1])
-            >>> lengths == [len(sample), 1]
-            True
+            **options: As for `model.generate`, whose token ids are the tracer's `result`.
         """
-        return super().trace(self._hooked.resolve(inputs), fn=self._run("run_generate", hooks), **options)
-
-    def _run(self, method: str, hooks: NameFilter) -> "Run":
-        return Run(self._hooked, method, self._hooked.registry.select(hooks))
+        run = Run(self._hooked, "run_generate", self._hooked.registry.select(hooks))
+        return super().trace(self._hooked.resolve(inputs), fn=run, **options)
 
     def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a trace, as nnsight calls it, while the hook points that the trace names serve their activations."""

@@ -1,8 +1,8 @@
 """Checks of a run's inputs, arguments and logits."""
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,11 +17,7 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch
 
 
 def labels_of(inputs: ResolvedInput) -> Tensor:
-    """The labels of a loss over the answer's tokens: token ids in the answer, -100 elsewhere.
-
-    Raises:
-        InputError: when there is neither an answer nor `labels`.
-    """
+    """The labels of a loss over the answer's tokens `[batch pos]`: token ids in the answer, -100 elsewhere."""
     labels = inputs.tensors.get("labels")
     if labels is not None:
         return labels
@@ -39,11 +35,7 @@ def _arguments(model_class: type[nn.Module]) -> frozenset[str]:
 
 
 def check_arguments(model: nn.Module, names: Iterable[str]) -> None:
-    """Reject arguments that the model would ignore: transformers models accept any keyword.
-
-    Raises:
-        InputError: for an argument that the model does not have.
-    """
+    """Reject arguments that the model would ignore: transformers models accept any keyword."""
     known = _arguments(type(model))
     for name in names:
         if name not in known:
@@ -64,29 +56,15 @@ def check_generation(inputs: ResolvedInput) -> None:
 
 
 def check_half(logits: Tensor) -> None:
-    """Reject float16 logits that overflowed.
-
-    Raises:
-        NumericsError: when the last position's logits are not finite; an overflow at any position reaches it.
-    """
+    """Reject float16 logits that overflowed: an overflow at any position reaches the last one."""
     if logits.dtype == torch.float16 and not bool(torch.isfinite(logits[:, -1]).all()):
         raise NumericsError(
             "The model overflowed in float16: its logits are not finite. Load it with dtype='bfloat16' or 'float32'."
         )
 
 
-@contextmanager
-def checking_half(model: PreTrainedModel) -> Iterator[None]:
+def checking_half(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """Check every call of a float16 model for an overflow in the body of a `with`; other dtypes are not checked."""
     if model.dtype != torch.float16:
-        yield
-        return
-
-    def check(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        check_half(output.logits)
-
-    handle = model.register_forward_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()
+        return nullcontext()
+    return model.register_forward_hook(lambda _module, _args, output: check_half(output.logits))

@@ -1,7 +1,6 @@
 """How HookedMLLM runs: a forward pass, a part of one, or a generation; with its activations cached on request."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -22,11 +21,7 @@ from hooked_mllm.model.running import following_steps, running
 
 
 class StopForwardError(Exception):
-    """Carries the residual stream out of a forward pass that ends at a block."""
-
-    def __init__(self, residual: Tensor) -> None:
-        super().__init__("stopped")
-        self.residual = residual
+    """Carries the residual stream, its only argument, out of a forward pass that ends at a block."""
 
 
 class RunMethods:
@@ -132,12 +127,21 @@ class RunMethods:
         self, layer: int, inputs: ResolvedInput, arguments: dict[str, Any], prompt_length: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream that enters block `layer`; later blocks do not run."""
-        module, stop = stop_module(self.hf_model, self.family, layer)
-        with running(cast(Model, self), inputs, arguments, stop, prompt_length=prompt_length), stopping_at(module):
+        blocks = self.hf_model.get_submodule(self.family.text.blocks)
+        if not -len(blocks) <= layer <= len(blocks):
+            raise HookNameError(f"stop_at_layer={layer} is out of range: the model has {len(blocks)} blocks.")
+        layer = layer + len(blocks) if layer < 0 else layer
+        module = self.hf_model.get_submodule(self.family.ln_final) if layer == len(blocks) else blocks[layer]
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise StopForwardError(args[0] if args else kwargs["hidden_states"])
+
+        stopping = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+        with stopping, running(cast(Model, self), inputs, arguments, layer, prompt_length=prompt_length):
             try:
                 self.hf_model(**arguments)
             except StopForwardError as stopped:
-                return stopped.residual
+                return stopped.args[0]
         raise AssertionError(f"the forward pass did not reach block {layer}")
 
     def run_trunk(self, inputs: ResolvedInput, prompt_length: int | None = None, **kwargs: Any) -> None:
@@ -166,8 +170,7 @@ class RunMethods:
             **kwargs: For transformers' `generate`, such as `max_new_tokens=20, do_sample=False`.
 
         Returns:
-            What transformers returns: token ids `[batch pos]`, the prompt's included, or an object that holds them with
-            `return_dict_in_generate=True`.
+            Token ids `[batch pos]`, the prompt's included; transformers' object with `return_dict_in_generate=True`.
 
         Raises:
             InputError: For a batch padded on the right.
@@ -182,7 +185,7 @@ class RunMethods:
         check_generation(inputs)
         arguments = {**{k: v for k, v in inputs.tensors.items() if k != "labels"}, **kwargs}
         hf_model = self.hf_model
-        with running(cast(Model, self), inputs, {}) as run, following_steps(hf_model, run, inputs.length):
+        with running(cast(Model, self), inputs, {}) as run, following_steps(cast(Model, self), run, inputs.length):
             with checking_half(hf_model):
                 return hf_model.generate(**arguments)
 
@@ -241,12 +244,10 @@ class RunMethods:
 
         Args:
             inputs: A sample, a batch, or a mapping of model inputs.
-            names_filter: What to cache: None (all), a name, a glob, a regular expression, a predicate, or a list of
-                these.
+            names_filter: None for all, a name, a glob, a regular expression, a predicate on names, or a list of these.
             device: Where cached tensors are moved, such as "cpu".
-            incl_bwd: Also cache gradients under `<name>_grad`: True for those of the loss (of the answer or of
-                `labels`), or a function from logits to a scalar. Gradients of scores and patterns are cached only if
-                `names_filter` names them, because they need N x N memory.
+            incl_bwd: Also cache gradients under `<name>_grad`: True for those of the loss, or a function from logits to
+                a scalar. Those of scores and patterns, N x N in memory, are cached only if `names_filter` names them.
             stop_at_layer: Run only the blocks below it and return the residual stream entering it.
             queries: Rows of patterns and scores to keep: a token kind such as "question", a mask, indices, or a slice.
             keys: Columns of patterns and scores to keep, likewise; with both, patterns are computed in the run.
@@ -297,31 +298,3 @@ class RunMethods:
         finally:
             if clear_contexts:
                 self.registry.clear_contexts()
-
-
-def stop_module(model: nn.Module, family: Family, layer: int) -> tuple[nn.Module, int]:
-    """The module whose input is the residual stream entering block `layer`, and that block's index.
-
-    Raises:
-        HookNameError: For a layer that the model does not have.
-    """
-    blocks = cast(nn.ModuleList, model.get_submodule(family.text.blocks))
-    count = len(blocks)
-    if not -count <= layer <= count:
-        raise HookNameError(f"stop_at_layer={layer} is out of range: the model has {count} blocks.")
-    layer = layer + count if layer < 0 else layer
-    return model.get_submodule(family.ln_final) if layer == count else blocks[layer], layer
-
-
-@contextmanager
-def stopping_at(module: nn.Module) -> Iterator[None]:
-    """End every forward pass at the input of `module` in the body of a `with`."""
-
-    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise StopForwardError(args[0] if args else kwargs["hidden_states"])
-
-    handle = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -78,12 +78,14 @@ def cache_length(past: Any) -> int:
 
 
 @contextmanager
-def following_steps(model: nn.Module, run: Run, prompt_length: int) -> Iterator[None]:
+def following_steps(model: Model, run: Run, prompt_length: int) -> Iterator[None]:
     """Keep the position and the step of a generation up to date, by position and not by call, in a `with`."""
     run.prompt_length, calls, end = prompt_length, 0, 0
 
     def follow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal calls, end
+        if model.registry.context.run is not run:  # a hook runs the model inside of this run
+            return
         past, tokens = kwargs.get("past_key_values"), kwargs.get("input_ids")
         if past is None:
             run.first = 0
@@ -96,11 +98,8 @@ def following_steps(model: nn.Module, run: Run, prompt_length: int) -> Iterator[
         run.rows = rows
         end, calls = run.first + rows, calls + 1
 
-    handle = model.register_forward_pre_hook(follow, with_kwargs=True)
-    try:
+    with model.hf_model.register_forward_pre_hook(follow, with_kwargs=True):
         yield
-    finally:
-        handle.remove()
 
 
 def check_fired(model: Model, run: Run, inputs: ResolvedInput, stop: int | None, head: bool) -> None:

@@ -4,7 +4,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hooked_mllm.cache import ActivationCache
 from hooked_mllm.cache.run import CacheRequest, cached_forward
 from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HookedMLLMError, HookValueError, UnsupportedModelError
@@ -55,29 +54,21 @@ def self_check(model: Model) -> None:
     layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1)]
     if sample is not None:
         layers.append(("vision", 0))
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(model.dtype, 3e-2)
     for tower, layer in layers:
         pattern = cache.pattern(layer, tower=tower)
         if not torch.allclose(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-4):
             raise _fail(model, f"the attention patterns of {tower} layer {layer} do not sum to one")
-        z, rebuilt = _z_both_ways(cache, pattern, tower, layer)
-        if not torch.allclose(z, rebuilt, atol=_tolerance(model.dtype) * float(z.abs().max())):
+        prefix = () if tower == "text" else (tower,)
+        z, v = (cache[(*prefix, name, layer)].float() for name in ("z", "v"))
+        # [batch pos kv_head d_head] -> [batch pos head d_head]
+        v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
+        rebuilt = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        if not torch.allclose(z, rebuilt, atol=tolerance * float(z.abs().max())):
             raise _fail(model, f"the pattern of {tower} layer {layer} times v is not that layer's z")
     if sample is not None:
-        counted = int(sample.mask("visual").sum())
-        ids = torch.tensor(
-            model.family.visual_token_ids(model.hf_model.config), device=sample.inputs["input_ids"].device
-        )
-        held = int(torch.isin(sample.inputs["input_ids"], ids).sum())
-        if counted != held:
-            raise _fail(model, f"the layout counts {counted} visual tokens, the model {held}")
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return {torch.float32: 1e-4, torch.float64: 1e-6}.get(dtype, 3e-2)
-
-
-def _z_both_ways(cache: ActivationCache, pattern: Tensor, tower: Tower, layer: int) -> tuple[Tensor, Tensor]:
-    prefix = () if tower == "text" else (tower,)
-    z, v = (cache[(*prefix, name, layer)].float() for name in ("z", "v"))
-    v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)  # [batch pos kv_head d_head] -> [batch pos head d_head]
-    return z, torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+        in_layout, tokens = int(sample.mask("visual").sum()), sample.inputs["input_ids"]
+        visual = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=tokens.device)
+        in_model = int(torch.isin(tokens, visual).sum())
+        if in_layout != in_model:
+            raise _fail(model, f"the layout counts {in_layout} visual tokens, the model {in_model}")

@@ -16,8 +16,7 @@ class AnswerLogProb(Objective):
 
     $$\sum_{t=1}^{T} \log p(a_t \mid \text{prompt}, a_{<t})$$
 
-    The sample is prepared with `answer=`, which appends the answer to the prompt (teacher forcing); the logits at
-    position t - 1 predict token t.
+    The sample is prepared with `answer=`, which appends the answer to the prompt (teacher forcing).
 
     Args:
         answer: Replaces the sample's own answer by one token (an id, a text that is one token, or a function of the
@@ -59,14 +58,10 @@ class AnswerLogProb(Objective):
 class GreedyAccuracy(Objective):
     """1 where greedy decoding gives the sample's answer, else 0; one forward pass, without decoding.
 
-    Every token of the answer must be the most likely one after the prompt and the answer's previous tokens. This is
-    greedy decoding: it extends the same sequence for as long as its tokens are those of the answer. Tokens after the
-    answer are not compared; to require that the answer ends there, end `answer=` with the token that ends a turn.
-
-    The result is that of `model.generate(..., do_sample=False)` if the checkpoint's generation settings decode greedily
-    (without a repetition penalty), and under interventions that edit the answer as they edit generated tokens (phase
-    "both"). The answer is part of the prefill here: an intervention of phase "prefill" edits it, one of "decode" does
-    not.
+    Every token of the answer must be the most likely one after the prompt and the answer's previous tokens. To require
+    that the answer ends there, end `answer=` with the token that ends a turn. The result is that of
+    `model.generate(..., do_sample=False)` without a repetition penalty. The answer is part of the prefill: an
+    intervention of phase "prefill" or "both" edits it, one of "decode" does not.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys

@@ -19,8 +19,7 @@ Score = Callable[[Tensor, Tensor | None], Tensor]
 class Objective(ABC):
     """What an experiment measures: one number for each sample, computed from the logits of a run.
 
-    A subclass defines `bind`, which selects positions of given inputs and a function of the logits there, and
-    `describe`. An object can be used many times, with several models.
+    A subclass defines `bind` and `describe`. An object can be used many times, with several models.
 
     Attributes:
         larger_is_better: Whether larger values mean a better model.
@@ -48,7 +47,7 @@ class Objective(ABC):
 
     @abstractmethod
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> "BoundObjective":
-        """The objective for these inputs, checked against the model's vocabulary and the inputs' answers.
+        """The objective for these inputs: the positions to read, and the function of the logits there.
 
         Args:
             model: A `HookedMLLM`.
@@ -56,8 +55,7 @@ class Objective(ABC):
             corrupted: The corrupted counterpart of the inputs, for objectives that read it.
 
         Raises:
-            InputError: For tokens outside the vocabulary, a text of several tokens where one is expected, or a sample
-                without the answer that the objective needs.
+            InputError: For tokens that the vocabulary lacks, or a sample without the answer that the objective needs.
         """
 
     @abstractmethod
@@ -75,8 +73,7 @@ class BoundObjective:
 
     Attributes:
         objective: The objective that was bound.
-        positions: Positions whose logits are read, `[batch n]`, in the padded sequence; -1 where a sample has fewer
-            than the others.
+        positions: Positions whose logits are read, `[batch n]`, in the padded sequence; -1 for none.
         score: Computes the values: `(logits [batch n d_vocab], clean or None) -> [batch]`.
         clean: The logits of the clean run at these positions.
     """
@@ -87,11 +84,7 @@ class BoundObjective:
     clean: Float[Tensor, "batch n d_vocab"] | None = None
 
     def __call__(self, logits: Float[Tensor, "batch n d_vocab"]) -> Float[Tensor, " batch"]:
-        """The objective of each sample, in float32 or float64; `logits` are those at `positions`.
-
-        Raises:
-            InputError: For logits of other positions, or without the clean logits that the objective needs.
-        """
+        """The objective of each sample, in float32 or float64; `logits` are those at `positions`."""
         self._check(logits)
         self.check_clean()
         return self.score(logits, self.clean)

@@ -20,7 +20,7 @@ else:  # at run time anything, so that another value reaches the check whose err
 
 
 class FunctionObjective(Objective):
-    """A plain function as an objective: larger is assumed to be better, and gradients flow if the function allows it.
+    """A plain function as an objective: larger is better, and gradients flow if the function allows it.
 
     Args:
         fn: Takes logits `[batch n d_vocab]` in float32 and returns one number for each sample, `[batch]`.
@@ -60,9 +60,8 @@ class FunctionObjective(Objective):
             values = self.fn(at_least_float32(logits))
             if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
                 got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-                raise InputError(
-                    f"{_name(self.fn)} must return one number for each sample, a tensor ({len(logits)},); got {got}."
-                )
+                expected = f"one number for each sample, a tensor ({len(logits)},)"
+                raise InputError(f"{_name(self.fn)} must return {expected}; got {got}.")
             return at_least_float32(values)
 
         return BoundObjective(self, positions, score)

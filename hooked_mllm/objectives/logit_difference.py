@@ -18,15 +18,14 @@ class LogitDifference(Objective):
 
     $$\frac{1}{|C|} \sum_{c \in C} \ell_c - \frac{1}{|W|} \sum_{w \in W} \ell_w$$
 
-    read at the last position of the prompt; C and W are the correct and the wrong tokens, usually one of each. The
-    softmax's normaliser cancels, so it equals the difference of log-probabilities, in nats (Wang et al. 2023, arXiv
-    2211.00593).
+    read at the last position of the prompt; C and W are the correct and the wrong tokens. It equals the difference of
+    log-probabilities, in nats (Wang et al. 2023, arXiv 2211.00593).
 
     Args:
         correct: The correct token: an id, a text that is one token, a list of these (their mean), or a function of the
-            sample that returns one. None: the first token of the sample's own answer.
-        wrong: The wrong token, in the same forms. Correct tokens in a list are ignored, so that one list of all
-            possible answers fits every sample. None: the first token of the corrupted sample's answer.
+            sample. None: the first token of the sample's own answer.
+        wrong: The wrong token, in the same forms; correct tokens in a list are ignored. None: the first token of the
+            corrupted sample's answer.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
@@ -50,7 +49,7 @@ class LogitDifference(Objective):
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""
         if self.correct is None:
-            correct = _first_tokens(model, inputs, "LogitDifference without `correct=`")
+            correct = answer_tokens(model, inputs, "LogitDifference without `correct=`")[:, :1].tolist()
         else:
             correct = token_ids(model, "correct", self.correct, inputs)
         candidates = self._wrong(model, inputs, corrupted)
@@ -87,9 +86,5 @@ class LogitDifference(Objective):
             )
         if corrupted.batch != inputs.batch:
             raise InputError(f"Expected {inputs.batch} corrupted samples, one for each; got {corrupted.batch}.")
-        return _first_tokens(model, corrupted, "LogitDifference without `wrong=`, of the corrupted sample,")
-
-
-def _first_tokens(model: Model, inputs: ResolvedInput, what: str) -> list[list[int]]:
-    """The first token of each sample's answer."""
-    return answer_tokens(model, inputs, what)[:, :1].tolist()
+        what = "LogitDifference without `wrong=`, of the corrupted sample,"
+        return answer_tokens(model, corrupted, what)[:, :1].tolist()

@@ -23,11 +23,7 @@ def logit_positions(inputs: ResolvedInput, selected: Positions) -> Int[Tensor, "
 def gather_logits(
     logits: Float[Tensor, "batch pos d_vocab"], positions: Int[Tensor, "sample n"]
 ) -> Float[Tensor, "batch n d_vocab"]:
-    """The logits at positions of each sample; zeros where the position is -1.
-
-    Args:
-        logits: Logits of all positions.
-        positions: Positions of each sample in the padded sequence.
+    """The logits at positions of each sample in the padded sequence; zeros where the position is -1.
 
     Raises:
         InputError: For positions of another batch, or outside the sequence.
@@ -74,8 +70,8 @@ def logits_at(
 def kept_positions(positions: Int[Tensor, "batch n"]) -> tuple[list[int], Int[Tensor, "batch n"]]:
     """The argument `logits_to_keep` of transformers, and the index of each position in the logits, -1 for none."""
     positions = positions.cpu()
-    # one list for all samples: early transformers 5 supports no positions by sample. A list, no tensor: of a model on
-    # several devices, transformers would place it on another device than the states.
+    # for all samples, as early transformers 5 supports no positions by sample; a list, as transformers would place a
+    # tensor on another device than the states of a model on several devices
     kept = positions[positions >= 0].unique()
     return kept.tolist(), torch.searchsorted(kept, positions).masked_fill(positions < 0, -1)
 

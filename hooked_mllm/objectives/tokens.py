@@ -9,6 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_mllm.contracts import Model
+from hooked_mllm.display.read_heads import whole_number
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.inputs.sample import Sample
@@ -23,10 +24,10 @@ CheckedTokens = int | str | list[int | str] | Callable[..., Any]
 
 
 def check_tokens(what: str, tokens: object) -> CheckedTokens:
-    """Tokens that can be read more than once, checked as far as that is possible without a model."""
+    """Tokens as a list that can be read more than once, checked without a model."""
     if callable(tokens) or isinstance(tokens, str):
         return tokens
-    token_id = _as_id(tokens)
+    token_id = whole_number(tokens)
     if token_id is not None:
         return token_id
     if not isinstance(tokens, Iterable) or getattr(tokens, "ndim", 1) == 0:
@@ -36,7 +37,7 @@ def check_tokens(what: str, tokens: object) -> CheckedTokens:
         )
     checked: list[int | str] = []
     for token in tokens:
-        entry = token if isinstance(token, str) else _as_id(token)
+        entry = token if isinstance(token, str) else whole_number(token)
         if entry is None:
             raise InputError(f"{what} is a list of token ids and texts of one token; got {type(token).__name__} in it.")
         checked.append(entry)
@@ -124,10 +125,3 @@ def _id(model: Model, what: str, token: int | str) -> int:
 
 def _unknown_id(model: Model) -> int | None:
     return None if model.processor is None else getattr(model.processor.tokenizer, "unk_token_id", None)
-
-
-def _as_id(token: object) -> int | None:
-    """An integer, also as an array or tensor without axes; None for anything else."""
-    if isinstance(token, Tensor | np.ndarray):
-        return _as_id(token.item()) if token.ndim == 0 else None
-    return int(token) if isinstance(token, int | np.integer) and not isinstance(token, bool) else None

@@ -30,7 +30,7 @@ def objective_values(
 ) -> Float[Tensor, " batch"]:
     """An objective's value on each sample: one forward pass, unembedding only the positions that are read.
 
-    Registered hooks and interventions apply. Gradients flow if they are enabled; `torch.no_grad()` disables them.
+    Registered hooks and interventions apply, and gradients flow if they are enabled.
 
     Args:
         model: A `HookedMLLM`.

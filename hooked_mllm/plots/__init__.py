@@ -1,7 +1,4 @@
-"""Pictures: maps of the heads, token values over the image, curves. Each call returns a matplotlib `Figure`.
-
-No figure is registered with pyplot, so none has to be closed, and no setting of matplotlib is changed.
-"""
+"""Pictures: maps of the heads, token values over the image, curves. Each call returns a `Figure` outside pyplot."""
 
 from hooked_mllm.plots.ablation_curves import ablation_curves as ablation_curves
 from hooked_mllm.plots.curves import coverage_curve as coverage_curve

@@ -27,16 +27,16 @@ def ablation_curves(
     """Draw an objective against the number of heads ablated: top heads red, bottom heads blue, random ones grey.
 
     As figure 6a of arXiv:2606.05843. Bands are bootstrap intervals over the samples. The random line is the mean over
-    the seeds, each seed a thin line of its own, and ends where no control is left.
+    the seeds, each a thin line, and ends where no control is left.
 
     Args:
         curves: What `AblationCurve.run` returns, or label -> such a result, each drawn in a line style of its own.
         chance: Height of a dotted line.
         level: Level of the bands; None draws none.
-        title: Above the curves; none by default.
+        title: Above the curves.
 
     Raises:
-        InputError: no curves, something else, curves of different objectives, or more than four.
+        InputError: For no curves, something else, curves of different objectives, or more than four.
 
     Examples:
         >>> import numpy as np
@@ -81,10 +81,8 @@ def _legend(axes: Axes, shown: Mapping[str, Curve], chance: float | int | None) 
     rankings = dict.fromkeys(ranking for curve in shown.values() for ranking in curve.rankings)
     entries = [Line2D([], [], color=COLOURS[ranking], label=f"{ranking} heads") for ranking in rankings]
     if len(shown) > 1:
-        entries += [
-            Line2D([], [], color="black", linestyle=style, label=label)
-            for style, label in zip(STYLES, shown, strict=False)
-        ]
+        styles = zip(STYLES, shown, strict=False)
+        entries += [Line2D([], [], color="black", linestyle=style, label=label) for style, label in styles]
     if chance is not None:
         entries.append(Line2D([], [], color="black", linestyle=":", linewidth=1, label=f"chance {chance:g}"))
     axes.legend(handles=entries, frameon=False)

@@ -20,13 +20,12 @@ def coverage_curve(
     """Draw how much of the target a growing group of heads covers: KTC of the top k heads against k.
 
     Args:
-        curves: Label -> curve, or one curve alone. A curve is what `KeyTokenCoverage` computes, or shares [k] from
-            0 to 1.
+        curves: One curve, or label -> curve: what `KeyTokenCoverage` computes, or shares `[k]` from 0 to 1.
         ks: The numbers of heads, for curves without their own; 1, 2, 3, ... by default.
         title: Above the curves.
 
     Raises:
-        InputError: no curves, a curve that is not one-dimensional, of another length than `ks`, or outside [0, 1].
+        InputError: For no curves, or a curve of another shape, of another length than `ks`, or outside [0, 1].
 
     Examples:
         >>> figure = coverage_curve({"RAM": [0.4, 0.7, 0.9], "random": [0.1, 0.2, 0.3]})

@@ -11,6 +11,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.mathtext import MathTextParser
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from hooked_mllm.errors import InputError, NumericsError
@@ -20,10 +21,7 @@ SEQUENTIAL, DIVERGING = "magma", "RdBu_r"
 
 
 class NotebookFigure(Figure):
-    """A figure outside pyplot that a notebook displays as the last value of a cell.
-
-    Text between dollar signs that is no valid math, such as "$5 {to $6", is drawn as it is.
-    """
+    """A figure outside pyplot, for notebooks; text that is no valid math, such as "$5 {to $6", is drawn as it is."""
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw the figure."""
@@ -41,31 +39,27 @@ class NotebookFigure(Figure):
 @lru_cache(maxsize=256)
 def _is_drawable(text: str) -> bool:
     """Whether matplotlib can draw a text: one with dollar signs is read as math."""
-    if "$" not in text:
-        return True
     try:
-        MathTextParser("path").parse(text)
+        if "$" in text:
+            MathTextParser("path").parse(text)
     except ValueError:
         return False
     return True
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches."""
+def new_figure(width: float, height: float, title: str | None = None) -> Figure:
+    """An empty figure of `width` x `height` inches, with a title above all its axes."""
     figure = NotebookFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title)
     return figure
 
 
 def as_array(values: Numbers, what: str) -> np.ndarray:
-    """float64 on the CPU; NaN means that there is no value.
-
-    Raises:
-        InputError: not numbers.
-        NumericsError: an infinity.
-    """
+    """float64 on the CPU; NaN means that there is no value."""
     if isinstance(values, Tensor):
-        values = values.detach().double().cpu().numpy()
+        values = values.detach().double().cpu().numpy()  # NumPy has no bfloat16
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -81,27 +75,24 @@ def colour_scale(
     vmax: float | int | None = None,
     cmap: str | Colormap | None = None,
 ) -> tuple[str | Colormap, Normalize]:
-    """From zero up for values that are never negative; white at zero, both signs alike, where some are.
-
-    Raises:
-        NumericsError: there is no number to draw.
-    """
-    there = values[~np.isnan(values)]
-    if there.size == 0:
+    """From zero up for values that are never negative; white at zero, both signs alike, where some are."""
+    if np.isnan(values).all():
         raise NumericsError("nothing to draw: every value is NaN")
-    if vmin is None and there.min() < 0:
-        most = float(np.abs(there).max()) if vmax is None else abs(vmax)
-        return cmap or DIVERGING, Normalize(-most, most)
+    if vmin is None and np.nanmin(values) < 0:
+        largest = float(np.nanmax(np.abs(values))) if vmax is None else abs(vmax)
+        return cmap or DIVERGING, Normalize(-largest, largest)
     low = 0.0 if vmin is None else vmin
-    high = float(there.max()) if vmax is None else vmax
-    if not high > low:  # all zero: a scale needs some width
-        high = low + 1.0
-    return cmap or SEQUENTIAL, Normalize(low, high)
+    high = float(np.nanmax(values)) if vmax is None else vmax
+    return cmap or SEQUENTIAL, Normalize(low, high if high > low else low + 1.0)  # all zero: a scale has a width
+
+
+def integer_ticks(axes: Axes) -> None:
+    """A few ticks at integers, on both axes."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
 
 
 def plain_axes(axes: Axes) -> None:
     """No ticks and no frame: what is drawn is a picture."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)

@@ -19,16 +19,16 @@ def group_bars(
 ) -> Figure:
     """Draw the mean score of groups of heads as bars side by side, with a dot for every head.
 
-    As figure 6b of arXiv:2606.05843, the Key Token Ratio of the top and the bottom heads of several models.
+    As figure 6b of arXiv:2606.05843.
 
     Args:
         groups: Model -> group, such as "top 15" -> scores of its heads.
         ylabel: What the scores are.
-        title: Above the bars; none by default.
+        title: Above the bars.
 
     Raises:
-        InputError: no models, models with different groups, or a group without heads.
-        NumericsError: an infinity.
+        InputError: For no models, models with different groups, or a group without heads.
+        NumericsError: For an infinity.
 
     Examples:
         >>> figure = group_bars({"toy": {"top 2": [0.9, 0.7], "bottom 2": [0.0, 0.1]}})
@@ -53,8 +53,7 @@ def group_bars(
             axes.bar(x, scores.mean(), width * 0.9, color=colour, alpha=0.75, label=name if j == 0 else None)
             spread = np.linspace(-0.3, 0.3, scores.size) * width if scores.size > 1 else np.zeros(1)
             axes.plot(x + spread, scores, ".", color="black", markersize=3)
-    axes.set_xticks(range(len(groups)), list(groups))
-    axes.set(ylabel=ylabel, title=title or "")
+    axes.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel, title=title or "")
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)

@@ -14,17 +14,11 @@ from hooked_mllm.plots.protocols import HeadChoice, Numbers, Scores, ScoresLike
 
 @dataclass(frozen=True)
 class HeadMatrix:
-    """Scores as plots read them; `head_matrix` makes one.
+    """Scores as plots read them; `head_matrix` makes one."""
 
-    Attributes:
-        values: `[layer head]`, float64; NaN where nothing was measured.
-        name: What the numbers are.
-        source: The object whose own `top` ranks the heads; None for plain numbers.
-    """
-
-    values: Float[np.ndarray, "layer head"]
+    values: Float[np.ndarray, "layer head"]  # float64; NaN where nothing was measured
     name: str
-    source: Scores | None = None
+    source: Scores | None = None  # its own `top` ranks the heads; None for plain numbers
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,11 +31,7 @@ class HeadMatrix:
         return ~np.isnan(self.values)
 
     def top(self, k: int | float) -> list[tuple[int, int]]:
-        """The `k` highest heads (int; all, if there are fewer), or that share of them (float, rounded up).
-
-        Raises:
-            HeadError: for a negative number or a share outside 0..1.
-        """
+        """The `k` highest heads (int; all, if there are fewer), or that share of them (float, rounded up)."""
         n, number = int(self.measured.sum()), whole_number(k)
         if number is not None and number >= 0:
             number = min(number, n)
@@ -56,30 +46,19 @@ class HeadMatrix:
         return list(zip(layers.tolist(), heads.tolist(), strict=True))
 
     def selected(self, heads: HeadChoice | None) -> list[tuple[int, int]]:
-        """The heads that a `top=` argument specifies: how many, which share, which ones, or None for none.
-
-        Raises:
-            HeadError: for something else, or heads of a model of another shape.
-        """
+        """The heads that a `top=` argument specifies: how many, which share, which ones, or None for none."""
         if heads is None:
             return []
         if isinstance(heads, bool):
             raise not_heads(heads)
-        number = whole_number(heads)
+        number = float(heads) if isinstance(heads, float | np.floating) else whole_number(heads)
         if number is not None:
             return self.top(number)
-        if isinstance(heads, float | np.floating):
-            return self.top(float(heads))
         return list(read_heads(cast(HeadsLike, heads), self.shape, whose=f"the map of {self.name}").pairs)
 
 
 def head_matrix(scores: ScoresLike, name: str = "scores") -> HeadMatrix:
-    """Scores, or plain numbers `[layer head]`, as a matrix; `name` is that of plain numbers.
-
-    Raises:
-        InputError: for something else.
-        NumericsError: for an infinity.
-    """
+    """Scores, or plain numbers `[layer head]`, as a matrix; `name` is that of plain numbers."""
     source = scores if isinstance(scores, Scores) else None
     values = as_array(cast(Numbers, scores) if source is None else source.values, "scores of heads")
     if values.ndim != 2 or 0 in values.shape:

@@ -45,9 +45,9 @@ def _box(region: Region, sample: Pictured, image: int | None, video: int | None,
 
 
 def _contour(axes: Axes, pixels: np.ndarray) -> None:
-    centres_y, centres_x = (np.arange(n) + 0.5 for n in pixels.shape)
+    height, width = pixels.shape
     if pixels.all():
-        height, width = pixels.shape
         axes.add_patch(Rectangle((0, 0), width, height, fill=False, edgecolor=COLOUR, linewidth=1.8))
         return
-    axes.contour(centres_x, centres_y, pixels.astype(float), levels=[0.5], colors=[COLOUR], linewidths=1.8)
+    centres = np.arange(width) + 0.5, np.arange(height) + 0.5
+    axes.contour(*centres, pixels.astype(float), levels=[0.5], colors=[COLOUR], linewidths=1.8)

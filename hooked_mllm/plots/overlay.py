@@ -1,7 +1,7 @@
 """Token values painted over the image or frame that the tokens see."""
 
-import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,8 +35,7 @@ def overlay(
 ) -> Figure:
     """Paint one value per token over an image, or over one frame of a video, with a colour bar.
 
-    The picture is shown in grey; where a value is small the picture shines through, where it is large the colour
-    covers it by `opacity`. Pixels that no token sees keep the plain picture.
+    The picture is grey; the larger a value, the more its colour covers. Pixels that no token sees stay grey.
 
     Args:
         sample: What `HookedMLLM.prepare` returned for one question.
@@ -44,7 +43,7 @@ def overlay(
         image: Number of the image; by default that of the target, or else the first.
         video: Number of the video, instead of an image.
         frame: Of a video, which of the frames given to the model.
-        view: Of an image seen several times over (tiles and thumbnail), the view to paint; the finest by default.
+        view: Of an image seen several times (tiles and thumbnail), the view to paint; the finest by default.
         target: Outline the sample's target region.
         title: Above the picture.
         vmin: Lower end of the colours.
@@ -53,9 +52,9 @@ def overlay(
         opacity: Of the largest value's colour, in (0, 1].
 
     Raises:
-        InputError: the sample has no pictures, or opacity is out of range.
-        LayoutError: another number of values than positions; no such image, video, frame or view.
-        NumericsError: infinite values.
+        InputError: For a sample without pictures, or an opacity out of range.
+        LayoutError: For another number of values than positions, or no such image, video, frame or view.
+        NumericsError: For infinite values.
 
     Examples:
         ```python
@@ -63,19 +62,9 @@ def overlay(
         overlay(sample, row).savefig("L13H5.png")
         ```
     """
-    options = {"image": image, "video": video, "frame": frame, "view": view}
-    return overlay_grid(
-        sample,
-        {title or "": values},
-        **options,
-        target=target,
-        columns=1,
-        vmin=vmin,
-        vmax=vmax,
-        cmap=cmap,
-        opacity=opacity,
-        panel=5.0,
-    )
+    picture: dict[str, Any] = {"image": image, "video": video, "frame": frame, "view": view, "target": target}
+    colours: dict[str, Any] = {"vmin": vmin, "vmax": vmax, "cmap": cmap, "opacity": opacity}
+    return overlay_grid(sample, {title or "": values}, **picture, **colours, columns=1, panel=5.0)
 
 
 def overlay_grid(
@@ -103,7 +92,7 @@ def overlay_grid(
         image: Number of the image; by default that of the target, or else the first.
         video: Number of the video, instead of an image.
         frame: Of a video, which of the frames given to the model.
-        view: Of an image seen several times over, the view to paint; the finest by default.
+        view: Of an image seen several times, the view to paint; the finest by default.
         target: Outline the sample's target region.
         columns: Panels in a row, at most.
         title: Above all panels.
@@ -114,9 +103,8 @@ def overlay_grid(
         panel: Longer side of a panel, inches.
 
     Raises:
-        InputError: nothing to draw, no pictures, or columns or opacity out of range.
-        LayoutError: as for `overlay`.
-        NumericsError: infinite values.
+        InputError: For nothing to draw, no pictures, or columns or opacity out of range.
+        LayoutError, NumericsError: As for `overlay`.
     """
     if not values:
         raise InputError("nothing to draw: expected at least one panel of values")
@@ -127,14 +115,13 @@ def overlay_grid(
         name: sample.layout.to_image(as_array(v, f"values {name!r}"), image=image, video=video, frame=frame, view=view)
         for name, v in values.items()
     }
-    picture = _picture(sample, image, video, frame)
+    picture = np.asarray(picture_at(sample, image, video, frame).convert("L"))  # [height width]
     colours, norm = colour_scale(np.stack(list(painted.values())), vmin, vmax, cmap)
     columns = min(columns, len(painted))
-    rows = math.ceil(len(painted) / columns)
-    height, width = picture.shape[:2]
-    scale = panel / max(height, width)
-    figure = new_figure(columns * width * scale + 0.9, rows * (height * scale + 0.3) + (0.3 if title else 0.0))
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    n_rows = -(-len(painted) // columns)
+    height, width = (panel * n / max(picture.shape) for n in picture.shape)
+    figure = new_figure(columns * width + 0.9, n_rows * (height + 0.3) + (0.3 if title else 0.0), title)
+    grid = figure.subplots(n_rows, columns, squeeze=False).ravel()
     for axes in grid[len(painted) :]:
         axes.remove()
     for axes, (name, pixels) in zip(grid, painted.items(), strict=False):
@@ -143,8 +130,6 @@ def overlay_grid(
         if target:
             draw_targets(axes, sample, image, video, frame)
     figure.colorbar(ScalarMappable(norm, colours), ax=list(grid[: len(painted)]), shrink=0.9, aspect=30)
-    if title:
-        figure.suptitle(title)
     return figure
 
 
@@ -157,19 +142,14 @@ def _draw(
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="nearest")
     strength = np.abs(pixels) / max(abs(norm.vmin or 0.0), abs(norm.vmax or 0.0))
     alpha = np.nan_to_num(opacity * (0.12 + 0.88 * np.sqrt(np.clip(strength, 0, 1))))
-    axes.imshow(
-        np.ma.masked_invalid(pixels), cmap=colours, norm=norm, alpha=alpha, extent=extent, interpolation="nearest"
-    )
+    shown = np.ma.masked_invalid(pixels)
+    axes.imshow(shown, cmap=colours, norm=norm, alpha=alpha, extent=extent, interpolation="nearest")
     axes.set(xlim=(0, width), ylim=(height, 0))
     plain_axes(axes)
 
 
 def picture_of(sample: Pictured, image: int | None, video: int | None) -> tuple[int | None, int | None]:
-    """(image, video): the specified picture, or else that of the target, or else the first.
-
-    Raises:
-        InputError: no sample, or one without pictures.
-    """
+    """(image, video): the specified picture, or else that of the target, or else the first."""
     if not hasattr(sample, "layout"):
         raise InputError(f"expected one Sample, got {type(sample).__name__}; of a batch take one, as in batch[0]")
     if image is not None or video is not None:
@@ -185,9 +165,14 @@ def picture_of(sample: Pictured, image: int | None, video: int | None) -> tuple[
     return (0, None) if sample.images else (None, 0)
 
 
-def _picture(sample: Pictured, image: int | None, video: int | None, frame: int) -> np.ndarray:
-    """Grey levels [height width] of the original; image, video and frame were checked by the layout."""
-    if video is not None:
-        return np.asarray(Image.fromarray(sample.videos[video].frames[frame]).convert("L"))
-    assert image is not None
-    return np.asarray(sample.images[image].convert("L"))
+def picture_at(sample: Pictured, image: int | None, video: int | None, frame: int) -> Image.Image:
+    """An image of the sample, or a frame of one of its videos."""
+    try:
+        if video is not None:
+            return Image.fromarray(sample.videos[video].frames[frame])
+        return sample.images[image or 0]
+    except IndexError:
+        absent = f"image {image}" if video is None else f"frame {frame} of video {video}"
+        raise InputError(
+            f"There is no {absent}: the sample has {len(sample.images)} images and {len(sample.videos)} videos."
+        ) from None

@@ -3,10 +3,9 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import new_figure, plain_axes
 from hooked_mllm.plots.outline import draw_targets
-from hooked_mllm.plots.overlay import picture_of
+from hooked_mllm.plots.overlay import picture_at, picture_of
 from hooked_mllm.plots.protocols import Pictured
 
 
@@ -34,7 +33,7 @@ def pair(
         panel: Longer side of a picture, inches.
 
     Raises:
-        InputError: something else than samples, or samples without this picture.
+        InputError: For anything else than samples, or samples without this picture.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, corruptions, toys
@@ -45,13 +44,12 @@ def pair(
     """
     image, video = picture_of(clean, image, video)
     picture_of(corrupted, image, video)
-    shown = [_pixels(sample, image, video, frame) for sample in (clean, corrupted)]
-    scale = panel / max(shown[0].shape[:2])
-    height, width = (n * scale for n in shown[0].shape[:2])
-    figure = new_figure(2 * width + 0.4, height + 0.5 + (0.3 if title else 0.0))
-    for axes, sample, pixels, name in zip(
-        figure.subplots(1, 2), (clean, corrupted), shown, ("clean", "corrupted"), strict=True
-    ):
+    samples = {"clean": clean, "corrupted": corrupted}
+    pictures = [np.asarray(picture_at(sample, image, video, frame)) for sample in samples.values()]
+    sides = pictures[0].shape[:2]
+    height, width = (panel * n / max(sides) for n in sides)
+    figure = new_figure(2 * width + 0.4, height + 0.5 + (0.3 if title else 0.0), title)
+    for axes, (name, sample), pixels in zip(figure.subplots(1, 2), samples.items(), pictures, strict=True):
         height_px, width_px = pixels.shape[:2]
         # pixel i spans [i, i + 1], as in the layout's boxes
         axes.imshow(pixels, extent=(0.0, float(width_px), float(height_px), 0.0), interpolation="nearest")
@@ -59,18 +57,4 @@ def pair(
         if target:
             draw_targets(axes, sample, image, video, frame)
         plain_axes(axes)
-    if title:
-        figure.suptitle(title)
     return figure
-
-
-def _pixels(sample: Pictured, image: int | None, video: int | None, frame: int) -> np.ndarray:
-    try:
-        if video is not None:
-            return sample.videos[video].frames[frame]
-        return np.asarray(sample.images[0 if image is None else image])
-    except IndexError:
-        absent = f"image {image}" if video is None else f"frame {frame} of video {video}"
-        raise InputError(
-            f"There is no {absent}: the sample has {len(sample.images)} images and {len(sample.videos)} videos."
-        ) from None

@@ -20,21 +20,18 @@ COMPILED = ", rest compiled"
 def prefill(times: TimesLike, base: str | None = None, *, title: str | None = None) -> Figure:
     """Draw latency against context length, and next to it the speedup over one of the curves.
 
-    The form of figure 7 of arXiv:2606.05843.
-
-    A label that ends in ", rest compiled" is drawn dotted with squares, in the colour of the one without.
+    The form of figure 7 of arXiv:2606.05843. A label that ends in ", rest compiled" is drawn dotted with squares, in
+    the colour of the one without.
 
     Args:
-        times: What `bench_prefill` returned or `PrefillRecord.load` read: its variants under their titles. Or label ->
-            context length in tokens -> milliseconds, one number or several of which the mean is drawn and the range
-            shaded.
+        times: What `bench_prefill` returned or `PrefillRecord.load` read. Or label -> context length in tokens ->
+            milliseconds: one number, or several, of which the mean is drawn and the range shaded.
         base: The label that speedups are taken over. By default that of a record's table (cuDNN, or torch's choice of
             SDPA) if it was timed, else the first one.
         title: Above the latencies; by default a record's model, else "Prefill latency".
 
     Raises:
-        InputError: nothing to draw, something else than times, times that are not positive, or a `base` that is not
-            there.
+        InputError: For nothing to draw, times that are not positive, or a `base` that is not there.
 
     Examples:
         >>> figure = prefill({"cuDNN": {8192: [10.0, 11.0], 16384: [30.0]}, "hybrid": {8192: 8.0, 16384: 15.0}})
@@ -60,8 +57,8 @@ def prefill(times: TimesLike, base: str | None = None, *, title: str | None = No
     latency.set(yscale="log", ylabel="milliseconds", title=title or model or "Prefill latency")
     speedup.set(ylabel=f"speedup over {base}", title=f"Speedup over {base}")
     speedup.set_ylim(bottom=0)
-    for set_formatter in (latency.yaxis.set_major_formatter, latency.yaxis.set_minor_formatter):
-        set_formatter(_Plain(labelOnlyBase=False, minor_thresholds=(2, 1)))
+    latency.yaxis.set_major_formatter(_Plain(labelOnlyBase=False, minor_thresholds=(2, 1)))
+    latency.yaxis.set_minor_formatter(_Plain(labelOnlyBase=False, minor_thresholds=(2, 1)))
     for axes in (latency, speedup):
         _lengths_across(axes, sorted({n for by_length in runs.values() for n in by_length}))
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
@@ -76,10 +73,8 @@ def _runs(times: TimesLike) -> tuple[dict[str, dict[int, np.ndarray]], str | Non
         measured = {label: times.times(name) for name, label in times.titles.items()}
         times = {label: by_length for label, by_length in measured.items() if by_length}
     if not isinstance(times, Mapping) or not all(isinstance(by_length, Mapping) for by_length in times.values()):
-        raise InputError(
-            "expected what bench_prefill returns, or label -> context length -> milliseconds, got "
-            f"{type(times).__name__}"
-        )
+        expected = "what bench_prefill returns, or label -> context length -> milliseconds"
+        raise InputError(f"expected {expected}, got {type(times).__name__}")
     runs = {}
     for label, by_length in times.items():
         runs[label] = {n: np.atleast_1d(as_array(ms, f"times of {label!r}")) for n, ms in by_length.items()}
@@ -105,7 +100,7 @@ def _lengths_across(axes: Axes, lengths: Sequence[int]) -> None:
     axes.set_xlabel("context length (tokens)")
     axes.xaxis.set_major_locator(FixedLocator(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: _tokens(int(n))))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n // 1024:.0f}k" if n % 1024 == 0 else f"{n:.0f}"))
     axes.grid(alpha=0.3)
 
 
@@ -114,7 +109,3 @@ class _Plain(LogFormatter):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         return f"{x:,g}" if super().__call__(x, pos) else ""
-
-
-def _tokens(n: int) -> str:
-    return f"{n // 1024}k" if n % 1024 == 0 else str(n)

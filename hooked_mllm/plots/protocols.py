@@ -1,5 +1,7 @@
 """What plots draw: anything with these values and names. The classes of other rooms satisfy them without an import."""
 
+# ruff: noqa: D102 -- a comment at each member says what it is
+
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -15,19 +17,10 @@ from hooked_mllm.layout import Region, TokenLayout
 class Scores(Protocol):
     """Scores of attention heads, such as `HeadScores`."""
 
-    @property
-    def values(self) -> Tensor:
-        """`[layer head]`; NaN in layers that were not measured."""
-        ...
+    values: Tensor  #: `[layer head]`; NaN in layers that were not measured
+    name: str  #: what the numbers are
 
-    @property
-    def name(self) -> str:
-        """What the numbers are."""
-        ...
-
-    def top(self, k: int | float) -> Iterable[tuple[int, int]]:
-        """The `k` highest heads (int), or that share of them (float)."""
-        ...
+    def top(self, k: int | float) -> Iterable[tuple[int, int]]: ...  # the `k` highest heads, or that share of them
 
 
 @runtime_checkable
@@ -35,77 +28,37 @@ class Curve(Protocol):
     """An objective against the number of heads ablated, such as `AblationCurveResult`."""
 
     @property
-    def ks(self) -> Sequence[int]:
-        """Numbers of heads, ascending."""
-        ...
-
+    def ks(self) -> Sequence[int]: ...  # numbers of heads, ascending
     @property
-    def objective(self) -> str:
-        """Name of the objective."""
-        ...
-
+    def objective(self) -> str: ...  # name of the objective
     @property
-    def rankings(self) -> Sequence[str]:
-        """The rankings measured: "top", "bottom", "random"."""
-        ...
-
+    def rankings(self) -> Sequence[str]: ...  # the rankings measured: "top", "bottom", "random"
     @property
-    def n_samples(self) -> int:
-        """Number of samples."""
-        ...
-
+    def n_samples(self) -> int: ...  # number of samples
     @property
-    def values(self) -> Mapping[str, Float[np.ndarray, "seed k"]]:
-        """The mean over samples, by ranking."""
-        ...
-
-    def mean(self, ranking: str) -> Float[np.ndarray, " k"]:
-        """The mean over samples and seeds."""
-        ...
-
-    def interval(self, ranking: str, level: float = ...) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-        """Lower and upper ends for each k."""
-        ...
+    def values(self) -> Mapping[str, Float[np.ndarray, "seed k"]]: ...  # the mean over samples, by ranking
+    def mean(self, ranking: str) -> Float[np.ndarray, " k"]: ...  # the mean over samples and seeds
+    def interval(
+        self, ranking: str, level: float = ...
+    ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]: ...  # lower and upper ends for each k
 
 
 @runtime_checkable
 class Coverage(Protocol):
     """Coverage of the target against the number of heads, such as `CoverageCurve`."""
 
-    @property
-    def ks(self) -> Sequence[int]:
-        """Numbers of heads."""
-        ...
-
-    @property
-    def coverage(self) -> Sequence[float]:
-        """The share covered by each number of heads, 0 to 1."""
-        ...
+    ks: list[int]  #: numbers of heads
+    coverage: list[float]  #: the share covered by each number of heads, 0 to 1
 
 
 @runtime_checkable
 class Table(Protocol):
     """Effects by layer and column, such as `CausalTable`."""
 
-    @property
-    def values(self) -> Tensor:
-        """`[layer column]`."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[int]:
-        """The layer of each row."""
-        ...
-
-    @property
-    def places(self) -> Sequence[str | int]:
-        """The position, or the kind of token, of each column."""
-        ...
-
-    @property
-    def name(self) -> str:
-        """What the numbers are."""
-        ...
+    values: Tensor  #: `[layer column]`
+    layers: tuple[int, ...]  #: the layer of each row
+    places: tuple[str | int, ...]  #: the position, or the kind of token, of each column
+    name: str  #: what the numbers are
 
 
 @runtime_checkable
@@ -113,24 +66,13 @@ class TaskAgreement(Protocol):
     """How alike the head scores of several tasks are, such as `Stability`."""
 
     @property
-    def tasks(self) -> Sequence[str]:
-        """Names of the tasks."""
-        ...
-
+    def tasks(self) -> Sequence[str]: ...  # names of the tasks
     @property
-    def spearman(self) -> np.ndarray:
-        """Rank correlations `[task task]`."""
-        ...
-
+    def spearman(self) -> np.ndarray: ...  # rank correlations `[task task]`
     @property
-    def counts(self) -> Tensor:
-        """Number of tasks in which each head is among the top, `[layer head]`."""
-        ...
-
+    def counts(self) -> Tensor: ...  # number of tasks in which each head is among the top, `[layer head]`
     @property
-    def percentile(self) -> float:
-        """The percentile from which on a head is among the top."""
-        ...
+    def percentile(self) -> float: ...  # the percentile from which on a head is among the top
 
 
 @runtime_checkable
@@ -141,13 +83,8 @@ class TimedVariants(Protocol):
     settings: dict[str, Any]
 
     @property
-    def base(self) -> str:
-        """The variant that others are compared with."""
-        ...
-
-    def times(self, variant: str) -> Mapping[int, Sequence[float]]:
-        """Milliseconds of a variant by context length."""
-        ...
+    def base(self) -> str: ...  # the variant that others are compared with
+    def times(self, variant: str) -> Mapping[int, Sequence[float]]: ...  # milliseconds of a variant by context length
 
 
 if TYPE_CHECKING:
@@ -173,42 +110,23 @@ if TYPE_CHECKING:
         """A video of a sample."""
 
         @property
-        def frames(self) -> np.ndarray:
-            """RGB, `[frame height width channel]`."""
-            ...
-
+        def frames(self) -> np.ndarray: ...  # RGB, `[frame height width channel]`
         @property
-        def times_s(self) -> Sequence[float]:
-            """The time of each frame in seconds."""
-            ...
+        def times_s(self) -> Sequence[float]: ...  # the time of each frame in seconds
 
     class Pictured(Protocol):
         """A prepared sample, such as `Sample`."""
 
         @property
-        def layout(self) -> TokenLayout:
-            """What each position is, and which pixels it sees."""
-            ...
-
+        def layout(self) -> TokenLayout: ...  # what each position is, and which pixels it sees
         @property
-        def question(self) -> str:
-            """The question about the pictures."""
-            ...
-
+        def question(self) -> str: ...  # the question about the pictures
         @property
-        def images(self) -> Sequence[Image]:
-            """The images, in the order of the prompt."""
-            ...
-
+        def images(self) -> Sequence[Image]: ...  # the images, in the order of the prompt
         @property
-        def videos(self) -> Sequence[Clip]:
-            """The videos, in the order of the prompt."""
-            ...
-
+        def videos(self) -> Sequence[Clip]: ...  # the videos, in the order of the prompt
         @property
-        def target(self) -> Region | Sequence[Region] | None:
-            """The region that the question is about."""
-            ...
+        def target(self) -> Region | Sequence[Region] | None: ...  # the region that the question is about
 else:  # at run time anything, so that another value reaches the check whose error states what was expected
     Numbers = ScoresLike = CurvesLike = CoverageLike = TimesLike = Any
     StabilityLike = TableLike = HeadChoice = Clip = Pictured = Any

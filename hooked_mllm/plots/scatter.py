@@ -22,14 +22,13 @@ def scatter(
     Args:
         x: Head scores, or plain numbers `[layer head]`, across.
         y: The same, up.
-        label: How many heads of the top of either score get their names: a number (all, if there are fewer) or a share;
-            or which heads.
+        label: How many heads of the top of either score get their names (int), which share (float), or which heads.
         diagonal: Draw the line where both are equal, for scores of one unit.
         title: Above the dots; the Spearman coefficient and the number of heads by default.
 
     Raises:
-        HeadError: scores of models of different shape, fewer than two heads in common, or a share outside [0, 1].
-        NumericsError: all the scores of one are equal.
+        HeadError: For scores of models of different shape, fewer than two heads in common, or a share outside [0, 1].
+        NumericsError: If all the scores of one are equal.
 
     Examples:
         >>> import numpy as np

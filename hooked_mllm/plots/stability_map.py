@@ -4,10 +4,9 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.plots.figure import SEQUENTIAL, new_figure
+from hooked_mllm.plots.figure import SEQUENTIAL, integer_ticks, new_figure
 from hooked_mllm.plots.protocols import StabilityLike, TaskAgreement
 
 
@@ -18,10 +17,10 @@ def stability_map(stability: StabilityLike, *, title: str | None = None) -> Figu
 
     Args:
         stability: What `hooked_mllm.metrics.stability` returns.
-        title: Above both; none by default.
+        title: Above both.
 
     Raises:
-        InputError: something else.
+        InputError: For anything else.
 
     Examples:
         >>> from hooked_mllm import HeadScores
@@ -35,10 +34,9 @@ def stability_map(stability: StabilityLike, *, title: str | None = None) -> Figu
     tasks, n = stability.tasks, len(stability.tasks)
     n_layers, n_heads = stability.counts.shape
     side = max(3.2, 0.8 * n + 1.2)
-    figure = new_figure(side + max(5.0, 0.16 * n_heads + 2.0), max(side, 0.16 * n_layers + 1.2))
+    figure = new_figure(side + max(5.0, 0.16 * n_heads + 2.0), max(side, 0.16 * n_layers + 1.2), title)
     left, right = figure.subplots(1, 2)
-    matrix = stability.spearman
-    low = min(0.0, float(matrix.min()))
+    matrix, low = stability.spearman, min(0.0, float(stability.spearman.min()))
     image = left.imshow(matrix, cmap="viridis", vmin=low, vmax=1.0)
     for i, j in np.ndindex(n, n):
         light = (matrix[i, j] - low) / (1.0 - low) > 0.6
@@ -50,11 +48,8 @@ def stability_map(stability: StabilityLike, *, title: str | None = None) -> Figu
     colours = matplotlib.colormaps[SEQUENTIAL].resampled(n + 1)
     norm = BoundaryNorm(np.arange(-0.5, n + 1), n + 1)
     counts = right.imshow(stability.counts.numpy(), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    for axis in (right.xaxis, right.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    integer_ticks(right)
     share = 100 - stability.percentile
     right.set(xlabel="head", ylabel="layer", title=f"(b) tasks in which a head is in the top {share:g} %")
     figure.colorbar(counts, ax=right, ticks=range(n + 1), label="number of tasks", shrink=0.8)
-    if title:
-        figure.suptitle(title)
     return figure

@@ -21,7 +21,7 @@ def table_map(table: TableLike, *, title: str | None = None, cmap: str | Colorma
         cmap: Colour map of matplotlib; one with white at zero where there are negative effects.
 
     Raises:
-        InputError: something else.
+        InputError: For anything else.
 
     Examples:
         >>> from hooked_mllm.metrics import CausalTable
@@ -33,11 +33,10 @@ def table_map(table: TableLike, *, title: str | None = None, cmap: str | Colorma
         raise InputError(f"expected a CausalTable, got {type(table).__name__}")
     values = table.values.numpy()
     n_layers, n_columns = values.shape
-    figure = new_figure(
-        float(np.clip(0.3 * n_columns + 2.0, 4.0, 12.0)), float(np.clip(0.22 * n_layers + 1.2, 2.6, 9.0))
-    )
+    width, height = np.clip(0.3 * n_columns + 2.0, 4.0, 12.0), np.clip(0.22 * n_layers + 1.2, 2.6, 9.0)
+    figure = new_figure(float(width), float(height))
     axes = figure.add_subplot()
-    colours, norm = colour_scale(values, None, None, cmap)
+    colours, norm = colour_scale(values, cmap=cmap)
     image = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest", origin="lower")
     step = -(-n_columns // MOST_TICKS)
     shown = range(0, n_columns, step)

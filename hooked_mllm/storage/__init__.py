@@ -1,11 +1,6 @@
-"""The one way to disk: every file of the package is written and read here.
+"""The one way to disk: atomic writes (`writing`), JSON and safetensors by kind (`files`), and checkpoints of runs.
 
-- `writing`: the folder is made, the content goes to a temporary place next to the file and is renamed, so that a
-  reader, another thread or another process finds the old file or the new one. Permissions follow the umask.
-- `files`: JSON and safetensors, never a pickle. Each file states its kind; a safetensors file holds a digest.
-- `checkpoint`: what an interrupted run continues from.
-
-Whatever the operating system or a damaged file reports becomes a `CacheFileError`.
+Errors of the operating system and damaged files become a `CacheFileError`.
 """
 
 from hooked_mllm.storage.checkpoint import Checkpoint as Checkpoint

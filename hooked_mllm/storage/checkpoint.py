@@ -13,15 +13,12 @@ from hooked_mllm.errors import CacheFileError
 from hooked_mllm.storage.files import from_lists, read_bytes, read_json, read_tensors, restoring, write_tensors
 from hooked_mllm.storage.writing import ready
 
-#: characters of a setting that an error shows
-_SHOWN = 40
-
 
 class Checkpoint:
     """Arrays of a run that may be interrupted, in a file that states which run they belong to.
 
     Args:
-        path: The file; None keeps nothing. It is checked to be writable here.
+        path: The file, checked to be writable; None keeps nothing.
         kind: The kind of the file.
         identity: What makes a run the same, as values that JSON can hold: model, settings, samples.
 
@@ -32,14 +29,10 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str] | None, kind: str, identity: Mapping[str, Any]) -> None:
         self.path = ready(path)
         self.kind = kind
-        self.identity = _as_read(identity)
+        self.identity = _parsed(identity)
 
     def read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the header that an earlier call of this run wrote; None where there is no file.
-
-        Raises:
-            CacheFileError: If the file is damaged, or the checkpoint of another run.
-        """
+        """The tensors and the header that an earlier call of this run wrote; None where there is no file."""
         if self.path is None or not self.path.exists():
             return None
         tensors, header = read_tensors(self.path, self.kind)
@@ -52,20 +45,20 @@ class Checkpoint:
             write_tensors(self.path, self.kind, tensors, {"identity": self.identity, **header})
 
     def check(self, header: Mapping[str, Any]) -> None:
-        """Compare the identity in the header of the file with that of this run.
-
-        Raises:
-            CacheFileError: If they differ, with the settings that do.
-        """
+        """Raise `CacheFileError` with the differences if the header of the file has another identity than this run."""
         with restoring(str(self.path)):
             # "settings" in files of earlier versions
-            kept = _as_read(dict(header["settings"] if "settings" in header else header["identity"]))
-        names = [name for name in {**self.identity, **kept} if kept.get(name) != self.identity.get(name)]
-        if names:
-            differences = ", ".join(_difference(name, kept.get(name), self.identity.get(name)) for name in names)
+            kept = _parsed(dict(header["settings"] if "settings" in header else header["identity"]))
+        differences = []
+        for name in {**self.identity, **kept}:
+            if kept.get(name) != self.identity.get(name):
+                texts = [json.dumps(identity.get(name)) for identity in (kept, self.identity)]
+                short = max(map(len, texts)) <= 40
+                differences.append(f"{name} ({texts[0]} in the file, {texts[1]} now)" if short else name)
+        if differences:
             raise CacheFileError(
-                f"{self.path} is the checkpoint of another run: it differs in {differences}. Use another file, or the "
-                "same model, settings and samples."
+                f"{self.path} is the checkpoint of another run: it differs in {', '.join(differences)}. Use another "
+                "file, or the same model, settings and samples."
             )
 
 
@@ -73,9 +66,9 @@ class ValueCheckpoint(Checkpoint):
     """A checkpoint of values `[variant sample]`, NaN where none was measured yet.
 
     Args:
-        path: The file; None keeps nothing.
-        identity: What makes a run the same: settings, objective, model, heads, samples.
-        shape: (variants, samples); of an ablation curve, its sets of heads.
+        path: As in `Checkpoint`.
+        identity: As in `Checkpoint`.
+        shape: (variants, samples).
 
     Raises:
         CacheFileError: If the file cannot be written, is damaged, or is the checkpoint of another run.
@@ -119,11 +112,6 @@ class ValueCheckpoint(Checkpoint):
             self._unsaved = 0
 
 
-def _as_read(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity as it will be read again; NaN and infinities, which JSON does not have, as text."""
+def _parsed(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity after a round trip through JSON; NaN and infinities, which JSON does not have, as text."""
     return json.loads(json.dumps(identity), parse_constant=str)
-
-
-def _difference(name: str, kept: object, now: object) -> str:
-    texts = [json.dumps(value) for value in (kept, now)]
-    return f"{name} ({texts[0]} in the file, {texts[1]} now)" if max(map(len, texts)) <= _SHOWN else name

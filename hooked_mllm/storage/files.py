@@ -45,7 +45,7 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
     """Read a JSON file of this kind.
 
     Raises:
-        CacheFileError: If the file is missing, damaged, nested too deeply, a pickle, or of another kind.
+        CacheFileError: If the file is missing, damaged, a pickle, or of another kind.
     """
     path = as_path(path)
     raw = read_bytes(path)
@@ -67,24 +67,21 @@ def read_tensors(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str, T
     path = as_path(path)
     for _ in range(_ATTEMPTS):
         with _opened(path) as file:
-            # safetensors opens the file twice by its name: if it is still this file, both were
             try:
-                content = _load_tensors(path, kinds)
-            except CacheFileError:
-                if _is_at(path, file):
-                    raise
-            else:
-                if _is_at(path, file):
-                    return content
+                outcome = _load_tensors(path, kinds)
+            except CacheFileError as error:
+                outcome = error
+            # safetensors opens the path twice: if it is still this file, both were
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                if isinstance(outcome, CacheFileError):
+                    raise outcome
+                return outcome
     raise CacheFileError(f"{path} cannot be read: it was replaced in each of {_ATTEMPTS} attempts.")
 
 
 @contextmanager
 def restoring(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Report errors of rebuilding an object from the content of `path` as a damaged file.
-
-    Raises:
-        CacheFileError: If a field is missing, or of a type or value that the object does not accept.
+    """Report errors of rebuilding an object from the content of `path` as a `CacheFileError`: a damaged file.
 
     Examples:
         >>> with restoring("scores.json"):
@@ -127,11 +124,7 @@ def from_lists(values: Any) -> np.ndarray:
 
 
 def described(header: Mapping[str, Any]) -> dict[str, Any]:
-    """The name and the provenance in a header, as arguments of what has both.
-
-    Raises:
-        KeyError: If one of them is missing.
-        TypeError: If they are no text and no mapping.
+    """The name (text) and the provenance (a dictionary) in a header, as arguments of what has both.
 
     Examples:
         >>> described({"kind": "scores", "name": "RAM", "provenance": {}})
@@ -143,11 +136,8 @@ def described(header: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "provenance": provenance}
 
 
-# -- internals --------------------------------------------------------------------------------------------------------
-
-
 def _tag(kind: str) -> str:
-    """Under which key a file states its kind: kinds with a version, "name/2", are stored as "format"."""
+    """The key under which a file states its kind: "format" for kinds with a version, such as "name/2"."""
     return "format" if "/" in kind else "kind"
 
 
@@ -175,8 +165,7 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def _load_tensors(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            header = _check_kind(path, kinds, header)
+            header = _check_kind(path, kinds, json.loads((file.metadata() or {}).get(_HEADER, "null")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         digest = header.pop("digest", None)
         unchanged = digest is None or digest == _digest(header, tensors)
@@ -201,16 +190,8 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise CacheFileError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _is_at(path: Path, file: BinaryIO) -> bool:
-    return os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
 def read_bytes(path: Path, n: int = -1) -> bytes:
-    """The first `n` bytes of a file, or all.
-
-    Raises:
-        CacheFileError: If it cannot be read.
-    """
+    """The first `n` bytes of a file, or all."""
     with _opened(path) as file:
         return file.read(n)
 
@@ -222,21 +203,19 @@ def _named(kinds: tuple[str, ...]) -> str:
 def _unreadable(path: Path, kinds: tuple[str, ...], form: str, error: Exception) -> CacheFileError:
     # only after reading failed: an intact safetensors file may begin with these bytes, too
     if read_bytes(path, 4).startswith(_PICKLE):
-        text = f"{path} is a pickle, which this library never loads; expected {_named(kinds)} ({form})."
-    elif isinstance(error, RecursionError):
-        text = f"{path} is damaged: its {form} is nested too deeply; expected {_named(kinds)}."
-    else:
-        text = f"{path} is damaged or no {form} file ({error}); expected {_named(kinds)}."
-    return CacheFileError(text)
+        return CacheFileError(f"{path} is a pickle, which this library never loads; expected {_named(kinds)} ({form}).")
+    if isinstance(error, RecursionError):
+        return CacheFileError(f"{path} is damaged: its {form} is nested too deeply; expected {_named(kinds)}.")
+    return CacheFileError(f"{path} is damaged or no {form} file ({error}); expected {_named(kinds)}.")
 
 
 def _check_kind(path: Path, kinds: tuple[str, ...], content: Any) -> dict[str, Any]:
-    found = content.get("kind", content.get("format")) if isinstance(content, dict) else None
-    if found in kinds:
+    kind = content.get("kind", content.get("format")) if isinstance(content, dict) else None
+    if kind in kinds:
         return content
-    if not isinstance(found, str):
+    if not isinstance(kind, str):
         raise CacheFileError(f"{path} holds something else; expected {_named(kinds)}.")
-    text = f"{path} holds {repr(found) if '/' in found else found}; expected {_named(kinds)}."
-    if "/" in found and found.split("/")[0] == kinds[-1].split("/")[0]:
+    text = f"{path} holds {repr(kind) if '/' in kind else kind}; expected {_named(kinds)}."
+    if "/" in kind and kind.split("/")[0] == kinds[-1].split("/")[0]:
         text += " It was written by another version of hooked_mllm: use another file, or that version."
     raise CacheFileError(text)

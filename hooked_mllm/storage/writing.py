@@ -40,10 +40,7 @@ def ready(path: None) -> None: ...
 @overload
 def ready(path: str | os.PathLike[str]) -> Path: ...
 def ready(path: object) -> Path | None:
-    """Make the folder of a file and check that the file can be written, before the work whose result it will hold.
-
-    Args:
-        path: The file that will be written; None, where nothing is to be written, is returned as it is.
+    """Make the folder of a file and check that the file can be written; None is returned as it is.
 
     Raises:
         CacheFileError: If the path is a folder, or its folder cannot be made or written to.
@@ -75,16 +72,14 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any])
     """Let `write` fill a temporary file, then rename it to `path`.
 
     The temporary file has the name of `path`, in a private folder next to it, ".NAME.MACHINE.PID.TOKEN.tmp". A folder
-    that a killed process left is removed by the next write to `path`, once its process no longer exists on this
-    machine, or after a day.
+    that a killed process left is removed by the next write to `path`, or after a day.
 
     Args:
         path: The file; its folder is made.
         write: Writes the content to the path that it is called with.
 
     Raises:
-        CacheFileError: If the file cannot be written: disk full, no permission, a folder of that name. What was there
-            before is unchanged.
+        CacheFileError: If the file cannot be written; a file that was there before is unchanged.
     """
     path = as_path(path)
     with _reported(path):
@@ -110,11 +105,7 @@ def write_figure(path: str | os.PathLike[str], figure: Any, **options: Any) -> N
 
 
 def as_path(path: object) -> Path:
-    """`path` as a `Path`.
-
-    Raises:
-        InputError: If it is no path.
-    """
+    """`path` as a `Path`; an `InputError` if it is none."""
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):
         raise InputError(f"Expected the path of a file, a str or pathlib.Path; got {path!r}.")
     return Path(path)
@@ -122,7 +113,7 @@ def as_path(path: object) -> Path:
 
 @contextmanager
 def _reported(path: Path) -> Iterator[None]:
-    """Report errors of the operating system in writing `path` as ours."""
+    """Report errors of the operating system in writing `path` as a `CacheFileError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -145,9 +136,8 @@ def _temporary(path: Path) -> Iterator[Path]:
     folder = path.with_name(f".{path.name[:40]}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         folder.mkdir(mode=0o700)
-        file = folder / path.name
-        file.touch()
-        yield file
+        (folder / path.name).touch()
+        yield folder / path.name
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -168,9 +158,10 @@ def _remove_stale(path: Path) -> None:
 @functools.cache
 def _machine() -> str:
     """A short name of what process numbers belong to: the host, and on Linux the namespace of the container."""
-    namespace = ""
-    with suppress(OSError):
+    try:
         namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    except OSError:
+        namespace = ""
     return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
 
 
@@ -181,6 +172,6 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:
+    except OSError:  # a process of another user
         return True
     return True

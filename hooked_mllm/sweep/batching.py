@@ -40,18 +40,7 @@ def peak_bytes(device: torch.device, fn: Callable[[], object]) -> int:
 
 
 class BatchSize:
-    """The number of variants in a batch.
-
-    Args:
-        tokens: Tokens of one variant: samples times positions.
-        device: The device of the model.
-        size: A fixed number; it is reduced when memory runs out.
-        block: Runs one block on a number of variants, to measure its memory.
-
-    Attributes:
-        now: Variants in a batch.
-        shrunk: How often it was reduced.
-    """
+    """The number of variants in a batch; `block` runs one block on a number of variants, to measure its memory."""
 
     def __init__(
         self,
@@ -73,34 +62,18 @@ class BatchSize:
             per_variant = max(of_two - of_one, 1) * SLACK
             self.now = int(min(self.now, max(1.0, SHARE * free / per_variant)))
 
-    def shrink(self) -> None:
-        """Halve it."""
-        self.now = max(1, self.now // 2)
-        self.shrunk += 1
-
     def split(self, items: Sequence[T], factor: int = 1) -> Iterator[Sequence[T]]:
         """Batches of nearly equal size, of at most `factor * now` items at the time when each is taken."""
-        start = 0
-        while start < len(items):
-            remaining = len(items) - start
-            n_batches = -(-remaining // (self.now * factor))
-            size = -(-remaining // n_batches)
-            yield items[start : start + size]
-            start += size
+        while items:
+            n_batches = -(-len(items) // (self.now * factor))
+            size = -(-len(items) // n_batches)
+            yield items[:size]
+            items = items[size:]
 
     def run(
         self, items: Sequence[T], fn: Callable[[Sequence[T]], R], factor: int = 1
     ) -> Iterator[tuple[Sequence[T], R]]:
-        """Call `fn` on every batch; a batch that runs out of memory is repeated in halves.
-
-        Args:
-            items: All items.
-            fn: Called on each batch.
-            factor: A batch has at most `factor * now` items, for items that are smaller than usual.
-
-        Raises:
-            torch.OutOfMemoryError: If a single item does not fit.
-        """
+        """Call `fn` on batches of at most `factor * now` items; one that runs out of memory is repeated in halves."""
         for batch in self.split(items, factor):
             pending = [batch]
             while pending:
@@ -119,7 +92,8 @@ class BatchSize:
                     continue
                 # outside the handler, whose traceback would keep the batch's tensors alive
                 while self.now > 1 and self.now * factor >= len(part):
-                    self.shrink()
+                    self.now //= 2
+                    self.shrunk += 1
                 if torch.cuda.is_available():
                     gc.collect()
                     torch.cuda.empty_cache()

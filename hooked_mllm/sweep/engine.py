@@ -1,7 +1,7 @@
 """Sweep: many variants of a run in batches, each computed from the first block that it changes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, NumericsError
-from hooked_mllm.hooks import Handle, HookPoint
 from hooked_mllm.inputs.resolve import ModelInput
 from hooked_mllm.interventions.base import Edit
 from hooked_mllm.objectives.function import ObjectiveLike
@@ -35,11 +34,9 @@ MAX_BATCH_FACTOR = 8
 class Sweep:
     r"""One run, and an objective of many variants of it.
 
-    A variant that edits block l changes nothing before block l. The run is made once and the residual stream entering
-    each block is kept; a variant starts at the first block that it edits, and variants that start at the same block
-    share a batch. If variants edit only late positions, only these are computed again: earlier positions do not depend
-    on them, and their keys and values are those of the clean run. The values are those of a loop with one forward pass
-    for each variant, within floating-point noise (in bfloat16 the order of summation depends on the batch).
+    A variant starts at the first block that it edits, from the recorded residual stream, and variants that start at the
+    same block share a batch. If variants edit only late positions, only these are computed again. The values are those
+    of one forward pass for each variant, within floating-point noise.
 
     Variants that edit something outside the decoder blocks (the vision tower, the embedding, the logits) are run as
     whole forward passes. Registered hooks and interventions apply to every run.
@@ -52,8 +49,7 @@ class Sweep:
         corrupted: The other run of a pair, for objectives that compare two.
         batch_size: Variants in a batch; None: set by free memory. It is reduced when memory runs out.
         offload: The device that keeps the residual streams: "auto", "device" or "cpu".
-        compile: Run blocks without hooks through `torch.compile`, which takes about half a minute: for many heads of a
-            large model on a GPU.
+        compile: Compile blocks without hooks, which takes about half a minute.
 
     Attributes:
         clean: The objective without any variant, `[sample]`.
@@ -101,8 +97,10 @@ class Sweep:
         clean_is_missing = bound.objective.needs_clean and bound.clean is None
         self.bound = bound.with_clean(logits) if clean_is_missing else bound
         self.clean = self._finite(self.bound(logits).detach()[None], ())[0]
-        tokens = self.inputs.batch * self.inputs.length
-        self.batch = BatchSize(tokens, model.device, batch_size, self._run_last_block)
+        last, tokens = self.trunk.n_layers - 1, self.inputs.batch * self.inputs.length
+        self.batch = BatchSize(
+            tokens, model.device, batch_size, lambda n: self.trunk.resume(last, self.trunk.start(last, n))
+        )
 
     def run(
         self,
@@ -182,13 +180,11 @@ class Sweep:
         for index, variant in enumerate(part):
             for name, edit in variant.edits:
                 edits.setdefault(name, []).append((index, edit))
-        added: list[tuple[HookPoint, Handle]] = []
-        try:
+        batch, attached = self.inputs.batch, self.model.registry.attached
+        with ExitStack() as stack:
             for name, edits_here in edits.items():
-                added += self.model.registry.attach(name, edit_by_variant(edits_here, self.inputs.batch, len(part)))
+                stack.enter_context(attached(name, edit_by_variant(edits_here, batch, len(part))))
             yield
-        finally:
-            self.model.registry.detach(added)
 
     def _whole(self, variant: Prepared) -> Float[Tensor, " sample"]:
         with self.model.intervene(*variant.interventions), torch.no_grad():
@@ -218,7 +214,3 @@ class Sweep:
         width = torch.finfo(self.model.dtype).bits // 8
         needed = (cfg.n_layers + 1) * self.inputs.batch * self.inputs.length * cfg.d_model * width
         return torch.device("cpu") if needed > KEEP_SHARE * free else None
-
-    def _run_last_block(self, repeats: int) -> None:
-        layer = self.trunk.n_layers - 1
-        self.trunk.resume(layer, self.trunk.start(layer, repeats))

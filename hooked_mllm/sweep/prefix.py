@@ -10,10 +10,7 @@ from hooked_mllm.attention.site import AttentionCall
 
 @dataclass
 class Prefix:
-    """Replaces the KV cache of transformers for one call of one block, with `repeats` rows of each sample.
-
-    Keys and values before position `first` are those of the block's recorded call.
-    """
+    """A KV cache for one call of a block: recorded keys and values before position `first`, `repeats` per sample."""
 
     call: AttentionCall
     first: int

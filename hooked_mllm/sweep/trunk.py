@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hooked_mllm.attention.site import AttentionCall
 from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
+from hooked_mllm.measuring.shared_prefix import tapping
 from hooked_mllm.objectives import gather_logits
 from hooked_mllm.sweep.prefix import Prefix, suffix_mask
 
@@ -44,13 +45,7 @@ class Trunk:
     @classmethod
     @torch.no_grad()
     def record(cls, model: Model, inputs: ResolvedInput, device: torch.device | str | None = None) -> "Trunk":
-        """Run the model once, with the hooks that are registered, and keep what enters each block.
-
-        Args:
-            model: A `HookedMLLM`.
-            inputs: The inputs of the run.
-            device: The device that keeps the residual streams; None for that of each block.
-        """
+        """Run the model once, with its hooks; `device` keeps the residual streams, by default that of each block."""
         trunk = cls(model, inputs)
         family, hf = model.family, model.hf_model
         blocks = hf.get_submodule(family.text.blocks)
@@ -67,12 +62,9 @@ class Trunk:
             keep(args[0] if args else arguments.pop("hidden_states"))
             trunk.arguments.append(arguments)
 
-        def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
-            keep(args[0])
-
         # before the hooks of hook points, whose edits are made again when the run is resumed
         handles = [block.register_forward_pre_hook(enter_block, prepend=True, with_kwargs=True) for block in blocks]
-        handles.append(model.ln_final.register_forward_pre_hook(leave, prepend=True))
+        handles.append(model.ln_final.register_forward_pre_hook(lambda _, args: keep(args[0]), prepend=True))
         handles.append(hf.get_submodule(family.language_model).register_forward_pre_hook(enter, with_kwargs=True))
         try:
             model.run_trunk(inputs)
@@ -90,15 +82,8 @@ class Trunk:
     def attention(self) -> list[AttentionCall]:
         """Keys, values and masks of every block, which the end of the sequence needs of its beginning."""
         calls: list[AttentionCall] = []
-        sites = self.model.wiring.text
-        try:
-            for site in sites:
-                site.add_tap(calls.append)
-            with torch.no_grad():
-                self.model.run_trunk(self.inputs)
-        finally:
-            for site in sites:
-                site.remove_tap(calls.append)
+        with tapping(self.model, calls.append), torch.no_grad():
+            self.model.run_trunk(self.inputs)
         for call in calls:
             call.q = call.q[:0]  # not needed, and of the size of the residual stream
         return calls
@@ -127,7 +112,7 @@ class Trunk:
     def resume(
         self, layer: int, residual: Float[Tensor, "row pos d_model"], stop: int | None = None, first: int = 0
     ) -> Float[Tensor, "row pos d_model"]:
-        """Run the blocks from `layer` on, with their hooks.
+        """Run the blocks from `layer` to before `stop` (None: all), with their hooks.
 
         Args:
             layer: The first block to run.

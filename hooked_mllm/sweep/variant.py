@@ -22,22 +22,14 @@ else:  # at run time anything, so that another value reaches the check whose err
 
 @dataclass(frozen=True)
 class Prepared:
-    """A variant, checked against the model.
+    """A variant, checked against the model."""
 
-    Attributes:
-        number: Its index among all variants.
-        edits: Names of hook points with the edits there.
-        layer: The first block that it changes; None if it edits something outside the blocks.
-        last: The last block that it edits.
-        first: The first position that it changes.
-    """
-
-    number: int
+    number: int  # its index among all variants
     interventions: tuple[Intervention, ...]
-    edits: tuple[tuple[str, Edit], ...]
-    layer: int | None
-    last: int
-    first: int
+    edits: tuple[tuple[str, Edit], ...]  # by names of hook points
+    layer: int | None  # the first block that it changes; None if it edits something outside the blocks
+    last: int  # the last block that it edits
+    first: int  # the first position that it changes
 
 
 def prepare(model: Model, variants: Sequence[Variant], inputs: ResolvedInput) -> list[Prepared]:
@@ -61,13 +53,7 @@ def prepare(model: Model, variants: Sequence[Variant], inputs: ResolvedInput) ->
 
 
 def edit_by_variant(edits: Sequence[tuple[int, Edit]], samples: int, repeats: int) -> HookFunction:
-    """One hook that applies to each variant of a batch its own edit.
-
-    Args:
-        edits: Indices of variants in the batch, each with its edit.
-        samples: Samples in the run.
-        repeats: Variants in the batch; row `sample * repeats + variant`.
-    """
+    """One hook that applies to each variant of a batch, by index, its own edit; row `sample * repeats + variant`."""
 
     def edit(activation: Tensor, hook: HookPoint) -> Tensor:
         out = activation.clone()

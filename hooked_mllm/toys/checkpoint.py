@@ -20,9 +20,6 @@ def bundled() -> tuple[str, ...]:
 def path(name: str) -> Path:
     """The folder of a bundled checkpoint, for `from_pretrained`.
 
-    Raises:
-        InputError: the package contains no checkpoint of that name.
-
     Examples:
         >>> path("toy-qwen3-vl").name
         'toy-qwen3-vl'

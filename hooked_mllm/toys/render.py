@@ -1,6 +1,7 @@
 """Draws pages (6 x 6 cells of 16 px) and videos (3 x 3 cells of 32 px): coloured shapes on grey noise."""
 
 from functools import cache
+from itertools import product
 
 import numpy as np
 from einops import rearrange, reduce
@@ -24,56 +25,35 @@ COLOR_JITTER = 14
 _OVERSAMPLE = 4
 
 
-def _inside(
-    name: str, x: Float[np.ndarray, " *points"], y: Float[np.ndarray, " *points"]
-) -> Bool[np.ndarray, " *points"]:
-    """True at the points of the square [-1, 1]^2 (y downwards) that belong to the shape."""
+def _inside(x: Float[np.ndarray, "row col"], y: Float[np.ndarray, "row col"]) -> Bool[np.ndarray, "shape row col"]:
+    """True at the points of the square [-1, 1]^2 (y downwards) that belong to each of `SHAPES`."""
     ax, ay = np.abs(x), np.abs(y)
     radius, angle = np.hypot(x, y), np.arctan2(x, -y)
     box = np.maximum(ax, ay) <= 0.92
-    match name:
-        case "circle":
-            return radius <= 1
-        case "square":
-            return box
-        case "triangle":
-            return (ax <= (y + 1) / 2) & (y <= 0.9)
-        case "diamond":
-            return ax + ay <= 1
-        case "plus":
-            return (np.minimum(ax, ay) <= 0.3) & (np.maximum(ax, ay) <= 1)
-        case "saltire":
-            return (np.abs(ax - ay) <= 0.38) & box
-        case "star":
-            return radius <= 0.72 + 0.28 * np.cos(5 * angle)
-        case "ring":
-            return (radius <= 1) & (radius >= 0.55)
-        case "frame":
-            return box & (np.maximum(ax, ay) >= 0.5)
-        case "heart":
-            lobes = (ax - 0.48) ** 2 + (y + 0.4) ** 2 <= 0.27
-            return lobes | ((ax * 0.98 + y * 0.9 <= 0.86) & (y >= -0.4) & (ax <= 0.98 - 0.6 * (y + 0.4) ** 2))
-        case "moon":
-            return (radius <= 1) & (np.hypot(x - 0.5, y) >= 0.8)
-        case "arrow":
-            return ((ax <= 0.28) & (ay <= 1)) | ((ax <= (y + 1) * 0.95) & (y <= 0))
-        case "hourglass":
-            return (ax <= ay) & box
-        case "bowtie":
-            return (ay <= ax) & box
-        case "pie":
-            return (radius <= 1) & ((x <= 0) | (y >= 0))
-        case "bar":
-            return (ay <= 0.38) & (ax <= 1)
-        case "pillar":
-            return (ax <= 0.38) & (ay <= 1)
-        case "tee":
-            return ((y <= -0.4) & box) | ((ax <= 0.28) & (ay <= 0.92))
-        case "stairs":
-            return box & (y >= np.floor((x + 0.92) * 1.63) * -0.62 + 0.3)
-        case "chevron":
-            return (np.abs(y - 0.55 * (2 * ax - 1)) <= 0.36) & (ax <= 1)
-    raise AssertionError(name)
+    lobes = (ax - 0.48) ** 2 + (y + 0.4) ** 2 <= 0.27
+    inside = {
+        "circle": radius <= 1,
+        "square": box,
+        "triangle": (ax <= (y + 1) / 2) & (y <= 0.9),
+        "diamond": ax + ay <= 1,
+        "plus": (np.minimum(ax, ay) <= 0.3) & (np.maximum(ax, ay) <= 1),
+        "saltire": (np.abs(ax - ay) <= 0.38) & box,
+        "star": radius <= 0.72 + 0.28 * np.cos(5 * angle),
+        "ring": (radius <= 1) & (radius >= 0.55),
+        "frame": box & (np.maximum(ax, ay) >= 0.5),
+        "heart": lobes | ((ax * 0.98 + y * 0.9 <= 0.86) & (y >= -0.4) & (ax <= 0.98 - 0.6 * (y + 0.4) ** 2)),
+        "moon": (radius <= 1) & (np.hypot(x - 0.5, y) >= 0.8),
+        "arrow": ((ax <= 0.28) & (ay <= 1)) | ((ax <= (y + 1) * 0.95) & (y <= 0)),
+        "hourglass": (ax <= ay) & box,
+        "bowtie": (ay <= ax) & box,
+        "pie": (radius <= 1) & ((x <= 0) | (y >= 0)),
+        "bar": (ay <= 0.38) & (ax <= 1),
+        "pillar": (ax <= 0.38) & (ay <= 1),
+        "tee": ((y <= -0.4) & box) | ((ax <= 0.28) & (ay <= 0.92)),
+        "stairs": box & (y >= np.floor((x + 0.92) * 1.63) * -0.62 + 0.3),
+        "chevron": (np.abs(y - 0.55 * (2 * ax - 1)) <= 0.36) & (ax <= 1),
+    }
+    return np.stack([inside[name] for name in SHAPES])
 
 
 @cache
@@ -84,14 +64,11 @@ def sprites(scale: int = 1) -> Float[np.ndarray, "shape variant row col"]:
     steps = ((np.arange(side * _OVERSAMPLE) + 0.5) / _OVERSAMPLE - side / 2) / scale
     y, x = np.meshgrid(steps, steps, indexing="ij")
     bank = np.empty((len(SHAPES), VARIANTS, side, side), np.float32)
-    for shape, name in enumerate(SHAPES):
-        for variant in range(VARIANTS):
-            radius = RADII[variant % len(RADII)]
-            dx = SHIFTS[variant // len(RADII) % len(SHIFTS)]
-            dy = SHIFTS[variant // (len(RADII) * len(SHIFTS))]
-            inside = _inside(name, (x - dx) / radius, (y - dy) / radius).astype(np.float32)
-            # a pixel's coverage is the mean of its subpixels
-            bank[shape, variant] = reduce(inside, "(row i) (col j) -> row col", "mean", i=_OVERSAMPLE, j=_OVERSAMPLE)
+    for variant, (dy, dx, radius) in enumerate(product(SHIFTS, SHIFTS, RADII)):
+        inside = _inside((x - dx) / radius, (y - dy) / radius).astype(np.float32)
+        # a pixel's coverage is the mean of its subpixels
+        to_pixels = "shape (row i) (col j) -> shape row col"
+        bank[:, variant] = reduce(inside, to_pixels, "mean", i=_OVERSAMPLE, j=_OVERSAMPLE)
     return bank
 
 
@@ -105,11 +82,6 @@ def draw(
     """Draw object i, shape `shapes[i]` in colour `colors[i]`, into cell `cells[i]`; everything else is grey noise.
 
     Cells are numbered page by page, row by row. Size, shift, shade and noise are drawn from `rng`.
-
-    Examples:
-        >>> rng = np.random.default_rng(0)
-        >>> draw(rng, 1, np.array([6]), np.array([0]), np.array([35])).shape  # a red star, bottom right
-        (1, 96, 96, 3)
     """
     # [cell row col channel], noise first, so that it is added to the objects too
     canvas = rng.integers(-NOISE, NOISE + 1, (pages * GRID * GRID, CELL, CELL, 3), dtype=np.int16)
@@ -130,11 +102,6 @@ def draw_moments(
     """As `draw`, on 3 x 3 cells of 32 px, with two frames per moment that differ only in their noise.
 
     Cells are numbered moment by moment, row by row.
-
-    Examples:
-        >>> rng = np.random.default_rng(0)
-        >>> draw_moments(rng, 4, np.array([6]), np.array([0]), np.array([9])).shape  # a red star, second moment
-        (8, 96, 96, 3)
     """
     canvas = np.full((moments * VIDEO_GRID**2, VIDEO_CELL, VIDEO_CELL, 3), BACKGROUND, np.float32)
     canvas[cells] = _paint(rng, sprites(VIDEO_SCALE), shapes, colors)

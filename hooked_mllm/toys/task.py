@@ -1,7 +1,7 @@
 """Synthetic visual retrieval: find one shape among sixteen on the pages, and name its colour."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
@@ -29,8 +29,7 @@ class Turn:
     """One question about a scene.
 
     Attributes:
-        question: The question.
-        answer: A colour word.
+        question: What is asked; the answer is a colour word.
         shape: The shape that the question is about.
         target: The shape's cell, in pixels.
         part: The number of its page or moment.
@@ -58,7 +57,7 @@ class Scene:
 class Example:
     """One question, as arguments of `HookedMLLM.prepare`: images, question, answer, target, and the filler as `system`.
 
-    Without filler words `system` is None, the argument of `prepare` for a prompt without a system text.
+    `system` is None without filler words.
     """
 
     images: list[Image.Image]
@@ -77,6 +76,11 @@ class Retrieval(ABC, Generic[ExampleT]):
     """The base of the tasks on pages and on videos: example i of a seed is always the same."""
 
     answers: tuple[str, ...] = tuple(COLORS)
+    #: numbers of the seed in front of the task's own, so that pages and videos have different random numbers
+    _seed_prefix: tuple[int, ...] = ()
+    #: cells of a page or moment
+    _part_cells: int
+    _n_objects: int
 
     def __init__(self, seed: int, filler: int, split: Split) -> None:
         if split not in SPLITS:
@@ -88,15 +92,51 @@ class Retrieval(ABC, Generic[ExampleT]):
         """Example `index`: the first question of scene `index`."""
 
     @abstractmethod
+    def _cells(self, rng: np.random.Generator) -> Int[np.ndarray, " object"]:
+        """The cell of each object, numbered page by page or moment by moment."""
+
+    @abstractmethod
+    def _target(self, part: int, cell: int) -> Box | Frames:
+        """A cell of a page or moment, in pixels."""
+
+    @abstractmethod
+    def _draw(self, rng: np.random.Generator, *objects: Int[np.ndarray, " object"]) -> UInt8[np.ndarray, "n 96 96 3"]:
+        """The pictures of shapes, colours and cells."""
+
+    def scene(self, index: int, turns: int = 1) -> Scene:
+        """Scene `index` with its first `turns` questions, each about a different shape."""
+        n = self._n_objects
+        if index < 0 or not 1 <= turns <= n:
+            raise InputError(f"expected index >= 0 and 1 <= turns <= {n}, got {index=}, {turns=}")
+        rng = np.random.default_rng([SPLITS[self.split], *self._seed_prefix, self.seed, index])
+        shapes = rng.permutation(len(SHAPES))[:n]
+        colors = rng.integers(0, len(COLORS), n)
+        cells = self._cells(rng)
+        # the words are drawn before the pixels
+        order, templates = rng.permutation(n), rng.integers(0, len(TEMPLATES), n)
+        system = " ".join(FILLER[word] for word in rng.integers(0, len(FILLER), self.filler))
+        questions = []
+        for template, item in zip(templates[:turns], order[:turns], strict=True):
+            shape, (part, cell) = SHAPES[shapes[item]], divmod(int(cells[item]), self._part_cells)
+            question, answer = TEMPLATES[template].format(shape), self.answers[colors[item]]
+            questions.append(Turn(question, answer, shape, self._target(part, cell), part, cell))
+        return Scene(self._draw(rng, shapes, colors, cells), system, tuple(questions))
+
     def prepared(self, model: Prepares, example: ExampleT, answer: bool = False) -> Sample:
         """The example as a `Sample` of the model, with its answer appended to the prompt if `answer`."""
+        arguments = {name: value for name, value in vars(example).items() if name not in ("video", "shape")}
+        if "video" in vars(example):
+            arguments["videos"] = vars(example)["video"]
+        if not answer:
+            arguments["answer"] = None
+        return model.prepare(**arguments)
 
     def examples(self, n: int, start: int = 0) -> Iterator[ExampleT]:
         """Examples `start` to `start + n - 1`."""
         return (self.example(i) for i in range(start, start + n))
 
     def samples(self, model: Prepares, n: int, start: int = 0, answer: bool = False) -> list[Sample]:
-        """The same examples as samples of the model, through `model.prepare`.
+        """Examples `start` to `start + n - 1` as samples of the model, through `model.prepare`.
 
         Args:
             model: A `HookedMLLM`, or another object with its `prepare`.
@@ -105,37 +145,6 @@ class Retrieval(ABC, Generic[ExampleT]):
             answer: Append the answer to the prompt as well.
         """
         return [self.prepared(model, example, answer) for example in self.examples(n, start)]
-
-    def _script(
-        self,
-        rng: np.random.Generator,
-        shapes: Int[np.ndarray, " object"],
-        colors: Int[np.ndarray, " object"],
-        cells: Int[np.ndarray, " object"],
-        part_cells: int,
-        target: Callable[[int, int], Box | Frames],
-        turns: int,
-    ) -> tuple[str, tuple[Turn, ...]]:
-        """The filler words of a scene and its first `turns` questions.
-
-        Args:
-            rng: The random numbers of the scene.
-            shapes: The shape of each object.
-            colors: The colour of each object.
-            cells: The cell of each object, numbered over all parts.
-            part_cells: Number of cells of a page or moment.
-            target: The region of a part and a cell.
-            turns: Number of questions.
-        """
-        n, names = len(shapes), tuple(COLORS)
-        order, templates = rng.permutation(n), rng.integers(0, len(TEMPLATES), n)
-        system = " ".join(FILLER[word] for word in rng.integers(0, len(FILLER), self.filler))
-        questions = []
-        for template, item in zip(templates[:turns], order[:turns], strict=True):
-            shape, (part, cell) = SHAPES[shapes[item]], divmod(int(cells[item]), part_cells)
-            question = TEMPLATES[template].format(shape)
-            questions.append(Turn(question, names[colors[item]], shape, target(part, cell), part, cell))
-        return system, tuple(questions)
 
 
 class VisualRetrieval(Retrieval[Example]):
@@ -152,14 +161,13 @@ class VisualRetrieval(Retrieval[Example]):
         objects: Shapes per example, 1 to 16.
         split: "test" (the default) is never trained on; `examples/train_toy.py` draws from "train".
 
-    Raises:
-        InputError: pages < 1, filler < 0, an unknown split, or `objects` out of range.
-
     Examples:
         >>> example = VisualRetrieval(seed=0, pages=2, filler=3).example(0)
         >>> len(example.images), example.answer in COLORS
         (2, True)
     """
+
+    _part_cells = GRID**2
 
     def __init__(
         self, seed: int = 0, pages: int = 4, filler: int = 48, split: Split = "test", objects: int = OBJECTS
@@ -169,7 +177,7 @@ class VisualRetrieval(Retrieval[Example]):
         super().__init__(seed, filler, split)
         if not 1 <= objects <= OBJECTS:
             raise InputError(f"expected 1 <= objects <= {OBJECTS}, got {objects=}")
-        self.pages, self.objects = pages, objects
+        self.pages, self.objects, self._n_objects = pages, objects, objects
 
     def __repr__(self) -> str:
         more = "" if self.objects == OBJECTS else f", objects={self.objects}"
@@ -177,18 +185,15 @@ class VisualRetrieval(Retrieval[Example]):
             f"VisualRetrieval(seed={self.seed}, pages={self.pages}, filler={self.filler}, split={self.split!r}{more})"
         )
 
-    def scene(self, index: int, turns: int = 1) -> Scene:
-        """Scene `index` with its first `turns` questions (at most `objects`, each about a different shape)."""
-        n = self.objects
-        if index < 0 or not 1 <= turns <= n:
-            raise InputError(f"expected index >= 0 and 1 <= turns <= {n}, got {index=}, {turns=}")
-        rng = np.random.default_rng([SPLITS[self.split], self.seed, index])
-        shapes = rng.permutation(len(SHAPES))[:n]
-        colors = rng.integers(0, len(COLORS), n)
-        cells = rng.permutation(self.pages * GRID**2)[:n]
-        # the words are drawn before the pixels
-        system, questions = self._script(rng, shapes, colors, cells, GRID**2, _cell_box, turns)
-        return Scene(draw(rng, self.pages, shapes, colors, cells), system, questions)
+    def _cells(self, rng: np.random.Generator) -> Int[np.ndarray, " object"]:
+        return rng.permutation(self.pages * GRID**2)[: self.objects]
+
+    def _target(self, part: int, cell: int) -> Box:
+        row, col = divmod(cell, GRID)
+        return Box(col * CELL, row * CELL, (col + 1) * CELL, (row + 1) * CELL, image=part)
+
+    def _draw(self, rng: np.random.Generator, *objects: Int[np.ndarray, " object"]) -> UInt8[np.ndarray, "n 96 96 3"]:
+        return draw(rng, self.pages, *objects)
 
     def example(self, index: int) -> Example:
         """Example `index`: the first question of scene `index`."""
@@ -199,7 +204,7 @@ class VisualRetrieval(Retrieval[Example]):
             question=turn.question,
             system=scene.system or None,
             answer=turn.answer,
-            target=_cell_box(turn.part, turn.cell),
+            target=self._target(turn.part, turn.cell),
             shape=turn.shape,
             id="/".join(
                 ["visual-retrieval", self.split, str(self.seed), f"{self.pages}p", f"{self.filler}w"]
@@ -207,19 +212,3 @@ class VisualRetrieval(Retrieval[Example]):
                 + [str(index)]
             ),
         )
-
-    def prepared(self, model: Prepares, example: Example, answer: bool = False) -> Sample:
-        """The example as a `Sample` of the model, with its answer appended to the prompt if `answer`."""
-        return model.prepare(
-            example.question,
-            images=example.images,
-            system=example.system,
-            answer=example.answer if answer else None,
-            target=example.target,
-            id=example.id,
-        )
-
-
-def _cell_box(page: int, cell: int) -> Box:
-    row, col = divmod(cell, GRID)
-    return Box(col * CELL, row * CELL, (col + 1) * CELL, (row + 1) * CELL, image=page)

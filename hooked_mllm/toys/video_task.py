@@ -3,26 +3,24 @@
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int, UInt8
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout.regions import Frames
 from hooked_mllm.toys.render import FRAMES, VIDEO_CELL, VIDEO_GRID, draw_moments
-from hooked_mllm.toys.task import SPLITS, Retrieval, Scene, Split
-from hooked_mllm.toys.vocabulary import COLORS, SHAPES
+from hooked_mllm.toys.task import Retrieval, Split
+from hooked_mllm.toys.vocabulary import SHAPES
 
 MOMENTS = (2, 3, 4)
 MOMENT_S = 1.0
-#: a part of the seed, so that videos and pages have different random numbers
-_VIDEO = 7
 
 
 @dataclass(frozen=True)
 class VideoExample:
     """One question, as arguments of `HookedMLLM.prepare`: video, question, answer, target, and the filler as `system`.
 
-    Without filler words `system` is None, the argument of `prepare` for a prompt without a system text.
+    `system` is None without filler words.
     """
 
     video: Video
@@ -50,16 +48,14 @@ class VideoRetrieval(Retrieval[VideoExample]):
         split: "test" (the default) is never trained on; `examples/train_toy.py` draws from "train".
         shapes: Shapes per moment, 1 to 9, and at most 20 in total.
 
-    Raises:
-        InputError: moments < 1, filler < 0, an unknown split, or `shapes` out of range.
-
     Examples:
         >>> example = VideoRetrieval(seed=0, moments=4).example(0)
-        >>> example.video
-        Video(8 frames of 96x96 px, 0 to 3.5 s, frames in memory)
         >>> example.target
         Frames(start_s=2.0, end_s=2.5, video=0, box=(64.0, 64.0, 96.0, 96.0))
     """
+
+    _seed_prefix = (7,)
+    _part_cells = VIDEO_GRID**2
 
     def __init__(
         self, seed: int = 0, moments: int = 4, filler: int = 48, split: Split = "test", shapes: int = 4
@@ -72,7 +68,7 @@ class VideoRetrieval(Retrieval[VideoExample]):
                 f"expected 1 <= shapes <= {VIDEO_GRID**2} per moment and at most {len(SHAPES)} in total, because no "
                 f"shape is used twice; got {shapes=} in each of {moments} moments"
             )
-        self.moments, self.shapes = moments, shapes
+        self.moments, self.shapes, self._n_objects = moments, shapes, moments * shapes
 
     def __repr__(self) -> str:
         return (
@@ -80,50 +76,30 @@ class VideoRetrieval(Retrieval[VideoExample]):
             f"shapes={self.shapes})"
         )
 
-    def scene(self, index: int, turns: int = 1) -> Scene:
-        """Scene `index` with its first `turns` questions (each about a different shape)."""
-        n, part_cells = self.moments * self.shapes, VIDEO_GRID**2
-        if index < 0 or not 1 <= turns <= n:
-            raise InputError(f"expected index >= 0 and 1 <= turns <= {n}, got {index=}, {turns=}")
-        rng = np.random.default_rng([SPLITS[self.split], _VIDEO, self.seed, index])
-        shapes = rng.permutation(len(SHAPES))[:n]
-        colors = rng.integers(0, len(COLORS), n)
-        in_moment = (rng.permutation(part_cells)[: self.shapes] for _ in range(self.moments))
-        cells = np.concatenate([moment * part_cells + drawn for moment, drawn in enumerate(in_moment)])
-        # the words are drawn before the pixels
-        system, questions = self._script(rng, shapes, colors, cells, part_cells, _region, turns)
-        return Scene(draw_moments(rng, self.moments, shapes, colors, cells), system, questions)
+    def _cells(self, rng: np.random.Generator) -> Int[np.ndarray, " object"]:
+        drawn = [rng.permutation(self._part_cells)[: self.shapes] for _ in range(self.moments)]
+        return np.concatenate([moment * self._part_cells + cells for moment, cells in enumerate(drawn)])
+
+    def _target(self, part: int, cell: int) -> Frames:
+        row, col = divmod(cell, VIDEO_GRID)
+        corner = (col * VIDEO_CELL, row * VIDEO_CELL, (col + 1) * VIDEO_CELL, (row + 1) * VIDEO_CELL)
+        start = part * MOMENT_S
+        # the end is the time of the moment's last frame: both ends belong to the region
+        return Frames(start, start + MOMENT_S * (FRAMES - 1) / FRAMES, box=corner)
+
+    def _draw(self, rng: np.random.Generator, *objects: Int[np.ndarray, " object"]) -> UInt8[np.ndarray, "n 96 96 3"]:
+        return draw_moments(rng, self.moments, *objects)
 
     def example(self, index: int) -> VideoExample:
         """Example `index`: the first question of scene `index`."""
         scene = self.scene(index)
         turn = scene.turns[0]
-        name = f"video-retrieval/{self.split}/{self.seed}/{self.moments}m/{self.filler}w/{self.shapes}o/{index}"
         return VideoExample(
             video=Video.from_frames(scene.pixels, fps=FRAMES / MOMENT_S),
             question=turn.question,
             system=scene.system or None,
             answer=turn.answer,
-            target=_region(turn.part, turn.cell),
+            target=self._target(turn.part, turn.cell),
             shape=turn.shape,
-            id=name,
+            id=f"video-retrieval/{self.split}/{self.seed}/{self.moments}m/{self.filler}w/{self.shapes}o/{index}",
         )
-
-    def prepared(self, model: Prepares, example: VideoExample, answer: bool = False) -> Sample:
-        """The example as a `Sample` of the model, with its answer appended to the prompt if `answer`."""
-        return model.prepare(
-            example.question,
-            videos=example.video,
-            system=example.system,
-            answer=example.answer if answer else None,
-            target=example.target,
-            id=example.id,
-        )
-
-
-def _region(moment: int, cell: int) -> Frames:
-    row, col = divmod(cell, VIDEO_GRID)
-    corner = (col * VIDEO_CELL, row * VIDEO_CELL, (col + 1) * VIDEO_CELL, (row + 1) * VIDEO_CELL)
-    start = moment * MOMENT_S
-    # the end is the time of the moment's last frame: both ends belong to the region
-    return Frames(start, start + MOMENT_S * (FRAMES - 1) / FRAMES, box=corner)

@@ -14,12 +14,7 @@ Watcher = tuple[str, Side, Callable[[Call], None]]
 
 
 class Access(ABC):
-    """How the activation of one hook point is read and written.
-
-    Attributes:
-        path: Path of the module in the model.
-        side: "input" or "output": the side of that module at which it is read and written.
-    """
+    """How the activation of one hook point is read and written, at one side of the module at `path`."""
 
     path: str
     side: Side
@@ -40,13 +35,7 @@ class Access(ABC):
 
 
 def add_batch_axis(x: Shaped[Tensor, "..."], packed: bool) -> Shaped[Tensor, "batch pos ..."]:
-    """`[pos ...]` of a packed tower as `[1 pos ...]`; other tensors as they are.
-
-    Examples:
-        >>> import torch
-        >>> add_batch_axis(torch.zeros(5, 8), packed=True).shape
-        torch.Size([1, 5, 8])
-    """
+    """`[pos ...]` of a packed tower as `[1 pos ...]`; other tensors as they are."""
     return x[None] if packed else x
 
 

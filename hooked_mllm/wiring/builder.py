@@ -1,6 +1,7 @@
 """Builder: makes hook points and the module hooks that serve them, and keeps the two in step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -13,18 +14,14 @@ from hooked_mllm.wiring.access import Access
 KINDS: dict[Side, Kind] = {"input": "pre", "output": "post"}
 
 
+@dataclass(eq=False)
 class Builder:
-    """Makes the hook points and module hooks of one model.
+    """Makes the hook points and module hooks of one model; `registry` receives the points."""
 
-    Args:
-        model: The model.
-        registry: Receives every point that is made.
-    """
-
-    def __init__(self, model: nn.Module, registry: HookRegistry) -> None:
-        self.model, self.registry = model, registry
-        self.module_hooks: dict[tuple[int, Kind], ModuleHook] = {}
-        self._listeners: dict[str, list[Callable[[], None]]] = {}
+    model: nn.Module
+    registry: HookRegistry
+    module_hooks: dict[tuple[int, Kind], ModuleHook] = field(default_factory=dict)
+    _listeners: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
 
     def point(self, spec: PointSpec, tower: TowerName, layer: int | None = None) -> HookPoint:
         """Make a hook point for an entry of the table, and register it."""
@@ -32,11 +29,7 @@ class Builder:
         return self.registry.add(HookPoint(name, tower=tower, block=layer, context=context, on_change=self._changed))
 
     def module_hook(self, path: str, side: Side) -> ModuleHook:
-        """The module hook on one side of a module, made on first use.
-
-        Raises:
-            AttributeError: If the model has no module at `path`.
-        """
+        """The module hook on one side of a module, made on first use."""
         module, kind = self.model.get_submodule(path), KINDS[side]
         return self.module_hooks.setdefault((id(module), kind), ModuleHook(module, kind))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,20 +17,17 @@ from hooked_mllm.wiring.access import Access, Watcher
 Features = Float[Tensor, "visual d_model"]
 
 
+@dataclass(eq=False)
 class DeepStack:
     """The features of the active run, and the mask of visual positions.
 
     The list of features is an argument of the language model and is read after each block: a hook point replaces its
     entry just before.
-
-    Args:
-        family: Names the language model, and its arguments.
     """
 
-    def __init__(self, family: Family) -> None:
-        #: of the calls in progress; several where a hook runs the model inside of a run
-        self.calls: list[tuple[list[Features] | None, Bool[Tensor, "batch pos"] | None]] = []
-        self.family = family
+    family: Family
+    #: of the calls in progress; several where a hook runs the model inside of a run
+    calls: list[tuple[list[Features] | None, Bool[Tensor, "batch pos"] | None]] = field(default_factory=list)
 
     @property
     def features(self) -> list[Features] | None:
@@ -53,12 +50,7 @@ class DeepStack:
 
     @contextmanager
     def holding(self, features: list[Features], mask: Bool[Tensor, "batch pos"] | None) -> Iterator[list[Features]]:
-        """Provide features to blocks that run by themselves, for the body of a `with` statement.
-
-        Args:
-            features: One tensor a block; hooks replace entries of this list.
-            mask: The visual positions.
-        """
+        """Provide features to blocks that run by themselves; hooks replace entries of the list, one tensor a block."""
         self.calls.append((features or None, mask))
         try:
             yield features
@@ -73,7 +65,7 @@ class DeepStack:
             call.set_argument(self.family.deepstack_arguments[0], self.features)  # a list of which entries are replaced
 
     def leave(self, call: Call) -> None:
-        """Forget them after the call."""
+        """Drop the features after the call."""
         if self.calls:
             self.calls.pop()
 
@@ -87,32 +79,20 @@ class DeepStackFeatures(Access):
     layer: int
     side: Side = "output"
 
-    @classmethod
-    def of(cls, deepstack: DeepStack | None, path: str, layer: int) -> "DeepStackFeatures | None":
-        """The access in one block; None for a block after which nothing is added."""
-        return None if deepstack is None else cls(deepstack, path, layer)
-
     def watchers(self) -> list[Watcher]:
-        """Take the features when the language model is called."""
         language_model = self.deepstack.family.language_model
         return [(language_model, "input", self.deepstack.enter), (language_model, "output", self.deepstack.leave)]
 
     def get(self, call: Call) -> Float[Tensor, "batch pos d_model"] | None:
-        """The features; None in a step without images, where nothing is added."""
         features, mask = self.deepstack.features, self.deepstack.mask
         if features is None or mask is None or self.layer >= len(features):
-            return None
+            return None  # a step without images
         hidden = call.main()
         dense = torch.zeros_like(hidden)  # [batch pos d_model]
         dense[mask.to(hidden.device)] = features[self.layer].to(hidden.device, hidden.dtype)
         return dense
 
     def put(self, call: Call, value: Float[Tensor, "batch pos d_model"]) -> None:
-        """Replace the features of this block.
-
-        Raises:
-            HookValueError: If `value` is not zero at a position without visual token.
-        """
         features, mask = self.deepstack.features, self.deepstack.mask
         assert features is not None and mask is not None  # `get` returned a value
         mask = mask.to(value.device)

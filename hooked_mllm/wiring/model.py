@@ -12,36 +12,76 @@ from hooked_mllm.attention.site import AttentionSite
 from hooked_mllm.errors import UnsupportedModelError
 from hooked_mllm.families.base import Family
 from hooked_mllm.hooks.module_hook import ModuleHook
+from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookRegistry
 from hooked_mllm.hooks.table import PointSpec, TowerName, specs
-from hooked_mllm.wiring.blocks import BlockWiring
+from hooked_mllm.wiring.access import Access
 from hooked_mllm.wiring.builder import Builder
-from hooked_mllm.wiring.computed import BlockContext, NormAccess
+from hooked_mllm.wiring.computed import BlockContext, computed_access
 from hooked_mllm.wiring.deepstack import DeepStack
-from hooked_mllm.wiring.module_sides import outer_side
+from hooked_mllm.wiring.module_sides import block_side, outer_side
+from hooked_mllm.wiring.norms import NORM_POINTS
+
+
+@dataclass(frozen=True)
+class BlockWiring:
+    """The hook points of one block, bound in the order of the table, and its attention."""
+
+    builder: Builder
+    context: BlockContext
+    tower: TowerName
+    switch: TowerSwitch
+
+    def wire(self) -> AttentionSite:
+        """Make and bind every point of the block; returns its attention site."""
+        attention_points: dict[str, HookPoint] = {}
+        for spec in specs(self.tower, in_block=True):
+            if spec.carrier == "attention":
+                attention_points[spec.short] = self.builder.point(spec, self.tower, self.context.layer)
+            elif access := self._access(spec):
+                self.builder.bind(self.builder.point(spec, self.tower, self.context.layer), access)
+        site = self._site(attention_points)
+        for point in attention_points.values():
+            self.builder.on_change(point, site.refresh)
+        return site
+
+    def unhooked(self) -> AttentionSite:
+        """The attention of a block without hook points, which runs while its tower is hooked."""
+        layer = self.context.layer
+        attention_specs = [s for s in specs(self.tower, in_block=True) if s.carrier == "attention"]
+        return self._site({s.short: HookPoint(s.short, tower=self.tower, block=layer) for s in attention_specs})
+
+    def _access(self, spec: PointSpec) -> Access | None:
+        """How a point is read and written; None if this block has no such point."""
+        context, parts = self.context, self.context.tower.block
+        if parts.names(spec.gain) or spec.carrier in ("norm", "computed"):
+            return computed_access(spec, context)
+        side = block_side(spec, context.block, context.layer, context.tower, context.sizes.d_head)
+        if side is None and not spec.optional and parts.names(spec.part):
+            context.path_of(spec.part or "")  # raises the error that names the missing module
+        return side
+
+    def _site(self, points: dict[str, HookPoint]) -> AttentionSite:
+        context, tower = self.context, self.context.tower
+        module = self.builder.model.get_submodule(context.path_of("attn"))
+        return AttentionSite(
+            module, context.layer, self.tower, self.switch, tower.causal, tower.softmax_float32, points
+        )
 
 
 @dataclass
 class Wiring:
-    """A model's hook points and attention sites.
-
-    Attributes:
-        registry: All hook points by name.
-        family: The family whose names the wiring follows.
-        text: Attention sites of the language model, one a block.
-        vision: Attention sites of the vision tower, one a block.
-        switches: The attention switches, by tower.
-        outputs: Output projections, by the name of the hook point of their z.
-        unhooked: Attention sites of blocks whose output is not used: they have no hook points, as an edit would be
-            lost.
-    """
+    """A model's hook points, and the attention site of each block of its language model and vision tower."""
 
     registry: HookRegistry
     family: Family
     text: list[AttentionSite] = field(default_factory=list)
     vision: list[AttentionSite] = field(default_factory=list)
+    #: the attention switches, by tower
     switches: dict[str, TowerSwitch] = field(default_factory=dict)
+    #: output projections, by the name of the hook point of their z
     outputs: dict[str, nn.Module] = field(default_factory=dict)
+    #: sites of blocks whose output is not used: they have no hook points, as an edit would be lost
     unhooked: list[AttentionSite] = field(default_factory=list)
     _deepstack: DeepStack | None = None
 
@@ -55,7 +95,7 @@ class Wiring:
         """Make the points of one block, and add its attention site to those of its tower."""
         site = block.wire()
         sites.append(site)
-        self.outputs[site.points["z"].name] = block.output_projection
+        self.outputs[site.points["z"].name] = block.builder.model.get_submodule(block.context.path_of("o"))
 
     def output_projection(self, site: AttentionSite) -> nn.Module:
         """The module that maps z to the residual stream (W_O and its bias)."""
@@ -76,7 +116,7 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
         family: The names of its modules.
 
     Raises:
-        UnsupportedModelError: If the model lacks a module that the family names.
+        UnsupportedModelError: If the model lacks one of them.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM
@@ -112,30 +152,25 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
 def _unregister(module_hooks: list[weakref.ReferenceType[ModuleHook]], switches: list[TowerSwitch]) -> None:
     """Remove all torch hooks of a model whose wrapper is gone."""
     for reference in module_hooks:
-        module_hook = reference()
-        if module_hook is not None:
+        if (module_hook := reference()) is not None:
             module_hook.detach()
     for switch in switches:
         switch.release()
 
 
 def _wire_tower(tower: TowerName, model: PreTrainedModel, builder: Builder, wiring: Wiring) -> None:
+    family = wiring.family
     for in_block, entries in groupby(specs(tower), key=lambda spec: spec.in_block):
         if in_block:
             _wire_blocks(tower, model, builder, wiring)
             continue
         for spec in entries:
-            _wire_outer(spec, tower, model, builder, wiring.family)
-
-
-def _wire_outer(spec: PointSpec, tower: TowerName, model: PreTrainedModel, builder: Builder, family: Family) -> None:
-    """A point outside of the blocks."""
-    if spec.carrier == "norm":
-        access = NormAccess.of(spec, getattr(family, spec.part or ""), packed=family.text.packed)
-    else:
-        access = outer_side(spec, model, family)
-    if access is not None:
-        builder.bind(builder.point(spec, tower), access)
+            if spec.carrier == "norm":
+                access = NORM_POINTS[spec.short](getattr(family, spec.part or ""), family.text.packed)
+            else:
+                access = outer_side(spec, model, family)
+            if access is not None:
+                builder.bind(builder.point(spec, tower), access)
 
 
 def _wire_blocks(tower: TowerName, model: PreTrainedModel, builder: Builder, wiring: Wiring) -> None:

@@ -17,23 +17,14 @@ from hooked_mllm.wiring.access import Access, add_batch_axis, remove_batch_axis
 
 @dataclass(frozen=True)
 class ModuleSide(Access):
-    """One side of one module, and the form of the activation in it.
-
-    Attributes:
-        path: Path of the module in the model.
-        side: "input" or "output".
-        packed: Whether the batch axis is missing.
-        d_head: Width of a head, where all heads are in one axis.
-        in_place: Whether the model reads the same tensor again, so that an edit must be written into it.
-        argument: The keyword argument that holds the activation; None for the first argument.
-    """
+    """One side of one module, and the form of the activation in it."""
 
     path: str
     side: Side
-    packed: bool = False
-    d_head: int | None = None
-    in_place: bool = False
-    argument: str | None = None
+    packed: bool = False  # whether the batch axis is missing
+    d_head: int | None = None  # width of a head, where all heads are in one axis
+    in_place: bool = False  # whether the model reads the same tensor again: an edit must be written into it
+    argument: str | None = None  # the keyword argument that holds the activation; None for the first argument
     live = True
 
     def content(self, call: Call) -> Any:
@@ -52,14 +43,12 @@ class ModuleSide(Access):
             call.set_main(content)
 
     def get(self, call: Call) -> Tensor:
-        """The activation, a view of the module's tensor."""
         x = add_batch_axis(self.content(call), self.packed)
         if self.d_head is None or x.dim() == 4:  # norms of q and k return [batch pos head d_head]
             return x
         return rearrange(x, "batch pos (head d_head) -> batch pos head d_head", d_head=self.d_head)
 
     def put(self, call: Call, value: Tensor) -> None:
-        """Replace the activation by `value`, of its shape."""
         current = self.content(call)
         if self.d_head is not None and add_batch_axis(current, self.packed).dim() == 3:
             value = rearrange(value, "batch pos head d_head -> batch pos (head d_head)")
@@ -82,11 +71,9 @@ class FusedSide(ModuleSide):
         return rearrange(x, "batch pos (qkv head d_head) -> qkv batch pos head d_head", qkv=3, d_head=self.d_head)
 
     def get(self, call: Call) -> Tensor:
-        """The activation, a view of the projection's output."""
         return self.split(call)[self.index]
 
     def put(self, call: Call, value: Tensor) -> None:
-        """Replace the activation by `value`; the other two stay."""
         qkv = list(self.split(call))
         qkv[self.index] = value
         fused = rearrange(qkv, "qkv batch pos head d_head -> batch pos (qkv head d_head)")
@@ -102,22 +89,14 @@ class FamilySide(ModuleSide):
     write: Callable[[Tensor, Any], Any] = field(kw_only=True)
 
     def get(self, call: Call) -> Tensor:
-        """The activation."""
         return self.read(self.content(call))
 
     def put(self, call: Call, value: Tensor) -> None:
-        """Replace the activation by `value`."""
         self.replace(call, self.write(value, self.content(call)))
 
 
 def module_side(name: str, model: PreTrainedModel, family: Family) -> ModuleSide | None:
-    """The module side that holds a hook point's activation; None if no module takes or returns it.
-
-    Args:
-        name: The full name of one of the model's hook points.
-        model: The transformers model.
-        family: Its family.
-    """
+    """The module side that holds a hook point's activation; None if no module takes or returns it."""
     spec, (tower, layer, _) = spec_of(name), split_name(name)
     if spec is None:
         return None
@@ -129,15 +108,7 @@ def module_side(name: str, model: PreTrainedModel, family: Family) -> ModuleSide
 
 
 def block_side(spec: PointSpec, block: nn.Module, layer: int, tower: TowerParts, d_head: int) -> ModuleSide | None:
-    """The module side of a point of one block; None if no module takes or returns the activation.
-
-    Args:
-        spec: The entry of the table.
-        block: The block.
-        layer: Its index in the tower.
-        tower: The parts of the tower.
-        d_head: Width of a head.
-    """
+    """The module side of a point of one block; None if no module takes or returns the activation."""
     parts = tower.block
     if spec.part is None or parts.names(spec.gain) or spec.carrier in ("norm", "computed"):
         return None
@@ -147,39 +118,22 @@ def block_side(spec: PointSpec, block: nn.Module, layer: int, tower: TowerParts,
     inner = parts.path(spec.part, block)
     if inner is None:
         return None
-    return ModuleSide(
-        f"{path}.{inner}".rstrip("."),
-        spec.side,
-        tower.packed,
-        d_head if spec.splits_heads else None,
-        spec.in_place,
-        spec.argument,
-    )
+    width = d_head if spec.splits_heads else None
+    return ModuleSide(f"{path}.{inner}".rstrip("."), spec.side, tower.packed, width, spec.in_place, spec.argument)
 
 
 def outer_side(spec: PointSpec, model: PreTrainedModel, family: Family) -> ModuleSide | None:
-    """The module side of a point outside of the blocks; None if no module takes or returns the activation.
-
-    Args:
-        spec: The entry of the table.
-        model: The transformers model.
-        family: Its family.
-    """
+    """The module side of a point outside of the blocks; None if no module takes or returns the activation."""
     if spec.carrier == "family":
-        return _family_side(spec, model, family)
+        if spec.part == "patch_embed":
+            read, write = family.patch_embed_value, family.patch_embed_output
+            return FamilySide(family.patch_embed, "output", read=read, write=write)
+        return FamilySide(
+            *family.vision_out_module(),
+            read=lambda content: family.vision_out_value(content, model),
+            write=lambda value, content: family.vision_out_replace(value, content, model),
+        )
     if spec.part is None or spec.carrier != "module":
         return None
     packed = family.vision.packed if spec.towers[0] != "text" else family.text.packed
     return ModuleSide(getattr(family, spec.part), spec.side, packed, argument=spec.argument)
-
-
-def _family_side(spec: PointSpec, model: PreTrainedModel, family: Family) -> FamilySide:
-    if spec.part == "patch_embed":
-        return FamilySide(family.patch_embed, "output", read=family.patch_embed_value, write=family.patch_embed_output)
-    path, side = family.vision_out_module()
-    return FamilySide(
-        path,
-        side,
-        read=lambda content: family.vision_out_value(content, model),
-        write=lambda value, content: family.vision_out_replace(value, content, model),
-    )

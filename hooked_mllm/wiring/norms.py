@@ -1,6 +1,6 @@
 """`hook_scale` and `hook_normalized` of RMSNorm and LayerNorm, in TransformerLens's names."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_mllm.hooks.module_hook import Call
+from hooked_mllm.hooks.table import Side
+from hooked_mllm.wiring.access import Access, add_batch_axis, remove_batch_axis
 
 
 class RMSNorm(Protocol):
@@ -45,33 +47,39 @@ def affine(norm: nn.Module, normalized: Wide) -> Wide:
     return cast(RMSNorm, norm).weight * normalized
 
 
-def get_scale(call: Call) -> Scale:
-    """`hook_scale` of one call of a norm."""
-    scale = call.state["scale"] = scale_of(call.module, call.first())
-    return scale
-
-
-def put_scale(call: Call, scale: Scale) -> None:
-    """Let the norm divide by `scale`."""
-    call.state["scale"] = scale
-    put_normalized(call, get_normalized(call))
-
-
-def get_normalized(call: Call) -> Wide:
-    """`hook_normalized` of one call of a norm: the input divided by its scale, in the input's dtype."""
+def normalized_of(call: Call) -> Wide:
+    """The input of a norm divided by its scale (the one that a hook saw, where one did), in the input's dtype."""
     x = call.first()
-    scale = call.state.get("scale")
-    scale = scale_of(call.module, x) if scale is None else scale
+    scale = call.state["scale"] if "scale" in call.state else scale_of(call.module, x)
     return (centred(call.module, x) / scale).to(x.dtype)
 
 
-def put_normalized(call: Call, normalized: Wide) -> None:
-    """Let the norm apply its gain to `normalized`."""
-    call.set_main(affine(call.module, normalized))
+@dataclass(frozen=True)
+class NormScale(Access):
+    """`hook_scale`: what the norm at `path` divides by."""
+
+    path: str
+    packed: bool
+    side: Side = "output"
+
+    def get(self, call: Call) -> Float[Tensor, "batch pos 1"]:
+        scale = call.state["scale"] = scale_of(call.module, call.first())
+        return add_batch_axis(scale, self.packed)
+
+    def put(self, call: Call, value: Float[Tensor, "batch pos 1"]) -> None:
+        call.state["scale"] = remove_batch_axis(value, self.packed)
+        call.set_main(affine(call.module, normalized_of(call)))
 
 
-#: getter and setter by short name
-READ_WRITE: dict[str, tuple[Callable[[Call], Tensor], Callable[[Call, Tensor], None]]] = {
-    "scale": (get_scale, put_scale),
-    "normalized": (get_normalized, put_normalized),
-}
+class NormInput(NormScale):
+    """`hook_normalized`: the input of the norm divided by its scale, before gain and bias."""
+
+    def get(self, call: Call) -> Float[Tensor, "batch pos d_model"]:
+        return add_batch_axis(normalized_of(call), self.packed)
+
+    def put(self, call: Call, value: Float[Tensor, "batch pos d_model"]) -> None:
+        call.set_main(affine(call.module, remove_batch_axis(value, self.packed)))
+
+
+#: the accesses of a norm, by the short name of their hook points
+NORM_POINTS: dict[str, type[NormScale]] = {"scale": NormScale, "normalized": NormInput}

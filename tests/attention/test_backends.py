@@ -14,12 +14,21 @@ from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import HookedMLLM
 from hooked_mllm.attention.backends import PREFIX, TowerSwitch, hooked_name, implementation, is_known
 from hooked_mllm.errors import UnsupportedModelError
+from hooked_mllm.hooks.run_context import RunContext
 from hooked_mllm.wiring import wire
 
 
 class Config:
     def __init__(self, name="sdpa"):
         self._attn_implementation = name
+
+
+class Restricting:
+    def __call__(self, q, k, v, mask, scale, layer):
+        raise AssertionError("not called")
+
+    def restrict(self, q, k, mask, scale, layer):
+        return mask
 
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
@@ -35,15 +44,16 @@ def test_a_slim_twin_is_another_of_the_same_implementation():
     config = Config()
     switch = TowerSwitch(config, packed=False)
     switch.take()
-    assert not switch.slim and config._attn_implementation == PREFIX + "sdpa"
-    switch.slim = True
+    assert config._attn_implementation == PREFIX + "sdpa"
+    name = switch.choose("eager", None)
+    backend = switch.choose(None, Restricting())
+    assert config._attn_implementation == hooked_name("eager", slim=True) and switch.base == "eager"
+    switch.withdraw(name)
     assert config._attn_implementation == hooked_name("sdpa", slim=True) != hooked_name("sdpa")
     assert switch.base == "sdpa"
-    with switch.using("eager"):
-        assert config._attn_implementation == hooked_name("eager", slim=True) and switch.base == "eager"
     switch.give_back()
     assert config._attn_implementation == "sdpa"
-    switch.slim = False
+    switch.withdraw(backend)
     switch.take()
     assert config._attn_implementation == hooked_name("sdpa")
     # masks of flash attention are slim already
@@ -105,15 +115,42 @@ def test_after_all_were_let_go_giving_back_changes_nothing():
 def test_another_implementation_for_a_while_whatever_the_order():
     config = Config()
     switch = TowerSwitch(config, packed=True)
-    with switch.using("eager"):
-        assert config._attn_implementation == "eager"
-        switch.take()
-        assert config._attn_implementation == hooked_name("eager", packed=True) and switch.base == "eager"
+    choice = switch.choose("eager", None)
+    assert config._attn_implementation == "eager"
+    switch.take()
+    assert config._attn_implementation == hooked_name("eager", packed=True) and switch.base == "eager"
+    switch.withdraw(choice)
     assert config._attn_implementation == hooked_name("sdpa", packed=True)
-    with switch.using("eager"):
-        switch.give_back()
-        assert config._attn_implementation == "eager"
+    choice = switch.choose("eager", None)
+    switch.give_back()
+    assert config._attn_implementation == "eager"
+    switch.withdraw(choice)
     assert config._attn_implementation == "sdpa"
+
+
+def test_choices_are_withdrawn_in_any_order_and_are_active_in_their_scope_alone():
+    config, context = Config(), RunContext()
+    switch = TowerSwitch(config, packed=False, context=context)
+    with context.scope() as scope, context.registers_in(scope):
+        eager = switch.choose("eager", None)
+        flex = switch.choose("flex_attention", None)
+    assert switch.chosen_base == "sdpa" and not switch.chosen  # outside of the scope
+    with switch.applied():
+        assert config._attn_implementation == "sdpa"
+    switch.withdraw(eager)
+    switch.withdraw(flex)
+    assert config._attn_implementation == "sdpa"
+
+
+def test_an_implementation_that_transformers_sets_meanwhile_stays():
+    config = Config()
+    switch = TowerSwitch(config, packed=False)
+    backend = switch.choose(None, Restricting())
+    config._attn_implementation = "eager"
+    with switch.applied():
+        assert config._attn_implementation == "eager"
+    switch.withdraw(backend)
+    assert config._attn_implementation == "eager"
 
 
 def test_a_change_of_implementation_by_transformers_is_followed():

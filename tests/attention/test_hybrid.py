@@ -157,7 +157,7 @@ def toy():
 def test_a_trained_toy_finds_the_answer_if_its_retrieval_heads_are_dense(toy, heads):
     task = toys.VisualRetrieval(pages=4)
     inputs = toy_witness.inputs([task.example(i) for i in range(6)])
-    reference, dense = toy_witness.model(attention="eager"), HybridAttention(heads).dense.by_layer
+    reference, dense = toy_witness.model(attention="eager"), HybridAttention(heads).policy.by_layer
     start = tuple(inputs["attention_mask"].argmax(1).tolist())
     modules = [block.self_attn for block in reference.model.language_model.layers]
     with written_out(modules, dense, start, 4, 16):

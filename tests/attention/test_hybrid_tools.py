@@ -288,7 +288,7 @@ def test_dense_heads_are_specified_in_any_way(dense):
     attention = HybridAttention(heads[dense] if str(dense) in heads else dense)
     attention.validate(6, 8, causal=True)
     assert attention.describe()["dense"] == ["L2H4", "L2H5"] and str(attention).startswith("hybrid(2 heads dense")
-    assert attention.dense.by_layer == {2: (4, 5)} and not attention.adaptive
+    assert attention.policy.by_layer == {2: (4, 5)} and not attention.adaptive
 
 
 def test_a_policy_of_fixed_heads_is_not_adaptive():

@@ -134,7 +134,7 @@ def test_growing_keys_hold_each_key_once():
     keys = GrowingKeys()
     k = torch.randn(1, 2, 9, 4)
     for chunk in k.split([5, 1, 3], dim=2):
-        keys.append(chunk.clone())
+        keys.chunks.append(chunk.clone())
     assert keys.length == 9
     for n in (9, 5, 1):
         assert torch.equal(keys.upto(n), k[:, :, :n])

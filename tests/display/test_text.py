@@ -41,4 +41,5 @@ def test_number_runs(numbers, text):
 
 def test_shortened():
     assert shortened("  two\n words ") == "two words"
+    assert shortened("what color is the star ?", 12) == "what color…", "no space before the ellipsis"
     assert shortened("abcdef", 6) == "abcdef" and shortened("abcdefg", 6) == "abcde…"

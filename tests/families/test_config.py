@@ -8,6 +8,7 @@ from helpers.hook_points_page import check_axes
 from helpers.tiny import ALL_FAMILIES
 from helpers.wrapped import fresh, wrapped
 from hooked_mllm import HookedMLLM
+from hooked_mllm.errors import InputError
 from hooked_mllm.families import BlockParts, Qwen3VL, TowerParts, register
 from hooked_mllm.families.registry import FAMILIES
 
@@ -99,6 +100,13 @@ def test_edits_in_its_tower_reach_the_logits(qwen2_vl):
     for part in ("q", "k", "v", "z", "rot_k"):
         hook = (f"vision.blocks.0.attn.hook_{part}", lambda x, hook: x * 3)
         assert not torch.equal(qwen2_vl.run_with_hooks(inputs, fwd_hooks=[hook]), plain), part
+
+
+def test_errors_of_a_subclass_name_its_own_family(qwen2_vl):
+    inputs = image_inputs()
+    del inputs["mm_token_type_ids"]
+    with pytest.raises(InputError, match="^qwen2_vl needs `mm_token_type_ids`"):
+        qwen2_vl(inputs)
 
 
 @pytest.mark.parametrize("name", ALL_FAMILIES)

@@ -18,13 +18,24 @@ from helpers.coordinates import (
     real,
     seen,
 )
-from helpers.tiny import tiny_frames, tiny_image
-from helpers.vision_witness import FAMILIES, PLACEHOLDER, QUESTION, pictures, pixels_by_position
+from helpers.tiny import ALL_FAMILIES, tiny_frames, tiny_image
+from helpers.vision_witness import (
+    FAMILIES,
+    PLACEHOLDER,
+    QUESTION,
+    check_order_of_patches,
+    check_positions,
+    near,
+    negative,
+    pictures,
+    pixels_by_position,
+)
 from helpers.wrapped import wrapped
 from hooked_mllm import Box, Frames, Pages
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.families import family_of
 from hooked_mllm.families.vision_layout import VisionLayout
+from hooked_mllm.layout.items import Patches
 
 # -- footprints --------------------------------------------------------------------------------------------------------
 
@@ -59,26 +70,13 @@ def test_footprints_at_real_sizes_are_where_patches_were_cut(family, width, heig
     assert error.max() <= 0.5 * pixel and whole.any()
 
 
-def negative(picture, x0, y0, x1, y1):
-    out = picture.copy()
-    out[..., y0:y1, x0:x1, :] = 255 - out[..., y0:y1, x0:x1, :]
-    return out
-
-
-def check(family, before, after, region, near, **which):
+def check(family, before, after, region, reach, **which):
     """What the region covers well has changed; what has changed is within reach of the region."""
     model = wrapped(family)
-    sees = model.vision_positions(before)
-    moved = (pixels_by_position(family, after) != pixels_by_position(family, before)).any(-1)
-    moved = moved[: len(sees)] & sees  # behind an image's tiles comes padding, and kernels smear pixels over it
-    try:
-        well = model.vision_positions(before, region, min_overlap=0.3, **which)
-    except LayoutError as error:  # too small a box: no patch is covered well
-        assert "of its footprint in" in str(error)
-        well = torch.zeros_like(sees)
-    assert well.shape == moved.shape and moved[well].all()
-    assert not (moved & ~model.vision_positions(before, near, **which)).any()
-    return well
+    shown = model.vision_positions(before)
+    changed = (pixels_by_position(family, after) != pixels_by_position(family, before)).any(-1)
+    changed = changed[: len(shown)] & shown  # an image's tiles are followed by padding, which kernels smear pixels over
+    return check_positions(model, changed, before, region, reach, **which)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,9 +87,7 @@ def test_what_an_edit_of_the_picture_changes_is_what_the_positions_see(family, d
     picture = np.random.default_rng(width).integers(0, 60, (height, width, 3), dtype=np.uint8)
     model = wrapped(family)
     before, after = (model.prepare(QUESTION, images=Image.fromarray(p)) for p in (picture, negative(picture, *box)))
-    margin = 3 * max(width, height) / 28 + 3  # the kernel's reach
-    near = Box(box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin)
-    check(family, before, after, Box(*box), near, image=0)
+    check(family, before, after, Box(*box), near(box, width, height), image=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,9 +100,7 @@ def test_among_several_pictures_the_edited_one_changes(family, drawn, which):
     edited = [negative(a, *box) if i == which else a for i, a in enumerate(arrays)]
     model = wrapped(family)
     before, after = (model.prepare(QUESTION, images=[Image.fromarray(a) for a in x]) for x in (arrays, edited))
-    margin = 3 * max(width, height + 10) / 28 + 3
-    near = Box(box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin)
-    well = check(family, before, after, Box(*box), near, image=which)
+    well = check(family, before, after, Box(*box), near(box, width, height + 10), image=which)
     assert not (well & model.vision_positions(before, Pages({(which + 1) % 3}))).any()
 
 
@@ -118,11 +112,31 @@ def test_frames_of_a_video(family, n_frames):
     edited[2] = negative(frames[2], 8, 8, 24, 20)
     model = wrapped(family)
     before, after = (model.prepare(QUESTION, videos=(f, 2.0)) for f in (frames, edited))
-    region, near = (Frames(0.9, 1.1, box=b) for b in ((8, 8, 24, 20), (1, 1, 31, 24)))
+    region, reach = (Frames(0.9, 1.1, box=b) for b in ((8, 8, 24, 20), (1, 1, 31, 24)))
     share = 0.3 if family != "qwen3_vl" else 0.15  # a position of its tower sees two frames
-    moved = (pixels_by_position(family, after) != pixels_by_position(family, before)).any(-1)
-    assert moved[model.vision_positions(before, region, min_overlap=share)].all()
-    assert not (moved & ~model.vision_positions(before, near)).any()
+    changed = (pixels_by_position(family, after) != pixels_by_position(family, before)).any(-1)
+    assert changed[model.vision_positions(before, region, min_overlap=share)].all()
+    assert not (changed & ~model.vision_positions(before, reach)).any()
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_patches_are_in_the_order_of_the_tower(family):
+    check_order_of_patches(wrapped(family))
+
+
+def test_patches_in_another_order_are_detected(monkeypatch):
+    def row_by_row(item, config):
+        boxes = item.boxes.reshape(3, 5, 4).repeat(2, axis=0).repeat(2, axis=1)  # [row column 4] -> [2 row 2 column 4]
+        x = np.linspace(0, 40, 11)
+        y = np.linspace(0, 24, 7)
+        boxes[..., 0], boxes[..., 2] = x[:-1], x[1:]
+        boxes[..., 1], boxes[..., 3] = y[:-1, None], y[1:, None]
+        return Patches(boxes.reshape(1, -1, 4), item.frames[:1], item.views[:1])
+
+    model = wrapped("qwen3_vl")
+    monkeypatch.setattr(model.family, "vision_patches", row_by_row)
+    with pytest.raises(AssertionError, match="a position in the region has not changed"):
+        check_order_of_patches(model)
 
 
 # -- views, tiles, batches ---------------------------------------------------------------------------------------------

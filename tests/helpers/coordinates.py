@@ -1,7 +1,7 @@
 """Coordinate images: pictures whose red is x, green is y and blue is one, at the centre of every pixel.
 
-Sent through a real processor without rescaling, each patch of what comes out says by itself where in the original it
-was taken. Passed on through the model's own packing code, a token says which pixels it sees; no weight is in between.
+After a real processor without rescaling, the values of each patch are its position in the original picture. After the
+model's own packing code, the values of a token are the pixels that it covers; no weight is involved.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel, image_size_to_num_patches
 from transformers.video_utils import VideoMetadata
 
-from helpers.tiny_text import tiny_tokenizer
+from helpers.tiny_text import no_processor, tiny_tokenizer
 from hooked_mllm.families import family_of
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
 
@@ -48,7 +48,11 @@ def coordinate_video(n: int, width: int, height: int) -> torch.Tensor:
 
 
 def real(family: str, *, max_patches: int = 12):
-    """Config and processor of the real sizes (patches, tiles, views, pixel limits), around a tiny tokenizer."""
+    """Config and processor of the real sizes (patches, tiles, views, pixel limits), around a tiny tokenizer.
+
+    Raises:
+        ValueError: For a family without a processor here.
+    """
     tokenizer = tiny_tokenizer(family)
     ids = tokenizer.convert_tokens_to_ids
     if family == "qwen3_vl":
@@ -72,14 +76,14 @@ def real(family: str, *, max_patches: int = 12):
         )
         view = {"height": 384, "width": 384}
         processor = LlavaOnevisionProcessor(
-            # the mean is what squares are padded with: zero, to be told from the picture
+            # the mean is what squares are padded with: zero, which no pixel of the picture has
             LlavaOnevisionImageProcessor(size=view, image_grid_pinpoints=PINPOINTS, image_mean=[0.0, 0.0, 0.0]),
             tokenizer,
             LlavaOnevisionVideoProcessor(size=view),
             num_image_tokens=729,
             vision_feature_select_strategy="full",
         )
-    else:
+    elif family == "internvl":
         config = InternVLConfig(image_token_id=ids("<IMG_CONTEXT>"))
         tile = {"height": 448, "width": 448}
         processor = InternVLProcessor(
@@ -88,6 +92,8 @@ def real(family: str, *, max_patches: int = 12):
             InternVLVideoProcessor(size=tile),
             image_seq_length=256,
         )
+    else:
+        raise no_processor(family)
     return config, processor
 
 

@@ -81,8 +81,19 @@ def _trained(family: str) -> str:
     return bpe.to_str()
 
 
+def no_processor(family: str) -> ValueError:
+    """The error for a family that the helpers have no processor for."""
+    return ValueError(f"no processor for family {family!r}: add it to real() and to SPECIAL in tiny_text.py")
+
+
 def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A fresh tokenizer: special tokens first, then the 256 bytes, then a few merges."""
+    """A fresh tokenizer: special tokens first, then the 256 bytes, then a few merges.
+
+    Raises:
+        ValueError: For a family that is not in `SPECIAL`.
+    """
+    if family not in SPECIAL:
+        raise no_processor(family)
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained(family)),
         eos_token="<|im_end|>",

@@ -9,7 +9,7 @@ from helpers.tiny import HEADS
 from helpers.wrapped import wrapped
 from hooked_mllm import HeadAblation
 from hooked_mllm.errors import HookValueError, LayoutError
-from hooked_mllm.interventions.edited_positions import check_edited_positions, first_edited
+from hooked_mllm.interventions.edited_positions import check_edited_positions
 
 
 @pytest.mark.parametrize("wanted", [slice(2, 5), [2, 3, 4], "mask", -3])
@@ -118,7 +118,9 @@ def test_the_last_position_is_one_in_every_phase(phase):
 
 
 def test_the_first_position_that_any_sample_edits():
-    s = sample("qwen3_vl")
-    inputs = wrapped("qwen3_vl").resolve(s)
-    assert first_edited(None, inputs) == 0 and first_edited([7, 5, 9], inputs) == 5
-    assert first_edited("question", inputs) == s.layout.spans("question")[0][0]
+    s, model = sample("qwen3_vl"), wrapped("qwen3_vl")
+    question = s.layout.spans("question")[0][0]
+    for positions, first in ((None, 0), ([7, 5, 9], 5), ("question", question)):
+        assert ablate(positions=positions).first_position(model, model.resolve(s)) == first
+    in_vision = ablate(positions=[7, 5], tower="vision")
+    assert in_vision.first_position(model, model.resolve(s)) == 0

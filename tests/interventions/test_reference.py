@@ -12,7 +12,7 @@ from helpers.wrapped import wrapped
 from hooked_mllm import HeadAblation
 from hooked_mllm.errors import HeadError, HookValueError, InputError
 from hooked_mllm.heads import HeadSet
-from hooked_mllm.interventions.reference import HeadReference, head_reference
+from hooked_mllm.interventions.reference import HeadReference
 
 
 @torch.no_grad()
@@ -77,6 +77,6 @@ def test_tokens_are_kept_in_the_order_of_the_heads(family):
     s, kept = sample(family), []
     with z_replaced(family, lambda z, l: kept.append(z), layers=[2]) as witness:
         witness(**s.inputs)
-    reference = head_reference(wrapped(family), s, [(2, 3), (2, 0)], keep_tokens=True)
+    reference = HeadAblation.reference(wrapped(family), s, [(2, 3), (2, 0)], keep_tokens=True)
     torch.testing.assert_close(reference.tokens[2], kept[0][0][:, [0, 3]])  # [token head d_head]
     assert reference.mean[:2].isnan().all() and reference.mean[2, 1].isnan().all()

@@ -6,7 +6,6 @@ import torch
 from helpers.layout_pieces import PLACEHOLDER, image, video
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
-from hooked_mllm.layout.items import number_items
 
 
 def test_tokens_and_placeholders_must_be_as_many():
@@ -29,13 +28,13 @@ def test_media_that_cannot_be():
 
 
 def test_items_are_numbered_within_their_kind():
-    clip = video(20, 10, 2, 1, times=(0.0, 1.0))
-    assert number_items([image(9, 9, 1, 1), clip, image(9, 9, 1, 1), clip]) == [
-        ("image", 0),
-        ("video", 0),
-        ("image", 1),
-        ("video", 1),
-    ]
+    images = [image(9, 9, 1, 1, index=i) for i in (0, 1)]
+    clips = [video(20, 10, 2, 1, times=(0.0, 1.0), index=i) for i in (0, 1)]
+    items = [images[0], clips[0], images[1], clips[1]]
+    tokens = torch.tensor([PLACEHOLDER] * sum(map(len, items)))
+    assert TokenLayout.build(tokens, items, (PLACEHOLDER,), {}).items == tuple(items)
+    with pytest.raises(LayoutError, match="Expected video 0, got video 1"):
+        TokenLayout.build(tokens, [images[0], clips[1], images[1], clips[0]], (PLACEHOLDER,), {})
 
 
 def test_an_item_has_a_name_and_a_number_of_frames():

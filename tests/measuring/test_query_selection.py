@@ -75,7 +75,8 @@ def test_queries_before_the_first_kept_position():
     selection.check(1)
     with pytest.raises(InputError, match="'question' query tokens lie before position 2, in a shared prefix"):
         selection.check(2)
-    unnamed = QuerySelection(17, np.array(MASKS["uneven"], dtype=bool), torch.device("cpu"))
+    mask = np.array(MASKS["uneven"], dtype=bool)
+    unnamed = QuerySelection(torch.from_numpy(mask), mask, torch.device("cpu"))
     with pytest.raises(InputError, match="Some of the given query tokens"):
         unnamed.check(2)
 

@@ -1,9 +1,10 @@
-"""Another attention for a while: by name, by a user's function, and what is none."""
+"""Another attention in the body of a `with`: by name, by a user's function, and what is neither."""
 
 import pytest
 import torch
 
 from helpers.wrapped import model_inputs, plain, wrapped
+from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.model.attention_methods import split_attention
 
@@ -24,7 +25,7 @@ def own_attention(q, k, v, mask, scale, layer):
 
 @pytest.mark.parametrize("tower", ["text", "vision"])
 @torch.no_grad()
-def test_a_named_implementation_runs_for_a_while(family, tower):
+def test_a_named_implementation_runs_in_the_body_of_a_with(family, tower):
     inputs, model = model_inputs(family, 2, 2), wrapped(family)
     reference = plain(family, "eager") if tower == "text" else plain(family)
     key = {f"{t}_config": "eager" if t == tower else "sdpa" for t in ("text", "vision")}
@@ -84,7 +85,7 @@ def test_backends_nest_and_leave_when_the_body_raises(family):
     ],
 )
 @torch.no_grad()
-def test_a_backend_that_returns_another_shape_is_refused(returned, got):
+def test_a_backend_that_returns_another_shape_is_rejected(returned, got):
     inputs, model = model_inputs("qwen3_vl"), wrapped("qwen3_vl")
     with model.attention(lambda q, k, v, mask, scale, layer: returned(q)):
         with pytest.raises(HookValueError, match=rf"{got}.*expected z \[batch query head d_head\].*transpose"):
@@ -101,7 +102,50 @@ def test_generation_under_a_backend(family):
     assert torch.equal(got, expected)
 
 
-def test_unknown_attention_is_refused():
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        (lambda q, k, v: q, "too many positional arguments"),
+        (lambda q, k, v, mask, scale, layer, other: q, "missing a required argument: 'other'"),
+        (lambda q, k, v, mask, scale, *, layer: q, "too many positional arguments"),
+        (torch.nn.functional.scaled_dot_product_attention, "no signature"),
+    ],
+)
+def test_a_backend_with_other_parameters_is_rejected_when_it_is_set(backend, reason):
+    model = wrapped("internvl")
+    with pytest.raises(HookValueError, match=rf"\(q, k, v, mask, scale, layer\); got .*{reason}"):
+        with model.attention(backend):
+            pytest.fail("entered")
+    with model.attention(lambda *arguments, layer_name="": own_attention(*arguments)):
+        close(model(model_inputs("internvl")), plain("internvl")(**model_inputs("internvl")).logits)
+
+
+@torch.no_grad()
+def test_patterns_of_a_backend_without_restrict_are_those_of_the_full_mask():
+    """Documented: a backend whose heads see fewer keys needs `restrict`."""
+    inputs, model = model_inputs("qwen3_vl"), wrapped("qwen3_vl")
+
+    class Diagonal:
+        """Every query sees its own key only."""
+
+        def __call__(self, q, k, v, mask, scale, layer):
+            return v.repeat_interleave(2, dim=1).transpose(1, 2)
+
+    class Restricted(Diagonal):
+        def restrict(self, q, k, mask, scale, layer):
+            own_key = torch.eye(mask.kv_length, dtype=torch.bool)[-mask.q_length :]  # [query key]
+            return MaskRows(mask.batch, mask.q_length, mask.kv_length, mask.device, dense=own_key[None, None])
+
+    with model.attention(Diagonal()):
+        logits, full = model.run_with_cache(inputs, "*hook_pattern")
+    with model.attention(Restricted()):
+        same_logits, restricted = model.run_with_cache(inputs, "*hook_pattern")
+    assert torch.equal(logits, same_logits)
+    assert (full["pattern", 1][..., -1, :] > 0).all()
+    assert torch.equal(restricted["pattern", 1][0], torch.eye(full["pattern", 1].shape[-1]).expand(4, -1, -1))
+
+
+def test_unknown_attention_is_rejected():
     model = wrapped("internvl")
     with pytest.raises(HookValueError, match="no attention implementation 'spda'"), model.attention("spda"):
         pytest.fail("entered")

@@ -1,4 +1,4 @@
-"""How many heads a policy may make dense in a layer, when the layers after it are not known yet."""
+"""The number of dense heads of a layer, decided before the later layers run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from hooked_mllm.heads.parsing import Pairs
 
 @runtime_checkable
 class Budget(Protocol):
-    """Says how many heads of a layer may be dense, given what earlier layers of the same prompt took."""
+    """Bounds the number of dense heads of a layer, depending on those of earlier layers of the same prompt."""
 
     def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
         """The largest number of dense heads of this layer; `taken` has the numbers of the layers before it."""
         ...
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Raise if it is not one for a model of this shape."""
+        """Raise if it does not fit a model of this shape."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         ...
 
 
@@ -31,10 +31,7 @@ class PerLayer:
     """At most `heads` dense heads in every layer.
 
     Args:
-        heads: How many.
-
-    Raises:
-        InputError: for a number below 0.
+        heads: A number of 0 or more; others raise an `InputError`.
 
     Examples:
         >>> PerLayer(2).room(layer=3, taken={0: 2}, n_layers=6)
@@ -47,38 +44,30 @@ class PerLayer:
         _check_count(self.heads)
 
     def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
-        """`heads`, whatever was taken before."""
+        """`heads`, independent of earlier layers."""
         return self.heads
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Raise for more heads than a layer has.
-
-        Raises:
-            HeadError: for such.
-        """
+        """Raise a `HeadError` for more heads than a layer has."""
         if self.heads > n_heads:
             raise HeadError(f"PerLayer({self.heads}): a layer of this model has {n_heads} heads.")
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         return {"budget": "PerLayer", "heads": self.heads}
 
 
 @dataclass(frozen=True)
 class Total:
-    r"""At most `heads` dense heads in all layers together; what a layer leaves, later ones may take.
-
-    Layers 0 to l may take `B(l) = round(heads * w(l))` together, where w(l) rises to 1 at the last layer:
+    r"""At most `heads` dense heads in all layers together, of them `round(heads * w(l))` in layers 0 to l.
 
     - `like=None`: w(l) = (l + 1) / L, the same share for every layer.
-    - `like` a set of heads: the share of that set in layers 0 to l. With the same number of `heads` as the set has, an
-      adaptive policy takes the same number of heads in each layer as the set does, but others.
-    - `like="first"`: w(l) = 1 from the first layer on. Early layers take all of it unless the policy has a threshold.
+    - `like` a set of heads: the share of that set in layers 0 to l.
+    - `like="first"`: w(l) = 1 from the first layer on. Early layers use all of it unless the policy has a threshold.
 
     Args:
-        heads: How many.
-        like: How they are spread over the layers: like these heads (a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask),
-            "first", or None.
+        heads: A number of 0 or more.
+        like: Heads (a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask), "first", or None.
 
     Raises:
         InputError: for a number below 0, another word than "first", or an empty set with room for heads.
@@ -113,7 +102,7 @@ class Total:
         return None if self.like is None or isinstance(self.like, str) else parse_heads(self.like)
 
     def room(self, layer: int, taken: Mapping[int, int], n_layers: int) -> int:
-        """What layers 0 to `layer` may take together, less what those before it took."""
+        """The number that layers 0 to `layer` may use together, less that of the layers before it."""
         spread = self._spread
         if spread is not None:
             part, whole = sum(at <= layer for at, _ in spread), len(spread) or 1
@@ -123,18 +112,14 @@ class Total:
         return max(0, allowed - sum(count for at, count in taken.items() if at < layer))
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Raise for more heads than the model has, or a set of another model.
-
-        Raises:
-            HeadError: for such.
-        """
+        """Raise a `HeadError` for more heads than the model has, or a set of another model."""
         if self.heads > n_layers * n_heads:
             raise HeadError(f"Total({self.heads}): this model has {n_layers} layers of {n_heads} heads.")
         if self._spread is not None:
             parse_heads(self._spread, (n_layers, n_heads), hint="The budget is spread over the layers as they are.")
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         like = self.like if self._spread is None else head_names(self._spread)
         return {"budget": "Total", "heads": self.heads, "like": like}
 

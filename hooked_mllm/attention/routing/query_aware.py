@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_mllm.attention.masks import MaskRows
@@ -12,16 +12,17 @@ from hooked_mllm.attention.routing.budget import Budget, PerLayer
 from hooked_mllm.attention.routing.lost_attention import check_estimate, lost_attention
 from hooked_mllm.errors import HeadError, InputError, NumericsError, UnsupportedModelError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.kernels.implementations import Keys, Queries
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What a policy saw in one layer of the last prompt, and what it chose.
+    """The estimate and the choice of a policy in one layer of the last prompt.
 
     Args:
-        lost: The estimate of each query head, mean over the samples of the batch; empty where there was no room.
-        scores: What heads were ranked by: `lost`, times the prior if there is one.
+        lost: The estimate of each query head, mean over the batch; empty if the budget had no room.
+        scores: The ranking of the heads: `lost`, times the prior if there is one.
         heads: The dense heads, in ascending order.
     """
 
@@ -35,26 +36,23 @@ class QueryAwareHeads:
 
     $$D_l = \{h : \pi_{lh} \lambda_{lh} > \tau\},\ \text{the largest of them, up to the budget}$$
 
-    with the lost attention of `lost_attention` and a prior pi (1 without one). A head that loses nothing is never
-    chosen: on a prompt that is no longer than sink and window no head is dense, which is then the same as all of them.
-    Ties go to the lower head. A batch has one set of dense heads, by the mean over its samples.
+    with the lost attention of `lost_attention` and a prior pi (1 without one). A head that loses nothing stays
+    streaming. Ties go to the lower head. A batch has one set of dense heads, by the mean over its samples.
 
-    What it costs a layer: the estimate (see `lost_attention`) and one wait for the device, to read a number a head (and
-    one more to read the padding, if there is any). Layers are decided one after the other, each on what the layers
-    before it gave under the heads chosen there. A budget over all layers therefore needs forward passes that begin at
-    layer 0.
+    The cost of a layer is the estimate (see `lost_attention`) and one wait for the device (two with padding). A budget
+    over all layers needs forward passes that begin at layer 0.
 
     Args:
         budget: `PerLayer` or `Total`.
-        queries: The queries that are read: a number of last tokens, or a mask `[batch pos]` such as
-            that of the question, for one prompt.
-        order: 1 ranks by the lost mass, 2 by its length, which counts spread-out attention for little.
+        queries: The queries of the estimate: a number of last tokens, or a mask `[batch pos]`, such as that of the
+            question, for one prompt.
+        order: 1 ranks by the lost mass, 2 by its length, in which spread-out attention counts little.
         keys: "exact", or an estimate from blocks: "mean", "bound" or "sample".
         block: Keys in a block.
-        threshold: tau; a head is chosen only if its score is above it.
+        threshold: tau, 0 or more.
         prior: Static scores of all heads, not negative, such as those of RAM.
-        sink: The sink of streaming heads; `HybridAttention` fills it in.
-        window: Their window; `HybridAttention` fills it in.
+        sink: The sink of streaming heads; set by `HybridAttention`.
+        window: Their window; set by `HybridAttention`.
 
     Raises:
         InputError: for settings out of range, or a prior with a negative or missing score.
@@ -75,18 +73,10 @@ class QueryAwareHeads:
     """
 
     def __init__(
-        self,
-        budget: Any,
-        *,
-        queries: int | Bool[Tensor, "batch pos"] = 64,
-        order: int = 1,
-        keys: str = "exact",
-        block: int = 64,
-        threshold: float = 0.0,
-        prior: HeadScores | None = None,
-        sink: WholeNumber | None = None,
-        window: WholeNumber | None = None,
-    ) -> None:
+        self, budget: Any, *, queries: int | Bool[Tensor, "batch pos"] = 64, order: int = 1, keys: str = "exact",
+        block: int = 64, threshold: float = 0.0, prior: HeadScores | None = None,
+        sink: WholeNumber | None = None, window: WholeNumber | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(budget, Budget):
             raise InputError(f"Expected a budget, PerLayer(heads) or Total(heads); got {budget!r}.")
         if isinstance(queries, bool) or (isinstance(queries, int) and queries < 1):
@@ -117,35 +107,23 @@ class QueryAwareHeads:
         return {layer: choice.heads for layer, choice in sorted(self.record.items()) if choice.heads}
 
     def set_streaming(self, sink: int, window: int) -> None:
-        """Take over the sink and the window of the attention that it chooses for.
-
-        Raises:
-            InputError: if it was made for others.
-        """
+        """Set the sink and the window of the attention; others than those of `__init__` raise an `InputError`."""
         for name, own, size in (("sink", self.sink, sink), ("window", self.window, window)):
             if own not in (None, size):
                 raise InputError(f"This policy estimates what is lost with {name}={own}, the attention has {size}.")
         self.sink, self.window = sink, window
 
-    def choose(
-        self,
-        q: Float[Tensor, "batch head query d_head"],
-        k: Float[Tensor, "batch kv_head key d_head"],
-        mask: MaskRows,
-        scale: float,
-        layer: int,
-    ) -> tuple[int, ...]:
+    def choose(self, q: Queries, k: Keys, mask: MaskRows, scale: float, layer: int) -> tuple[int, ...]:
         """The dense query heads of this layer for this prompt.
 
         Raises:
             InputError: without a sink and a window, or for a mask of queries of another prompt.
             NumericsError: if the estimate is not finite.
-            UnsupportedModelError: for a mask that is not the causal one with padding at the ends; or in a backward pass
-                that runs the layer anew, if the budget depends on what other layers took.
+            UnsupportedModelError: for a mask that is not causal; in a recomputing backward pass with a total budget.
         """
         if self.sink is None or self.window is None:
             raise InputError("Give the policy sink= and window=, or use it in HybridAttention, which sets them.")
-        again = torch._C._current_graph_task_id() != -1  # torch has no public word for "within a backward pass"
+        again = torch._C._current_graph_task_id() != -1  # torch has no public function for "within a backward pass"
         if again and not isinstance(self.budget, PerLayer):
             raise UnsupportedModelError(
                 "A backward pass runs attention anew (gradient checkpointing, compiled code), and what layers took of "
@@ -154,23 +132,20 @@ class QueryAwareHeads:
             )
         if not again:
             self.record = {at: choice for at, choice in self.record.items() if at < layer}
+        if self._n_layers is None:
+            raise InputError("The policy does not know the model's number of layers: call validate(n_layers, n_heads).")
+        if layer >= self._n_layers:
+            raise HeadError(f"Layer {layer} is not there: the policy is for layers 0 to {self._n_layers - 1}.")
         taken = {at: len(choice.heads) for at, choice in self.record.items()}
-        room = self.budget.room(layer, taken, self._layers(layer))
-        if not room:
-            self._note(layer, LayerChoice((), (), ()), again)
-            return ()
-        estimate = lost_attention(
-            q,
-            k,
-            mask,
-            scale,
-            sink=self.sink,
-            window=self.window,
-            queries=self.queries,
-            order=self.order,
-            keys=self.keys,
-            block=self.block,
-        )
+        room = self.budget.room(layer, taken, self._n_layers)
+        choice = self._choice(q, k, mask, scale, layer, room) if room else LayerChoice((), (), ())
+        if not again:
+            self.record[layer] = choice
+        return choice.heads
+
+    def _choice(self, q: Queries, k: Keys, mask: MaskRows, scale: float, layer: int, room: int) -> LayerChoice:
+        sizes = {"sink": self.sink, "window": self.window, "order": self.order, "keys": self.keys, "block": self.block}
+        estimate = lost_attention(q, k, mask, scale, queries=self.queries, **sizes)
         lost = estimate.mean(0, dtype=torch.float64).cpu()
         if not bool(lost.isfinite().all()):
             raise NumericsError(
@@ -181,26 +156,10 @@ class QueryAwareHeads:
         values = scores.tolist()
         ranked = sorted(range(len(values)), key=lambda head: (-values[head], head))
         heads = tuple(sorted(head for head in ranked[:room] if values[head] > self.threshold))
-        self._note(layer, LayerChoice(tuple(lost.tolist()), tuple(values), heads), again)
-        return heads
-
-    def _note(self, layer: int, choice: LayerChoice, again: bool) -> None:
-        if not again:
-            self.record[layer] = choice
-
-    def _layers(self, layer: int) -> int:
-        if self._n_layers is None:
-            raise InputError("The policy does not know the model's number of layers: call validate(n_layers, n_heads).")
-        if layer >= self._n_layers:
-            raise HeadError(f"Layer {layer} is not there: the policy is for layers 0 to {self._n_layers - 1}.")
-        return self._n_layers
+        return LayerChoice(tuple(lost.tolist()), tuple(values), heads)
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Raise for a model that the prior or the budget does not fit; called by `HybridAttention`.
-
-        Raises:
-            HeadError: for such.
-        """
+        """Check that the prior and the budget fit a model, or raise a `HeadError`; called by `HybridAttention`."""
         if self.prior is not None and self.prior.shape != (n_layers, n_heads):
             raise HeadError(
                 f"The prior is {self.prior.n_layers} x {self.prior.n_heads} (layers x heads), this model {n_layers} x "
@@ -210,7 +169,7 @@ class QueryAwareHeads:
         self._n_layers = n_layers
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         prior = self.prior
         return {
             "policy": "QueryAwareHeads",

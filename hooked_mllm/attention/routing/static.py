@@ -2,54 +2,31 @@
 
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.heads import HeadsLike, head_names, parse_heads
 from hooked_mllm.heads.head_set import heads_by_layer
 from hooked_mllm.heads.parsing import parse_head_set
-
-#: what to do about heads of another model
-HINT = "Rank the heads of this model (of key-value heads, take `scores.to_query(n_heads)`), or use attention='sdpa'."
+from hooked_mllm.kernels.implementations import Keys, Queries
 
 
 class FixedHeads:
-    """Dense heads that do not depend on the prompt, for a model that may not be known yet.
-
-    Args:
-        heads: A `HeadSet`, "L2H4, L3H1", pairs (layer, head), a boolean mask `[layer head]`, a mapping of layers to
-            query heads, or a list of these; may be empty.
-
-    Raises:
-        HeadError: for something else.
-    """
+    """Dense heads that do not depend on the prompt, of a model of known or unknown shape; may be empty."""
 
     def __init__(self, heads: HeadsLike) -> None:
         self.heads = parse_heads(heads)
         self.by_layer = heads_by_layer(self.heads)
 
-    def choose(
-        self,
-        q: Float[Tensor, "batch head query d_head"],
-        k: Float[Tensor, "batch kv_head key d_head"],
-        mask: MaskRows,
-        scale: float,
-        layer: int,
-    ) -> tuple[int, ...]:
+    def choose(self, q: Queries, k: Keys, mask: MaskRows, scale: float, layer: int) -> tuple[int, ...]:
         """The dense query heads of this layer."""
         return self.by_layer.get(layer, ())
 
     def validate(self, n_layers: int, n_heads: int) -> None:
-        """Check that a model of this shape has the heads.
-
-        Raises:
-            HeadError: for a head that it lacks, or heads of a model of another shape.
-        """
-        parse_heads(self.heads, (n_layers, n_heads), hint=HINT)
+        """Check that a model of this shape has the heads, or raise a `HeadError`."""
+        hint = "Rank the heads of this model (of key-value heads, take `scores.to_query(n_heads)`)"
+        parse_heads(self.heads, (n_layers, n_heads), hint=f"{hint}, or use attention='sdpa'.")
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as values that JSON can hold."""
+        """Its settings, as values that JSON can hold."""
         return {"policy": type(self).__name__, "heads": head_names(self.heads)}
 
     def __len__(self) -> int:
@@ -60,13 +37,13 @@ class FixedHeads:
 
 
 class StaticHeads(FixedHeads):
-    """The same dense heads for every prompt, as a policy: what `HybridAttention` does with a `HeadSet`.
+    """The same dense heads for every prompt, as a policy.
 
     Args:
-        heads: The dense heads, of a model of known shape: a `HeadSet`, or a boolean mask `[layer head]`.
+        heads: The dense heads with the shape of their model: a `HeadSet`, or a boolean mask `[layer head]`.
 
     Raises:
-        HeadError: for heads that do not state the shape of their model, or something else.
+        HeadError: for other values.
 
     Source: arXiv:2606.05843, algorithm 3.
 

@@ -1,6 +1,5 @@
 """Marks the k largest of many numbers in Triton: the threshold bit by bit, ties to the lower index."""
 
-from contextlib import nullcontext
 from typing import Any, no_type_check
 
 import torch
@@ -8,6 +7,8 @@ import triton
 import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from hooked_mllm.kernels.implementations import current_device
 
 #: the longest rows that the kernel supports: a program keeps a row in registers
 LONGEST = 16384
@@ -62,7 +63,7 @@ def triton_top_mask(
     block = max(triton.next_power_of_2(n), 16)
     sizes = (1, 1) if each is None else (values.shape[2], values.shape[1])
     kernel: Any = mark_largest
-    with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
+    with current_device(values.device):
         kernel[(values.numel() // n,)](
             values, values if each is None else each, mask.view(torch.int8), k if each is None else 1, n, *sizes,
             BLOCK=block, EACH=each is not None, num_warps=max(1, min(16, block // 512)), enable_fp_fusion=True,

@@ -1,7 +1,6 @@
 """Launches the Triton kernels: tiles, chunks of keys, and a table of the layers."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from hooked_mllm.kernels.attention_profile import triton as kernels
 from hooked_mllm.kernels.attention_profile.naive import Streaming
+from hooked_mllm.kernels.implementations import Keys, Queries, current_device
 
 #: columns of a layer's row in the table, before the words of 32 flags
 HEADER = 5
@@ -56,33 +56,13 @@ def layer_table(
 
 
 def triton_attention_profile(
-    q: Sequence[Float[Tensor, "batch head query d_head"]],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    scale: Sequence[float],
-    places: Int[Tensor, "batch query"],
-    weight: Float[Tensor, "batch query"],
-    start: Int[Tensor, "*layer batch"] | None,
-    end: Int[Tensor, "*layer batch"] | None,
-    streaming: Sequence[Streaming | None],
-    config: dict[str, int] | None = None,
-    out: Float[Tensor, "layer batch head key"] | None = None,
-    splits: int | None = None,
-) -> Float[Tensor, "layer batch head key"]:
-    """The profile of all layers, in one launch for each pass; see `attention_profile`.
-
-    Args:
-        q: Queries, as there, and the arguments that follow.
-        k: Keys.
-        scale: One factor for each layer.
-        places: Positions of the queries.
-        weight: Weights of the queries.
-        start: First real keys, if any sequence is padded.
-        end: Ends of the real keys.
-        streaming: Kinds of heads of each layer.
-        config: Tile sizes in place of `settings_for`.
-        out: Contiguous memory for the result.
-        splits: Number of chunks of keys, in place of one that suits the device.
-    """
+    q: Sequence[Queries], k: Sequence[Keys], scale: Sequence[float],
+    places: Int[Tensor, "batch query"], weight: Float[Tensor, "batch query"],
+    start: Int[Tensor, "*layer batch"] | None, end: Int[Tensor, "*layer batch"] | None,
+    streaming: Sequence[Streaming | None], config: dict[str, int] | None = None,
+    out: Float[Tensor, "layer batch head key"] | None = None, splits: int | None = None,
+) -> Float[Tensor, "layer batch head key"]:  # fmt: skip
+    """`attention_profile` in one launch for each pass; `config` and `splits` replace tile sizes and chunk count."""
     # one launch for all layers: a table has the addresses of their q and k, which share shape and strides
     q, k = _equal_strides(q), _equal_strides(k)
     n_layers, (batch, n_heads, length, d_head), (n_kv, n_keys) = len(q), q[0].shape, k[0].shape[1:3]
@@ -93,13 +73,18 @@ def triton_attention_profile(
     padded = start is not None or end is not None
     bounds = [_bound(start, 0, batch, device), _bound(end, n_keys, batch, device)] if padded else [table, table]
     tiling = _Tiling(config or settings_for(d_head, dtype), group, length, n_keys)
-    constants = {**_constants(host_table, group, d_head, dtype), "PADDED": padded, **tiling.constants, **FUSED}
+    constants = {
+        "WORDS": host_table.shape[1] - HEADER, "GROUP": group, "D": d_head,
+        "BLOCK_D": max(16, triton.next_power_of_2(d_head)), "PADDED": padded,
+        "STREAMING": host_table.shape[1] > HEADER, "ALIGNED": not bool((host_table[:, :2] % 16).any()),  # addresses
+        "HEADER": HEADER, "PRECISION": "ieee" if dtype == torch.float32 else "tf32", **tiling.constants, **FUSED,
+    }  # fmt: skip
     strides = (*q[0].stride(), *k[0].stride(), places.stride(0))
     bound_strides = [x.stride(0) if padded else 0 for x in bounds]
     chunk_keys = None if splits is None else -(-n_keys // splits)
     columns = (n_kv * batch, n_layers)  # the second and third axis of both grids; the first is tiles and chunks
     result = torch.empty(n_layers, batch, n_heads, n_keys, dtype=torch.float32, device=device) if out is None else out
-    with _launch_device(device):
+    with current_device(device):
         chunk = tiling.chunk(columns, tiling.head_tiles * tiling.query_tiles, device, chunk_keys)
         parts = -(-n_keys // chunk)
         # maximum and sum of each row in each chunk of keys: [part (layer batch head query)]
@@ -126,20 +111,6 @@ def triton_attention_profile(
     return result
 
 
-def _constants(table: Int64[np.ndarray, "layer column"], group: int, d_head: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time constants of both passes that follow from the inputs."""
-    return {
-        "WORDS": table.shape[1] - HEADER,
-        "GROUP": group,
-        "D": d_head,
-        "BLOCK_D": max(16, triton.next_power_of_2(d_head)),
-        "STREAMING": table.shape[1] > HEADER,
-        "ALIGNED": not bool((table[:, :2] % 16).any()),  # addresses of q and k, in bytes
-        "HEADER": HEADER,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-    }
-
-
 class _Tiling:
     """How the work is divided into programs."""
 
@@ -163,11 +134,6 @@ class _Tiling:
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _launch_device(device: torch.device) -> AbstractContextManager[object]:
-    """Makes the tensors' device current: Triton launches on the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _equal_strides(tensors: Sequence[Tensor]) -> list[Tensor]:

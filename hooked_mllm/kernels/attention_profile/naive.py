@@ -7,6 +7,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_mllm.kernels.implementations import Bound, Keys, Queries
 from hooked_mllm.kernels.streaming_window import head_flags, visible_keys_at
 
 #: the dense query heads of a layer, and the sink and the window of its other heads
@@ -14,37 +15,18 @@ Streaming = tuple[Sequence[int], int, int]
 
 
 def seen_keys(
-    places: Int[Tensor, "batch query"],
-    heads: int,
-    keys: int,
-    start: Int[Tensor, " batch"],
-    end: Int[Tensor, " batch"],
-    streaming: Streaming | None,
+    places: Int[Tensor, "batch query"], heads: int, keys: int, start: Bound, end: Bound, streaming: Streaming | None
 ) -> Bool[Tensor, "batch head query key"]:
-    """The keys that each query of each head sees; see `visible_keys_at`.
-
-    Args:
-        places: The position of each query among the keys.
-        heads: Number of query heads.
-        keys: Number of keys.
-        start: The first real key of each sequence.
-        end: One past its last real key.
-        streaming: The layer's dense heads, sink and window; None if all heads are dense.
-    """
+    """The keys that each query of each head sees; see `visible_keys_at`. `streaming` is None if all heads are dense."""
     dense, sink, window = (range(heads), 0, 1) if streaming is None else streaming
     return visible_keys_at(places, keys, head_flags(dense, heads), sink, window, start, end)
 
 
 def naive_attention_profile(
-    q: Sequence[Float[Tensor, "batch head query d_head"]],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    scale: Sequence[float],
-    places: Int[Tensor, "batch query"],
-    weight: Float[Tensor, "batch query"],
-    start: Int[Tensor, "layer batch"],
-    end: Int[Tensor, "layer batch"],
-    streaming: Sequence[Streaming | None],
-) -> Float[Tensor, "layer batch head key"]:
+    q: Sequence[Queries], k: Sequence[Keys], scale: Sequence[float],
+    places: Int[Tensor, "batch query"], weight: Float[Tensor, "batch query"],
+    start: Int[Tensor, "layer batch"], end: Int[Tensor, "layer batch"], streaming: Sequence[Streaming | None],
+) -> Float[Tensor, "layer batch head key"]:  # fmt: skip
     """`sum_i w_i softmax_j(s q_i k_j)` for each layer, in float32 or wider; 0 for a query without visible keys."""
     profiles = []
     for layer, (queries, keys) in enumerate(zip(q, k, strict=True)):

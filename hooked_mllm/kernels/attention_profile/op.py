@@ -11,6 +11,8 @@ from hooked_mllm.kernels.attention_profile.naive import Streaming as Streaming
 from hooked_mllm.kernels.attention_profile.naive import naive_attention_profile
 from hooked_mllm.kernels.implementations import (
     Implementation,
+    Keys,
+    Queries,
     check_implementation,
     check_triton,
     kernel_fits,
@@ -20,31 +22,23 @@ from hooked_mllm.kernels.streaming_window import check_sink_and_window
 
 
 def attention_profile(
-    q: Sequence[Float[Tensor, "batch head query d_head"]],
-    k: Sequence[Float[Tensor, "batch kv_head key d_head"]],
-    places: Int[Tensor, "batch query"],
-    *,
-    weight: Float[Tensor, "batch query"] | None = None,
-    scale: float | Sequence[float] | None = None,
-    start: Int[Tensor, "*layer batch"] | None = None,
-    end: Int[Tensor, "*layer batch"] | None = None,
-    streaming: Sequence[Streaming | None] | None = None,
-    implementation: Implementation = "auto",
-) -> Float[Tensor, "layer batch head key"]:
+    q: Sequence[Queries], k: Sequence[Keys], places: Int[Tensor, "batch query"], *,
+    weight: Float[Tensor, "batch query"] | None = None, scale: float | Sequence[float] | None = None,
+    start: Int[Tensor, "*layer batch"] | None = None, end: Int[Tensor, "*layer batch"] | None = None,
+    streaming: Sequence[Streaming | None] | None = None, implementation: Implementation = "auto",
+) -> Float[Tensor, "layer batch head key"]:  # fmt: skip
     r"""The mean attention row over selected queries, of several layers at once, without the rows in memory.
 
     $$a[j] = \sum_{i\in Q} w_i\, \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big),\qquad w_i = 1/|Q|$$
 
     over the keys that each query sees: `start <= j <= p`, `j < end` for a query at position p; in a streaming head,
     of these only `j < start + sink` and `j > p - window`. Computed in float32. A query without visible keys counts as
-    0; NaN and infinity in q or k that a query sees make the whole profile of that head NaN.
-
-    On a GPU, Triton makes two passes over k, one launch each for all layers; in addition to the result they need two
-    numbers per query and head. The sum of $a$ over a set of keys is the attention mass on that set.
+    0; NaN or infinity in visible q or k makes the whole profile of that head NaN. The sum of $a$ over a set of keys is
+    the attention mass on that set. On a GPU, two launches of Triton kernels for all layers.
 
     Args:
-        q: The selected queries after position encoding, one tensor per layer, of any strides; all of one shape.
-        k: All keys after position encoding, one tensor per layer, likewise.
+        q: The selected queries after position encoding, `[batch head query d_head]` per layer; all of one shape.
+        k: All keys after position encoding, `[batch kv_head key d_head]` per layer, likewise.
         places: The position of each query among the keys.
         weight: The weights w; 0 pads samples with fewer queries. 1/query by default.
         scale: The factor s, one for all layers or one for each; 1/sqrt(d_head) by default. Above 0.
@@ -75,7 +69,11 @@ def attention_profile(
         raise InputError(f"Expected one scale and one kind of heads for each of {n_layers} layers.")
     if not all(s > 0 for s in scales):
         raise InputError(f"A scale is above 0; got {scales}.")
-    heads = [_checked_streaming(item, q[0].shape[1]) for item in heads]
+    n_heads = q[0].shape[1]
+    for item in heads:
+        if item is not None and any(not 0 <= head < n_heads for head in item[0]):
+            raise HeadError(f"Dense heads {list(item[0])} are out of range: q has heads 0 to {n_heads - 1}.")
+    heads = [None if item is None else (item[0], *check_sink_and_window(*item[1:])) for item in heads]
     for name, bound in (("start", start), ("end", end)):
         if bound is not None and tuple(bound.shape) not in ((batch,), (n_layers, batch)):
             raise InputError(f"`{name}` is [{batch}] or [{n_layers}, {batch}]; got {list(bound.shape)}.")
@@ -84,20 +82,14 @@ def attention_profile(
         raise InputError(f"`weight` is of the shape of `places`, {list(places.shape)}; got {list(weight.shape)}.")
     fits = kernel_fits(q[0].shape[-1], q[0].dtype)
     if implementation == "naive" or (implementation == "auto" and not (q[0].is_cuda and fits)):
-        starts, ends = _by_layer(start, 0, n_layers, places), _by_layer(end, n_keys, n_layers, places)
-        return naive_attention_profile(q, k, scales, places, weight, starts, ends, heads)
+        start = places.new_zeros(batch) if start is None else start
+        end = places.new_full((batch,), n_keys) if end is None else end
+        start, end = (bound.expand(n_layers, batch) for bound in (start, end))
+        return naive_attention_profile(q, k, scales, places, weight, start, end, heads)
     check_triton(q[0], fits, kernel_runs(q[0].device))
     from hooked_mllm.kernels.attention_profile.launch import triton_attention_profile  # imports Triton
 
     return triton_attention_profile(q, k, scales, places, weight, start, end, heads)
-
-
-def _by_layer(
-    bound: Int[Tensor, "*layer batch"] | None, default: int, n_layers: int, places: Int[Tensor, "batch query"]
-) -> Int[Tensor, "layer batch"]:
-    if bound is None:
-        bound = torch.full((len(places),), default, device=places.device)
-    return bound.expand(n_layers, len(places))
 
 
 def _check(
@@ -120,12 +112,3 @@ def _check(
         raise InputError(f"`places` is [batch query] of q, {[a.shape[0], a.shape[2]]}; got {list(places.shape)}.")
     check_implementation(implementation)
     return len(q), b.shape[0], b.shape[2]
-
-
-def _checked_streaming(item: Streaming | None, n_heads: int) -> Streaming | None:
-    if item is None:
-        return None
-    dense, sink, window = item
-    if any(not 0 <= head < n_heads for head in dense):
-        raise HeadError(f"Dense heads {list(dense)} are out of range: q has heads 0 to {n_heads - 1}.")
-    return (dense, *check_sink_and_window(sink, window))

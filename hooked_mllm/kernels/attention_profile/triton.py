@@ -87,12 +87,8 @@ def _keys(k_base, n, stride_kn, stride_kd, last, N: tl.constexpr, D: tl.constexp
 def _queries(q_base, query, head, stride_qh, stride_qm, stride_qd, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The queries of a tile, `[row d_head]`."""
     d = tl.arange(0, BLOCK_D)
-    pointers = (
-        q_base
-        + head.to(tl.int64)[:, None] * stride_qh
-        + query.to(tl.int64)[:, None] * stride_qm
-        + d[None, :] * stride_qd
-    )
+    pointers = q_base + head.to(tl.int64)[:, None] * stride_qh + query.to(tl.int64)[:, None] * stride_qm
+    pointers += d[None, :] * stride_qd
     if BLOCK_D != D:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     return tl.load(pointers)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -13,43 +13,21 @@ from hooked_mllm.kernels.hybrid_attention.naive import query_major
 from hooked_mllm.kernels.hybrid_attention.plan import plan
 from hooked_mllm.kernels.hybrid_attention.streaming import fits, launch_streaming
 from hooked_mllm.kernels.hybrid_attention.triton import launch
+from hooked_mllm.kernels.implementations import Bound, Keys, Queries
 
 #: CUDA streams for concurrent calls of SDPA: two fill a GPU, further calls wait
 SIDE_STREAMS = 4
 
 
 def triton_hybrid_attention(
-    q: Float[Tensor, "batch head query d_head"],
-    k: Float[Tensor, "batch kv_head key d_head"],
-    v: Float[Tensor, "batch kv_head key d_head"],
-    dense: tuple[int, ...],
-    sink: int,
-    window: int,
-    scale: float,
-    start: Int[Tensor, " batch"] | None = None,
-    end: Int[Tensor, " batch"] | None = None,
-    with_lse: bool = False,
-    sdpa: bool = False,
+    q: Queries, k: Keys, v: Keys, dense: tuple[int, ...], sink: int, window: int, scale: float,
+    start: Bound | None = None, end: Bound | None = None, with_lse: bool = False, sdpa: bool = False,
     config: dict[str, int] | None = None,
-) -> tuple[Float[Tensor, "batch head query d_head"], Float[Tensor, "batch head query"] | None]:
-    """Hybrid attention on a GPU; see `hybrid_attention`.
+) -> tuple[Queries, Float[Tensor, "batch head query"] | None]:  # fmt: skip
+    """Hybrid attention on a GPU; see `hybrid_attention`. `dense` is ascending, `config` replaces tile sizes.
 
-    Groups of heads that all stream have a kernel of their own, unless dense heads need a launch too.
-
-    Args:
-        q: Queries, as there, and the arguments that follow.
-        k: Keys.
-        v: Values.
-        dense: Dense heads, ascending.
-        sink: First keys that the other heads see.
-        window: Last keys that they see.
-        scale: Factor of the scores.
-        start: The first real key of each sequence; None without padding.
-        end: One past its last real key.
-        with_lse: Also compute the log-sum-exp.
-        sdpa: Compute dense heads by torch's SDPA where it supports the inputs: no padding, no log-sum-exp, the same
-            number of keys as of queries, and a last stride of 1.
-        config: Tile sizes in place of the kernels' own.
+    Groups of heads that all stream have a kernel of their own, unless dense heads need a launch too. `sdpa`: dense
+    heads by torch's SDPA if there is no padding or log-sum-exp, as many keys as queries, and a last stride of 1.
     """
     sdpa = sdpa and start is None and not with_lse and q.shape[2] == k.shape[2] and sdpa_supports(q, k, v)
     if sdpa and len(dense) == q.shape[1]:
@@ -82,8 +60,7 @@ def sdpa_supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def dense_by_sdpa(q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: tuple[int, ...], scale: float) -> Iterator[None]:
     """Dense heads by torch's SDPA, concurrent with the kernels that are launched within the block.
 
-    Adjacent heads that share a key-value head are one call on views, and each call has a CUDA stream: the last tiles of
-    one head leave most of the GPU idle, and the next head and the streaming heads fill it.
+    Adjacent heads of a key-value head are one call, each call has a CUDA stream: its last tiles leave the GPU idle.
     """
     size = q.shape[1] // k.shape[1]
     runs = neighbours(dense, size)
@@ -110,10 +87,7 @@ def neighbours(dense: tuple[int, ...], size: int) -> list[list[int]]:
 
 @contextmanager
 def side_streams(device: torch.device, count: int) -> Iterator[list[AbstractContextManager[object]]]:
-    """`count` contexts, each of a CUDA stream that waits for the work queued on the current one.
-
-    The current stream waits for them at the end of the block. On other devices the contexts have no effect.
-    """
+    """`count` contexts, each of a CUDA stream that waits for the current one, which waits for them at the end."""
     if device.type != "cuda" or count == 0:
         yield [nullcontext()] * count
         return

@@ -21,24 +21,18 @@ class HeadPattern(NamedTuple):
 
 
 def pattern_from_mask_types(
-    head_mask_type: Tensor | Iterable[int],
-    streaming_info: Tensor | Iterable[int],
-    *,
-    block: int | None = None,
+    head_mask_type: Tensor | Iterable[int], streaming_info: Tensor | Iterable[int], *, block: int | None = None
 ) -> HeadPattern:
     """A layer's dense heads, sink and window from Block-Sparse-Attention's mask types.
 
-    Type 0 is a dense head, -1 a streaming one. Types above 0 are heads with their own block mask, which
-    `hybrid_attention` does not support. Both libraries count the query's own position as part of the window.
-
-    Sizes are tokens, as in "exact" streaming, or with `block` blocks of that size. There, the window ends at the border
-    of a block and is between (local - 1) * block + 1 and local * block keys wide, depending on the query's position in
-    its block. The window here is local * block for every query, which contains all of those keys and a few more.
+    Type 0 is a dense head, -1 a streaming one; heads with their own block mask (types above 0) are not supported. Sizes
+    are tokens, as in "exact" streaming, or with `block` blocks of that size. There, the window is between
+    (local - 1) * block + 1 and local * block keys wide, depending on the query's position in its block; here it is
+    local * block for every query.
 
     Args:
         head_mask_type: One integer for each query head of the layer.
-        streaming_info: Sink and local size of each head, `[2 * head]` or `[head, 2]`; those of heads that do not stream
-            are ignored.
+        streaming_info: Sink and local size of each head, `[2 * head]` or `[head, 2]`; ignored for dense heads.
         block: The size of a block, 128 in that library; None if sizes are tokens.
 
     Raises:

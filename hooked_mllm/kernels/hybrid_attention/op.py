@@ -3,17 +3,24 @@
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.kernels.hybrid_attention.naive import naive_gradients, naive_hybrid_attention, query_major
-from hooked_mllm.kernels.implementations import Implementation, check_implementation, check_triton, supported
+from hooked_mllm.kernels.implementations import (
+    Bound,
+    Implementation,
+    Keys,
+    Queries,
+    check_implementation,
+    check_triton,
+    current_device,
+    supported,
+)
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window, head_flags
 
 #: from this number of queries on, SDPA computes dense heads (measured on an H200; below, one launch for all is faster)
@@ -40,20 +47,10 @@ def hybrid_attention(
 
 
 def hybrid_attention(
-    q: Float[Tensor, "batch head query d_head"],
-    k: Float[Tensor, "batch kv_head key d_head"],
-    v: Float[Tensor, "batch kv_head key d_head"],
-    dense: Iterable[int],
-    *,
-    sink: WholeNumber = 64,
-    window: WholeNumber = 1024,
-    scale: float | None = None,
-    start: Int[Tensor, " batch"] | None = None,
-    end: Int[Tensor, " batch"] | None = None,
-    return_lse: bool = False,
-    implementation: Implementation = "auto",
-    causal: bool = True,
-) -> Any:
+    q: Queries, k: Keys, v: Keys, dense: Iterable[int], *, sink: WholeNumber = 64, window: WholeNumber = 1024,
+    scale: float | None = None, start: Bound | None = None, end: Bound | None = None,
+    return_lse: bool = False, implementation: Implementation = "auto", causal: bool = True,
+) -> Any:  # fmt: skip
     r"""Causal attention in which some heads see everything before them and the others a sink and a window.
 
     $$z_i = \sum_{j \in V_h(i)} \mathrm{softmax}_j\big(s\, q_i \cdot k_j\big) v_j,\qquad
@@ -62,15 +59,14 @@ def hybrid_attention(
     With more keys than queries, the last query is at the last key (a chunk of a prompt and its cache). Inputs may have
     any strides; the result is contiguous as `[batch query head d_head]`. Queries without visible keys have z = 0.
 
-    "auto" selects the Triton kernels on a GPU: one launch for both kinds of head. From 24,576 queries on, and where all
-    heads are dense, torch's SDPA computes the dense heads instead, which is faster there. Elsewhere, and for inputs
-    that the kernels do not support, the torch definition runs, with a warning. Gradients are those of the definition:
-    correct, and with the memory of chunks of N x N scores.
+    "auto" selects the Triton kernels on a GPU, with torch's SDPA for dense heads from 24,576 queries on, and where all
+    heads are dense. Elsewhere, and for inputs that the kernels do not support, the torch definition runs, with a
+    warning. Gradients are those of the definition, with the memory of chunks of N x N scores.
 
     Args:
-        q: Queries after position encoding.
-        k: Keys; query head h reads key-value head h // (H / H_kv).
-        v: Values.
+        q: Queries after position encoding, `[batch head query d_head]`.
+        k: Keys, `[batch kv_head key d_head]`; query head h reads key-value head h // (H / H_kv).
+        v: Values, likewise.
         dense: Query heads that see everything before them.
         sink: First keys that the other heads see.
         window: Last keys that they see, the query's own included.
@@ -79,7 +75,7 @@ def hybrid_attention(
         end: One past the last real key (right padding from it on).
         return_lse: Also return the log-sum-exp of each row's scores, float32 `[batch head query]`.
         implementation: "auto", "triton" or "naive".
-        causal: Must be True: other attention is not supported, and the error names the function to use.
+        causal: Must be True: other attention is not supported.
 
     Raises:
         InputError: for shapes, dtypes or devices that do not fit, numbers out of range, or `causal=False`.
@@ -117,15 +113,9 @@ def as_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dense: Iterable[int],
-    scale: float,
-    start: Tensor | None,
-    end: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, dense: Iterable[int], scale: float, start: Tensor | None, end: Tensor | None,
     implementation: Implementation,
-) -> list[int]:
+) -> list[int]:  # fmt: skip
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise InputError(
             "Expected q [batch head query d_head] and k, v [batch kv_head key d_head]; got "
@@ -152,15 +142,12 @@ def _check(
 
 
 def head_numbers(dense: object, n_heads: int) -> list[int]:
-    """Query heads in order, each once.
-
-    Raises:
-        HeadError: for anything but numbers from 0 to `n_heads` - 1.
-    """
+    """Query heads in order, each once; anything but numbers from 0 to `n_heads` - 1 raises a `HeadError`."""
     numbers = list(dense) if isinstance(dense, Iterable) and getattr(dense, "ndim", 1) == 1 else None
     if numbers is not None and not all(type(number) is int for number in numbers):  # torch.compile traces only ints
         integers = all(hasattr(n, "__index__") and "bool" not in str(getattr(n, "dtype", type(n))) for n in numbers)
-        numbers = [operator.index(n) for n in numbers] if integers and not _has_floats(numbers) else None
+        floats = any(isinstance(number, Tensor) and number.is_floating_point() for number in numbers)
+        numbers = [operator.index(n) for n in numbers] if integers and not floats else None
     if numbers is None:
         raise HeadError(
             f"Expected numbers of query heads from 0 to {n_heads - 1}, such as (0, 5); got {dense!r}. For a mask, use "
@@ -172,10 +159,6 @@ def head_numbers(dense: object, n_heads: int) -> list[int]:
             f"Dense heads {heads} are out of range: q has heads 0 to {n_heads - 1}. Do they belong to another model?"
         )
     return heads
-
-
-def _has_floats(numbers: Sequence[object]) -> bool:
-    return any(isinstance(number, Tensor) and number.is_floating_point() for number in numbers)
 
 
 def _select_route(implementation: Implementation, q: Tensor, n_dense: int) -> Route:
@@ -199,33 +182,22 @@ def _select_route(implementation: Implementation, q: Tensor, n_dense: int) -> Ro
 # torch.compile would do without this tag
 @torch.library.custom_op("hooked_mllm::hybrid_attention", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dense: list[int],
-    sink: int,
-    window: int,
-    scale: float,
-    start: Tensor | None,
-    end: Tensor | None,
-    with_lse: bool,
-    how: str,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, dense: list[int], sink: int, window: int, scale: float, start: Tensor | None,
+    end: Tensor | None, with_lse: bool, how: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`hybrid_attention` by the `Route` that `how` names, and the log-sum-exp, which is empty without `with_lse`."""
     sink, window = _clip_sizes(q, k, sink, window)
-    start, end = _bounds(q, k, start, end, how)
-    if how == "naive":
-        assert start is not None and end is not None
+    start, end = (None, None) if start is end is None and how != "naive" else _bounds(q, k, start, end)
+    if start is not None and end is not None and how == "naive":
         flags = head_flags(dense, q.shape[1], q.device)
         with torch.autocast(q.device.type, enabled=False):  # autocast would round the float32 scores
             z, lse = naive_hybrid_attention(q, k, v, flags, sink, window, scale, start, end)
         return query_major(z), lse if with_lse else q.new_empty(0, dtype=torch.float32)
     from hooked_mllm.kernels.hybrid_attention.dispatch import triton_hybrid_attention  # Triton may be missing on CPUs
 
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # Triton launches on the current device
-        z, lse = triton_hybrid_attention(
-            q, k, v, tuple(dense), sink, window, scale, start, end, with_lse, sdpa=how == "sdpa"
-        )
+    with current_device(q.device):
+        by_sdpa = how == "sdpa"
+        z, lse = triton_hybrid_attention(q, k, v, tuple(dense), sink, window, scale, start, end, with_lse, by_sdpa)
     return z, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
@@ -234,12 +206,8 @@ def _clip_sizes(q: Tensor, k: Tensor, sink: int, window: int) -> tuple[int, int]
     return min(sink, k.shape[2]), min(window, q.shape[2] + k.shape[2])
 
 
-def _bounds(
-    q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None, how: str
-) -> tuple[Int[Tensor, " batch"] | None, Int[Tensor, " batch"] | None]:
-    """Start and end clipped to the keys: those of a whole prompt may be given for its first chunks."""
-    if how != "naive" and start is None and end is None:
-        return None, None
+def _bounds(q: Tensor, k: Tensor, start: Tensor | None, end: Tensor | None) -> tuple[Bound, Bound]:
+    """Start and end clipped to the keys: those of a whole prompt may be specified for its first chunks."""
     n, like = len(q), {"dtype": torch.int32, "device": q.device}
     start = torch.zeros(n, **like) if start is None else start.to(**like).clamp(min=0)
     end = torch.full((n,), k.shape[2], **like) if end is None else end.to(**like).clamp(max=k.shape[2])
@@ -261,25 +229,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dense: list[int],
-    sink: int,
-    window: int,
-    scale: float,
-    start: Tensor | None,
-    end: Tensor | None,
-    dz: Tensor | None,
-    dlse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, dense: list[int], sink: int, window: int, scale: float, start: Tensor | None,
+    end: Tensor | None, dz: Tensor | None, dlse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of the op, for custom ops that call it: autograd records nothing inside them."""
     sink, window = _clip_sizes(q, k, sink, window)
-    start, end = _bounds(q, k, start, end, "naive")
-    assert start is not None and end is not None
     flags = head_flags(dense, q.shape[1], q.device)
     with torch.autocast(q.device.type, enabled=False):
-        return naive_gradients(q, k, v, flags, sink, window, scale, start, end, dz, dlse)
+        return naive_gradients(q, k, v, flags, sink, window, scale, *_bounds(q, k, start, end), dz, dlse)
 
 
 def _backward(ctx: Any, dz: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:

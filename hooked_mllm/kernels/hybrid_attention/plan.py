@@ -9,21 +9,14 @@ from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """Groups of heads that share keys and kind.
+    """Groups of heads that share keys and kind: dense (slowest), whole streaming groups, other streaming ones."""
 
-    Dense groups come first, because they take longest, then streaming groups of all heads of a key-value head, then
-    smaller ones.
-
-    Attributes:
-        rows: A row for each group: key-value head, number of heads, the heads, zeros.
-        n_dense: Number of dense groups.
-        n_whole: Number of streaming groups that contain all heads of their key-value head.
-        most: The largest number of heads in a dense and in a streaming group.
-    """
-
+    #: a row for each group: key-value head, number of heads, the heads, zeros
     rows: Int32[Tensor, "group entry"]
     n_dense: int
+    #: streaming groups that contain all heads of their key-value head
     n_whole: int
+    #: the largest number of heads in a dense and in a streaming group
     most: tuple[int, int]
 
     @property

@@ -15,6 +15,7 @@ from hooked_mllm.kernels.hybrid_attention.triton import (
     softmax_step,
     visible,
 )
+from hooked_mllm.kernels.implementations import Keys, Queries
 
 
 @triton.jit(
@@ -91,29 +92,14 @@ def _streaming(
 def fits(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
     """Whether this kernel supports the tensors: head dim 64 or 128, groups of a power of two, a Hopper GPU."""
     group = q.shape[1] // k.shape[1]
-    return (
-        q.shape[3] in (64, 128)
-        and group in (1, 2, 4, 8, 16, 32)
-        and q.stride(3) == 1
-        and all(describable(x) for x in (k, v, out))
-        and hopper(q)
-    )
+    sizes_fit = q.shape[3] in (64, 128) and group in (1, 2, 4, 8, 16, 32)
+    return sizes_fit and q.stride(3) == 1 and all(describable(x) for x in (k, v, out)) and hopper(q)
 
 
 def launch_streaming(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    rows: Tensor,
-    sink: int,
-    window: int,
-    scale: float,
-    start: Tensor | None,
-    end: Tensor | None,
-    config: dict[str, int] | None = None,
-) -> None:
+    q: Queries, k: Keys, v: Keys, out: Queries, lse: Tensor | None, rows: Tensor, sink: int, window: int, scale: float,
+    start: Tensor | None, end: Tensor | None, config: dict[str, int] | None = None,
+) -> None:  # fmt: skip
     """Launch the kernel for whole groups of heads, which `rows` of a plan contain; other arguments as of `launch`."""
     batch, n_heads, q_length, d_head = q.shape
     n_kv, kv_length = k.shape[1], k.shape[2]

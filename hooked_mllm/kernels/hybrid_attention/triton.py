@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hooked_mllm.kernels.hybrid_attention.plan import Plan
+from hooked_mllm.kernels.implementations import Keys, Queries
 
 
 @triton.jit
@@ -90,15 +91,7 @@ def key_ranges(lowest, highest, first, last, sink, window, BLOCK_N: tl.constexpr
 
 
 @triton.jit(
-    do_not_specialize=[
-        "q_length",
-        "kv_length",
-        "sink",
-        "window",
-        "n_dense",
-        "n_streaming",
-        "dense_tiles",
-    ],
+    do_not_specialize=["q_length", "kv_length", "sink", "window", "n_dense", "n_streaming", "dense_tiles"],
     do_not_specialize_on_alignment=["plan_ptr"],
 )
 @no_type_check
@@ -197,34 +190,12 @@ def _hybrid(
 
 
 def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    groups: Plan,
-    sink: int,
-    window: int,
-    scale: float,
-    start: Tensor | None,
-    end: Tensor | None,
-    config: dict[str, int] | None = None,
-) -> None:
-    """Launch the kernel for groups of heads.
+    q: Queries, k: Keys, v: Keys, out: Queries, lse: Tensor | None, groups: Plan, sink: int, window: int, scale: float,
+    start: Tensor | None, end: Tensor | None, config: dict[str, int] | None = None,
+) -> None:  # fmt: skip
+    """Launch the kernel for groups of heads, and write `out` and, unless it is None, `lse` `[batch head query]`.
 
-    Args:
-        q: Queries `[batch head query d_head]`.
-        k: Keys `[batch kv_head key d_head]`.
-        v: Values, likewise.
-        out: Memory of the result, of the shape of q.
-        lse: Memory of the log-sum-exp `[batch head query]`, or None.
-        groups: The groups.
-        sink: First keys that streaming heads see.
-        window: Last keys that they see.
-        scale: Factor of the scores.
-        start: The first real key of each sequence; None without padding.
-        end: One past its last real key.
-        config: Tile sizes in place of `settings_for`.
+    `start` and `end` are None without padding; `config` replaces tile sizes of `settings_for`.
     """
     batch, n_heads, q_length, d_head = q.shape
     n_kv, kv_length = k.shape[1], k.shape[2]
@@ -264,12 +235,8 @@ def hopper(x: Tensor) -> bool:
 def describable(x: Tensor) -> bool:
     """Whether x can have a tensor descriptor: 16-byte strides, the last stride 1, two bytes a number."""
     strides = [s * x.element_size() for s in x.stride()[:-1]]
-    return (
-        x.element_size() == 2
-        and x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(s > 0 and s % 16 == 0 for s in strides)
-    )
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 16 == 0 for s in strides)
+    return x.element_size() == 2 and x.stride(-1) == 1 and aligned
 
 
 def descriptor(x: Tensor, box: list[int]) -> TensorDescriptor:

@@ -1,4 +1,4 @@
-"""GradientAgreement: the evidence is where the answer's score changes fastest with the visual embeddings."""
+"""GradientAgreement: evidence by gradients of the answer's score with respect to visual embeddings."""
 
 import torch
 from jaxtyping import Float
@@ -24,32 +24,26 @@ class GradientAgreement(EvidenceAgreement):
 
     - $a[j]$: mean attention of the query tokens to visual token j; $V$: all visual tokens.
     - $x_p[j]$: visual features entering the language model at j: the embedding and, in Qwen3-VL, DeepStack's additions.
-    - $y$: the greedy answer; the log-odds have the direction of the gradient of log p, and do not fade where the model
-      is sure.
+    - $y$: the greedy answer; the log-odds have the direction of the gradient of log p, and do not vanish as p nears 1.
 
-    In [0, 1], averaged over samples. Besides the measurement it needs two forward passes and a backward pass per
-    sample, which keeps the activations of all layers: far more memory than measuring.
+    In [0, 1], averaged over samples. It needs two more forward passes and a backward pass per sample, which keeps the
+    activations of all layers: far more memory than measuring.
 
     Args:
         rule: "norm" (squared length of the gradient) or "gradient_x_input" (its product with the features).
         queries: Name of the mask of query tokens.
-        n_tokens: How many tokens of the greedy answer are explained.
-
-    Raises:
-        InputError: for an unknown rule or no token.
+        n_tokens: Number of explained tokens of the greedy answer, at least 1.
 
     Source: saliency, arXiv:1312.6034 (norm), and gradient x input, arXiv:1605.01713, as the region of
     arXiv:2606.05843 eq. 1.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.heads import head_names
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval(pages=1).samples(model, 4)
+        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 4)
         >>> scores = metrics.GradientAgreement().run(model, samples, progress=False)
-        >>> sorted(head_names(scores.top(4)))  # planted
-        ['L2H4', 'L2H5', 'L2H6', 'L2H7']
+        >>> sorted(scores.top(4))  # planted
+        [(2, 4), (2, 5), (2, 6), (2, 7)]
     """
 
     def __init__(self, *, rule: str = "norm", queries: str = "question", n_tokens: int = 1) -> None:
@@ -59,7 +53,7 @@ class GradientAgreement(EvidenceAgreement):
         self.rule = rule
 
     def relevance(self, model: Model, sample: Sample) -> Float[Tensor, " pos"]:
-        """The squared gradient or gradient times input of each position, over all features entering there."""
+        """The squared gradient, or gradient times input, of all features that enter at each position."""
         forced, answer = with_greedy_answer(model, sample, self.n_tokens)
         leaves: dict[str, Tensor] = {}
 
@@ -68,7 +62,7 @@ class GradientAgreement(EvidenceAgreement):
             return leaves[hook.name]
 
         hooks = [(name, leaf) for name in visual_points(model)]
-        with frozen_parameters(model.hf_model), torch.enable_grad(), model.hooks(hooks):
+        with frozen_parameters(model), torch.enable_grad(), model.hooks(hooks):
             logits = model(forced, logits_to_keep=len(answer))[0].float()
             log_odds(logits, answer.to(logits.device)).sum().backward()
         total = torch.zeros(len(sample), dtype=torch.float64)
@@ -81,12 +75,6 @@ class GradientAgreement(EvidenceAgreement):
 
 
 def log_odds(logits: Float[Tensor, "token vocab"], answer: Tensor) -> Float[Tensor, " token"]:
-    """`log p / (1 - p)` of each answer token, from logits, where p itself would round to 1.
-
-    Examples:
-        >>> log_odds(torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
-        tensor([2.])
-    """
-    chosen = logits.gather(1, answer[:, None])
+    """`log p / (1 - p)` of each answer token, from logits, since p itself may round to 1."""
     others = logits.scatter(1, answer[:, None], -torch.inf)
-    return chosen[:, 0] - others.logsumexp(1)
+    return logits.gather(1, answer[:, None])[:, 0] - others.logsumexp(1)

@@ -1,8 +1,7 @@
-"""ParaphraseConsistency: attention that every wording of a question sends to a token, and other questions do not."""
+"""ParaphraseConsistency: attention that all wordings of a question pay to a token, and other questions do not."""
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,11 +10,11 @@ from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
-from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, reword, unannotated
+from hooked_mllm.metrics.annotation_free.questions import QuestionScore, question_groups
 
 
 class ParaphraseConsistency(QuestionScore):
-    r"""How much attention all wordings of a question agree to send to a token, beyond other questions. No target.
+    r"""How much attention all wordings of a question pay to a token, beyond other questions. No target.
 
     $$g_x^{l,h}[j] = \min_{w\in P(x)} a_w^{l,h}[j] - \operatorname*{mean}_{y\ne x,\; w\in P(y)} a_w^{l,h}[j],\qquad
     \text{score}[l,h] = \operatorname*{mean}_x \sum_{j\in T_x} \max\big(g_x^{l,h}[j],\, 0\big)$$
@@ -24,25 +23,17 @@ class ParaphraseConsistency(QuestionScore):
     - $T_x$: the `ceil(share * |V|)` visual tokens that gain most.
 
     In [0, 1], averaged over samples. As `QuestionContrast`, and it also subtracts attention that follows the words
-    rather than the meaning: a token counts only with the attention that every wording gives it.
+    rather than the meaning: a token counts only with the attention that every wording pays to it.
 
     Args:
-        wordings: How many paraphrases of each question stand together in a batch.
+        wordings: Number of paraphrases of each question, at least 2.
         queries: Name of the mask of query tokens.
         share: Share of the visual tokens whose gain counts, above 0 and at most 1.
 
-    Returns (`compute()`):
-        `HeadScores` [layer head].
-
-    Raises:
-        InputError: for numbers out of range; on `update`, if a batch is not made of such questions about the same
-            pictures.
-
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval(pages=1).samples(model, 2)
+        >>> samples = toys.VisualRetrieval(pages=1).samples(model, 2)
         >>> def paraphrase(question):
         ...     shape = f" {question.lower()}".rstrip(" ?.").split(" the ")[-1].split()[0]
         ...     return [f"What color is the {shape}?", f"Tell me the color of the {shape}."]
@@ -70,41 +61,40 @@ class ParaphraseConsistency(QuestionScore):
         n: int = 2,
         seed: int = 0,
     ) -> Iterator[SharedPrefix]:
-        """Each sample's prompt with its question and `n` others, every one in all wordings.
+        """Each sample's prompt with its question and `n` others, each in all wordings.
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples or batches without answers; their targets are dropped.
-            paraphrase: Gives wordings of a question, its own among them or not; the first `wordings` are taken.
-            questions: Where the others are drawn from; by default, the samples' own.
-            n: How many others each sample gets.
+            samples: Samples or batches without answers; targets are not used.
+            paraphrase: Returns wordings of a question, with or without its own; the first `wordings` are used.
+            questions: The others are drawn from these; by default, from the samples' own.
+            n: Number of others for each sample, which have no wording in common with its own.
             seed: Seed of the draw.
 
         Raises:
-            InputError: if fewer than `n` questions differ in meaning from a sample's own (no wording in common), if
-                there are too few wordings, or a sample has an answer.
+            InputError: For too few questions or wordings, or a sample with an answer.
         """
-        chosen = unannotated(samples)
-        if questions is None:
-            chosen = list(chosen)
-            questions = [s.question for s in chosen]
-        # questions that share a wording have the same meaning: one of them represents all
-        pool = list(dict.fromkeys(tuple(reword(paraphrase, text, self.wordings)) for text in questions))
-        rng = np.random.default_rng(seed)
-        for sample in chosen:
-            own = reword(paraphrase, sample.question, self.wordings)
-            apart = [wordings for wordings in pool if not set(wordings) & set(own)]
-            drawn = draw(apart, n, rng, sample.question)
-            yield group(model, sample, [*own, *(text for wordings in drawn for text in wordings)])
+
+        def wordings(question: str) -> list[str]:
+            texts = list(dict.fromkeys(paraphrase(question)))[: self.wordings]
+            if len(texts) < self.wordings:
+                raise InputError(
+                    f"Expected {self.wordings} different wordings of {question!r}; the given function made "
+                    f"{len(texts)}: {texts}."
+                )
+            return texts
+
+        return question_groups(model, samples, questions, n, seed, wordings)
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer 1 head"]:
-        """One number per layer and head of a group of questions."""
+        """The score of a group of questions."""
         n_questions, rest = divmod(view.batch, self.wordings)
         if rest or n_questions < 2:
             raise InputError(
                 f"Expected two questions at least, {self.wordings} wordings each; the batch holds {view.batch} "
                 f"prompts. {self.advice}"
             )
+        # [layer prompt head visual] -> [layer question wording head visual]
         a = self.profiles(view).unflatten(1, (n_questions, self.wordings))
         mean = a.mean(2)
         others = (mean.sum(1, keepdim=True) - mean) / (n_questions - 1)

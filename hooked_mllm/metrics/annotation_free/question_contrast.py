@@ -1,8 +1,7 @@
-"""QuestionContrast: attention that goes where this question sends it, and other questions do not."""
+"""QuestionContrast: attention that one question pays to a token, and other questions do not."""
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
-from hooked_mllm.metrics.annotation_free.questions import QuestionScore, draw, group, unannotated
+from hooked_mllm.metrics.annotation_free.questions import QuestionScore, question_groups
 
 
 class QuestionContrast(QuestionScore):
@@ -20,77 +19,52 @@ class QuestionContrast(QuestionScore):
     $$g_x^{l,h}[j] = a_x^{l,h}[j] - \frac{1}{m-1}\sum_{y\ne x} a_y^{l,h}[j],\qquad
     \text{score}[l,h] = \frac{1}{m}\sum_x \sum_{j\in T_x} \max\big(g_x^{l,h}[j],\, 0\big)$$
 
-    - $x, y$: m questions put to the same pictures; $a_x[j]$: mean attention of the tokens of x to visual token j.
-    - $T_x$: the `ceil(share * |V|)` visual tokens that gain most. With `share=1` the score is the mass that moves: for
-      two questions of equal visual mass, their total variation distance.
+    - $x, y$: m questions about the same pictures; $a_x[j]$: mean attention of the tokens of x to visual token j.
+    - $T_x$: the `ceil(share * |V|)` visual tokens that gain most. With `share=1` and two questions of equal visual mass
+      the score is their total variation distance.
 
-    In [0, 1], averaged over samples. A head that attends to the same tokens for every question scores 0, as under a
-    null query; a head whose attention only spreads differently scores little, since few tokens are counted. The tokens
-    that gain attention need not be the right ones.
+    In [0, 1], averaged over samples. A head that attends to the same tokens for every question scores 0; a head whose
+    attention only spreads differently scores little, since few tokens are counted. The tokens that gain attention need
+    not be the right ones.
 
     Args:
         queries: Name of the mask of query tokens.
         share: Share of the visual tokens whose gain counts, above 0 and at most 1.
 
-    Returns (`compute()`):
-        `HeadScores` [layer head].
-
-    Raises:
-        InputError: for a share out of range; on `update`, if a batch is not one question after another about the same
-            pictures.
-
     Source: the calibration by another query of arXiv:2506.09944, with real questions in place of "N/A" and the region
     that gains in place of the annotated one.
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.heads import head_names
-        >>> from hooked_mllm.toys import VisualRetrieval
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
-        >>> samples = VisualRetrieval().samples(model, 6)
-        >>> contrast = metrics.QuestionContrast()
+        >>> samples, contrast = toys.VisualRetrieval().samples(model, 6), metrics.QuestionContrast()
         >>> scores = model.measure(contrast.groups(model, samples, n=2), contrast, progress=False)
-        >>> sorted(head_names(scores.top(4)))  # planted
-        ['L2H4', 'L2H5', 'L2H6', 'L2H7']
+        >>> sorted(scores.top(4))  # planted
+        [(2, 4), (2, 5), (2, 6), (2, 7)]
     """
 
     advice = "Measure on `QuestionContrast.groups(model, samples)`."
 
-    def __init__(self, *, queries: str = "question", share: float | int = 0.01) -> None:
-        super().__init__(queries=queries, share=share)
-
     @staticmethod
     def groups(
-        model: Model,
-        samples: ModelInputs,
-        questions: Sequence[str] | None = None,
-        *,
-        n: int = 4,
-        seed: int = 0,
+        model: Model, samples: ModelInputs, questions: Sequence[str] | None = None, *, n: int = 4, seed: int = 0
     ) -> Iterator[SharedPrefix]:
-        """Each sample's prompt with the same prompt under other questions; the shared prefix is run once.
+        """Each sample's prompt with its question and `n` others; the common prefix is run once.
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples or batches without answers; their targets are dropped.
-            questions: Where the others are drawn from; by default, the samples' own.
-            n: How many others each sample gets.
+            samples: Samples or batches without answers; targets are not used.
+            questions: The others are drawn from these; by default, from the samples' own.
+            n: Number of others for each sample.
             seed: Seed of the draw.
 
         Raises:
-            InputError: if fewer than `n` questions differ from a sample's own, or a sample has an answer.
+            InputError: For too few questions, or a sample with an answer.
         """
-        chosen = unannotated(samples)
-        if questions is None:
-            chosen = list(chosen)
-            questions = [s.question for s in chosen]
-        pool, rng = list(dict.fromkeys(questions)), np.random.default_rng(seed)
-        for sample in chosen:
-            others = [text for text in pool if text != sample.question]
-            yield group(model, sample, [sample.question, *draw(others, n, rng, sample.question)])
+        return question_groups(model, samples, questions, n, seed, lambda text: [text])
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer 1 head"]:
-        """One number per layer and head of a group of questions."""
+        """The score of a group of questions."""
         if view.batch < 2:
             raise InputError(f"A contrast needs two questions at least; the batch holds {view.batch}. {self.advice}")
         a = self.profiles(view)

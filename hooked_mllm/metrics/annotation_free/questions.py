@@ -1,8 +1,7 @@
-"""Several questions on the same pictures: making such groups, and the visual attention of each question in them."""
+"""Groups of several questions about the same pictures, and the visual attention of each question in them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,39 +15,30 @@ from hooked_mllm.inputs.resolve import ModelInputs, each_prepared
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
-from hooked_mllm.metrics.base import HeadMetric
-from hooked_mllm.metrics.literature.null_query import NullQuery
-
-T = TypeVar("T")
+from hooked_mllm.metrics.base import HeadMetric, check_share
+from hooked_mllm.metrics.literature.null_query import NullQuery, before_questions
 
 
 class QuestionScore(HeadMetric):
-    """Base of scores on batches of several questions about the same pictures, each batch counted as one sample."""
+    """Base of scores of batches of several questions about the same pictures; a batch counts as one sample."""
 
-    #: the error for a batch of another kind
+    #: advice in errors about other batches
     advice = ""
 
-    def __init__(self, *, queries: str, share: float | int) -> None:
+    def __init__(self, *, queries: str = "question", share: float | int = 0.01) -> None:
         super().__init__()
-        if not 0.0 < share <= 1.0:
-            raise InputError(f"share must be above 0 and at most 1 (of the visual tokens); got {share!r}.")
-        self.queries = queries
-        self.share = share
+        check_share(share, " (of the visual tokens)")
+        self.queries, self.share = queries, share
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
         """One score for the whole batch."""
         return {"total": self.score(view)}
 
     def profiles(self, view: AttentionView) -> Float[Tensor, "layer question head visual"]:
-        """The mean attention row of each prompt's query tokens, on the visual tokens they all have.
-
-        Raises:
-            InputError: if the prompts of the batch are not the same up to their questions.
-        """
-        tokens, real, question = view.context.tokens, ~view.mask("padding"), view.question
-        before = [tokens[row][real[row]][: int(question[row][real[row]].int().argmax())] for row in range(view.batch)]
+        """The mean attention row of each prompt's query tokens, on the visual tokens that all have in common."""
+        tokens, before = view.context.tokens, before_questions(view).to(view.context.tokens.device)
         for row in range(1, view.batch):
-            if not torch.equal(before[row], before[0]):
+            if not torch.equal(tokens[row][before[row]], tokens[0][before[0]]):
                 raise InputError(f"Prompts 0 and {row} of the batch differ before their questions. {self.advice}")
         profile, visual = view.profile(self.queries), view.visual
         return torch.stack([profile[:, row][..., visual[row]].double() for row in range(view.batch)], dim=1)
@@ -59,48 +49,39 @@ class QuestionScore(HeadMetric):
 
 
 def unannotated(samples: ModelInputs) -> Iterator[Sample]:
-    """The samples without their targets, so that no score can come to depend on them; those of a batch by themselves.
-
-    Raises:
-        InputError: for a mapping, or a sample that was prepared with an answer.
-    """
+    """The samples, those of batches one by one, without their targets, so that no score can depend on them."""
     for sample in each_prepared(samples):
         if sample.answer is not None:
             raise InputError("These scores take prompts alone: prepare the samples without answer=.")
         yield replace(sample, target=None, target_mask=None)
 
 
-def draw(others: Sequence[T], n: int, rng: np.random.Generator, question: str) -> list[T]:
-    """`n` of the other questions, without repetition.
-
-    Raises:
-        InputError: if there are not that many.
-    """
+def question_groups(
+    model: Model,
+    samples: ModelInputs,
+    questions: Sequence[str] | None,
+    n: int,
+    seed: int,
+    wordings: Callable[[str], Sequence[str]],
+) -> Iterator[SharedPrefix]:
+    """Batches of a sample's prompt under its question and `n` others, each in all its wordings."""
     if n < 1:
         raise InputError(f"n must be 1 other question at least; got {n!r}.")
-    if len(others) < n:
-        raise InputError(
-            f"{n} other questions are to be put in the place of {question!r}, but only {len(others)} differ from it: "
-            "give more `questions=`, or a smaller n."
+    prompts = list(unannotated(samples)) if questions is None else unannotated(samples)
+    if questions is None:
+        questions = [prompt.question for prompt in prompts]
+    # questions that share a wording have the same meaning: one of them represents all
+    pool = list(dict.fromkeys(tuple(wordings(text)) for text in questions))
+    rng = np.random.default_rng(seed)
+    for prompt in prompts:
+        own = wordings(prompt.question)
+        others = [texts for texts in pool if not set(texts) & set(own)]
+        if len(others) < n:
+            raise InputError(
+                f"{n} other questions are to be put in the place of {prompt.question!r}, but only {len(others)} differ "
+                "from it: pass more `questions=`, or a smaller n."
+            )
+        texts = [*own, *(text for i in rng.permutation(len(others))[:n] for text in others[i])]
+        yield SharedPrefix.collate(
+            [prompt if text == prompt.question else NullQuery(text).sample(model, prompt) for text in texts]
         )
-    return [others[i] for i in rng.permutation(len(others))[:n]]
-
-
-def group(model: Model, sample: Sample, texts: Iterable[str]) -> SharedPrefix:
-    """The sample's prompt with each of the texts as its question, as one batch whose common part is run once."""
-    rows = [sample if text == sample.question else NullQuery(text).sample(model, sample) for text in texts]
-    return SharedPrefix.collate(rows)
-
-
-def reword(paraphrase: Callable[[str], Sequence[str]], question: str, n: int) -> list[str]:
-    """`n` wordings of a question.
-
-    Raises:
-        InputError: if the function gives fewer different ones.
-    """
-    texts = list(dict.fromkeys(paraphrase(question)))
-    if len(texts) < n:
-        raise InputError(
-            f"Expected {n} different wordings of {question!r}; the given function made {len(texts)}: {texts}."
-        )
-    return texts[:n]

@@ -1,4 +1,4 @@
-"""AblationCurve: an objective against the number of ablated heads: the top, bottom or random ones of a ranking."""
+"""AblationCurve: an objective against the number of ablated heads of a ranking."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ DEFAULT_KS = (0, 5, 10, 15, 20, 30, 40, 50, 75, 100, 150, 200, 250)
 
 @dataclass(frozen=True)
 class _Point:
-    """One point of a curve, and the heads that it ablates; None if there is no control."""
+    """A point of a curve, with the ablated heads; None if there is no control."""
 
     ranking: Ranking
     seed: int
@@ -59,33 +59,26 @@ class AblationCurve:
     $$\mathrm{curve}_R(k) = \frac{1}{|D|}\sum_{x \in D} m\big(\text{model without } R_k \,\big|\, x\big)$$
 
     - $R_k$: the k highest (`top`) or lowest (`bottom`) heads of `scores`, or k random ones (`random`).
-    - $m$: the objective, by default whether greedy decoding gives the answer. k = 0 is the clean model.
+    - $m$: the objective, by default greedy accuracy. k = 0 is the clean model.
 
     The random heads are a control of the top ones: the same number in the same layers, none of them among the top k,
-    once for each seed. If a layer has too few left, others are drawn from other layers, and `result.moved` counts them.
-    If fewer than k heads are left in all layers, there is no control and the curve ends (NaN).
+    once for each seed; see `random_control`. Where there is no control, the curve is NaN.
 
-    Answers are teacher-forced: one forward pass has the prompt and the answer, and heads are ablated at all positions
-    (`phase="both"`), at those of the prompt ("prefill", with its last position, which predicts the answer's first
-    token) or at those of the answer ("decode"). Greedy accuracy is then that of `model.generate` under `HeadAblation`
+    Answers are teacher-forced in one forward pass; greedy accuracy is that of `model.generate` under `HeadAblation`
     with this phase. Use other samples than those that the ranking was measured on.
 
     Args:
-        scores: Ranks the heads; only measured heads are used.
+        scores: Scores that rank the heads; only measured heads are used.
         ks: Numbers of heads (int) or shares of them (float, rounded up); by default 0, 5, 10, 15, 20, 30, 40, 50, 75,
             100, 150, 200, 250, up to the number of ranked heads.
         mode: The replacement of an ablated head's z: "zero", "mean" or "uniform", see `HeadAblation`.
-        phase: "prefill", "decode" or "both".
+        phase: The positions: those of the prompt ("prefill", with the last one, which predicts the answer's first
+            token), those of the answer ("decode"), or all ("both").
         rankings: The curves: "top", "bottom", "random".
-        seeds: One random control for each.
+        seeds: Seeds of random controls.
         keep_layer_histogram: Draw controls from the same layers; False: from all layers.
         exclude_ranked: Draw none of the top k; False: from all heads, as the paper's random baseline.
-        reference: For "mean": the result of `HeadAblation.reference`, or means `[layer head d_head]`.
-
-    Raises:
-        HookValueError: For an unknown mode, phase or ranking, or a reference without mode "mean" or the reverse.
-        HeadError: For a k above the number of ranked heads.
-        InputError: For no k, no ranking, or no seed.
+        reference: For "mean" alone: the result of `HeadAblation.reference`, or means `[layer head d_head]`.
 
     Source: arXiv:2606.05843 figure 6a, algorithm 2 (where masking a head sets its output to zero in both phases).
 
@@ -178,13 +171,11 @@ class AblationCurve:
             samples: Samples or batches, one or several; for the default objective prepared with `answer=`.
             objective: An objective, or a function of the last prompt position's logits; by default `GreedyAccuracy()`.
             batch_size: Samples run together, padded on the left; batches in `samples` are split.
-            checkpoint: A file that keeps the values, after every `save_every` passes and when interrupted; a later call
-                with the same samples, settings and file continues from there.
+            checkpoint: A file for the values; see `AblationEffect.run`.
             save_every: Forward passes between two savings.
             progress: Show a progress bar.
 
         Raises:
-            InputError: For no sample, plain mappings, or samples without the answers that are needed.
             HeadError: If the ranking is of a model of another shape.
             CacheFileError: For the checkpoint of another run.
             NumericsError: If the objective is not finite.
@@ -214,11 +205,10 @@ class AblationCurve:
             for start in range(0, len(prepared), batch_size):
                 batch = prepared[start : start + batch_size]
                 values = state.values[:, start : start + batch_size]  # [set sample], a view
-                missing = np.isnan(values).any(1)
-                bar.update(int((~missing).sum()) * len(batch))
-                indices = np.flatnonzero(missing)
-                measured = self._measured(model, batch, goal, [sets[index] for index in indices])
-                for index, of_set in zip(indices, measured, strict=True):
+                missing = np.flatnonzero(np.isnan(values).any(1))
+                bar.update((len(sets) - len(missing)) * len(batch))
+                measured = self._measured(model, batch, goal, [sets[index] for index in missing])
+                for index, of_set in zip(missing, measured, strict=True):
                     values[index] = of_set
                     bar.update(len(batch))
                     state.tick(save_every)
@@ -258,15 +248,14 @@ class AblationCurve:
         points: list[_Point],
         values: dict[HeadSet, Float[np.ndarray, " sample"]],
     ) -> AblationCurveResult:
-        absent = np.full(len(samples), np.nan)
+        absent, n = np.full(len(samples), np.nan), len(self.ks)
         per_sample, heads, moved = {}, {}, []
         for ranking in self.rankings:
             of_ranking = [p for p in points if p.ranking == ranking]
-            seeds = [of_ranking[i : i + len(self.ks)] for i in range(0, len(of_ranking), len(self.ks))]  # [seed][k]
+            seeds = [of_ranking[i : i + n] for i in range(0, len(of_ranking), n)]  # [seed][k]
             per_sample[ranking] = np.array([[absent if p.heads is None else values[p.heads] for p in s] for s in seeds])
             heads[ranking] = [[None if p.heads is None else str(p.heads) for p in s] for s in seeds]
-            if ranking == "random":
-                moved = [[p.moved for p in s] for s in seeds]
+            moved = [[p.moved for p in s] for s in seeds] if ranking == "random" else moved
         ids = [s.id for s in samples if s.id is not None]
         provenance = {
             "metric": type(self).__name__,

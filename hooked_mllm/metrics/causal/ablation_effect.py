@@ -1,4 +1,4 @@
-"""AblationEffect: the loss of an objective without each head, one at a time."""
+"""AblationEffect: the loss of an objective without each head."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -42,21 +42,17 @@ class AblationEffect(SweptMetric):
     m(\text{model} \mid x) - m(\text{model without } (l, h) \mid x)$$
 
     $m$ is the objective. If smaller is better, as for KL, the sign is reversed: a positive effect means that the head
-    helps. Single ablations underestimate redundant heads; `AblationCurve` ablates groups.
-
-    Every head is a variant of one run, computed from the head's layer on, many in a batch (see `Sweep`).
+    helps. Single ablations underestimate redundant heads; `AblationCurve` ablates groups. Each head is a variant of one
+    run, computed from its layer in batches (see `Sweep`).
 
     Args:
         mode: The replacement of the head's z: "zero", "mean", "uniform" or "scale", see `HeadAblation`.
         phase: The positions: those of the prompt ("prefill", with the last one, which predicts the answer's first
             token), those of a teacher-forced answer ("decode"), or all ("both").
-        positions: Only these positions of the prompt; earlier ones are then not computed again.
+        positions: Only these positions of the prompt.
         layers: Only heads of these layers; the others have no score.
         reference: For "mean": the result of `HeadAblation.reference`, or means `[layer head d_head]`.
         factor: For "scale".
-
-    Raises:
-        HookValueError: For arguments that are missing or contradict each other.
 
     Source: arXiv:2606.05843, algorithm 2, for one head; the effect as in Wang et al. 2022 (arXiv:2211.00593).
 
@@ -128,17 +124,16 @@ class AblationEffect(SweptMetric):
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples, batches or mappings; one, or several.
+            samples: Samples, batches or mappings; one, or several, with answers if the objective or phase needs them.
             objective: An `Objective`, or a function of the last prompt position's logits.
             per_sample: Return the effects of each sample instead of their mean.
-            checkpoint: A file that keeps the values, at intervals and when interrupted; a later call with the same
-                samples, settings and file continues from there.
+            checkpoint: A file for the values, at intervals and when interrupted; a later call with the same samples,
+                settings and file continues from there.
             batch_size: Heads in a batch; None: set by free memory.
             compile: See `Sweep`.
             progress: Show a progress bar.
 
         Raises:
-            InputError: For no sample, or without the answers that the objective or the phase needs.
             CacheFileError: For the checkpoint of another run.
             NumericsError: If an objective is not finite.
         """
@@ -159,7 +154,7 @@ class AblationEffect(SweptMetric):
         return len(self._layers(model)) * model.cfg.n_heads
 
     def values(self, job: Job) -> None:
-        """Every head of one sample or batch."""
+        """Every head of a sample or batch."""
         engine = job.engine(job.item, job.goal)
         positions = ablated_positions(engine.inputs, self.phase, self.positions)
         heads = [(layer, head) for layer in self._layers(job.model) for head in range(job.model.cfg.n_heads)]
@@ -174,16 +169,7 @@ class AblationEffect(SweptMetric):
 
 
 def ablated_positions(inputs: ResolvedInput, phase: Phase, selected: Positions | None) -> Positions | None:
-    """Positions of a teacher-forced run that belong to a phase; None for all.
-
-    Args:
-        inputs: A prompt, with or without an answer.
-        phase: "prefill" for the prompt, "decode" for the answer, "both".
-        selected: Positions of the prompt; None for all.
-
-    Raises:
-        InputError: For phase "decode" without an answer.
-    """
+    """Positions of a phase in a teacher-forced run, of the prompt only the selected ones; None for all."""
     try:
         answer = inputs.mask("answer")
     except (InputError, LayoutError):  # no answer, or a mapping, whose answer is unknown

@@ -26,10 +26,9 @@ class AblationCurveResult:
 
     Attributes:
         ks: Numbers of heads, ascending.
-        per_sample: The objective of every sample by ranking, `[seed k sample]`; "top" and "bottom" have one seed. NaN
-            where there is no control, because fewer heads are left than were ranked.
+        per_sample: The objective of every sample by ranking, `[seed k sample]`; NaN where there is no control.
         heads: The ablated heads by ranking, `[seed][k]` as text; None where there is no control.
-        moved: Number of random heads that are in another layer than the ranked heads, `[seed][k]`.
+        moved: Number of random heads in other layers than the ranked heads, `[seed][k]`.
         objective: Name of the objective.
         larger_is_better: Whether larger values mean a better model.
         provenance: Model, ranking, settings, objective, sample ids, versions.
@@ -74,12 +73,7 @@ class AblationCurveResult:
         return self._of(ranking).mean((0, 2))
 
     def at(self, ranking: str, k: int) -> float:
-        """The mean over samples and seeds with `k` heads ablated.
-
-        Raises:
-            HeadError: For a k that was not measured.
-            InputError: For a ranking that was not.
-        """
+        """The mean over samples and seeds with `k` heads ablated; raises a HeadError for a k that was not measured."""
         if k not in self.ks:
             raise HeadError(f"{k} heads were not ablated; the curve has k in {list(self.ks)}.")
         return float(self.mean(ranking)[self.ks.index(k)])
@@ -89,12 +83,8 @@ class AblationCurveResult:
     ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
         r"""Percentile bootstrap of the mean: (low, high) for each k.
 
-        Samples are drawn with replacement `n` times, the same for every k and every seed of the controls, and averaged;
-        low and high are the $(1\mp\text{level})/2$ quantiles. The interval covers the choice of samples, not that of
-        the controls' heads.
-
-        Raises:
-            InputError: For fewer than two samples, a level that is not between 0 and 1, or no draw.
+        Samples are drawn with replacement `n` times, the same for every k and seed; low and high are the
+        $(1\mp\text{level})/2$ quantiles. The interval covers the choice of samples, not that of the controls' heads.
 
         Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
         """
@@ -134,7 +124,7 @@ class AblationCurveResult:
     def plot(
         self, *, chance: float | int | None = None, level: float | None = 0.95, title: str | None = None
     ) -> Figure:
-        """A figure of the curves; arguments as for `hooked_mllm.plots.ablation_curves`."""
+        """Draw the curves with `hooked_mllm.plots.ablation_curves`."""
         from hooked_mllm.plots import ablation_curves
 
         return ablation_curves(self, chance=chance, level=level, title=title)

@@ -47,28 +47,18 @@ class AttributionPatching(PatchingEffect[Result]):
     - base and source: see `PatchingEffect`, whose effects these estimate, with the same signs.
 
     The estimate is linear: where attention or the objective is saturated, gradients of one run predict little of the
-    other. On the toys it mostly ranks the z of heads as patching does, and underestimates the evidence's tokens before
-    they are read (see the manual). `integrated=n` takes the mean gradient at n points between the embeddings of the
-    two runs (n forward and backward passes), at the middles of n equal steps; image embeddings and DeepStack's features
-    are interpolated, too. Then all that enters the blocks adds up to the whole difference, both directions have the
-    same values, and each value is an activation's contribution while all activations change, not that of patching it
-    alone. Compare with `PatchingEffect` on a few samples: `plots.scatter` draws one against the other.
+    other; compare with `PatchingEffect` on a few samples (`plots.scatter`). `integrated=n` takes the mean gradient at n
+    points between the embeddings (also of images and DeepStack) of the two runs, at the middles of n equal steps, with
+    n forward and backward passes. Then the values of all that enters the blocks add up to the whole difference, both
+    directions have the same values, and each value is an activation's contribution while all activations change, not
+    that of patching it alone.
 
     Differences from the sources: EAP scores edges between nodes, this metric nodes; EAP-IG uses the right ends of the
-    steps, this metric their middles.
+    steps, this metric their middles. Arguments that are not listed here are those of `PatchingEffect`.
 
     Args:
-        site: "z", "q", "k", "v", "rot_q", "rot_k" (heads); "resid_pre", "resid_mid", "resid_post", "attn_out",
-            "mlp_out" (residual stream). Patterns, whose gradients need N x N memory, are not supported.
-        direction: "denoising" or "noising".
-        by: What is patched at once; see `PatchingEffect`.
-        positions: Only these positions, for "head" and "layer".
-        layers: Only these layers.
-        normalise: Divide by the difference of the two runs.
-        integrated: Points between the runs; None for the gradient of the base alone.
-
-    Raises:
-        HookValueError: As `PatchingEffect`, and for "pattern" or fewer than one point.
+        site: As in `PatchingEffect`, without "pattern", whose gradients need N x N memory.
+        integrated: Number of points between the runs, at least 1; None for the gradient of the base alone.
 
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023 (arXiv:2310.10348); integrated: Hanna et al. 2024
     (arXiv:2403.17806).
@@ -77,11 +67,9 @@ class AttributionPatching(PatchingEffect[Result]):
         >>> from hooked_mllm import HeadSet, HookedMLLM, corruptions, metrics, objectives, toys
         >>> model = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32")
         >>> task = toys.VisualRetrieval(pages=1)
-        >>> clean = task.samples(model, 4, answer=True)
-        >>> pairs = [(s, corruptions.MeanRegion()(model, s)) for s in clean]
-        >>> scores = metrics.AttributionPatching().run(
-        ...     model, pairs, objective=objectives.LogitDifference(wrong=task.answers), progress=False
-        ... )
+        >>> pairs = [(s, corruptions.MeanRegion()(model, s)) for s in task.samples(model, 4, answer=True)]
+        >>> objective = objectives.LogitDifference(wrong=task.answers)
+        >>> scores = metrics.AttributionPatching().run(model, pairs, objective=objective, progress=False)
         >>> scores.top(3) == HeadSet(["L2H5", "L2H6", "L2H7"], n_layers=6, n_heads=8)
         True
     """
@@ -128,16 +116,12 @@ class AttributionPatching(PatchingEffect[Result]):
         checkpoint: str | PathLike[str] | None = None,
         progress: bool = True,
     ) -> Result:
-        """Estimate the effect of every head, or of every position, kind of token or layer.
+        """Estimate all effects; arguments and result are those of `PatchingEffect.run`.
 
-        Parameters get no gradients. The source's activations of the site are kept in all layers during the backward
-        pass. Arguments and result are those of `PatchingEffect.run`; the objective must be differentiable.
+        The source's activations of the site are kept in memory for all layers.
 
         Raises:
-            HookValueError: For an objective without a gradient, or whose gradient is zero in the clean run (KL,
-                "noising").
-            LayoutError: For a pair of different token layouts, with both.
-            InputError: For no pair, or without the answers that the objective needs.
+            HookValueError: For an objective without gradient, or with gradient zero in the base (KL, "noising").
             NumericsError: If gradients are not finite, or the two runs of all pairs have the same objective.
         """
         goal = as_objective(objective)
@@ -151,7 +135,7 @@ class AttributionPatching(PatchingEffect[Result]):
         return super().run(model, pairs, objective=goal, checkpoint=checkpoint, progress=progress)
 
     def values(self, job: Job) -> None:
-        """The estimates of one pair."""
+        """The estimates of a pair."""
         model, denoising = job.model, self.direction == "denoising"
         clean, corrupted = (model.resolve(sample) for sample in job.item)
         bound = job.goal.bind(model, clean, corrupted)
@@ -160,7 +144,7 @@ class AttributionPatching(PatchingEffect[Result]):
         names = [full_name((self.site, layer), {"text": model.cfg.n_layers}) for layer in self._layers(model)]
         recorded = [*names, *(entrances(model) if self.integrated else [])]
         products = Products(model, names, base, mask)
-        with frozen_parameters(model.hf_model):
+        with frozen_parameters(model):
             of_source, source_logits = activations(model, source, recorded, bound.positions)
             if self.integrated is None:
                 bound = bound.with_clean(source_logits) if job.goal.needs_clean else bound
@@ -188,7 +172,7 @@ class AttributionPatching(PatchingEffect[Result]):
         return ~base.padding if self.positions is None else base.mask(self.positions) & ~base.padding
 
     def _by_unit(self, products: Tensor, job: Job) -> Float[Tensor, "layer unit sample"]:
-        """Products `[layer batch pos]`, or `[layer batch pos head]`, summed over the positions of each unit."""
+        """`[layer batch pos]`, or `[layer batch pos head]`, summed over the positions of each unit."""
         if self.by == "position":
             return products.transpose(1, 2)
         if self.by == "head":

@@ -9,12 +9,7 @@ from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 
 @dataclass(frozen=True)
 class Control:
-    """A control group, drawn by `random_control`.
-
-    Attributes:
-        heads: The heads.
-        moved: How many of them are in another layer than the ranked head that they correspond to.
-    """
+    """Heads drawn by `random_control`; `moved` of them are in another layer than the ranked head that they replace."""
 
     heads: HeadSet
     moved: int
@@ -23,7 +18,7 @@ class Control:
 def random_control(
     scores: ScoresInput, ranked: HeadsLike, seed: int, *, keep_layer_histogram: bool = True, exclude_ranked: bool = True
 ) -> Control | None:
-    """The same number of heads as in `ranked`, drawn at random from the measured ones.
+    """The same number of heads as in `ranked`, drawn at random; None if fewer heads are left than were ranked.
 
     A seed determines one order of all heads, so that the controls of growing sets mostly grow, too.
 
@@ -31,15 +26,9 @@ def random_control(
         scores: Scores; heads are drawn from those that were measured.
         ranked: The ranked heads: a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask, or a list of these.
         seed: Seed of the order.
-        keep_layer_histogram: Draw the same number of heads in each layer as `ranked` has there. If a layer has too few
-            left, all of them are drawn, and the others from all other layers (`Control.moved` counts these).
+        keep_layer_histogram: Draw the same number of heads in each layer as `ranked` has there; if a layer has too few
+            left, from other layers (`Control.moved` counts these).
         exclude_ranked: Draw none of the ranked heads.
-
-    Returns:
-        The control; None if fewer heads are left than were ranked.
-
-    Raises:
-        HeadError: For heads of a model of another shape, or anything but scores and heads.
 
     Examples:
         >>> from hooked_mllm import HeadScores

@@ -94,8 +94,8 @@ class DirectLogitAttribution:
       that attributions add up.
     - $C, W$: correct and wrong tokens, as in `LogitDifference`.
 
-    In logits, averaged over samples. Only the direct path is measured: a head whose output other heads read can have
-    the score 0 and still be necessary. `decompose` returns all components, whose sum is the logit difference.
+    In logits, averaged over samples. Only the direct path is measured: a necessary head can have the score 0 if its
+    output is an input of other heads. `decompose` returns all components, whose sum is the logit difference.
 
     Args:
         correct: The correct token; None for the first token of the sample's own answer.
@@ -105,15 +105,12 @@ class DirectLogitAttribution:
     (arXiv:2211.00593).
 
     Examples:
-        >>> from hooked_mllm import HookedMLLM, metrics
-        >>> from hooked_mllm.toys import VisualRetrieval
-        >>> model, task = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32"), VisualRetrieval(pages=1)
+        >>> from hooked_mllm import HookedMLLM, metrics, toys
+        >>> model, task = HookedMLLM.from_pretrained("toy-qwen3-vl", dtype="float32"), toys.VisualRetrieval(pages=1)
         >>> samples = task.samples(model, 4, answer=True)
         >>> parts = metrics.DirectLogitAttribution(wrong=task.answers).decompose(model, samples, progress=False)
         >>> bool(((parts.values.sum(0) - parts.total).abs() < 1e-3).all())
         True
-        >>> parts.heads.shape
-        (6, 8)
     """
 
     def __init__(self, correct: Tokens | None = None, wrong: Tokens | None = None) -> None:
@@ -127,16 +124,14 @@ class DirectLogitAttribution:
         return f"DirectLogitAttribution({', '.join(f'{k}={v!r}' for k, v in self.config().items() if v is not None)})"
 
     def run(self, model: Model, samples: ModelInputs | Pairs, *, progress: bool = True) -> HeadScores:
-        """Attribute the logit difference to heads, with one forward pass for each sample; returns the mean.
+        """The mean attribution of each head, with one forward pass for each sample.
 
         Args:
             model: A `HookedMLLM`.
-            samples: Samples, batches or mappings; or pairs, tuples (clean, corrupted), whose corrupted answer is the
-                wrong one.
+            samples: Samples, batches or mappings; or pairs (clean, corrupted), whose corrupted answer is the wrong one.
             progress: Show a progress bar.
 
         Raises:
-            InputError: For no sample, or tokens that `LogitDifference` does not support.
             NumericsError: If the model overflowed.
         """
         return self.decompose(model, samples, progress=progress).heads

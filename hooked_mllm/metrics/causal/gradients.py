@@ -1,4 +1,4 @@
-"""Activations of one run times gradients of another, summed at each hook point during one backward pass."""
+"""Activations of one run times gradients of another, at each hook point."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,22 +25,18 @@ def activations(
     def keep(x: Tensor, hook: HookPoint) -> None:
         kept[hook.name] = x.clone()  # a later hook may edit it in place
 
-    added = model.registry.attach(names, keep, reads_only=True)
-    try:
-        logits = logits_at(model, inputs, positions)
-    finally:
-        model.registry.detach(added)
-    return kept, logits
+    with model.registry.attached(names, keep, reads_only=True):
+        return kept, logits_at(model, inputs, positions)
 
 
 def entrances(model: Model) -> list[str]:
-    """The hook points of all that enters the decoder blocks: the embeddings, and DeepStack's features."""
+    """The hook points of what enters the decoder blocks: the embeddings, and DeepStack's features."""
     return [name for name in model.hook_dict if name == "hook_embed" or name.endswith("hook_deepstack")]
 
 
 @contextmanager
 def between(model: Model, start: Mapping[str, Tensor], change: Mapping[str, Tensor], share: float) -> Iterator[None]:
-    """Set what enters the decoder blocks to `start + share * change`, for the body of a `with` statement."""
+    """Set what enters the decoder blocks to `start + share * change`."""
 
     def mix(x: Tensor, hook: HookPoint) -> Tensor:
         return start[hook.name] + share * change[hook.name]
@@ -53,12 +49,7 @@ def between(model: Model, start: Mapping[str, Tensor], change: Mapping[str, Tens
 class Products:
     """Products of gradients and changes of activations, summed over the activation's width in float64.
 
-    Attributes:
-        model: A `HookedMLLM`, its parameters frozen.
-        names: Hook points of the language model.
-        inputs: The inputs of the run.
-        mask: Positions that are summed, without padding.
-        sums: By hook point, `[batch pos]`, or `[batch pos head]` for a point of heads.
+    `sums` are `[batch pos]` by hook point, or `[batch pos head]` for a point of heads, and 0 outside `mask`.
     """
 
     model: Model
@@ -74,17 +65,7 @@ class Products:
         to: Mapping[str, Tensor] | None = None,
         change: Mapping[str, Tensor] | None = None,
     ) -> Float[Tensor, "batch n d_vocab"]:
-        """One forward and one backward pass; returns the logits that the objective reads.
-
-        Args:
-            bound: The objective whose gradient is taken, summed over samples.
-            to: Multiply gradients by these activations minus those of the run.
-            change: Multiply gradients by these changes.
-
-        Raises:
-            HookValueError: For an objective that does not depend on the activations.
-            NumericsError: For gradients that are not finite.
-        """
+        """Add gradients times `change`, or times `to` minus the run's activations; returns the objective's logits."""
         own: dict[str, Tensor] = {}
 
         def keep(x: Tensor, hook: HookPoint) -> None:
@@ -109,17 +90,11 @@ class Products:
             self.sums[hook.name] += product
 
         registry = self.model.registry
-        added = registry.attach(self.names, keep, reads_only=True)
-        try:
-            added += registry.attach(self.names, multiply, "bwd")
-            with torch.enable_grad():
-                logits = logits_at(self.model, self.inputs, bound.positions)
-                value = bound(logits).sum()
-                if not value.requires_grad:
-                    raise HookValueError(
-                        f"{bound.objective!r} has no gradient: its value does not depend on the logits."
-                    )
-                value.backward()
-        finally:
-            registry.detach(added)
+        keeping = registry.attached(self.names, keep, reads_only=True)
+        with keeping, registry.attached(self.names, multiply, "bwd"), torch.enable_grad():
+            logits = logits_at(self.model, self.inputs, bound.positions)
+            value = bound(logits).sum()
+            if not value.requires_grad:
+                raise HookValueError(f"{bound.objective!r} has no gradient: its value does not depend on the logits.")
+            value.backward()
         return logits.detach()

@@ -1,10 +1,10 @@
-"""PatchingEffect: the effect of one activation of the other run, for every head, position, kind of token or layer."""
+"""PatchingEffect: the effect of patching each head, position, kind of token or layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast, overload
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -28,7 +28,6 @@ from hooked_mllm.objectives.function import ObjectiveLike
 if TYPE_CHECKING:
     HeadSite = Literal["z", "q", "rot_q", "pattern", "k", "v", "rot_k"]
     StreamSite = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
-    #: what is patched at once
     Unit = Literal["head", "position", "kind", "layer"]
 else:
     HeadSite = StreamSite = Unit = str
@@ -59,13 +58,11 @@ class PatchingEffect(PairedMetric, Generic[Result]):
     $$\mathrm{effect}_a = \frac{\sum_x m(\text{base} \mid a \leftarrow \text{source}) - m(\text{base})}
     {\sum_x m(\text{source}) - m(\text{base})}$$
 
-    - "denoising": the base is the corrupted run, the source the clean one. An effect of 1 restores the clean result:
-      the activation is sufficient.
-    - "noising": the base is the clean run, the source the corrupted one. An effect of 1 loses the clean result: the
-      activation is necessary.
+    - "denoising": base: corrupted, source: clean. An effect of 1 restores the clean result: the activation suffices.
+    - "noising": base: clean, source: corrupted. An effect of 1 loses the clean result: the activation is necessary.
 
-    Without `normalise`, the numerator is averaged over the pairs and signed so that "denoising" is positive where the
-    clean result is restored and "noising" where it is lost.
+    Without `normalise`, the numerator is averaged over the pairs, with the sign of the normalised effect where the
+    clean run has the larger objective.
 
     Args:
         site: "z", "q", "k", "v", "rot_q", "rot_k", "pattern" (heads); "resid_pre", "resid_mid", "resid_post",
@@ -77,9 +74,6 @@ class PatchingEffect(PairedMetric, Generic[Result]):
         layers: Only these layers.
         normalise: Divide by the difference of the two runs.
 
-    Raises:
-        HookValueError: For an unknown site or direction, or a `by` that the site does not support.
-
     Source: Vig et al. 2020 (arXiv:2004.12265); Meng et al. 2022 (arXiv:2202.05262); Heimersheim and Nanda 2024
     (arXiv:2404.15255) on the two directions.
 
@@ -88,9 +82,8 @@ class PatchingEffect(PairedMetric, Generic[Result]):
         >>> model = HookedMLLM.from_pretrained("toy-internvl")
         >>> clean = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]
         >>> pair = (clean, corruptions.MeanRegion()(model, clean))
-        >>> table = metrics.PatchingEffect("resid_pre", by="kind").run(
-        ...     model, pair, objective=objectives.AnswerLogProb(), progress=False
-        ... )
+        >>> effect = metrics.PatchingEffect("resid_pre", by="kind")
+        >>> table = effect.run(model, pair, objective=objectives.AnswerLogProb(), progress=False)
         >>> round(table[0, "target"], 3)
         1.0
     """
@@ -147,24 +140,18 @@ class PatchingEffect(PairedMetric, Generic[Result]):
         compile: bool = False,
         progress: bool = True,
     ) -> Result:
-        """Measure the effect of every head, or of every position, kind of token or layer.
+        """Measure all effects: HeadScores for by="head" (query heads share those of "k", "v"), else a CausalTable.
 
         Args:
             model: A `HookedMLLM`.
-            pairs: (clean sample, corrupted sample), or several; a corruption makes the second.
-            objective: An `Objective`, or a function of the last prompt position's logits. It is bound to the clean
-                sample, and read at the same positions of both runs.
-            checkpoint: A file that keeps the values; see `AblationEffect.run`.
+            pairs: (clean sample, corrupted sample) of one token layout, or several; a corruption makes the second.
+            objective: An `Objective`, or a function of the last prompt position's logits; bound to the clean sample.
+            checkpoint: A file for the values; see `AblationEffect.run`.
             batch_size: Patches in a batch; None: set by free memory.
             compile: See `Sweep`.
             progress: Show a progress bar.
 
-        Returns:
-            HeadScores for by="head" (query heads have the effect of their key-value head), else a CausalTable.
-
         Raises:
-            LayoutError: For a pair of different token layouts, with both.
-            InputError: For no pair, or without the answers that the objective needs.
             NumericsError: If the two runs of all pairs have the same objective, so that nothing can be normalised.
         """
         options = SweepOptions(checkpoint=checkpoint, batch_size=batch_size, compile=compile, progress=progress)
@@ -174,15 +161,11 @@ class PatchingEffect(PairedMetric, Generic[Result]):
         name = f"{type(self).__name__}({self.site})"
         if self.by != "head":
             return cast("Result", CausalTable(grid, places=units, layers=layers, name=name, provenance=facts))
-        values = np.full((model.cfg.n_layers, len(units)), np.nan)
-        values[layers] = grid
-        missing = sorted(set(range(model.cfg.n_layers)) - set(layers))
-        counts = [0 if layer in missing else facts["n_samples"] for layer in range(model.cfg.n_layers)]
-        scores = HeadScores(values, name=name, provenance=facts, counts=counts, missing=missing)
+        scores = self._head_scores(model, layers, grid, facts, name)
         return cast("Result", scores.to_query(model.cfg.n_heads) if self.site in KEY_VALUE_SITES else scores)
 
     def _units(self, model: Model, items: Sequence[Any]) -> list[Any]:
-        """Heads, positions, kinds of token, or one entry for the whole layer."""
+        """Heads, positions, kinds of token, or one label of the whole layer."""
         if self.by == "head":
             return [*range(model.cfg.n_key_value_heads if self.site in KEY_VALUE_SITES else model.cfg.n_heads)]
         if self.by == "layer":
@@ -213,25 +196,18 @@ class PatchingEffect(PairedMetric, Generic[Result]):
         base, source = self._base_and_source(*job.item)
         activations = source_activations(model, source, self.site, layers)
         masks = kinds_of(job.item[0]) if self.by == "kind" else {}
-        patches = [
-            self._patch({layer: activations[layer]}, unit, masks)
-            for layer in layers
-            for unit in self._units(model, job.items)
-        ]
+        patches = []
+        for layer, unit in product(layers, self._units(model, job.items)):
+            positions = self.positions if self.by in ("head", "layer") else masks.get(unit, unit)
+            heads = unit if self.by == "head" else None
+            patches.append(ActivationPatch(self.site, {layer: activations[layer]}, heads=heads, positions=positions))
         job.engine(base, bound).run(patches, skip=job.known, done=job.store)
-
-    def _patch(self, source: Mapping[int, Tensor], unit: Any, masks: Mapping[str, Tensor]) -> ActivationPatch:
-        if self.by == "head":
-            return ActivationPatch(self.site, source, heads=unit, positions=self.positions)
-        if self.by == "layer":
-            return ActivationPatch(self.site, source, positions=self.positions)
-        return ActivationPatch(self.site, source, positions=masks.get(unit, unit))
 
 
 def source_activations(
     model: Model, inputs: ModelInput, site: str, layers: Sequence[int]
 ) -> dict[int, Float[Tensor, "batch ..."]]:
-    """A site's activations in each layer of a run."""
+    """The activations of a site in each layer of a run."""
     names = {layer: full_name((site, layer), {"text": model.cfg.n_layers}) for layer in layers}
     with torch.no_grad():
         request = CacheRequest(names_filter=[*names.values()], return_logits=False)
@@ -242,7 +218,6 @@ def source_activations(
 def kinds_of(sample: Sample) -> dict[str, Tensor]:
     """Positions `[pos]` of each kind of token of a sample; "visual" is without those of the target."""
     masks = {kind: sample.layout.mask(kind) for kind in KINDS[1:]}
-    target = sample.target_mask
-    if target is not None:
-        masks |= {"target": target, "visual": masks["visual"] & ~target}
+    if sample.target_mask is not None:
+        masks |= {"target": sample.target_mask, "visual": masks["visual"] & ~sample.target_mask}
     return {kind: mask for kind, mask in masks.items() if kind == "target" or bool(mask.any())}

@@ -1,13 +1,11 @@
-"""PathPatching: the effect of one head along the direct path to other heads, or to the output."""
+"""PathPatching: the effect of a head along the direct path to other heads, or to the output."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.cache.keys import full_name
@@ -16,7 +14,7 @@ from hooked_mllm.corruptions.pair import Pairs
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names
 from hooked_mllm.heads.parsing import Pairs as HeadPairs
-from hooked_mllm.hooks import Handle, HookPoint
+from hooked_mllm.hooks import HookPoint
 from hooked_mllm.interventions import ActivationPatch, HeadPatch
 from hooked_mllm.interventions.base import check_choice, heads_of, keep_heads
 from hooked_mllm.metrics.causal.patching_effect import source_activations
@@ -32,12 +30,12 @@ INPUTS = ("q", "k", "v")
 
 
 class PathPatching(PairedMetric):
-    r"""The direct effect of each head on the receivers: patched along these paths only.
+    r"""The effect of each head along the direct path to the receivers.
 
-    For each sender head, three runs (Wang et al. 2022): (1) the base and the source; (2) the base with the source's z
-    in the sender and the base's z in every later head, so that the change passes through the residual stream (and
-    MLPs, unless they are frozen, too) but through no other head; the receivers' inputs are recorded; (3) the base, in
-    which the receivers take these inputs and everything after them is computed.
+    Three runs for each sender head: (1) the base and the source; (2) the base with the source's z in the sender and the
+    base's z in every later head, so that the change passes through the residual stream (and MLPs, unless they are
+    frozen) but through no other head; the receivers' inputs are recorded; (3) the base with these inputs in the
+    receivers.
 
     $$\mathrm{effect}_{s \to R} = \frac{\sum_x m(\text{base} \mid R \leftarrow R(s)) - m(\text{base})}
     {\sum_x m(\text{source}) - m(\text{base})}$$
@@ -45,15 +43,11 @@ class PathPatching(PairedMetric):
     With `receivers="logits"`, run 2 continues to the logits: the sender's direct effect.
 
     Args:
-        receivers: Heads that receive: a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask `[layer head]`, or a list of
-            these; or "logits".
+        receivers: A `HeadSet`, "L2H4, L3H1", pairs, a boolean mask `[layer head]`, or a list of these; or "logits".
         inputs: Their inputs that are patched: "q", "k", "v". Key and value are those of the whole key-value head.
-        direction: "noising" (base: clean; an effect of 1 loses the clean result) or "denoising" (base: corrupted).
+        direction: "noising" or "denoising", as in `PatchingEffect`.
         freeze_mlps: In run 2, replace the outputs of MLPs by those of the base.
         normalise: Divide by the difference of the two runs.
-
-    Raises:
-        HeadError: For no receivers, or receivers in the first layer, which have no heads before them.
 
     Source: Wang et al. 2022, arXiv:2211.00593 (section 3.1); Goldowsky-Dill et al. 2023, arXiv:2304.05969.
 
@@ -106,21 +100,15 @@ class PathPatching(PairedMetric):
         compile: bool = False,
         progress: bool = True,
     ) -> HeadScores:
-        """Measure every sender's effect; heads that are not before a receiver have no score.
-
-        Arguments and errors are those of `PatchingEffect.run`.
+        """Measure every sender's effect; heads after all receivers have no score. See `PatchingEffect.run`.
 
         Raises:
-            HeadError: For receivers that the model lacks, or in its first layer.
+            HeadError: For receivers that the model lacks, or in its first layer, which has no heads before it.
         """
         options = SweepOptions(checkpoint=checkpoint, batch_size=batch_size, compile=compile, progress=progress)
         _, effects, facts = self._effects(model, pairs, objective, options)
-        n_sending, (n_layers, n_heads) = self._n_sending(model), (model.cfg.n_layers, model.cfg.n_heads)
-        values = np.full((n_layers, n_heads), np.nan)
-        values[:n_sending] = effects.reshape(n_sending, n_heads)  # [layer * head] -> [layer head]
-        counts = [facts["n_samples"] if layer < n_sending else 0 for layer in range(n_layers)]
-        missing = range(n_sending, n_layers)
-        return HeadScores(values, name="PathPatching", provenance=facts, counts=counts, missing=missing)
+        grid = effects.reshape(-1, model.cfg.n_heads)  # [layer * head] -> [layer head]
+        return self._head_scores(model, range(len(grid)), grid, facts, "PathPatching")
 
     def _heads(self, model: Model) -> HeadSet:
         return heads_of(self.receivers, model, "text")
@@ -139,7 +127,7 @@ class PathPatching(PairedMetric):
         return self._n_sending(model) * model.cfg.n_heads
 
     def values(self, job: Job) -> None:
-        """Every sender of one pair."""
+        """Every sender of a pair."""
         bound, model = job.run_pair(), job.model
         base, source = self._base_and_source(*job.item)
         layers, sending = [*range(model.cfg.n_layers)], [*range(self._n_sending(model))]
@@ -155,24 +143,18 @@ class PathPatching(PairedMetric):
         for layer in sending:
             group = [p for p in remaining if p.layer == layer]
             if self.receivers == "logits":
-                for part, values in engine.batch.run(group, partial(self._direct, engine, frozen, layer)):
-                    job.store([p.number for p in part], values)
+                with _replaced(model, frozen, layer):
+                    for part, values in engine.batch.run(group, partial(engine.tail, layer=layer)):
+                        job.store([p.number for p in part], values)
             else:
                 for part, inputs in engine.batch.run(group, partial(self._receiver_inputs, engine, frozen, layer)):
                     variants = [self._patches(model, inputs, index) for index in range(len(part))]
                     job.store([p.number for p in part], engine.run(variants))
 
-    def _direct(
-        self, engine: Sweep, frozen: Activations, layer: int, part: Sequence[Prepared]
-    ) -> Float[Tensor, "variant sample"]:
-        """Run 2 up to the logits: the objective."""
-        with _replaced(engine.model, frozen, layer):
-            return engine.tail(part, layer)
-
     def _receiver_inputs(
         self, engine: Sweep, frozen: Activations, layer: int, part: Sequence[Prepared]
     ) -> dict[str, Tensor]:
-        """Run 2 up to the last receiver: receivers' inputs `[sample variant pos head d_head]` by hook name."""
+        """Run 2: the receivers' inputs `[sample variant pos head d_head]` by hook name."""
         model, receiving = engine.model, self._heads(engine.model).by_layer
         recorded: dict[str, Tensor] = {}
 
@@ -181,16 +163,12 @@ class PathPatching(PairedMetric):
             recorded[hook.name] = x.detach().unflatten(0, (engine.inputs.batch, len(part))).clone()
 
         names = [_input_name(receiver, each) for receiver in receiving if receiver > layer for each in self.inputs]
-        added = model.registry.attach(names, keep, reads_only=True)
-        try:
-            with _replaced(model, frozen, layer):
-                engine.forward(part, layer, max(receiving) + 1)
-        finally:
-            model.registry.detach(added)
+        with model.registry.attached(names, keep, reads_only=True), _replaced(model, frozen, layer):
+            engine.forward(part, layer, max(receiving) + 1)
         return recorded
 
     def _patches(self, model: Model, inputs: dict[str, Tensor], variant: int) -> list[ActivationPatch]:
-        """Run 3 of one variant: its receivers take the recorded inputs."""
+        """Run 3 of a variant: the recorded inputs in its receivers."""
         group_size = model.cfg.n_heads // model.cfg.n_key_value_heads
         patches = []
         for layer, heads in self._heads(model).by_layer.items():
@@ -208,9 +186,8 @@ def _input_name(layer: int, name: str) -> str:
 
 @contextmanager
 def _replaced(model: Model, activations: Activations, layer: int) -> Iterator[None]:
-    """Replace z after a layer, and outputs of MLPs from it on, by those of a recorded run."""
-    added: list[tuple[HookPoint, Handle]] = []
-    try:
+    """Replace z after a layer, and the outputs of MLPs from this layer, by those of a recorded run."""
+    with ExitStack() as stack:
         for site, by_layer in activations.items():
             for later, value in by_layer.items():
                 if later > layer or (later == layer and site == "mlp_out"):
@@ -219,7 +196,6 @@ def _replaced(model: Model, activations: Activations, layer: int) -> Iterator[No
                         # [batch ...] -> [row ...]
                         return value.to(x).repeat_interleave(len(x) // len(value), dim=0)
 
-                    added += model.registry.attach(full_name((site, later), {"text": model.cfg.n_layers}), replace)
+                    name = full_name((site, later), {"text": model.cfg.n_layers})
+                    stack.enter_context(model.registry.attached(name, replace))
         yield
-    finally:
-        model.registry.detach(added)

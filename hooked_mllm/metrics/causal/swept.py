@@ -1,4 +1,4 @@
-"""The base of causal metrics that run many variants: samples, checkpoint, progress, provenance, normalised effects."""
+"""Base classes of causal metrics that run many variants: checkpoint, progress, provenance, normalised effects."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import Pairs, as_pairs
 from hooked_mllm.errors import NumericsError
+from hooked_mllm.heads import HeadScores
 from hooked_mllm.inputs.resolve import ModelInput, samples_of, sequence_count
 from hooked_mllm.interventions.base import layers_of
 from hooked_mllm.measuring.measure import fingerprint
@@ -45,10 +46,7 @@ class SweepOptions(TypedDict, total=False):
 
 
 class SweptMetric(ABC):
-    """Runs samples, or pairs of them, in many variants, and keeps the objective of each: `[variant sample]`.
-
-    A subclass defines the variants and computes scores from the values.
-    """
+    """Computes the objective of many variants of samples, or of pairs: `[variant sample]`."""
 
     #: description of the progress bar
     doing = "running variants"
@@ -63,11 +61,11 @@ class SweptMetric(ABC):
 
     @abstractmethod
     def count(self, model: Model, items: Sequence[Any]) -> int:
-        """Number of variants of a sample; raises for settings that do not fit the model."""
+        """Number of variants of a sample; raises for settings that the model does not support."""
 
     @abstractmethod
     def values(self, job: "Job") -> None:
-        """Compute the objectives of one item's variants and store them in `job`."""
+        """Compute the objectives of an item's variants and store them in `job`."""
 
     def sweep(
         self,
@@ -94,15 +92,12 @@ class SweptMetric(ABC):
         samples = [[fingerprint(s) for s in source] for source in sources] if checkpoint is not None else []
         state = ValueCheckpoint(checkpoint, {**facts, "samples": samples}, (runs + count, sum(widths)))
         bar = tqdm(total=count * len(items), desc=self.doing, unit="variant", disable=not progress)
-        start = 0
         try:
-            for item, width in zip(items, widths, strict=True):
-                part = state.values[:, start : start + width]
-                job = Job(model, item, items, goal, part[:runs], part[runs:], state, bar, batch_size, compile)
-                bar.update(job.n_known)
-                if not job.finished:
+            for item, values in zip(items, np.split(state.values, np.cumsum(widths)[:-1], axis=1), strict=True):
+                bar.update(int((~np.isnan(values[runs:]).any(1)).sum()))
+                if np.isnan(values).any():  # the job fills views of `state.values`
+                    job = Job(model, item, items, goal, values[:runs], values[runs:], state, bar, batch_size, compile)
                     self.values(job)
-                start += width
         finally:
             state.save()
             bar.close()
@@ -130,13 +125,13 @@ class PairedMetric(SweptMetric):
     normalise: bool
 
     def _base_and_source(self, clean: Run, corrupted: Run) -> tuple[Run, Run]:
-        """The run that is patched, and the run whose activations are used."""
+        """The run that is patched, and the one whose activations are used."""
         return (corrupted, clean) if self.direction == "denoising" else (clean, corrupted)
 
     def _effects(
         self, model: Model, pairs: Pairs, objective: ObjectiveLike, options: SweepOptions
     ) -> tuple[list[Any], Float[np.ndarray, " variant"], dict[str, Any]]:
-        """The pairs as a list, the effect of each variant, and the provenance; raises if the two runs do not differ."""
+        """The pairs as a list, the effect of each variant, and the provenance."""
         ready(options.get("checkpoint"))
         items = as_pairs(pairs)
         (clean, corrupted), patched, facts = self.sweep(model, items, objective, **options)
@@ -150,19 +145,26 @@ class PairedMetric(SweptMetric):
             )
         return items, change / whole, {**facts, "clean": float(clean.mean()), "corrupted": float(corrupted.mean())}
 
+    def _head_scores(
+        self,
+        model: Model,
+        layers: Sequence[int],
+        effects: Float[np.ndarray, "layer head"],
+        facts: dict[str, Any],
+        name: str,
+    ) -> HeadScores:
+        """Effects of heads of some layers as scores of the model; the other layers are missing."""
+        n_layers = model.cfg.n_layers
+        values = np.full((n_layers, effects.shape[1]), np.nan)
+        values[layers] = effects
+        missing = [layer for layer in range(n_layers) if layer not in layers]
+        counts = [0 if layer in missing else facts["n_samples"] for layer in range(n_layers)]
+        return HeadScores(values, name=name, provenance=facts, counts=counts, missing=missing)
+
 
 @dataclass
 class Job:
-    """One sample, batch or pair of a sweep, and its values.
-
-    Attributes:
-        item: The sample, batch or pair.
-        items: All of them.
-        runs: Objectives of the whole runs `[run sample]`, NaN until computed.
-        variants: Those of the variants `[variant sample]`, NaN until computed.
-        state: The checkpoint that holds the values.
-        bar: The progress bar.
-    """
+    """A sample, batch or pair of a sweep, and its objectives: of whole runs and of variants, NaN until computed."""
 
     model: Model
     item: Any
@@ -174,16 +176,6 @@ class Job:
     bar: Any
     batch_size: int | None
     compile: bool
-
-    @property
-    def finished(self) -> bool:
-        """Whether all values are computed."""
-        return not (np.isnan(self.variants).any() or np.isnan(self.runs).any())
-
-    @property
-    def n_known(self) -> int:
-        """Number of variants whose values a checkpoint contained."""
-        return int((~np.isnan(self.variants).any(1)).sum())
 
     def known(self, number: int) -> bool:
         """Whether a variant's values are computed already."""
@@ -200,7 +192,7 @@ class Job:
         return Sweep(self.model, inputs, objective, batch_size=self.batch_size, compile=self.compile)
 
     def run_pair(self) -> BoundObjective:
-        """Run both samples of a pair and store their values; returns the objective, bound to the clean sample."""
+        """Store the values of both samples of a pair; returns the objective, bound to the clean sample."""
         clean, corrupted = (self.model.resolve(source) for source in self.item)
         bound = self.goal.bind(self.model, clean, corrupted)
         with torch.no_grad():

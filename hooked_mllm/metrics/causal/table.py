@@ -23,18 +23,14 @@ KIND = "hooked_mllm.CausalTable"
 
 
 class CausalTable:
-    """One number for each layer and place, a position or a kind of token, with its provenance.
+    """A number for each layer and position or kind of token, with its provenance.
 
     Args:
-        values: `[layer place]`; kept as float64 on the CPU.
+        values: `[layer place]`, finite; stored as float64 on the CPU.
         places: The position or kind of token of each column.
         layers: The layer of each row; 0, 1, ... by default.
         name: Name of the values.
         provenance: JSON-able facts, as in `HeadScores`.
-
-    Raises:
-        HeadError: For values of another shape.
-        NumericsError: For a value that is not finite.
 
     Examples:
         >>> table = CausalTable([[0.1, 0.9], [0.0, 0.2]], places=["visual", "question"], name="demo")
@@ -81,7 +77,7 @@ class CausalTable:
         return float(self.values[self.layers.index(layer), self.places.index(place)])
 
     def plot(self, *, title: str | None = None, cmap: str | Colormap | None = None) -> Figure:
-        """A heat map of layers and places; see `hooked_mllm.plots.table_map`."""
+        """Draw a heat map with `hooked_mllm.plots.table_map`."""
         from hooked_mllm.plots import table_map
 
         return table_map(self, title=title, cmap=cmap)

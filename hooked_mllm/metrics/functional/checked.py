@@ -1,4 +1,4 @@
-"""Shape checks that are always on: `@checked` holds a function to its jaxtyping annotations."""
+"""Shape checks that are always active."""
 
 import warnings
 from collections.abc import Callable
@@ -18,5 +18,5 @@ except TypeError:  # nnsight gives every object a `save`, after which beartype 0
 
 
 def checked(function: Callable[..., Any]) -> Any:
-    """Check arguments and result against the annotations at every call."""
+    """Check arguments and result against the jaxtyping annotations at every call."""
     return function if typechecker is None else jaxtyped(function, typechecker=typechecker)

@@ -15,14 +15,8 @@ def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool
     r"""The set S of the `ceil(share * N)` largest entries of a profile; ties to the lower index.
 
     Args:
-        profile: Mean attention rows, [... key], over all N positions of the sequence and no padding.
+        profile: Mean attention rows, [... key], over all N >= 1 positions of the sequence, without padding.
         share: Above 0 and at most 1.
-
-    Returns:
-        True at the members of S, [... key].
-
-    Raises:
-        InputError: for a share out of range or a sequence of no positions.
 
     Source: arXiv:2606.05843 eq. 22.
 
@@ -34,26 +28,19 @@ def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool
     n = profile.shape[-1]
     if not 0.0 < share <= 1.0 or not n:
         raise InputError(f"Expected a share above 0 and at most 1 of at least one position; got {share!r} of {n}.")
-    k = share_count(share, n)
-    return top_mask(profile, k)
+    return top_mask(profile, share_count(share, n))
 
 
 @checked
 def key_token_ratio(
     profile: Float[Tensor, "*axes key"], target: Bool[Tensor, " key"], share: float = 0.05
 ) -> Float[Tensor, "*axes"]:
-    r"""Key Token Ratio: $|S\cap K^*|\,/\,|K^*|$.
+    r"""Key Token Ratio: $|S\cap K^*|\,/\,|K^*|$, float64.
 
     Args:
-        profile: Mean attention rows, [... key], over all N positions of the sequence and no padding.
-        target: True at the target tokens K*, [key].
-        share: Share of the sequence in S.
-
-    Returns:
-        Ratio [...] in [0, 1], float64.
-
-    Raises:
-        InputError: for a share out of range or an empty target.
+        profile: Mean attention rows, [... key], over all N positions of the sequence, without padding.
+        target: True at the target tokens K*, at least one.
+        share: Share of the sequence in S, above 0 and at most 1.
 
     Source: arXiv:2606.05843 eq. 23.
 
@@ -62,7 +49,7 @@ def key_token_ratio(
         >>> key_token_ratio(torch.tensor([0.1, 0.6, 0.3]), torch.tensor([False, True, True]), share=0.3).item()
         0.5
     """
-    _refuse_empty(target)
+    _check_target(target)
     return key_tokens(profile, share)[..., target].double().mean(-1)
 
 
@@ -74,14 +61,8 @@ def key_token_coverage(
 
     Args:
         profile: Mean attention rows of heads in the order of a ranking, [head key], over all N positions.
-        target: True at the target tokens K*, [key].
-        share: Share of the sequence in each S.
-
-    Returns:
-        Coverage [k] for k = 1 .. head, float64, never falling.
-
-    Raises:
-        InputError: for a share out of range or an empty target.
+        target: True at the target tokens K*, at least one.
+        share: Share of the sequence in each S, above 0 and at most 1.
 
     Source: arXiv:2606.05843 eq. 24 and 25.
 
@@ -91,13 +72,13 @@ def key_token_coverage(
         >>> key_token_coverage(profile, torch.tensor([False, True, True]), share=0.3).tolist()
         [0.5, 1.0]
     """
-    _refuse_empty(target)
+    _check_target(target)
     n = profile.shape[0]
     ranks = torch.arange(n, device=profile.device)[None]
-    best = first_rank(key_tokens(profile, share)[None, None], ranks, n)
+    best = first_rank(key_tokens(profile, share)[None, None], ranks, n)  # [1 key]
     return coverage_by_rank(best, target[None], n)[0, 1:]
 
 
-def _refuse_empty(target: Tensor) -> None:
+def _check_target(target: Tensor) -> None:
     if not bool(target.any()):
         raise InputError("The target is empty: a share of no tokens is not defined.")

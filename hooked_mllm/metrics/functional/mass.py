@@ -1,4 +1,4 @@
-"""Mass of attention: how much of it falls on a set of keys."""
+"""Attention mass on a set of keys."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,13 +15,7 @@ def attention_profile(
 
     Args:
         pattern: Attention after the softmax, [... query key], one row per position.
-        queries: True at the query tokens Q, [query].
-
-    Returns:
-        Profile [... key] in the dtype of the pattern.
-
-    Raises:
-        InputError: if no query is chosen.
+        queries: True at the query tokens Q, at least one.
 
     Source: arXiv:2606.05843 eq. 22.
 
@@ -43,17 +37,12 @@ def attention_mass(
     r"""The attention that the query tokens pay to the keys: $\frac{1}{|Q|}\sum_{i\in Q}\sum_{j\in K} A[i,j]$.
 
     With the question as Q, this is Retrieval Attention Mass for K the target and vision mass for K all visual tokens.
+    In [0, 1], summed in the dtype of the pattern.
 
     Args:
         pattern: Attention after the softmax, [... query key], one row per position.
-        queries: True at the query tokens Q, [query].
-        keys: True at the key tokens K, [key].
-
-    Returns:
-        Mass [...] in [0, 1], summed in the dtype of the pattern.
-
-    Raises:
-        InputError: if no query is chosen.
+        queries: True at the query tokens Q, at least one.
+        keys: True at the key tokens K.
 
     Source: arXiv:2606.05843 eq. 1.
 

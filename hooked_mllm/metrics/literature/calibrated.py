@@ -1,19 +1,17 @@
 """Scores calibrated by a null query: minus the attention of the head on the same tokens under it."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads import HeadScores
 from hooked_mllm.measuring.attention_view import AttentionView
-from hooked_mllm.metrics.base import HeadMetric, even_attention
+from hooked_mllm.metrics.base import HeadMetric
 from hooked_mllm.metrics.literature.null_query import check_pairs
 
 
 class CalibratedScore(HeadMetric):
-    """Base of scores on pairs of a sample and its null query; see `QRHead` and `MMRetHeads`."""
-
-    chance: Tensor
+    """Base of scores of pairs of a sample and its null query, from `NullQuery().pairs(model, samples)`."""
 
     def __init__(self, *, queries: str = "question") -> None:
         super().__init__()
@@ -21,20 +19,11 @@ class CalibratedScore(HeadMetric):
         self.add_sum("chance")
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
-        """The score of each pair, and what even attention would score."""
+        """The score of each pair, and that of even attention."""
         if view.layers[0] == 0:
             check_pairs(view)
         chance = view.chance(self.queries, "target")
         return {"total": self.score(view), "chance": chance[:, 0::2] - chance[:, 1::2]}
-
-    def compute(self) -> HeadScores:
-        """The mean over all pairs; the score of even attention is in the provenance, `chance`, per layer.
-
-        Raises:
-            InputError: if no pair was taken in.
-            NumericsError: if a score was NaN or infinite, naming the heads.
-        """
-        return self.scores("total", **even_attention(self.chance, self.count))
 
 
 class MMRetHeads(CalibratedScore):
@@ -43,20 +32,13 @@ class MMRetHeads(CalibratedScore):
     $$\text{MMRet}[l,h] = S^{l,h}(x) - S^{l,h}(x_\emptyset),\qquad
     S^{l,h}(x) = \frac{1}{|Q|}\sum_{i\in Q}\sum_{j\in K^*} A^{l,h}[i,j]$$
 
-    - $x_\emptyset$: the same prompt with "N/A" as its question; $Q$: the question's tokens of either.
-    - $K^*$: the visual tokens of the evidence.
+    - $x_\emptyset$: the same prompt with "N/A" as its question; $K^*$: the visual tokens of the evidence.
 
-    In [-1, 1], averaged over samples, and measured on `NullQuery().pairs(model, samples)`. The paper keeps the top 5 %
-    (`compute().top(0.05)`) and reports `compute().rho_half()`. `provenance["chance"]` is the score of even attention.
+    In [-1, 1], averaged over samples, and measured on `NullQuery().pairs(model, samples)`. The paper selects the top
+    5 % (`compute().top(0.05)`) and reports `compute().rho_half()`. `provenance["chance"]`: score of even attention.
 
     Args:
-        queries: Name of the mask of query tokens.
-
-    Returns (`compute()`):
-        `HeadScores` [layer head].
-
-    Raises:
-        InputError: on `update`, if a batch is not made of such pairs.
+        queries: Q, name of a mask of tokens.
 
     Source: arXiv:2605.27243.
 
@@ -66,11 +48,8 @@ class MMRetHeads(CalibratedScore):
         MMRetHeads(queries='question')
     """
 
-    def __init__(self, *, queries: str = "question") -> None:
-        super().__init__(queries=queries)
-
-    def score(self, view: AttentionView) -> Tensor:
-        """One number per layer, pair and head."""
+    def score(self, view: AttentionView) -> Float[Tensor, "layer pair head"]:
+        """The difference of the masses of each pair."""
         mass = view.mass(self.queries, "target")
         return mass[:, 0::2] - mass[:, 1::2]
 
@@ -83,25 +62,19 @@ class QRHead(CalibratedScore):
 
     - $a[j]$: the mean attention of the question's tokens to key j; $a_\emptyset$: the same under the null query.
     - $\mu, \sigma$: mean and (unbiased) standard deviation of $c$ over the tokens of the evidence $K^*$, for each
-      head: tokens far below the others are left out. One token alone is kept.
+      head: tokens far below the others are excluded. A single token is included.
 
     Averaged over samples, and measured on `NullQuery().pairs(model, samples)`. `provenance["chance"]` is the score of
-    even attention before tokens are left out. Without calibration the score is `RetrievalAttentionMass`.
+    even attention with all tokens. Without calibration the score is `RetrievalAttentionMass`.
 
-    What the released code does differently: its query span takes in the late instruction, "Query:" and the assistant's
-    header (`queries="text"` is the nearest); rows are softmaxed in float16; the published list for NQ ranks heads by
-    NDCG@10 of the documents' order, not by this score; samples without gold documents count as 0. Here the evidence
-    is the sample's target, one document.
+    The released code differs: its query span includes the late instruction, "Query:" and the assistant's header
+    (`queries="text"` is the nearest); the softmax is in float16; the published list for NQ ranks heads by NDCG@10 of
+    the documents' order, not by this score; samples without gold documents count as 0. Here the evidence is the
+    sample's target, one document.
 
     Args:
         queries: Name of the mask of query tokens.
-        outlier: z, how many standard deviations below the mean a token must be to be left out.
-
-    Returns (`compute()`):
-        `HeadScores` [layer head].
-
-    Raises:
-        InputError: for an outlier bound that is not positive; on `update`, if a batch is not made of such pairs.
+        outlier: z, above 0.
 
     Source: arXiv:2506.09944.
 
@@ -117,13 +90,13 @@ class QRHead(CalibratedScore):
             raise InputError(f"outlier must be above 0 (standard deviations below the mean); got {outlier!r}.")
         self.outlier = outlier
 
-    def score(self, view: AttentionView) -> Tensor:
-        """One number per layer, pair and head."""
+    def score(self, view: AttentionView) -> Float[Tensor, "layer pair head"]:
+        """The calibrated mass of each pair without outliers."""
         profile, target = view.profile(self.queries), view.target
         scores = []
         for pair in range(0, view.batch, 2):
             real, null = (profile[:, row][..., target[row]].double() for row in (pair, pair + 1))
-            change = real - null
+            change = real - null  # [layer head target]
             kept = torch.ones_like(change, dtype=torch.bool)
             if change.shape[-1] > 1:
                 spread = change.std(-1, keepdim=True)

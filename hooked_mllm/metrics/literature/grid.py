@@ -1,4 +1,4 @@
-"""The visual tokens of one image as the grid that they are."""
+"""The grid of an image's visual tokens, and the spatial entropy of attention on it."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,23 +16,23 @@ def token_grid(layout: TokenLayout, image: int = 0, view: str | None = None) -> 
     Args:
         layout: The layout of a sample.
         image: The number of the image.
-        view: One of its views; by default the one that shows the whole image at once, if it has one.
+        view: One of its views; by default that of the whole image, if it has one.
 
     Raises:
-        LayoutError: if there is no such image or view, or its tokens form no grid.
+        LayoutError: For a missing image or view, or tokens that form no grid.
     """
     if view is None:
         codes = set(layout.view[layout.tokens(image=image) & layout.pixels].tolist())
         view = next((name for name in PREFERRED if int(View[name.upper()]) in codes), None)
-    at = np.flatnonzero((layout.tokens(image=image, view=view) & layout.pixels).numpy())
-    if not len(at):
+    positions = np.flatnonzero((layout.tokens(image=image, view=view) & layout.pixels).numpy())
+    if not len(positions):
         raise LayoutError(f"Image {image} has no tokens that see pixels.")
-    corners = layout.boxes.numpy()[at].round(6)
+    corners = layout.boxes.numpy()[positions].round(6)
     (xs, column), (ys, row) = (np.unique(corners[:, axis], return_inverse=True) for axis in (0, 1))
     grid = np.full((len(ys), len(xs)), -1, dtype=np.int64)
-    if len(set(zip(row.tolist(), column.tolist(), strict=True))) != len(at):
+    if len(set(zip(row.tolist(), column.tolist(), strict=True))) != len(positions):
         raise LayoutError(f"The tokens of image {image} (view {view}) form no grid: several start at one place.")
-    grid[row, column] = at
+    grid[row, column] = positions
     return grid
 
 
@@ -42,7 +42,7 @@ def spatial_entropy(attention: Float[np.ndarray, "row column"]) -> float:
     - $C_i$: the 8-connected components of the cells whose attention is above the mean over the grid.
     - $P(C_i)$: the excess over the mean in a component, as a share of that in all of them.
 
-    0 for a single spot, $\log n$ for n equal ones; infinite for an even map, which has no spot at all.
+    0 for one component, $\log n$ for n equal ones; infinite for an even map, which has none.
 
     Source: arXiv:2503.06287, after arXiv:2206.04636.
 

@@ -1,4 +1,4 @@
-"""Visual attention sinks: image tokens with high attention that do not carry the answer."""
+"""Visual attention sinks: image tokens with high attention that have no part in the answer."""
 
 from collections.abc import Sequence
 
@@ -17,14 +17,7 @@ PUBLISHED_DIMS = {"Llama-2-7B": (2533, 1415), "Llama-2-13B": (2100, 4743), "Qwen
 def sink_strength(
     residual: Float[Tensor, "batch pos d_model"], dims: Sequence[int], eps: float = 1e-6
 ) -> Float[Tensor, "batch pos"]:
-    r"""$\phi(x) = \max_{d\in D} |\mathrm{RMSNorm}(x)[d]|$, without the norm's gain.
-
-    Source: arXiv:2503.03321.
-
-    Examples:
-        >>> sink_strength(torch.tensor([[[3.0, 4.0, 0.0, 0.0]]]), dims=[1]).round(decimals=3).tolist()
-        [[1.6]]
-    """
+    r"""$\phi(x) = \max_{d\in D} |\mathrm{RMSNorm}(x)[d]|$, without the norm's gain."""
     wide = residual.double()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normed[..., list(dims)].abs().amax(-1)
@@ -34,8 +27,8 @@ def massive_dims(residual: Float[Tensor, "batch pos d_model"], k: int = 2) -> tu
     """The `k` dimensions in which the first token's residual stream is largest: candidates for `dims`.
 
     Our adaptation for models without published sink dimensions (such as Qwen3 and InternVL3.5): the massive
-    activations sit where the first token, the strongest sink, has them. Take the residual of a middle layer of one
-    unpadded sample, `cache["resid_pre", layer]`, and look at several.
+    activations are in the dimensions in which the first token, the strongest sink, has them. Use the residual of a
+    middle layer of one unpadded sample, `cache["resid_pre", layer]`, and compare several.
 
     Examples:
         >>> massive_dims(torch.tensor([[[0.1, -9.0, 0.2, 5.0], [1.0, 0.0, 0.0, 0.0]]]))
@@ -56,20 +49,13 @@ class VisualSinkShare(HeadMetric):
     In [0, 1], averaged over samples. The paper calls a head image-centric for a query if `VisualNonSinkRatio` is at
     least 0.5 (one minus this) and its `VisionMass` at least 0.2.
 
-    The paper prints D for a few language models, `PUBLISHED_DIMS`; for others `massive_dims` proposes one, which is our
-    adaptation. Its released code adds 1e-6 to every entry of the denominator, so that the ratio depends a little on
-    the number of tokens, and redistributes with p the share that *stays* where the paper's p is the share that moves.
+    The released code differs: it adds 1e-6 to every entry of the denominator, so that the ratio depends a little on the
+    number of tokens, and redistributes with p the share that *stays* where the paper's p is the share that moves.
 
     Args:
-        dims: The sink dimensions D.
-        tau: Strength from which a token is a sink.
+        dims: The sink dimensions D: `PUBLISHED_DIMS`, or for other models those of `massive_dims`.
+        tau: Strength above which a token is a sink, above 0.
         queries: Name of the mask of query tokens.
-
-    Returns (`compute()`):
-        `HeadScores` [layer head].
-
-    Raises:
-        InputError: without dims, for one out of range, or for a tau that is not positive.
 
     Source: arXiv:2503.03321.
 
@@ -85,9 +71,7 @@ class VisualSinkShare(HeadMetric):
         super().__init__()
         if not len(dims) or min(dims) < 0 or not tau > 0:
             raise InputError(f"Expected one or more dimensions >= 0 and tau > 0; got dims={dims!r}, tau={tau!r}.")
-        self.dims = tuple(int(d) for d in dims)
-        self.tau = float(tau)
-        self.queries = queries
+        self.dims, self.tau, self.queries = tuple(int(d) for d in dims), float(tau), queries
 
     def sinks(self, view: AttentionView) -> Bool[Tensor, "layer batch pos"]:
         """The sinks among all tokens, layer by layer."""
@@ -106,11 +90,6 @@ class VisualSinkShare(HeadMetric):
 
 class VisualNonSinkRatio(VisualSinkShare):
     r"""The share of a head's attention on the image that is not on visual sinks: $1 - r$ of `VisualSinkShare`.
-
-    Args:
-        dims: The sink dimensions D.
-        tau: Strength from which a token is a sink.
-        queries: Name of the mask of query tokens.
 
     Source: arXiv:2503.03321 (visual non-sink ratio).
 

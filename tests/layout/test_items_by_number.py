@@ -5,7 +5,7 @@ import pytest
 from helpers.layout_pieces import image, two_views, video
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import View
-from hooked_mllm.layout.find import find_item, find_view
+from hooked_mllm.layout.items import find_item, find_view
 
 ITEMS = [image(30, 20, 3, 2), video(30, 20, 3, 2, times=(0.0, 1.0)), image(8, 8, 1, 1, index=1)]
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.layout_pieces import image, video
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import Box, Frames, Mask, Pages, Tube
-from hooked_mllm.layout.pixels import pixel_masks, rectangle
+from hooked_mllm.layout.shares import pixel_masks, rectangle
 
 ONE, CLIP = image(9, 6, 3, 2), video(9, 6, 3, 2, times=(0.0, 1.0, 2.0))
 

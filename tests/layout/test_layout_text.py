@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.layout_pieces import layout, two_views, video
-from hooked_mllm.layout.describe import runs
+from hooked_mllm.layout.layout import runs
 
 
 def test_it_says_briefly_what_it_is():

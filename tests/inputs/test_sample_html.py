@@ -10,7 +10,7 @@ from PIL import Image
 
 from helpers.tiny import tiny_image
 from hooked_mllm import Video
-from hooked_mllm.inputs.describe import media_html, tensors_html
+from hooked_mllm.inputs.sample import media_html, tensors_html
 
 
 def embedded(html):

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from hooked_mllm.families import family_of
-from hooked_mllm.toys.configs import INIT, LLAVA_INIT, MERGE, PATCH, TILE, build_config
+from hooked_mllm.toys.build import INIT, LLAVA_INIT, MERGE, PATCH, TILE, build_config
 from hooked_mllm.toys.render import CELL, PAGE
 from hooked_mllm.toys.vocabulary import FAMILIES, PAD_TOKEN, TURN_END, VISUAL_TOKENS, build_tokenizer
 

@@ -1,0 +1,62 @@
+"""Gradient checkpointing: the backward pass computes blocks again, with the hooks of the forward pass or not at all."""
+
+import pytest
+import torch
+
+from helpers.wrapped import fresh, model_inputs
+from hooked_mllm import HookedMLLM
+from hooked_mllm.errors import HookValueError
+
+NAME = "blocks.1.attn.hook_z"
+FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request) -> HookedMLLM:
+    hooked = HookedMLLM.from_model(fresh(request.param), check=False)
+    hooked.hf_model.train().requires_grad_(True)
+    hooked.hf_model._set_gradient_checkpointing(True, lambda fn, *a, **k: checkpoint(fn, *a, **k))
+    hooked.inputs = model_inputs(request.param)
+    return hooked
+
+
+def checkpoint(fn, *args, **kwargs):
+    return torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, **kwargs)
+
+
+def gradient(model: HookedMLLM) -> torch.Tensor:
+    return model.wiring.output_projection(model.wiring.text[1]).weight.grad
+
+
+def zero(z, hook):
+    return z * 0
+
+
+def test_inside_the_with_the_gradients_are_those_of_the_edited_model(model):
+    with model.hooks([(NAME, zero)]):
+        model(model.inputs).float().sum().backward()
+    assert gradient(model).abs().max() == 0
+
+
+def test_after_the_hooks_are_gone_the_backward_pass_raises(model):
+    logits = model.run_with_hooks(model.inputs, fwd_hooks=[(NAME, zero)])
+    with pytest.raises(HookValueError, match=r"hooks on blocks\.1\.attn\.hook_z were removed before it"):
+        logits.float().sum().backward()
+
+
+def test_a_hook_that_only_reads_is_called_once(model):
+    calls = []
+    model.registry.attach(NAME, lambda z, hook: calls.append(z.shape), reads_only=True)
+    model.registry.attach("blocks.0.attn.hook_z", zero)
+    model(model.inputs).float().sum().backward()
+    assert len(calls) == 1
+    model.reset_hooks()
+
+
+def test_without_hooks_nothing_is_wrapped(model):
+    functions = [
+        m._gradient_checkpointing_func for m in model.hf_model.modules() if hasattr(m, "gradient_checkpointing")
+    ]
+    model(model.inputs).float().sum().backward()
+    after = [m._gradient_checkpointing_func for m in model.hf_model.modules() if hasattr(m, "gradient_checkpointing")]
+    assert functions == after and gradient(model).abs().max() > 0
