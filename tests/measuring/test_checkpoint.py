@@ -136,7 +136,10 @@ def test_a_file_of_an_older_version_is_refused(tmp_path):
         run(checkpoint=path)
     del header["digest"]  # as before there were digests
     save_file(tensors, path, metadata={"hooked_mllm": json.dumps(header)})
-    with pytest.raises(CacheFileError, match="damaged: the field 'identity' is missing"):
+    with (
+        pytest.raises(CacheFileError, match="damaged: the field 'identity' is missing"),
+        pytest.warns(UserWarning, match="no digest"),
+    ):
         run(checkpoint=path)
 
 

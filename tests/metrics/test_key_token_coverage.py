@@ -8,6 +8,7 @@ from helpers.attention_reference import Layers, random_layers
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.metrics import CoverageCurve, KeyTokenCoverage, KeyTokenRatio, RetrievalAttentionMass
+from hooked_mllm.storage import write_json
 
 LENGTHS = (23, 17, 20, 23)
 
@@ -93,7 +94,7 @@ def test_the_curve_on_disk(tmp_path):
     assert CoverageCurve.load(tmp_path / "curve.json") == curve
     (tmp_path / "cut.json").write_text((tmp_path / "curve.json").read_text()[:-9])
     HeadScores([[1.0]]).save(tmp_path / "scores")
-    (tmp_path / "fields.json").write_text('{"kind": "hooked_mllm.CoverageCurve", "ks": [1]}')
+    write_json(tmp_path / "fields.json", "hooked_mllm.CoverageCurve", {"ks": [1]})
     for name, message in (("cut", "damaged"), ("scores", "expected a hooked_mllm.CoverageCurve"), ("fields", "fields")):
         with pytest.raises(CacheFileError, match=message):
             CoverageCurve.load(tmp_path / f"{name}.json")

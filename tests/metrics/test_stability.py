@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from hooked_mllm.errors import CacheFileError, HeadError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.metrics import Stability, stability
+from hooked_mllm.metrics.stability import KIND
+from hooked_mllm.storage import read_json, write_json
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -65,11 +67,12 @@ def test_on_disk(tasks, tmp_path):
     assert again.tasks == found.tasks and again.thresholds == found.thresholds
     assert again.percentile == 95.0 and again.provenance["b"]["provenance"] == {"dataset": "b"}
     assert np.array_equal(again.spearman, found.spearman) and np.array_equal(again.counts, found.counts)
-    text = (tmp_path / "s.json").read_text()
-    (tmp_path / "s.json").write_text(text.replace('"thresholds": [', '"thresholds": [1.0, '))
+    content = read_json(tmp_path / "s.json", KIND)
+    write_json(tmp_path / "s.json", KIND, {**content, "thresholds": [1.0, *content["thresholds"]]})
     with pytest.raises(CacheFileError, match="do not fit its 3 tasks"):
         Stability.load(tmp_path / "s.json")
-    (tmp_path / "s.json").write_text(text.replace('"counts"', '"count"'))
+    del content["counts"]
+    write_json(tmp_path / "s.json", KIND, content)
     with pytest.raises(CacheFileError, match="damaged"):
         Stability.load(tmp_path / "s.json")
 
