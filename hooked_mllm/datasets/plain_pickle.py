@@ -32,11 +32,15 @@ class _Memo(dict[int, Any]):
         super().__setitem__(index, value)
 
 
-class _PlainUnpickler(pickle._Unpickler):  # the one in C allocates a memo of any size, and ends the process
+#: the one in C allocates a memo of any size, and ends the process
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _PlainUnpickler(_PythonUnpickler):
     """An unpickler of the opcodes of plain data; keys are text or numbers, because hashing nested tuples recurses."""
 
     dispatch: ClassVar[dict[int, Any]] = {
-        opcode[0]: pickle._Unpickler.dispatch[opcode[0]]
+        opcode[0]: _PythonUnpickler.dispatch[opcode[0]]
         for opcode in (getattr(pickle, name) for name in (*_OPCODES.split(), *_CODE))
     }
 
@@ -50,15 +54,15 @@ class _PlainUnpickler(pickle._Unpickler):  # the one in C allocates a memo of an
 
     def load_setitem(self) -> None:
         self._check_keys(self.stack[-2:-1])
-        pickle._Unpickler.load_setitem(self)
+        super().load_setitem()
 
     def load_setitems(self) -> None:
         self._check_keys(self.stack[::2])
-        pickle._Unpickler.load_setitems(self)
+        super().load_setitems()
 
     def load_dict(self) -> None:
         self._check_keys(self.stack[::2])
-        pickle._Unpickler.load_dict(self)
+        super().load_dict()
 
     dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict}
 
