@@ -148,9 +148,7 @@ class Box:
             Box(x0=412, y0=230, x1=520, y1=371, image=0)
         """
         try:
-            x, y = zip(
-                *([float(v) if not isinstance(v, Number) else v for v in point] for point in points), strict=True
-            )
+            x, y = zip(*((px, py) for px, py in points), strict=True)
         except (TypeError, ValueError):
             raise LayoutError(f"Points are pairs (x, y) of numbers in pixels, two or more; got {points!r}.") from None
         return cls(min(x), min(y), max(x), max(y), image)

@@ -42,6 +42,7 @@ def boxes(draw):
     return x0, y0, x1, y1
 
 
+@pytest.mark.filterwarnings("ignore:The box .* lies in one pixel")  # drawn boxes may be that small
 @settings(max_examples=250, deadline=None)
 @given(
     given_boxes=st.lists(boxes(), min_size=1, max_size=4),
