@@ -35,7 +35,7 @@ def corners(box: BoxInput, what: str = "A box") -> Corners:
     if x0 >= x1 or y0 >= y1:
         raise LayoutError(
             f"{what} is (x0, y0, x1, y1) with x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}. "
-            "From x, y, width, height: (x, y, x + width, y + height)."
+            "From x, y, width, height: Box.from_xywh."
         )
     return x0, y0, x1, y1
 
@@ -233,7 +233,7 @@ class Tube:
         if not any(boxes.values()):
             raise LayoutError("A tube needs a box at one time or more; got none.")
         for box in self.boxes.values():
-            if box is not None and not isinstance(box, Box):
+            if box is not None:
                 _warn_of_fractions(box)
         object.__setattr__(self, "boxes", boxes)
 
