@@ -30,14 +30,14 @@ class Malicious:
 
 
 @given(value=PLAIN, protocol=st.integers(0, pickle.HIGHEST_PROTOCOL))
-def test_plain_data_comes_back(tmp_path_factory, value, protocol):
+def test_plain_data_is_read(tmp_path_factory, value, protocol):
     file = tmp_path_factory.mktemp("p") / "x.p"
     file.write_bytes(pickle.dumps(value, protocol))
     assert load_plain_pickle(file) == value
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_code_is_refused_before_it_runs(tmp_path, protocol):
+def test_code_is_rejected_before_it_runs(tmp_path, protocol):
     touched, file = tmp_path / "touched", tmp_path / "refs(umd).p"
     file.write_bytes(pickle.dumps([{"ann_id": Malicious(os.mkdir, str(touched))}], protocol))
     pickle.loads(file.read_bytes())  # it is dangerous: the plain reader runs it
@@ -63,7 +63,7 @@ def hand_written(tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", ["inst", "obj", "stack-global", "newobj", "persistent", "extension"])
-def test_every_opcode_that_reaches_code_is_refused(tmp_path, kind):
+def test_every_opcode_that_reaches_code_is_rejected(tmp_path, kind):
     file = tmp_path / "x.p"
     file.write_bytes(hand_written(tmp_path)[kind])
     with pytest.raises(InputError, match="not a pickle of plain data"):
@@ -71,7 +71,7 @@ def test_every_opcode_that_reaches_code_is_refused(tmp_path, kind):
     assert not (tmp_path / "touched").exists()
 
 
-def test_other_classes_are_refused_too(tmp_path):
+def test_other_classes_are_rejected_too(tmp_path):
     file = tmp_path / "x.p"
     file.write_bytes(pickle.dumps(OrderedDict(a=1)))
     with pytest.raises(InputError, match=r"collections\.OrderedDict"):

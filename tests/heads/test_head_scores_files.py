@@ -97,7 +97,7 @@ def test_altered_scores_are_rejected(tmp_path):
         HeadScores.load(path)
 
 
-def test_provenance_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
+def test_provenance_that_is_no_json_is_rejected_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError):
         HeadScores([[1.0]], provenance={"model": object()}).save(tmp_path / "scores")
     assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ def test_a_batch_of_unequal_samples_is_that_of_the_processor(family, images, vid
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_company_do_not_change_a_sample(family, side):
+def test_padding_and_other_samples_do_not_change_a_sample(family, side):
     prepare = preparer(family)
     alone = [
         prepare("a", images=tiny_image(60, 20), answer="red"),
@@ -66,16 +66,16 @@ def test_every_form_of_a_picture_gives_the_same_inputs(family, tmp_path):
 
 def test_the_answer_follows_the_prompt_token_for_token(family):
     prepare = preparer(family)
-    asked, answered = (prepare(QUESTION, images=tiny_image(), answer=a) for a in (None, "red"))
-    n = len(asked)
-    assert torch.equal(answered.inputs["input_ids"][:, :n], asked.inputs["input_ids"])
+    without_answer, with_answer = (prepare(QUESTION, images=tiny_image(), answer=a) for a in (None, "red"))
+    n = len(without_answer)
+    assert torch.equal(with_answer.inputs["input_ids"][:, :n], without_answer.inputs["input_ids"])
     expected = prepare.tokenizer("red", add_special_tokens=False).input_ids
-    assert answered.inputs["input_ids"][0, n:].tolist() == expected
-    assert answered.inputs["attention_mask"].all()
-    assert answered.layout.spans("answer") == [(n, n + len(expected))]
-    assert answered.layout.last_index == asked.layout.last_index == n - 1
+    assert with_answer.inputs["input_ids"][0, n:].tolist() == expected
+    assert with_answer.inputs["attention_mask"].all()
+    assert with_answer.layout.spans("answer") == [(n, n + len(expected))]
+    assert with_answer.layout.last_index == without_answer.layout.last_index == n - 1
     with torch.no_grad():
-        logits = [model(family)(**s.inputs).logits[0, n - 1] for s in (asked, answered)]
+        logits = [model(family)(**s.inputs).logits[0, n - 1] for s in (without_answer, with_answer)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 

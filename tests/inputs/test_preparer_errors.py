@@ -22,13 +22,13 @@ from hooked_mllm.layout import Box
         ("max_lenght", "max_length"),
     ],
 )
-def test_a_misspelt_argument_is_refused(family, wrong, meant):
-    said = (
+def test_a_misspelt_argument_is_rejected(family, wrong, meant):
+    pattern = (
         rf"^prepare takes no argument '{wrong}'\. Did you mean '{meant}'\? It takes question, images, .*Processor takes"
     )
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=pattern):
         preparer(family)(QUESTION, **{wrong: tiny_image()})
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=pattern):
         preparer(family)([QUESTION], **{wrong: [tiny_image()]})
 
 
@@ -44,30 +44,30 @@ OWN = {
 }
 
 
-def test_arguments_of_the_processor_and_its_parts_are_taken(family):
+def test_arguments_of_the_processor_and_its_parts_are_accepted(family):
     common = {"images_kwargs": {"do_resize": True}, "common_kwargs": {}, "do_rescale": True, "truncation": False}
     for name, value in {**common, **OWN[family], "return_mm_token_type_ids": True}.items():
         preparer(family)(QUESTION, images=tiny_image(), **{name: value})
 
 
-def test_what_transformers_would_leave_out_is_what_is_refused(family, monkeypatch):
+def test_arguments_that_transformers_would_ignore_are_rejected(family, monkeypatch):
     prepare, left = preparer(family), []
-    told = type("Told", (), {"warning_once": lambda self, message, *more: left.append(message)})()
-    monkeypatch.setattr("transformers.processing_utils.logger", told)
+    recorder = type("Recorder", (), {"warning_once": lambda self, message, *more: left.append(message)})()
+    monkeypatch.setattr("transformers.processing_utils.logger", recorder)
     known = _processor_arguments(prepare.processor)
     assert {"text_kwargs", "images_kwargs", "videos_kwargs", "max_length", "do_resize", "do_sample_frames"} < known
-    # of common_kwargs some versions say so although they take them
+    # some versions warn about common_kwargs although they accept them
     for name in [*sorted(known - {"common_kwargs"}), "image", "max_lenght"]:
         left.clear()
-        with suppress(Exception):  # a value that does not fit is met after the names were read
+        with suppress(Exception):  # a value that does not fit is read after the names
             prepare.processor(text=["a"], **{name: {} if name.endswith("_kwargs") else None})
         assert any("will be ignored" in message for message in left) == (name not in known), name
 
 
-def test_a_processor_that_does_not_tell_takes_what_it_will():
+def test_a_processor_without_a_list_of_arguments_accepts_all():
     processor = tiny_processor("qwen3_vl")
 
-    class Untold:
+    class WithoutList:
         tokenizer, chat_template = processor.tokenizer, processor.chat_template
         apply_chat_template = processor.apply_chat_template
 
@@ -80,9 +80,9 @@ def test_a_processor_that_does_not_tell_takes_what_it_will():
             self.given = {name: kwargs.pop(name) for name in ("mine",) if name in kwargs}
             return processor(*args, **kwargs)
 
-    config, untold = tiny_config("qwen3_vl"), Untold()
-    Preparer(untold, config, family_of(config))(QUESTION, images=tiny_image(), mine=3)
-    assert untold.given == {"mine": 3}
+    config, without_list = tiny_config("qwen3_vl"), WithoutList()
+    Preparer(without_list, config, family_of(config))(QUESTION, images=tiny_image(), mine=3)
+    assert without_list.given == {"mine": 3}
 
 
 def test_without_a_processor():
@@ -124,7 +124,7 @@ def test_lists_of_another_length(family):
         preparer(family)([QUESTION] * 2, answer="red")
 
 
-def test_what_the_processor_refuses_is_said_in_its_words():
+def test_an_error_of_the_processor_is_quoted():
     with pytest.raises(InputError, match=r"Qwen3VLProcessor rejects these inputs: .*aspect ratio"):
         preparer("qwen3_vl")(QUESTION, images=tiny_image(900, 2))
 

@@ -33,14 +33,14 @@ def test_a_file_gives_the_inputs_of_its_frames(family):
     numbers = [round(t * 30000 / 1001) for t in video.times_s]
     meta = [VideoMetadata(total_num_frames=390, fps=30000 / 1001, frames_indices=numbers)]
     clip = [video.frames.transpose(0, 3, 1, 2)]
-    theirs = processor(
+    expected = processor(
         text=[text], videos=clip, video_metadata=meta, do_sample_frames=False, return_tensors="pt", **config
     )
-    same(sample.inputs, theirs)
+    same(sample.inputs, expected)
     assert sample.layout.items[0].times_s == video.times_s
 
 
-def test_qwen_is_told_the_real_times():
+def test_the_prompt_of_qwen_has_the_real_times():
     prepare = preparer("qwen3_vl")
     even = prepare(QUESTION, videos=[(tiny_frames(4), 0.5)])
     assert "<1.0 seconds>" in frames_in_text(prepare, even)
@@ -90,16 +90,16 @@ def test_unequal_videos_in_a_batch():
 
 
 def test_nothing_is_logged(family):
-    heard = []
+    records = []
     handler = logging.Handler()
-    handler.emit = heard.append
+    handler.emit = records.append
     logger = logging.getLogger("transformers")
     logger.addHandler(handler)
     try:
         preparer(family)([QUESTION] * 2, images=[tiny_image()] * 2, videos=[NASA, (tiny_frames(3), 1.0)], num_frames=3)
     finally:
         logger.removeHandler(handler)
-    assert [record.getMessage() for record in heard] == []
+    assert [record.getMessage() for record in records] == []
 
 
 def test_a_target_in_a_video(family):

@@ -106,7 +106,7 @@ def test_what_two_regions_share_counts_once():
         found.target(halves, min_overlap=0.65)
 
 
-def test_all_views_of_an_image_are_used_and_newlines_never():
+def test_all_views_of_an_image_are_in_the_target_and_newlines_never():
     found = layout(two_views(100, 40))
     everything = found.target(Box(0, 0, 100, 40))
     torch.testing.assert_close(everything, found.pixels)

@@ -117,7 +117,7 @@ def test_no_logits_are_computed_and_the_attention_stays_its_own(family):
     assert no_taps(family)
 
 
-def test_hooks_that_hang_act_on_what_is_measured(family):
+def test_registered_hooks_act_on_what_is_measured(family):
     model = hooked(family)
     before = run(family, sample(family), VisionMass()).values
     with model.hooks([("blocks.1.attn.hook_z", lambda z, hook: z * 0)]):
@@ -147,7 +147,7 @@ def test_a_generator_of_samples_is_run_as_it_comes(family):
     close(scores.values, run(family, four(family), FirstToken()).values, 1e-12)
 
 
-def test_bare_model_inputs_tell_the_last_position_and_the_visual_ones(family):
+def test_bare_model_inputs_have_the_last_position_and_the_visual_ones(family):
     expected = run(family, [sample(family), film(family)], VisionMass(queries="text"))
     scores = run(family, [dict(sample(family).inputs), dict(film(family).inputs)], VisionMass(queries="text"))
     close(scores.values, expected.values)
@@ -157,7 +157,7 @@ def test_bare_model_inputs_tell_the_last_position_and_the_visual_ones(family):
         run(family, dict(sample(family).inputs), VisionMass())
 
 
-def test_a_result_says_where_it_comes_from(family):
+def test_a_result_has_its_provenance(family):
     scores = run(family, [*four(family)[:2], batch(family)], RetrievalAttentionMass())
     facts = scores.provenance
     assert facts["sample_ids"] == ["sample-0", "sample-1"] and facts["n_samples"] == 4
@@ -214,7 +214,7 @@ def test_float16_that_overflows_is_named(family):
     assert not any(site.taps for site in model.wiring.text)
 
 
-def test_progress_is_shown_only_when_asked_for(capsys):
+def test_progress_is_shown_only_if_it_is_on(capsys):
     run("qwen3_vl", sample("qwen3_vl"), VisionMass())
     assert capsys.readouterr() == ("", "")
     hooked("qwen3_vl").measure([sample("qwen3_vl")], VisionMass())

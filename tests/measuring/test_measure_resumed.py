@@ -63,7 +63,7 @@ def test_stopped_at_any_point_and_resumed_it_is_as_if_it_ran_through(at, tmp_pat
     assert torch.equal(again[0].values, resumed[0].values)
 
 
-def test_the_metrics_that_were_stopped_can_go_on_themselves(tmp_path):
+def test_the_metrics_that_were_stopped_can_resume_themselves(tmp_path):
     metrics = [VisionMass(), Stopping()]
     options = {"progress": False, "group_bytes": 1, "checkpoint": tmp_path / "state"}
     Stopping.at = 6
@@ -73,7 +73,7 @@ def test_the_metrics_that_were_stopped_can_go_on_themselves(tmp_path):
     assert all((scores.counts == 4).all() for scores in resumed)
 
 
-def test_more_samples_than_before_go_on_where_it_stopped(tmp_path):
+def test_more_samples_than_before_resume_where_it_stopped(tmp_path):
     family, path = "internvl", tmp_path / "state"
     first = run(family, four(family)[:2], VisionMass(), checkpoint=path, save_every=1)
     assert (first.counts == 2).all()
@@ -81,7 +81,7 @@ def test_more_samples_than_before_go_on_where_it_stopped(tmp_path):
     close(scores.values, run(family, four(family), VisionMass()).values, 1e-12)
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+def test_a_checkpoint_of_something_else_is_rejected(tmp_path):
     family, path = "qwen3_vl", tmp_path / "state"
     samples = four(family)
     run(family, samples[:3], VisionMass(), checkpoint=path)

@@ -39,8 +39,8 @@ def test_formula(tasks, p):
     flat = [s.values.numpy().ravel() for s in tasks.values()]
     for i in range(3):
         for j in range(3):
-            want = np.corrcoef(ranks(flat[i]), ranks(flat[j]))[0, 1]
-            assert found.spearman[i, j] == pytest.approx(want, abs=1e-12)
+            expected = np.corrcoef(ranks(flat[i]), ranks(flat[j]))[0, 1]
+            assert found.spearman[i, j] == pytest.approx(expected, abs=1e-12)
     thresholds = [percentile(v, p) for v in flat]
     assert found.thresholds == pytest.approx(thresholds, abs=1e-12)
     counts = sum((v >= t - 1e-12).astype(int) for v, t in zip(flat, thresholds, strict=True)).reshape(6, 8)
@@ -55,9 +55,9 @@ def test_layers_not_measured_take_no_part(tasks):
     part = {name: HeadScores(s.values, missing=[2]) for name, s in tasks.items()}
     found = stability(part, 80)
     rest = {name: HeadScores(np.delete(s.values.numpy(), 2, axis=0)) for name, s in tasks.items()}
-    want = stability(rest, 80)
-    assert np.array_equal(np.delete(found.counts.numpy(), 2, axis=0), want.counts) and not found.counts[2].any()
-    np.testing.assert_allclose(found.spearman, want.spearman)
+    expected = stability(rest, 80)
+    assert np.array_equal(np.delete(found.counts.numpy(), 2, axis=0), expected.counts) and not found.counts[2].any()
+    np.testing.assert_allclose(found.spearman, expected.spearman)
 
 
 def test_on_disk(tasks, tmp_path):
@@ -93,7 +93,7 @@ def test_repr(tasks):
     assert repr(stability(tasks, 90)).startswith("Stability(a, b, c: mean Spearman 0.")
 
 
-def test_refusals(tasks):
+def test_bad_input_is_rejected(tasks):
     with pytest.raises(InputError, match="two tasks at least"):
         stability({"a": tasks["a"]})
     with pytest.raises(InputError, match="from 0 to 100"):

@@ -68,7 +68,7 @@ def test_the_table(curve):
     assert repr(curve).startswith("AblationCurveResult(AnswerLogProb, k from 0 to 2, 12 samples; at k=2: top 0.")
 
 
-def test_it_comes_back_from_a_file(curve, tmp_path):
+def test_it_is_read_from_a_file(curve, tmp_path):
     path = tmp_path / "curve.json"
     curve.save(path)
     back = AblationCurveResult.load(path)
