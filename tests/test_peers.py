@@ -174,7 +174,7 @@ def test_stopping_at_the_first_block_gives_the_stream_with_the_image_in_it(famil
     assert (stream[:, visual] - embedding[:, visual]).abs().amax(-1).min() > 1e-3
 
 
-def test_starting_in_the_middle_is_refused_and_not_done_wrong(family, sample):
+def test_starting_in_the_middle_is_rejected(family, sample):
     with pytest.raises(InputError, match="takes no argument 'start_at_layer' and would ignore it"):
         wrapped(family)(sample, start_at_layer=1)
 
@@ -199,7 +199,7 @@ def test_a_generation_with_images_can_be_cached_step_by_step(family, sample):
 @torch.no_grad()
 def test_visual_tokens_without_pixels_do_not_run(family):
     bare = {k: v for k, v in model_inputs(family).items() if k != "pixel_values"}
-    plain(family)(**bare)  # transformers runs it, and says nothing
+    plain(family)(**bare)  # transformers runs it without a warning
     for call in (wrapped(family), wrapped(family).generate):
         with pytest.raises(InputError, match="visual tokens .* but no `pixel_values` came with it"):
             call(bare)
@@ -232,12 +232,12 @@ def test_patching_sweeps_carry_the_images_of_both_runs(family, point):
 # -- the model itself --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hung", [False, True], ids=["no hooks", "hooks hung"])
-def test_the_wrapped_model_is_saved_as_if_it_were_not_wrapped(family, hung, tmp_path):
+@pytest.mark.parametrize("with_hooks", [False, True], ids=["no hooks", "hooks"])
+def test_the_wrapped_model_is_saved_as_if_it_were_not_wrapped(family, with_hooks, tmp_path):
     hf, reference = fresh(family), plain(family)
     model = HookedMLLM.from_model(hf, tiny_processor(family))
     model.run_with_cache(model_inputs(family))
-    if hung:
+    if with_hooks:
         model.add_hook("*", lambda x, hook: x * 1)
     assert list(hf.state_dict()) == list(reference.state_dict())
     assert hf.config.to_dict() == tiny_config(family, layers=LAYERS, vision_layers=VISION_LAYERS).to_dict()
@@ -260,7 +260,7 @@ def test_a_tokenizer_and_a_config_made_in_memory_are_enough(family):
 
 
 @torch.no_grad()
-def test_a_hook_is_told_the_name_it_was_asked_for(family):
+def test_a_hook_has_the_name_that_it_was_registered_under(family):
     model, seen = wrapped(family), []
     names = [
         "vision.blocks.0.attn.hook_z",
@@ -272,7 +272,7 @@ def test_a_hook_is_told_the_name_it_was_asked_for(family):
 
 
 @torch.no_grad()
-def test_a_filter_on_suffixes_knows_tower_and_layer_of_what_it_finds(family):
+def test_a_filter_on_suffixes_has_the_tower_and_layer_of_each_match(family):
     model, seen = wrapped(family), []
     hooks = [(lambda n: n.endswith("hook_resid_post"), lambda x, hook: seen.append((hook.tower, hook.layer())))]
     model.run_with_hooks(model_inputs(family), fwd_hooks=hooks)

@@ -1,28 +1,33 @@
 """RefCOCOg: photographs, one referring expression and one box each (Mao et al. 2016, arXiv:1511.02283)."""
 
 import json
-import math
 import re
 import string
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from hooked_mllm.datasets.plain_pickle import load_plain_pickle
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.layout.regions import Box
+from hooked_mllm.storage import inside
 
 QUESTION = "Where is {expression}?"
-_REF_KEYS = ("ref_id", "ann_id", "image_id", "split", "sentences")
-#: folders of the photographs in the releases and the tools built on them, relative to the annotations
-_IMAGE_FOLDERS = ("images", "images/mscoco/images", "../images/mscoco/images", ".")
+_REF = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list}
+_SENTENCE = {"sent": str, "sent_id": int}
+_IMAGE = {"file_name": str, "width": int, "height": int}
+_ANNOTATION = {"bbox": list, "image_id": int, "category_id": int}
+_ADVICE = "Pass images= with the folder of the photographs, and copy the other files into the folder"
+#: folders of the photographs in the releases and the tools built on them, relative to the annotations, and the folder
+#: that must contain each once links are followed
+_IMAGE_FOLDERS = {"images": ".", "images/mscoco/images": ".", "../images/mscoco/images": "..", ".": "."}
 
 
 @dataclass(frozen=True)
@@ -59,15 +64,14 @@ class ReferringExpression:
         """The photograph, decoded to RGB at each access and checked against the size in the annotations."""
         try:
             with Image.open(self.path) as image:
-                picture = image.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+                if image.size != (self.width, self.height):  # before its pixels are decoded
+                    raise InputError(
+                        f"{self.path} is {image.width} x {image.height} px, but its annotation has {self.width} x "
+                        f"{self.height}: the boxes would be wrong. Use the photographs at their published size"
+                    )
+                return [image.convert("RGB")]
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"cannot decode {self.path}: {error}") from error
-        if picture.size != (self.width, self.height):
-            raise InputError(
-                f"{self.path} is {picture.width} x {picture.height} px, but its annotation has {self.width} x "
-                f"{self.height}: the boxes would be wrong. Use the photographs at their published size"
-            )
-        return [picture]
 
 
 class RefCOCOg(Sequence[ReferringExpression]):
@@ -86,7 +90,8 @@ class RefCOCOg(Sequence[ReferringExpression]):
         images: Folder of the photographs, with or without `train2014/` below it; by default, `images/` is searched.
 
     Raises:
-        InputError: a file is missing, damaged or of another release, or all photographs are missing.
+        InputError: A file is missing, damaged, of another release or outside its folder once links are followed, or all
+            photographs are missing.
 
     Examples:
         ```python
@@ -117,7 +122,9 @@ class RefCOCOg(Sequence[ReferringExpression]):
         self.folder, self.split_by, self.split, self.question = Path(folder), split_by, split, question
         refs = _read_refs(self.folder, split_by, split)
         tables = _Tables(self.folder / "instances.json")
-        folders = [self.folder / name for name in _IMAGE_FOLDERS] if images is None else [Path(images)]
+        folders = {self.folder / name: self.folder / root for name, root in _IMAGE_FOLDERS.items()}
+        if images is not None:
+            folders = {Path(images): Path(images)}
         records: list[ReferringExpression] = []
         self.n_missing = 0
         self.missing_images: set[str] = set()
@@ -172,13 +179,13 @@ class _Tables:
     def __init__(self, file: Path) -> None:
         if not file.is_file():
             raise InputError(f"{file} is missing. A RefCOCOg folder contains instances.json and refs(umd).p")
-        self.file = file
+        self.file = inside(file.parent, file.name, advice=_ADVICE)
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
             self.images = {image["id"]: image for image in data["images"]}
             self.annotations = {annotation["id"]: annotation for annotation in data["annotations"]}
             self.categories = {category["id"]: category["name"] for category in data["categories"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{file} is not COCO's instances file: expected JSON with images, annotations and categories "
                 f"({error!r})"
@@ -186,11 +193,11 @@ class _Tables:
 
     def image(self, ref: dict[str, Any]) -> dict[str, Any]:
         """The image of a reference."""
-        return self._row(self.images, "image", ref["image_id"], ref, ("file_name", "width", "height"))
+        return self._row(self.images, "image", ref["image_id"], ref, _IMAGE)
 
     def annotation(self, ref: dict[str, Any]) -> dict[str, Any]:
         """The annotation of a reference."""
-        row = self._row(self.annotations, "annotation", ref["ann_id"], ref, ("bbox", "image_id", "category_id"))
+        row = self._row(self.annotations, "annotation", ref["ann_id"], ref, _ANNOTATION)
         if row["image_id"] != ref["image_id"]:
             raise InputError(
                 f"reference {ref['ref_id']} is of image {ref['image_id']}, its annotation {ref['ann_id']} of image "
@@ -198,23 +205,34 @@ class _Tables:
             )
         return row
 
-    def _row(self, table: dict[int, Any], kind: str, key: int, ref: dict, fields: tuple[str, ...]) -> dict[str, Any]:
+    def _row(
+        self, table: dict[int, Any], kind: str, key: int, ref: dict[str, Any], fields: Mapping[str, type]
+    ) -> dict[str, Any]:
         row = table.get(key)
         if row is None:
             raise InputError(
                 f"reference {ref['ref_id']} needs {kind} {key}, which {self.file} does not have: "
                 f"the two files must come from the same release"
             )
-        if missing := [field for field in fields if field not in row]:
-            raise InputError(f"{kind} {key} of {self.file} has no {', '.join(missing)}")
-        return row
+        return _checked(row, fields, f"{kind} {key} of {self.file}")
 
 
-def _find_photograph(folders: Sequence[Path], name: str) -> Path | None:
+def _checked(row: object, fields: Mapping[str, type], what: str) -> dict[str, Any]:
+    """The same row of a file, a dict with these fields of these types."""
+    if not isinstance(row, dict):
+        raise InputError(f"{what} should be a dict with {', '.join(fields)}; it is a {type(row).__name__}")
+    for field, expected in fields.items():
+        if not isinstance(row.get(field), expected) or (expected is str and not row[field].strip()):
+            value = f"{field} {row[field]!r}" if field in row else f"no {field}"
+            raise InputError(f"{what} should have {', '.join(fields)}, {field} a {expected.__name__}; it has {value}")
+    return row
+
+
+def _find_photograph(folders: Mapping[Path, Path], name: str) -> Path | None:
     """The path of a photograph by its COCO file name, with or without a folder of its COCO split."""
     split = re.match(r"COCO_([a-z]+\d{4})_", name)
     below = (f"{split[1]}/{name}", name) if split else (name,)
-    paths = (folder / path for folder in folders for path in below)
+    paths = (inside(folder, path, root=root, advice=_ADVICE) for folder, root in folders.items() for path in below)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -228,19 +246,14 @@ def _read_refs(folder: Path, split_by: str, split: str | None) -> list[dict[str,
             f"{file} is missing. {nearest(split_by, available)} This folder has split_by: "
             f"{', '.join(available) or 'none'}"
         )
-    refs = load_plain_pickle(file)
+    refs = load_plain_pickle(inside(folder, file.name, advice=_ADVICE))
     if not isinstance(refs, list) or not refs:
         raise InputError(f"{file} should contain a list of references; it contains {type(refs).__name__}")
     for i, ref in enumerate(refs):
-        missing = [key for key in _REF_KEYS if key not in ref] if isinstance(ref, dict) else _REF_KEYS
-        if missing:
-            raise InputError(
-                f"reference {i} of {file} should be a dict with {', '.join(_REF_KEYS)}; it is a {type(ref).__name__} "
-                f"without {', '.join(missing)}"
-            )
+        _checked(ref, _REF, f"reference {i} of {file}")
     if split is None:
         return refs
-    counts = Counter(str(ref["split"]) for ref in refs)
+    counts = Counter(ref["split"] for ref in refs)
     if split not in counts:
         available = ", ".join(f"{name} ({n})" for name, n in sorted(counts.items()))
         raise InputError(f"{file} has no split {split!r}. It has {available}")
@@ -253,11 +266,8 @@ def _records(
     image, annotation = tables.image(ref), tables.annotation(ref)
     box = _corners(annotation, image)
     for sentence in ref["sentences"]:
-        if not isinstance(sentence, dict) or not {"sent", "sent_id"} <= sentence.keys():
-            raise InputError(
-                f"a sentence of reference {ref['ref_id']} should have sent and sent_id; it is {sentence!r}"
-            )
-        expression = str(sentence["sent"]).strip()
+        _checked(sentence, _SENTENCE, f"a sentence of reference {ref['ref_id']}")
+        expression = sentence["sent"].strip()
         yield ReferringExpression(
             path=path,
             expression=expression,
@@ -265,7 +275,7 @@ def _records(
             target=box,
             width=image["width"],
             height=image["height"],
-            category=tables.categories.get(annotation["category_id"], "unknown"),
+            category=str(tables.categories.get(annotation["category_id"], "unknown")),
             **{name: ref[name] for name in ("split", "image_id", "ann_id", "ref_id")},
             sent_id=sentence["sent_id"],
             id=f"refcocog/{split_by}/{ref['split']}/{sentence['sent_id']}",
@@ -273,13 +283,13 @@ def _records(
 
 
 def _corners(annotation: dict[str, Any], image: dict[str, Any]) -> Box:
-    if len(annotation["bbox"]) != 4:
+    if [type(v) in (int, float) and abs(v) < 1 << 31 for v in annotation["bbox"]] != [True] * 4:
         raise InputError(f"annotation {annotation['id']}: expected bbox (x, y, w, h), got {annotation['bbox']}")
-    x, y, w, h = (float(v) for v in annotation["bbox"])
+    x, y, w, h = annotation["bbox"]
     # COCO rounds to 0.01 px, so that x + w can exceed the edge by that
     x1, y1 = min(x + w, image["width"]), min(y + h, image["height"])
     x0, y0 = max(x, 0.0), max(y, 0.0)
-    if not all(map(math.isfinite, (x0, y0, x1, y1))) or x1 <= x0 or y1 <= y0:
+    if x1 <= x0 or y1 <= y0:
         raise InputError(
             f"annotation {annotation['id']} has no area inside its {image['width']} x {image['height']} px image: "
             f"bbox (x, y, w, h) = {annotation['bbox']}"

@@ -23,8 +23,9 @@ _CHANNELS = (1, 3, 4)
 def load_image(image: ImageInput) -> Image.Image:
     """One picture as an upright PIL image in RGB; transparent pixels become white.
 
-    An array is `[height width channel]`, `[channel height width]` or `[height width]`, of integers from 0 to 255 or
-    floats from 0 to 1.
+    An EXIF orientation, of a file or of a PIL image, is applied. An array is `[height width channel]`,
+    `[channel height width]` or `[height width]`, of integers from 0 to 255, floats from 0 to 1, or uint16 from 0 to
+    65535. Greys of PIL's modes I;16 and I are 0 to 65535, those of F 0 to 1, whatever the brightest pixel is.
     """
     if isinstance(image, str | os.PathLike):
         file = existing_file(image, "image")
@@ -51,12 +52,14 @@ def load_image(image: ImageInput) -> Image.Image:
 
 
 def to_uint8(array: np.ndarray | Tensor, what: str) -> np.ndarray:
-    """Pixels as uint8: integers from 0 to 255 as they are, floats from 0 to 1 times 255."""
+    """Pixels as uint8: integers from 0 to 255 as they are, floats from 0 to 1 times 255, uint16 by 257."""
     if isinstance(array, Tensor):
         tensor = array.detach().cpu()
         array = np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
     if array.dtype == np.uint8 or array.size == 0:
         return array.astype(np.uint8)
+    if array.dtype == np.uint16:
+        return (array // 257).astype(np.uint8)
     if array.dtype == bool:
         return array.astype(np.uint8) * 255
     if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
@@ -116,8 +119,13 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         return load_image(np.asarray(image))
     if image.mode.startswith("I"):  # 16-bit greys: PIL's own conversion would clip them to white
-        values = np.asarray(image).astype(np.int64)
-        return load_image(values // 257 if values.max() > 255 else values)
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise InputError(
+                f"A picture of mode {image.mode!r} has greys of 16 bits, 0 to 65535; got values from {values.min()} to "
+                f"{values.max()}. Scale them, or give an array of floats from 0 to 1."
+            )
+        return load_image(values.astype(np.uint16))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")

@@ -1,6 +1,7 @@
 """Regions of images and videos, in pixels and seconds of the original."""
 
 import math
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,16 +35,36 @@ def corners(box: BoxInput, what: str = "A box") -> Corners:
     if x0 >= x1 or y0 >= y1:
         raise LayoutError(
             f"{what} is (x0, y0, x1, y1) with x0 < x1 and y0 < y1; got {(x0, y0, x1, y1)}. "
-            "From x, y, width, height: (x, y, x + width, y + height)."
+            "From x, y, width, height: Box.from_xywh."
         )
     return x0, y0, x1, y1
+
+
+def _warn_of_fractions(box: BoxInput) -> None:
+    """Warn of a box like (0.2, 0.3, 0.4, 0.5). Box(0, 0, 1, 1) is a pixel, Box(0.0, 0.0, 1.0, 1.0) gives a warning."""
+    is_box = isinstance(box, Box)
+    values = (box.x0, box.y0, box.x1, box.y1) if is_box else tuple(box)  # a tuple may be that of `corners`, all floats
+    whole = all(isinstance(v, int | np.integer) or (not is_box and float(v).is_integer()) for v in values)
+    if all(0 <= v <= 1 for v in values) and not whole:
+        warnings.warn(
+            f"The box {tuple(float(v) for v in values)} lies in one pixel, the first: boxes are in pixels of the "
+            "original. If these are fractions of its size, use Box.from_fractions(x0, y0, x1, y1, width, height).",
+            stacklevel=4,  # the line that makes the region: this function, __post_init__, __init__
+        )
+
+
+def _check_size(what: str, width: Number, height: Number) -> None:
+    if not (width > 0 and height > 0):
+        raise LayoutError(f"The {what} needs a positive width and height in pixels; got {width} x {height}.")
 
 
 @dataclass(frozen=True)
 class Box:
     """A rectangle of an image: [x0, x1] x [y0, y1] in pixels of the original, x to the right, y down.
 
-    The part outside the image is cut off; a box wholly outside is an error.
+    The original is the upright picture: one with an EXIF orientation is turned first, so that boxes are in the axes in
+    which it is shown, not in those of the file. The part outside the image is cut off; a box wholly outside is an
+    error. A box within [0, 1] that is not of whole numbers gives a warning: it is probably in fractions.
 
     Examples:
         >>> Box(412, 230, 520, 371)
@@ -58,6 +79,79 @@ class Box:
 
     def __post_init__(self) -> None:
         corners(self)
+        _warn_of_fractions(self)
+
+    @classmethod
+    def from_xywh(cls, x: Number, y: Number, width: Number, height: Number, image: int = 0) -> "Box":
+        """A box from its upper left corner and its size in pixels, as in COCO: [x, x + width] x [y, y + height].
+
+        Args:
+            x: The left edge.
+            y: The upper edge.
+            width: The width, positive.
+            height: The height, positive.
+            image: The number of the image.
+
+        Raises:
+            LayoutError: For a size that is not positive, or numbers that are not finite.
+
+        Examples:
+            >>> Box.from_xywh(412, 230, 108, 141)
+            Box(x0=412, y0=230, x1=520, y1=371, image=0)
+        """
+        _check_size("box", width, height)
+        return cls(x, y, x + width, y + height, image)
+
+    @classmethod
+    def from_fractions(
+        cls, x0: Number, y0: Number, x1: Number, y1: Number, width: Number, height: Number, image: int = 0
+    ) -> "Box":
+        """A box from fractions of the picture's size: [x0 width, x1 width] x [y0 height, y1 height].
+
+        Args:
+            x0: The left edge, from 0 to 1.
+            y0: The upper edge, from 0 to 1.
+            x1: The right edge, from 0 to 1.
+            y1: The lower edge, from 0 to 1.
+            width: The width of the upright picture in pixels.
+            height: Its height in pixels.
+            image: The number of the image.
+
+        Raises:
+            LayoutError: For fractions outside of 0 to 1, an empty box, or a size that is not positive.
+
+        Examples:
+            >>> Box.from_fractions(0.25, 0.5, 0.75, 1.0, width=640, height=480)
+            Box(x0=160.0, y0=240.0, x1=480.0, y1=480.0, image=0)
+        """
+        _check_size("picture", width, height)
+        if not all(0 <= v <= 1 for v in (x0, y0, x1, y1)):
+            raise LayoutError(
+                f"Fractions lie in 0 to 1; got {(x0, y0, x1, y1)}. Divide coordinates from 0 to 1000 by 1000, and give "
+                "pixels to Box(x0, y0, x1, y1)."
+            )
+        return cls(x0 * width, y0 * height, x1 * width, y1 * height, image)
+
+    @classmethod
+    def from_points(cls, points: Iterable[Iterable[Number]], image: int = 0) -> "Box":
+        """The smallest box that contains points, such as two opposite corners in any order, or a polygon.
+
+        Args:
+            points: Pairs (x, y) in pixels, at least two that differ in x and in y.
+            image: The number of the image.
+
+        Raises:
+            LayoutError: For what is not a pair of numbers, or points that span no area.
+
+        Examples:
+            >>> Box.from_points([(520, 230), (412, 371)])
+            Box(x0=412, y0=230, x1=520, y1=371, image=0)
+        """
+        try:
+            x, y = zip(*((px, py) for px, py in points), strict=True)
+        except (TypeError, ValueError):
+            raise LayoutError(f"Points are pairs (x, y) of numbers in pixels, two or more; got {points!r}.") from None
+        return cls(min(x), min(y), max(x), max(y), image)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +205,10 @@ class Frames:
         if self.start_s is not None and self.end_s is not None and self.start_s > self.end_s:
             raise LayoutError(f"Frames need start_s <= end_s; got {self.start_s} and {self.end_s} seconds.")
         if self.box is not None:
-            object.__setattr__(self, "box", corners(self.box))
+            box = corners(self.box)
+            if not isinstance(self.box, Box):  # which warns itself
+                _warn_of_fractions(self.box)
+            object.__setattr__(self, "box", box)
 
 
 @dataclass(frozen=True)
@@ -135,6 +232,9 @@ class Tube:
         }
         if not any(boxes.values()):
             raise LayoutError("A tube needs a box at one time or more; got none.")
+        for box in self.boxes.values():
+            if box is not None:
+                _warn_of_fractions(box)
         object.__setattr__(self, "boxes", boxes)
 
     def at(self, time_s: Number, slack_s: Number = 1e-3) -> Corners | None:

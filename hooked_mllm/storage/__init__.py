@@ -13,6 +13,7 @@ from hooked_mllm.storage.files import restoring as restoring
 from hooked_mllm.storage.files import to_lists as to_lists
 from hooked_mllm.storage.files import write_json as write_json
 from hooked_mllm.storage.files import write_tensors as write_tensors
+from hooked_mllm.storage.inside import inside as inside
 from hooked_mllm.storage.writing import ready as ready
 from hooked_mllm.storage.writing import ready_folder as ready_folder
 from hooked_mllm.storage.writing import write_atomically as write_atomically

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,10 @@ _PICKLE = (b"\x80", b"PK\x03\x04")  # a bare pickle; torch.save's zip of one
 
 
 def write_json(path: str | os.PathLike[str], kind: str, content: Mapping[str, Any]) -> None:
-    """Write `content` as JSON with its kind. Numbers must be finite: write a gap as None."""
-    text = json.dumps({_tag(kind): kind, **content}, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(path, text + "\n")
+    """Write `content` as JSON with its kind and a digest. Numbers must be finite: write a gap as None."""
+    plain = json.loads(json.dumps({_tag(kind): kind, **content}, allow_nan=False))
+    plain["digest"] = _digest(plain, {})
+    write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_tensors(
@@ -42,10 +44,10 @@ def write_tensors(
 
 
 def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
-    """Read a JSON file of this kind.
+    """Read a JSON file of this kind; the digest is verified as in `read_tensors`.
 
     Raises:
-        CacheFileError: If the file is missing, damaged, a pickle, or of another kind.
+        CacheFileError: If the file is missing, damaged, altered, a pickle, or of another kind.
     """
     path = as_path(path)
     raw = read_bytes(path)
@@ -53,13 +55,13 @@ def read_json(path: str | os.PathLike[str], kind: str) -> dict[str, Any]:
         content = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise _unreadable(path, (kind,), "JSON", error) from None
-    return _check_kind(path, (kind,), content)
+    return _verified(path, _check_kind(path, (kind,), content), {})
 
 
 def read_tensors(path: str | os.PathLike[str], *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the header of a safetensors file of one of these kinds.
 
-    The digest is verified where the file has one; files of earlier versions have none.
+    The digest is verified. Files of earlier versions have none, which a warning states.
 
     Raises:
         CacheFileError: If the file is missing, damaged, altered, a pickle, or of another kind.
@@ -167,18 +169,26 @@ def _load_tensors(path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Tensor]
         with safe_open(path, framework="pt") as file:
             header = _check_kind(path, kinds, json.loads((file.metadata() or {}).get(_HEADER, "null")))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        digest = header.pop("digest", None)
-        unchanged = digest is None or digest == _digest(header, tensors)
+        return tensors, _verified(path, header, tensors)
     except CacheFileError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise _unreadable(path, kinds, "safetensors", error) from None
-    if not unchanged:
+
+
+def _verified(path: Path, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The header without its digest, which must be that of header and tensors."""
+    if "digest" not in header:
+        warnings.warn(
+            f"{path} has no digest, as files of earlier versions: changes to it cannot be detected. Save it again.",
+            stacklevel=5,
+        )
+    elif header.pop("digest") != _digest(header, tensors):
         raise CacheFileError(
             f"{path} is damaged or was altered: its content does not match the digest that was written with it. "
             "Write the file again."
         )
-    return tensors, header
+    return header
 
 
 @contextmanager

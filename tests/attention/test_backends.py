@@ -32,7 +32,7 @@ class Restricting:
 
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
-def test_a_twin_is_registered_with_its_mask(base):
+def test_a_hooked_variant_is_registered_with_its_mask(base):
     name = hooked_name(base)
     assert name == PREFIX + base and is_known(name) and is_known(base)
     assert name in AttentionInterface() and name in AttentionMaskInterface()
@@ -40,7 +40,7 @@ def test_a_twin_is_registered_with_its_mask(base):
     assert not is_known("spda")
 
 
-def test_a_slim_twin_is_another_of_the_same_implementation():
+def test_a_slim_variant_is_another_of_the_same_implementation():
     config = Config()
     switch = TowerSwitch(config, packed=False)
     switch.take()
@@ -69,7 +69,7 @@ def test_eager_is_the_function_of_the_modules_own_file():
     )
 
 
-def test_a_tower_runs_the_twin_while_anybody_needs_it():
+def test_a_tower_runs_the_hooked_variant_while_it_has_users():
     config = Config()
     switch = TowerSwitch(config, packed=False)
     switch.take()
@@ -81,8 +81,8 @@ def test_a_tower_runs_the_twin_while_anybody_needs_it():
     assert config._attn_implementation == "sdpa" == switch.base
 
 
-def test_what_a_forgotten_switch_had_taken_is_nothing_to_a_configuration_in_its_place():
-    """Numbers that identify objects are given again: of thousands of configurations some have the same."""
+def test_users_of_a_freed_switch_do_not_count_for_a_configuration_with_its_id():
+    """An `id` is reused after its object was freed: of thousands of configurations some have the same."""
     identities = set()
     for _ in range(2000):
         config = Config()
@@ -92,11 +92,11 @@ def test_what_a_forgotten_switch_had_taken_is_nothing_to_a_configuration_in_its_
         assert config._attn_implementation == hooked_name("sdpa")
         switch.give_back()
         assert config._attn_implementation == "sdpa"
-        switch.take()  # and never given back
+        switch.take()  # and never released
     assert len(identities) < 2000
 
 
-def test_after_all_were_let_go_giving_back_changes_nothing():
+def test_after_all_users_were_released_releasing_one_changes_nothing():
     config = Config()
     one, other = (TowerSwitch(config, packed=False) for _ in "12")
     one.take()
@@ -112,7 +112,7 @@ def test_after_all_were_let_go_giving_back_changes_nothing():
     assert config._attn_implementation == "sdpa"
 
 
-def test_another_implementation_for_a_while_whatever_the_order():
+def test_another_implementation_in_the_body_of_a_with_in_any_order():
     config = Config()
     switch = TowerSwitch(config, packed=True)
     choice = switch.choose("eager", None)
@@ -180,7 +180,7 @@ def test_models_built_from_one_configuration_do_not_disturb_each_other():
 
 
 @torch.no_grad()
-def test_a_model_wrapped_again_under_a_family_registered_anew_is_heard_by_both():
+def test_hooks_of_both_wrappers_fire_after_a_family_was_registered_again():
     model, inputs = fresh("internvl"), model_inputs("internvl")
     one = HookedMLLM.from_model(model, check=False)
     plain_logits = one(inputs)
@@ -200,7 +200,7 @@ def test_a_model_wrapped_again_under_a_family_registered_anew_is_heard_by_both()
     assert torch.equal(zeroed(one.registry), edited) and torch.equal(one(inputs), plain_logits)
 
 
-def test_a_module_of_no_wrapper_under_a_twin_says_so():
+def test_a_module_of_no_wrapper_under_a_hooked_variant_is_an_error():
     model = fresh("internvl")
     model.config.text_config._attn_implementation = hooked_name("sdpa")
     with pytest.raises(UnsupportedModelError, match="without belonging to a HookedMLLM. Load the model with"):

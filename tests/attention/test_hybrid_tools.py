@@ -1,4 +1,4 @@
-"""What scores, sweeps and reports makes of a model under hybrid attention, and what is refused at the door."""
+"""Scores, sweeps and reports of a model under hybrid attention, and what is rejected when it is set."""
 
 import json
 
@@ -44,7 +44,7 @@ class Policy:
             raise HeadError(f"a policy for 4 heads, not {n_heads}")
 
     def describe(self):
-        return {"policy": "as told"}
+        return {"policy": "fixed"}
 
 
 # -- tools that run the model ------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_a_sweep_is_a_loop_of_forward_passes(family):
     assert (sweep.clean - plain_sweep.clean).abs().max() > 0.01
 
 
-def test_a_sweep_under_a_policy_and_gates_under_a_backend_are_refused():
+def test_a_sweep_under_a_policy_and_gates_under_a_backend_are_rejected():
     model = hooked("internvl")
     with (
         model.attention(hybrid(Policy())),
@@ -109,7 +109,7 @@ def test_samples_with_a_shared_beginning_are_run_whole(family):
 
 
 @torch.no_grad()
-def test_a_policy_is_asked_once_a_layer_of_a_prompt(family):
+def test_a_policy_is_called_once_a_layer_of_a_prompt(family):
     inputs, model, policy = model_inputs(family, 1, 2), wrapped(family), Policy()
     with model.attention(hybrid()):
         expected = model.generate(inputs, max_new_tokens=3, do_sample=False)
@@ -119,7 +119,7 @@ def test_a_policy_is_asked_once_a_layer_of_a_prompt(family):
         assert torch.equal(got, expected) and policy.calls == [0, 1, 2]
         hooks = [("*hook_pattern", lambda x, hook: x), ("*hook_rot_q", lambda x, hook: None)]
         assert torch.equal(model.run_with_hooks(inputs, fwd_hooks=hooks), logits) and policy.calls == [0, 1, 2] * 2
-        assert model.info.attention_settings["dense"] == {"policy": "as told"}
+        assert model.info.attention_settings["dense"] == {"policy": "fixed"}
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def test_it_is_given_when_a_model_is_loaded():
         pytest.fail("entered")
 
 
-def test_heads_of_another_model_and_other_towers_are_refused_at_the_door(family):
+def test_heads_of_another_model_and_other_towers_are_rejected_when_they_are_set(family):
     model = wrapped(family)
     for wrong, error, message in (
         (hybrid(["L3H0"]), HeadError, "Layer 3 of head L3H0 is not there"),
@@ -202,7 +202,7 @@ def test_heads_of_another_model_and_other_towers_are_refused_at_the_door(family)
 
 
 @torch.no_grad()
-def test_a_part_of_the_heads_is_refused(family):
+def test_a_part_of_the_heads_is_rejected(family):
     model = HookedMLLM.from_model(fresh(family), tiny_processor(family), check=False)
     keep_half_of_the_heads(model.hf_model.get_decoder().layers)
     with model.attention(hybrid()), pytest.raises(HeadError, match=r"has 2 heads, the model 4.*device_map"):
@@ -225,7 +225,7 @@ def test_what_is_no_hybrid_attention():
 
 @pytest.mark.parametrize("family", ["llava_onevision", "internvl"])  # Qwen3-VL makes its positions of a mask of 2 axes
 @torch.no_grad()
-def test_masks_that_are_not_causal_with_padding_are_refused(family):
+def test_masks_that_are_not_causal_with_padding_are_rejected(family):
     inputs, model = model_inputs(family), wrapped(family)
     n = inputs["input_ids"].shape[1]
     mask = torch.ones(n, n, dtype=torch.bool).tril()

@@ -23,7 +23,7 @@ RIGHT = LEFT.flip(1)
 
 
 def by_definition(q_length, kv_length, *, batch=2, offset=None, causal=True, window=None, padding=None):
-    """[batch query key]: query i stands at position i + offset, the last one at the last key unless told otherwise."""
+    """[batch query key]: query i is at position i + offset, the last one at the last key by default."""
     offset = kv_length - q_length if offset is None else offset
     out = torch.zeros(batch, q_length, kv_length, dtype=torch.bool)
     for b in range(batch):
@@ -78,7 +78,7 @@ def test_moving_compacting_and_picking_samples_keep_the_rows(kind):
     assert torch.equal(rows.samples(torch.tensor([1])).full(), expected[1:])
 
 
-def asked(build, rule, padding, q_length, kv_length, offset, skip):
+def called(build, rule, padding, q_length, kv_length, offset, skip):
     """What a mask function of transformers makes of a call as its models make it."""
     return build(
         batch_size=2,
@@ -96,7 +96,7 @@ def asked(build, rule, padding, q_length, kv_length, offset, skip):
 
 def transformers_mask(base, window, padding, q_length, kv_length, offset):
     rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
-    return asked(ALL_MASK_ATTENTION_FUNCTIONS[hooked_name(base)], rule, padding, q_length, kv_length, offset, False)
+    return called(ALL_MASK_ATTENTION_FUNCTIONS[hooked_name(base)], rule, padding, q_length, kv_length, offset, False)
 
 
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
@@ -119,7 +119,7 @@ def test_the_recipe_of_a_mask_that_transformers_made(base, window, padding, q_le
     assert torch.equal(rows.samples(torch.tensor([1, 0])).full(), expected.flip(0))
 
 
-def test_the_recipe_gives_way_to_a_4d_mask_of_the_users():
+def test_a_4d_mask_of_the_user_replaces_the_recipe():
     own = torch.rand(2, 1, 6, 6) > 0.5
     mask = own.clone()
     assert getattr(mask, RECIPE, None) is None
@@ -131,14 +131,14 @@ def test_a_compact_causal_mask_holds_nothing_quadratic():
     assert rows.dense is None and rows.recipe is None and rows.causal
 
 
-def test_a_mask_that_adds_to_the_scores_is_refused():
+def test_a_mask_that_adds_to_the_scores_is_rejected():
     mask = torch.zeros(2, 1, 6, 6)
     mask[..., 3] = -1.5
     with pytest.raises(NumericsError, match="adds numbers to the scores.*load the model with attention='eager'"):
         of(mask)
 
 
-def test_a_mask_that_is_no_tensor_is_refused():
+def test_a_mask_that_is_no_tensor_is_rejected():
     blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, 128, 128, device="cpu")
     with pytest.raises(UnsupportedModelError, match="takes a BlockMask for its mask.*'sdpa' or 'eager'"):
         of(blocks)
@@ -168,7 +168,7 @@ def calls(draw):
     forms += ["none"] if whole and not room and q_length > 1 else []
     forms += ["none, static"] if whole and not before and q_length > 1 else []
     if room:
-        forms.remove("boolean")  # does not tell where its queries stand
+        forms.remove("boolean")  # has no positions of queries
     dense = tuple(draw(st.sets(st.integers(0, n_heads - 1))))
     heads = (dense, n_heads, draw(st.integers(0, 5)), draw(st.integers(1, 6)))
     return draw(st.sampled_from(forms)), q_length, kv_length, before, ends, heads
@@ -289,7 +289,7 @@ def test_the_padding_is_read_once_for_all_layers(monkeypatch):
 @pytest.mark.parametrize("base", ["sdpa", "eager"])
 def test_a_slim_mask_is_none_or_the_padding_and_of_one_query_what_it_was(base):
     def slim(q_length, kv_length, offset, padding, rule=causal_mask_function):
-        return asked(slim_mask(base), rule, padding, q_length, kv_length, offset, True)
+        return called(slim_mask(base), rule, padding, q_length, kv_length, offset, True)
 
     real = torch.ones(2, 6, dtype=torch.bool)
     for mask in (None, real):

@@ -99,12 +99,12 @@ def test_a_head_set_names_and_a_policy_name_the_same_heads():
             assert (n_layers, n_heads) == (LAYERS, HEADS)
 
         def describe(self):
-            return {"policy": "as told"}
+            return {"policy": "fixed"}
 
     pairs = [(layer, head) for layer, heads in DENSE.items() for head in heads]
     names = [f"L{layer}H{head}" for layer, head in pairs]
     for heads in (DENSE, pairs, names, ", ".join(names), HeadSet(pairs, n_layers=LAYERS, n_heads=HEADS), Policy()):
-        register(heads)  # a name may be registered again: the model runs what it stands for now
+        register(heads)  # a name may be registered again: the model runs what it names now
         results.append(model(**inputs).logits)
     assert all(torch.equal(result, results[0]) for result in results)
     register([])
@@ -130,7 +130,7 @@ def test_layers_with_a_sliding_window_keep_it():
 
 
 @torch.no_grad()
-def test_a_4d_mask_is_taken_if_it_is_causal_and_refused_if_not():
+def test_a_4d_mask_is_accepted_if_it_is_causal_and_rejected_if_not():
     register()
     inputs, _ = prompts(1)
     model = decoder("qwen3", NAME)
@@ -183,11 +183,11 @@ def test_a_wrapped_model_under_the_name_shows_what_it_runs(family):
     assert model.info.attention == "sdpa"
 
 
-# -- refused -----------------------------------------------------------------------------------------------------------
+# -- rejected ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_heads_of_another_model_are_refused_when_it_first_runs():
+def test_heads_of_another_model_are_rejected_when_it_first_runs():
     inputs, _ = prompts()
     register(["L0H0"])
     model = decoder("qwen3", NAME)
@@ -205,7 +205,7 @@ def test_heads_of_another_model_are_refused_when_it_first_runs():
 
 
 @torch.no_grad()
-def test_a_part_of_the_heads_is_refused():
+def test_a_part_of_the_heads_is_rejected():
     inputs, _ = prompts()
     register(["L0H1"])
     model = decoder("llama", NAME)
@@ -228,7 +228,7 @@ def test_what_cannot_be_registered():
 
 
 @torch.no_grad()
-def test_models_with_more_to_their_attention_are_refused():
+def test_models_with_more_to_their_attention_are_rejected():
     register([])
     ids, _ = prompts(1)
     with pytest.raises(UnsupportedModelError, match="is causal and this module is not. Use 'sdpa'"):

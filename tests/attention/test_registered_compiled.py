@@ -30,7 +30,7 @@ def layers_as_inputs():
         torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("default")  # what torch's compiler says of itself
+@pytest.mark.filterwarnings("default")  # warnings of torch's compiler about itself
 @pytest.mark.parametrize("padded", [False, True])
 def test_compiled_blocks_share_their_graphs_and_have_the_gradients_of_plain_ones(padded):
     register()
@@ -92,7 +92,7 @@ def test_training_under_autocast(kind):
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
-def test_a_policy_in_a_block_that_a_backward_pass_runs_anew():
+def test_a_policy_in_a_block_that_a_backward_pass_runs_again():
     """Two prompts, one backward pass: what a policy noted of the first is gone when it is run anew."""
     first, second = (torch.randint(1, 96, (1, n), generator=torch.Generator().manual_seed(n)) for n in (30, 45))
     policy = QueryAwareHeads(PerLayer(2), queries=4)
@@ -110,9 +110,9 @@ def test_a_policy_in_a_block_that_a_backward_pass_runs_anew():
     assert losses(model, first).isfinite().all()
 
 
-@pytest.mark.filterwarnings("default")  # what torch's compiler says of itself
+@pytest.mark.filterwarnings("default")  # warnings of torch's compiler about itself
 @torch.no_grad()
-def test_heads_of_another_model_are_refused_in_compiled_code_too():
+def test_heads_of_another_model_are_rejected_in_compiled_code_too():
     inputs, _ = prompts(1)
     model = decoder("qwen3", NAME)
     run = torch.compile(lambda: model(**inputs, use_cache=False).logits, backend="eager", fullgraph=True)

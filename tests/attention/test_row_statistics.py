@@ -21,8 +21,8 @@ from hooked_mllm.attention.row_statistics import (
 def test_top_mask_is_a_stable_sort(values, data):
     k = data.draw(st.integers(1, len(values)))
     mask = top_mask(torch.tensor([values], dtype=torch.float32), torch.tensor([k]), k)
-    want = np.argsort(-np.array(values), kind="stable")[:k]
-    assert mask[0].nonzero().flatten().tolist() == sorted(want)
+    expected = np.argsort(-np.array(values), kind="stable")[:k]
+    assert mask[0].nonzero().flatten().tolist() == sorted(expected)
 
 
 def test_top_mask_takes_a_number_of_its_own_for_each_sample():
@@ -40,9 +40,9 @@ def test_scores_are_at_least_float32_and_take_a_scale_per_layer(dtype, scale, co
     q = torch.randn(2, 3, 6, 5, 16, generator=generator).to(dtype)
     k = torch.randn(2, 3, 2, 7, 16, generator=generator).to(dtype)
     scores = attention_scores(q, list(k), list(scale))
-    want = np.einsum("lbhqd,lbhkd->lbhqk", q.double().numpy(), k.double().repeat_interleave(3, dim=2).numpy())
+    expected = np.einsum("lbhqd,lbhkd->lbhqk", q.double().numpy(), k.double().repeat_interleave(3, dim=2).numpy())
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    np.testing.assert_allclose(scores, want * np.reshape(scale, (2, 1, 1, 1, 1)), atol=2e-5)
+    np.testing.assert_allclose(scores, expected * np.reshape(scale, (2, 1, 1, 1, 1)), atol=2e-5)
 
 
 def test_hidden_keys_have_no_weight_even_if_they_are_nan():

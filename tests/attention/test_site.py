@@ -95,7 +95,7 @@ def test_edits_in_a_padded_batch_reach_every_real_token(family, side, point, ref
     got = wrapped(family).run_with_hooks(inputs, fwd_hooks=[(full, lambda x, hook: change(x))])
     expected = references[family](inputs, {("text", 0, point): change})
     close(got[real], expected[real])
-    # a row that sees nothing has no pattern of its own: it stays what the model's attention makes of it
+    # a row without a visible key has no pattern of its own: it is what the model's attention makes of it
     assert torch.isfinite(got).all()
 
 
@@ -173,7 +173,7 @@ def test_edits_of_k_and_v_are_what_is_cached_in_place_or_returned(family, point)
 
 
 class Windowed:
-    """A user's backend that says what it sees: a window in the layers named, the model's own attention elsewhere."""
+    """A user's backend with `restrict`: a window in the layers named, the model's own attention elsewhere."""
 
     def __init__(self, layers, window):
         self.layers, self.window, self.calls = layers, window, []

@@ -167,7 +167,7 @@ def test_a_mapping_reads_like_one(family):
         cache["blocks.0.attn.hook_zz"]
 
 
-def test_repr_tells_what_is_there_and_how_much(family):
+def test_repr_lists_what_is_there_and_how_much(family):
     _, cache = hooked(family).run_with_cache(sample(family), ["blocks.*hook_pattern", "blocks.*hook_z"])
     text = repr(cache)
     assert "6 activations" in text and "blocks 0-2" in text and "when read" in text
@@ -228,7 +228,7 @@ def test_vision_patterns_are_read_by_rows_too(family):
     close(cache.pattern(0, queries=[1, 5], keys=[0, 2], tower="vision"), expected)
 
 
-def test_positions_that_are_not_there_are_refused(family):
+def test_positions_that_are_not_there_are_rejected(family):
     model, inputs = hooked(family), sample(family)
     _, cache = model.run_with_cache(inputs)
     for wrong in (len(inputs), -len(inputs) - 1, [0, 999], torch.zeros(1, 3, dtype=torch.bool)):

@@ -1,4 +1,4 @@
-"""What `run_with_cache` is asked to keep is what it keeps, whatever hooks hang already; it leaves nothing behind."""
+"""`run_with_cache` keeps what its filter names, with any hooks registered before, and leaves no hook."""
 
 import re
 
@@ -45,7 +45,7 @@ def test_forms_of_names_filter(family, names, held):
 @pytest.mark.parametrize(
     "names", ["blocks.1.attn.hook_zz", "blocks.9.*", ["hook_embed", "hook_nothing"], re.compile("nonsense")]
 )
-def test_a_name_that_is_not_there_is_refused_even_among_good_ones(family, names):
+def test_a_name_that_is_not_there_is_rejected_even_among_good_ones(family, names):
     with pytest.raises(HookNameError, match=r"has no hook point|No hook point of"):
         hooked(family).run_with_cache(sample(family), names)
     with pytest.raises(HookValueError, match="name filter"):
@@ -178,7 +178,7 @@ def test_an_error_in_the_middle_leaves_no_hook(family):
         assert list(model.list_hooks()) == ["blocks.1.hook_mlp_out"]
 
 
-# -- beside hooks that edit ------------------------------------------------------------------------------------------
+# -- with hooks that edit --------------------------------------------------------------------------------------------
 
 
 def test_what_hooks_made_of_an_activation_is_what_is_cached(family):

@@ -120,7 +120,7 @@ def test_a_file_holds_no_pattern(tmp_path):
     assert held[1024] < 2 * held[512]
 
 
-def test_what_needs_the_model_says_so(tmp_path):
+def test_what_needs_the_model_is_an_error_that_names_it(tmp_path):
     _, cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"))
     cache.save(tmp_path / "c")
     with pytest.raises(InputError, match=r"model=model"):
@@ -185,7 +185,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize(("kind", "message"), KINDS.items())
-def test_what_is_not_a_cache_file_is_refused_and_not_run(kind, message, tmp_path):
+def test_what_is_not_a_cache_file_is_rejected_and_not_run(kind, message, tmp_path):
     _, cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"), "blocks.*")
     path = tmp_path / "cache"
     spoil(kind, path, cache)
@@ -212,7 +212,7 @@ ALTERED = {"causal": False, "window": 3, "q_offset": 2, "kv_length": 7, "scale":
 
 
 def alter(path, *, digest: bool, **values) -> None:
-    """Another value in the header of every pattern; `digest` says whether the file keeps its digest."""
+    """Another value in the header of every pattern; `digest`: whether the file keeps its digest."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["hooked_mllm"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -246,11 +246,12 @@ def test_files_of_earlier_versions_have_no_digest(tmp_path):
     _, cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"))
     cache.save(tmp_path / "c")
     alter(tmp_path / "c", digest=False)
-    same(ActivationCache.load(tmp_path / "c"), cache)
+    with pytest.warns(UserWarning, match="no digest"):
+        same(ActivationCache.load(tmp_path / "c"), cache)
     for name, value in (("window", 0), ("window", -3), ("q_offset", -1), ("q_offset", 10**6), ("streaming", {})):
         cache.save(tmp_path / "c")
         alter(tmp_path / "c", digest=False, **{name: value})
-        with pytest.raises(CacheFileError, match="is damaged"):
+        with pytest.raises(CacheFileError, match="is damaged"), pytest.warns(UserWarning, match="no digest"):
             ActivationCache.load(tmp_path / "c")
 
 

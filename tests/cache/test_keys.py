@@ -119,7 +119,7 @@ def test_every_hook_name_means_itself_and_has_a_short_form(family):
         assert full_name(key if len(key) > 1 else key[0], layers) == name
 
 
-def test_a_name_that_is_not_held_says_what_was_asked_and_what_is_near(family):
+def test_a_name_that_is_not_held_is_an_error_with_the_name_and_the_nearest(family):
     _, cache = hooked(family).run_with_cache(sample(family), "blocks.1.attn.hook_z")
     with pytest.raises(KeyError, match=r"blocks\.0\.attn\.hook_z.*key \('z', 0\).*blocks\.1\.attn\.hook_z"):
         cache["z", 0]

@@ -172,7 +172,7 @@ def test_what_is_missing_is_named(family):
         full.logit_lens(9999)
 
 
-def test_bare_model_inputs_come_apart_too(family):
+def test_bare_model_inputs_are_separated_too(family):
     _, cache = hooked(family).run_with_cache(dict(film(family).inputs))
     close(cache.decompose_resid().sum(0), entering(cache, 3))
     close(cache.logit_lens()[-1, :, 0], cache["logits"][:, -1])

@@ -1,4 +1,4 @@
-"""Gradients beside activations, and the options of `run_with_cache` that exclude each other."""
+"""Gradients alongside activations, and the options of `run_with_cache` that exclude each other."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_with_true_the_loss_is_that_of_the_answer(family, make):
     close(other["z_grad", 1], cache["z_grad", 1])
 
 
-def test_gradients_of_the_vision_tower_stand_where_its_activations_stand(family):
+def test_gradients_of_the_vision_tower_are_where_its_activations_are(family):
     model, inputs = hooked(family), film(family)
     names = [
         "vision.hook_patch_embed",
@@ -198,7 +198,7 @@ def test_caching_works_without_autograd(family, mode):
     assert all(torch.equal(cache[n], expected[n]) for n in expected)
 
 
-def test_what_has_no_gradient_is_refused():
+def test_what_has_no_gradient_is_rejected():
     model, inputs = hooked("qwen3_vl"), sample("qwen3_vl")
     for wrong in (lambda logits: logits, lambda logits: 3.0, lambda logits: logits.argmax(-1)):
         with pytest.raises(HookValueError, match="one number"):

@@ -66,7 +66,7 @@ def test_a_checkpoint_with_its_own_scores_then_resumed(run, tmp_path):
 NOTE = "On a CPU, hybrid is its torch definition: its times say nothing about the kernel."
 
 
-def test_a_cpu_says_what_its_times_are_of(run):
+def test_on_a_cpu_the_note_states_what_was_timed(run):
     """Above the tables, as soon as there is something hybrid in them."""
     for backend, first in (("sdpa", "tiny, random weights: "), ("hybrid", NOTE), ("sdpa", NOTE)):
         status, out, _ = run("prefill", *TINY, "--contexts", 40, "--dense", 3, "--backends", backend, "--resume")
@@ -74,7 +74,7 @@ def test_a_cpu_says_what_its_times_are_of(run):
 
 
 @pytest.mark.parametrize(
-    ("backends", "refused"),
+    ("backends", "rejected"),
     [
         (["sdpa", "flash"], "--backends flash needs"),
         (["cudnn"], "--backends cudnn needs"),
@@ -82,11 +82,11 @@ def test_a_cpu_says_what_its_times_are_of(run):
     ],
     ids=["flash", "cudnn", "compiled"],
 )
-def test_what_needs_a_gpu_is_refused_on_a_cpu(run, tmp_path, backends, refused):
+def test_what_needs_a_gpu_is_rejected_on_a_cpu(run, tmp_path, backends, rejected):
     status, out, err = run("prefill", *TINY, "--contexts", 40, "--dense", 3, "--backends", *backends)
     rest = "sdpa, eager, hybrid, removed, sdpa-compiled, hybrid-compiled, removed-compiled"
     assert (status, out) == (2, "") and not [*tmp_path.iterdir()]
-    assert err == f"hooked-mllm bench prefill: error: {refused} a GPU; on a CPU: {rest}.\n"
+    assert err == f"hooked-mllm bench prefill: error: {rejected} a GPU; on a CPU: {rest}.\n"
 
 
 def test_stopped_between_lengths_then_resumed(run, tmp_path, monkeypatch):
@@ -115,10 +115,10 @@ def test_stopped_between_lengths_then_resumed(run, tmp_path, monkeypatch):
 
 
 def test_wrong_outputs_end_with_one_line(run, tmp_path, monkeypatch):
-    def refuse(*_):
+    def fail(*_):
         raise NumericsError("hybrid differs, so nothing is timed")
 
-    monkeypatch.setattr(prefill, "check_variants", refuse)
+    monkeypatch.setattr(prefill, "check_variants", fail)
     status, out, err = run("prefill", *TINY, "--contexts", 40)
     assert (status, out) == (2, "") and not (tmp_path / "prefill.json").exists()
     assert err == "hooked-mllm bench prefill: error: hybrid differs, so nothing is timed\n"

@@ -27,13 +27,13 @@ def bar():
     (enable_progress_bar if before else disable_progress_bar)()
 
 
-@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("enabled", [True, False])
-def test_the_bar_is_shown_if_it_is_wanted_and_not_switched_off(bar, wanted, enabled):
+def test_the_bar_is_shown_if_it_is_on_and_not_switched_off(bar, shown, enabled):
     (enable_progress_bar if enabled else disable_progress_bar)()
-    with loading_bar(wanted):
-        assert is_progress_bar_enabled() == (wanted and enabled)
+    with loading_bar(shown):
+        assert is_progress_bar_enabled() == (shown and enabled)
     assert is_progress_bar_enabled() == enabled
-    with pytest.raises(KeyboardInterrupt), loading_bar(wanted):
+    with pytest.raises(KeyboardInterrupt), loading_bar(shown):
         raise KeyboardInterrupt
     assert is_progress_bar_enabled() == enabled

@@ -74,7 +74,7 @@ def test_nothing_is_lost(family):
             same(prepared_again(wrapped(family), replace(sample, preparation=lost), {}), sample)
 
 
-def test_each_sample_of_a_batch_remembers_its_own(family):
+def test_each_sample_of_a_batch_is_prepared_again_with_its_own_arguments(family):
     batch = wrapped(family).prepare(
         ["What is it?", "Where is the mug?"],
         [tiny_image(32, 24), tiny_image(24, 24)],
@@ -110,7 +110,7 @@ def test_the_counterpart_lies_where_the_sample_lies(family):
         assert noisy.inputs[name].dtype == value.dtype and noisy.inputs[name].device == value.device
 
 
-def test_what_cannot_be_prepared_again_is_refused(family):
+def test_what_cannot_be_prepared_again_is_rejected(family):
     model, sample = wrapped(family), full(family)
     with pytest.raises(InputError, match="no record of its preparation.*make it with"):
         ImageNoise(30)(model, replace(sample, preparation=None))

@@ -131,14 +131,14 @@ def test_pairs_are_samples_of_corresponding_positions():
     with pytest.raises(InputError, match="two Samples or two SampleBatches; got Sample and dict"):
         check_pair(one, other.inputs)
     # as many tokens, of other kinds: the answer takes one of the question's
-    asked = model.prepare("red red red", images=tiny_image(40, 30), answer="red")
+    long_question = model.prepare("red red red", images=tiny_image(40, 30), answer="red")
     moved = model.prepare("red red", images=tiny_image(40, 30), answer=" redred")
-    assert len(asked) == len(moved)
+    assert len(long_question) == len(moved)
     with pytest.raises(LayoutError, match=r"position \d+ is another kind of token"):
-        check_pair(asked, moved)
+        check_pair(long_question, moved)
 
 
-def test_what_cannot_be_drawn_from_is_refused():
+def test_what_cannot_be_drawn_from_is_rejected():
     with pytest.raises(InputError, match="no pictures to draw from"):
         OtherImage([])
     with pytest.raises(InputError, match="seed is an integer"):
@@ -149,8 +149,8 @@ def test_what_cannot_be_drawn_from_is_refused():
         inspect.unwrap(OtherQuestion.__init__)(object.__new__(OtherQuestion), 5)
 
 
-def test_descriptions_are_json_and_say_everything():
-    told = [
+def test_descriptions_are_json_and_complete():
+    descriptions = [
         corruption.describe()
         for corruption in (
             OtherImage(tiny_image()),
@@ -169,6 +169,7 @@ def test_descriptions_are_json_and_say_everything():
             OtherQuestion(len),
         )
     ]
-    assert json.loads(json.dumps(told)) == told and len({json.dumps(t) for t in told}) == len(told)
-    assert told[1] == {"corruption": "OtherImage", "candidates": 3, "seed": 2, "resize": False}
+    assert json.loads(json.dumps(descriptions)) == descriptions
+    assert len({json.dumps(d) for d in descriptions}) == len(descriptions)
+    assert descriptions[1] == {"corruption": "OtherImage", "candidates": 3, "seed": 2, "resize": False}
     assert repr(BlurRegion(3)) == "BlurRegion(sigma=3.0, region='target')"

@@ -55,9 +55,9 @@ def test_without_a_region_all_pictures_are_edited_whole():
 
 def test_new_pixels_are_rounded_and_cut_off():
     sample = sample_of("qwen3_vl", None, n=1)
-    for value, want in ((-3.0, 0), (0.6, 1), (254.4, 254), (300.0, 255)):
+    for value, expected in ((-3.0, 0), (0.6, 1), (254.4, 254), (300.0, 255)):
         image = edited(sample, None, lambda pixels, mask, v=value: np.full_like(pixels, v))["images"][0]
-        assert (np.asarray(image) == want).all()
+        assert (np.asarray(image) == expected).all()
 
 
 def test_videos_keep_their_times():

@@ -69,7 +69,7 @@ def rendered(model, system):
     return model.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def test_settings_and_regions_that_do_not_fit_are_refused():
+def test_settings_and_regions_that_do_not_fit_are_rejected():
     model, sample = wrapped("qwen3_vl"), sample_of("qwen3_vl", None)
     for make, why in (
         (lambda: BlurRegion(0), "sigma is a positive number of pixels; got 0"),

@@ -41,8 +41,8 @@ def test_of_two_images():
     before, after = swapped(sample_of(Box(2, 3, 12, 9, image=1), n=2), Box(4, 4, 14, 10))
     due = [b.copy() for b in before]
     due[1][3:9, 2:12], due[0][4:10, 4:14] = before[0][4:10, 4:14], before[1][3:9, 2:12]
-    for picture, wanted in zip(after, due, strict=True):
-        np.testing.assert_array_equal(picture, wanted)
+    for picture, expected in zip(after, due, strict=True):
+        np.testing.assert_array_equal(picture, expected)
 
 
 def test_unequal_boxes_are_resized_into_one_another():
@@ -87,7 +87,7 @@ def test_in_a_video_the_boxes_change_places_in_the_target_s_frames(family):
         assert (got[1:3] != clip.frames[1:3]).any(-1).sum() > 200
 
 
-def test_what_cannot_change_places_is_refused():
+def test_what_cannot_change_places_is_rejected():
     clip = Video.from_frames(tiny_frames(4, WIDTH, HEIGHT), fps=2)
     model = wrapped("qwen3_vl")
     for target in (Mask(np.eye(HEIGHT, WIDTH, dtype=bool)), Pages({0}), [Box(0, 0, 4, 4), Box(9, 9, 12, 12)]):
@@ -117,6 +117,6 @@ def test_toys_still_find_the_shape_in_its_new_place(toy):
     for sample in task.samples(model, 8, answer=True):
         x, y = int(sample.target.x0), int(sample.target.y0)
         corrupted = SwapRegion(Box((x + 48) % 96, y, (x + 48) % 96 + 16, y + 16))(model, sample)
-        said = model(corrupted)[0, sample.layout.last_index, ids].argmax()
-        right += list(COLORS)[said] == sample.answer
+        predicted = model(corrupted)[0, sample.layout.last_index, ids].argmax()
+        right += list(COLORS)[predicted] == sample.answer
     assert right >= 6

@@ -220,3 +220,87 @@ def test_reading_is_quiet_when_complete():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RefCOCOg(DATA, "sample", "test")
+
+
+# -- what a downloaded folder could lead to ---------------------------------------------------------------------------
+
+PHOTOGRAPH = "COCO_train2014_000000000529.jpg"
+
+
+def rename_photograph(folder, name):
+    def change(data):
+        next(image for image in data["images"] if image["id"] == 529)["file_name"] = name
+
+    rewrite_instances(folder, change)
+
+
+@pytest.mark.parametrize("name", ["../../secret.jpg", "ABSOLUTE", "train2014/../../../secret.jpg", "a\0b", "x" * 5000])
+def test_a_photograph_outside_the_folder_is_rejected(folder, tmp_path, name):
+    secret = tmp_path / "secret.jpg"
+    shutil.copy(folder / "images/train2014" / PHOTOGRAPH, secret)
+    rename_photograph(folder, name.replace("ABSOLUTE", str(secret)))
+    with pytest.raises(InputError, match=r"which is outside it|cannot be followed"):
+        RefCOCOg(folder, "sample", "test")
+
+
+@pytest.mark.parametrize("link", ["images", "images/train2014", f"images/train2014/{PHOTOGRAPH}"])
+def test_links_out_of_the_folder_are_rejected(folder, tmp_path, link):
+    outside = (folder / link).rename(tmp_path / "outside")
+    (folder / link).symlink_to(outside)
+    with pytest.raises(InputError, match=r"which is outside it\. Pass images="):
+        RefCOCOg(folder, "sample", "test")
+    if link == "images":
+        assert len(RefCOCOg(folder, "sample", "test", images=outside)) == 9
+
+
+@pytest.mark.parametrize("name", ["instances.json", "refs(sample).p"])
+def test_a_table_that_is_a_link_is_rejected(folder, tmp_path, name):
+    (folder / name).symlink_to((folder / name).rename(tmp_path / name))
+    with pytest.raises(InputError, match="which is outside it"):
+        RefCOCOg(folder, "sample", "test")
+
+
+def test_links_in_the_folder_are_followed(folder, tmp_path):
+    (folder / "photographs").symlink_to((folder / "images").rename(folder / "stored"))
+    (folder / "images").symlink_to("stored")
+    (tmp_path / "link").symlink_to(folder)
+    assert len(RefCOCOg(tmp_path / "link", "sample", "test")) == 9
+
+
+@pytest.mark.parametrize("sentence", [{"sent": None, "sent_id": 7}, {"sent": " ", "sent_id": 7}, {"sent_id": 7}, "bus"])
+def test_a_sentence_without_text(folder, sentence):
+    def change(refs):
+        refs[10]["sentences"] = [sentence]
+        return refs
+
+    rewrite_refs(folder, change)
+    with pytest.raises(InputError, match=r"a sentence of reference \d+ should"):
+        RefCOCOg(folder, "sample", "test")
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "value"),
+    [
+        ("images", "width", None),
+        ("images", "height", "480"),
+        ("images", "file_name", 7),
+        ("annotations", "bbox", None),
+        ("annotations", "bbox", [1, 2, 10**400, 4]),
+        ("annotations", "bbox", ["1", 2, 3, 4]),
+        ("annotations", "category_id", []),
+    ],
+)
+def test_fields_of_another_type(folder, table, field, value):
+    def change(data):
+        for row in data[table]:
+            row[field] = value
+
+    rewrite_instances(folder, change)
+    with pytest.raises(InputError, match=r"(image|annotation) \d+.*(should have|expected bbox)"):
+        RefCOCOg(folder, "sample", "test")
+
+
+def test_deeply_nested_json(folder):
+    (folder / "instances.json").write_text('{"images": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(InputError, match=r"not COCO's instances file.*RecursionError"):
+        RefCOCOg(folder, "sample", "test")

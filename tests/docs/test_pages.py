@@ -45,16 +45,16 @@ def test_code_on_the_page_runs(page):
 
 @pytest.mark.filterwarnings("ignore:hybrid_attention runs its torch definition")
 @pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
-def test_the_first_pages_mark_the_object_that_they_ask_about(page):
+def test_the_first_pages_mark_the_object_of_their_question(page):
     names = names_after(ROOT / page)
     model, sample, example = names["model"], names["sample"], names["example"]
     assert (sample.question, sample.target) == (example.question, example.target)
     assert example.shape in sample.question
 
-    def says(inputs):
+    def color(inputs):
         return model.processor.tokenizer.decode(model(inputs)[0, -1].argmax())
 
-    assert says(sample) == example.answer != says(corruptions.MeanRegion()(model, sample))  # the box has the evidence
+    assert color(sample) == example.answer != color(corruptions.MeanRegion()(model, sample))  # the box has the evidence
     planted = sorted(json.loads((toys.path("toy-qwen3-vl") / "training.json").read_text(encoding="utf-8"))["planted"])
     ram = model.measure(sample, metrics.RetrievalAttentionMass(), progress=False)
     for heads in (ram.top(4), names["core"]):
@@ -82,7 +82,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
         assert result.failed == 0, f"{example.name}: see the output above"
 
 
-def test_docstrings_use_sections_that_the_manual_knows():
+def test_docstrings_use_sections_that_the_manual_renders():
     """Google style as the manual's build reads it: under another name, an example is quoted prose, not code."""
     sources = sorted((ROOT / "hooked_mllm").rglob("*.py"))
     assert len(sources) > 50

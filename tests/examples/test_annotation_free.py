@@ -51,7 +51,7 @@ def test_numbers_are_those_of_plain_transformers(example, made):
     assert ram["zeroed_4"] == toy_witness.accuracy(held_out, zeroed)
 
 
-def test_every_wording_asks_for_the_same_shape(example):
+def test_every_wording_names_the_same_shape(example):
     wordings = {item.shape: example.wordings(item.question) for item in VisualRetrieval().examples(20)}
     for shape, texts in wordings.items():
         assert len(set(texts)) == 4 and all(shape in text for text in texts)

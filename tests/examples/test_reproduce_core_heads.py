@@ -82,7 +82,7 @@ def test_heads_are_ranked_on_other_samples_than_they_are_tested_on(run):
     assert len(ranked_on) == N and not set(ranked_on) & set(curve["provenance"]["sample_ids"])
 
 
-def test_the_report_is_whole_and_says_what_was_found(run):
+def test_the_report_is_complete_and_states_the_results(run):
     out, found = run
     page = (out / "report.html").read_text()
     assert page.count("<img") == len(found["figures"]) >= 7
@@ -95,7 +95,7 @@ def test_the_report_is_whole_and_says_what_was_found(run):
     assert not (out / TOY / "ablation.checkpoint").exists()
 
 
-def test_results_are_taken_up_again_and_the_report_is_the_same(run, script, monkeypatch):
+def test_results_are_reused_and_the_report_is_the_same(run, script, monkeypatch):
     out, _ = run
     before = (out / "report.html").read_bytes()
     monkeypatch.setattr(script, "measure_toy", None)  # called, it would raise

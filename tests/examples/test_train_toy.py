@@ -109,7 +109,7 @@ def test_head_dropout_follows_its_settings(script):
     assert 0.7 < (others[~bare][:, :4] > 0).float().mean() < 0.85
 
 
-def test_it_goes_on_from_a_checkpoint_with_pages_and_videos(script):
+def test_it_resumes_from_a_checkpoint_with_pages_and_videos(script):
     going_on = recipe(script, steps=2, batch=1, start="toy-qwen3-vl", lr=1e-6)
     trainer, _ = script.train(going_on, torch.device("cpu"), workers=0)
     weights = AutoModelForImageTextToText.from_pretrained(path("toy-qwen3-vl"), dtype=torch.float32).state_dict()
@@ -130,7 +130,7 @@ def test_only_the_planted_heads_see_past_the_window(trained):
             assert mask[head].sum(-1).max() == 16
 
 
-def test_the_auxiliary_loss_asks_inside_the_question(script, trained):
+def test_the_auxiliary_loss_has_its_queries_in_the_question(script, trained):
     """Four questions a scene, one shape word and one colour word each, in the same order."""
     _, _, ids, _ = script.Batches(recipe(script, batch=3), trained.tokenizer, 2, start=0)[0]
     (row, shape), (_, color) = (table[ids].nonzero(as_tuple=True) for table in (trained.is_shape, trained.is_color))

@@ -72,7 +72,7 @@ def image_inputs():
     }
 
 
-def test_the_width_of_a_tower_is_that_of_its_modules_whatever_the_configuration_calls_it(qwen2_vl):
+def test_the_width_of_a_tower_is_that_of_its_modules_under_any_name_in_the_configuration(qwen2_vl):
     cfg, block = qwen2_vl.cfg, qwen2_vl.hf_model.model.visual.blocks[0]
     assert block.norm1.weight.shape == (cfg.vision_d_model,) == (TOWER,)
     assert block.attn.qkv.weight.shape == (3 * cfg.vision_n_heads * cfg.vision_d_head, cfg.vision_d_model)

@@ -17,12 +17,12 @@ def test_every_sample_gets_the_rows_of_its_own_images(samples, start):
     images = [image for sample in samples for image in sample]
     counts = [sum(tokens for _, tokens in sample) for sample in samples]
     assigned = share_out([rows for rows, _ in images], [tokens for _, tokens in images], counts, start)
-    want, row = [], start
+    expected, row = [], start
     for sample in samples:
         length = sum(rows for rows, _ in sample)
-        want.append([(row, row + length)] if length else [])
+        expected.append([(row, row + length)] if length else [])
         row += length
-    assert assigned == want
+    assert assigned == expected
 
 
 @pytest.mark.parametrize("counts", [[3], [1, 3], [9]])

@@ -20,7 +20,7 @@ def test_a_head_dim_is_read_where_the_configuration_has_one():
     assert decoder_sizes(without).d_head == 12
 
 
-def test_a_projection_that_states_no_size_is_an_error_that_says_what_to_do():
+def test_a_projection_that_states_no_size_is_an_error_that_states_what_to_do():
     with pytest.raises(UnsupportedModelError, match="Identity does not state in_features.*override the sizes"):
         projection_sizes(torch.nn.Identity())
 

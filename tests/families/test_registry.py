@@ -15,7 +15,7 @@ from hooked_mllm.families.registry import FAMILIES
 NO_Z = [("blocks.0.attn.hook_z", lambda z, hook: z * 0)]
 
 
-def test_what_no_family_knows_is_refused(family):
+def test_an_unsupported_model_type_is_rejected(family):
     model = fresh(family)
     with pytest.raises(UnsupportedModelError, match=f"Expected {type(model).__name__}.*Pass the whole model"):
         HookedMLLM.from_model(model.model)

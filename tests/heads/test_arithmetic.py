@@ -13,9 +13,9 @@ def scores(seed=0, n_layers=6, n_heads=8, **options):
     return HeadScores(values, **{"name": "RAM", **options})
 
 
-def test_arithmetic_is_head_by_head_and_remembers():
+def test_arithmetic_is_head_by_head_and_is_recorded():
     a, b = scores(0), scores(1, name="VisionMass")
-    for got, want in (
+    for got, expected in (
         (a + b, a.values + b.values),
         (a - b, a.values - b.values),
         (a * 2, a.values * 2),
@@ -24,7 +24,7 @@ def test_arithmetic_is_head_by_head_and_remembers():
         (0.1 / b, 0.1 / b.values),
         (-a, -a.values),
     ):
-        assert torch.equal(got.values, want)
+        assert torch.equal(got.values, expected)
     ratio = (a - 0.5 * b) / 2
     assert ratio.name == ratio.provenance["expression"] == "((RAM - (0.5 * VisionMass)) / 2)"
     (inner,) = ratio.provenance["operands"]

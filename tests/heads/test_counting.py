@@ -11,10 +11,10 @@ from hooked_mllm.heads.counting import resolve_count, share_count
 
 
 @pytest.mark.parametrize(
-    ("share", "n", "want"), [(0.05, 140, 7), (0.1, 30, 3), (0.05, 1152, 58), (0.05, 1, 1), (0.0, 9, 0)]
+    ("share", "n", "expected"), [(0.05, 140, 7), (0.1, 30, 3), (0.05, 1152, 58), (0.05, 1, 1), (0.0, 9, 0)]
 )
-def test_a_share_is_the_decimal_that_was_typed(share, n, want):
-    assert share_count(share, n) == want == resolve_count(share, n)
+def test_a_share_is_the_decimal_that_was_typed(share, n, expected):
+    assert share_count(share, n) == expected == resolve_count(share, n)
 
 
 @given(st.integers(0, 10_000), st.integers(1, 2000))

@@ -16,8 +16,8 @@ GATES = np.array([[0.9, 0.1, 0.5], [0.0, 1.0, 0.49]])
 @pytest.mark.parametrize("as_type", [np.array, np.ndarray.tolist, torch.tensor, torch.HalfTensor])
 def test_gates_of_key_value_heads(as_type):
     heads = heads_from_gates(as_type(GATES), n_heads=6)
-    want = [(layer, 2 * g + i) for layer, g in ((0, 0), (0, 2), (1, 1)) for i in range(2)]
-    assert heads == HeadSet(want, n_layers=2, n_heads=6)
+    expected = [(layer, 2 * g + i) for layer, g in ((0, 0), (0, 2), (1, 1)) for i in range(2)]
+    assert heads == HeadSet(expected, n_layers=2, n_heads=6)
 
 
 def test_gates_of_query_heads_and_thresholds():
@@ -43,7 +43,7 @@ def test_gates_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gates", "settings", "error", "says"),
+    ("gates", "settings", "error", "message"),
     [
         (torch.tensor([0.1, 0.9]), {}, InputError, r"\[layer, kv_head\]"),
         ([[0.1, 0.9], [0.3]], {}, InputError, "something else"),
@@ -56,6 +56,6 @@ def test_gates_from_a_file(tmp_path):
         ([[0.1, 0.2]], {"threshold": float("nan")}, InputError, "threshold"),
     ],
 )
-def test_gates_that_are_none(gates, settings, error, says):
-    with pytest.raises(error, match=says):
+def test_gates_that_are_none(gates, settings, error, message):
+    with pytest.raises(error, match=message):
         heads_from_gates(gates, n_heads=4, **settings)

@@ -13,8 +13,8 @@ VALUES = np.random.default_rng(0).normal(size=(3, 8))
 def test_query_heads_take_the_score_of_the_head_they_read():
     kv = HeadScores(VALUES[:, :4], name="gate", counts=[[1, 2, 3, 4]] * 3, provenance={"seed": 1}, missing=[1])
     query = kv.to_query(8)
-    want = np.stack([VALUES[:, h // 2] for h in range(8)], axis=1)
-    np.testing.assert_array_equal(query.values[[0, 2]], want[[0, 2]])
+    expected = np.stack([VALUES[:, h // 2] for h in range(8)], axis=1)
+    np.testing.assert_array_equal(query.values[[0, 2]], expected[[0, 2]])
     assert query.missing == (1,) and query.name == "gate"
     assert query.counts.tolist() == [[1, 1, 2, 2, 3, 3, 4, 4]] * 3
     assert query.provenance == {"seed": 1, "heads": "query", "repeated": 2}

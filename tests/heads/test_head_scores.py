@@ -1,4 +1,4 @@
-"""HeadScores: ranking, controls, comparison and what is refused."""
+"""HeadScores: ranking, controls, comparison and what is rejected."""
 
 from collections import Counter
 
@@ -77,13 +77,13 @@ def test_random_heads_that_do_not_exist():
 def test_spearman_with_ties_is_scipys():
     rng = np.random.default_rng(3)
     a, b = (HeadScores(rng.integers(0, 6, (6, 8)).astype(float)) for _ in range(2))
-    want = stats.spearmanr(a.values.ravel(), b.values.ravel()).statistic
-    assert a.spearman(b) == pytest.approx(want)
+    expected = stats.spearmanr(a.values.ravel(), b.values.ravel()).statistic
+    assert a.spearman(b) == pytest.approx(expected)
     assert a.spearman(a * 3 - 1) == pytest.approx(1.0)
     assert a.spearman(-a) == pytest.approx(-1.0)
 
 
-def test_comparisons_refuse_what_is_not_defined():
+def test_comparisons_reject_what_is_not_defined():
     s = scores()
     with pytest.raises(NumericsError, match="All scores of flat are equal"):
         s.spearman(HeadScores(np.ones((6, 8)), name="flat"))

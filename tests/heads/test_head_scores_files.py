@@ -1,6 +1,5 @@
 """Scores on disk: exact both ways, whole or absent, and never a pickle."""
 
-import json
 import pickle
 
 import numpy as np
@@ -9,6 +8,8 @@ import torch
 
 from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.heads.head_scores import KIND
+from hooked_mllm.storage import read_json, write_json
 
 
 def sample_scores():
@@ -55,7 +56,7 @@ def test_a_damaged_file_is_named(tmp_path, suffix, keep):
 
 def test_a_file_of_another_kind_is_named(tmp_path):
     sample_scores().save(tmp_path / "scores")
-    content = json.loads((tmp_path / "scores.json").read_text())
+    content = read_json(tmp_path / "scores.json", KIND)
     for change, message in (
         ({"kind": "curve"}, "holds curve; expected a hooked_mllm.HeadScores"),
         ({"name": None}, "damaged: expected a text as its name"),
@@ -65,7 +66,7 @@ def test_a_file_of_another_kind_is_named(tmp_path):
         ({"values": [[0.5]]}, "damaged"),
         ({"values": "many"}, "damaged"),
     ):
-        (tmp_path / "other.json").write_text(json.dumps({**content, **change}))
+        write_json(tmp_path / "other.json", KIND, {**content, **change})
         with pytest.raises(CacheFileError, match=message):
             HeadScores.load(tmp_path / "other.json")
     (tmp_path / "list.json").write_text("[1, 2]")
@@ -96,7 +97,7 @@ def test_altered_scores_are_rejected(tmp_path):
         HeadScores.load(path)
 
 
-def test_provenance_that_is_no_json_is_refused_before_anything_is_written(tmp_path):
+def test_provenance_that_is_no_json_is_rejected_before_anything_is_written(tmp_path):
     with pytest.raises(TypeError):
         HeadScores([[1.0]], provenance={"model": object()}).save(tmp_path / "scores")
     assert not list(tmp_path.iterdir())

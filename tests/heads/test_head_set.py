@@ -1,4 +1,4 @@
-"""HeadSet: an ordered set with algebra, text form and clear refusals."""
+"""HeadSet: an ordered set with algebra, text form and clear errors."""
 
 import copy
 import pickle
@@ -85,7 +85,7 @@ def test_it_does_not_change_and_can_be_copied():
     ],
     ids=["layer", "head", "negative", "text", "triple", "float", "number", "one-string"],
 )
-def test_bad_heads_are_refused(heads, message):
+def test_bad_heads_are_rejected(heads, message):
     with pytest.raises(HeadError, match=message):
         HeadSet(heads, **SHAPE)
 

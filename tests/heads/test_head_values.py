@@ -14,7 +14,7 @@ def scores(seed=0, n_layers=6, n_heads=8, **options):
     return HeadScores(values, **{"name": "RAM", **options})
 
 
-def test_bad_values_are_refused():
+def test_bad_values_are_rejected():
     values = np.ones((3, 4))
     values[1, 2] = np.nan
     with pytest.raises(NumericsError, match=r"1 scores are not finite, first at L1H2"):

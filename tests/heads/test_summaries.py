@@ -27,7 +27,7 @@ def test_bootstrap_is_the_quantiles_of_resampled_means():
     assert not torch.equal(bootstrap(scores, n=400, level=0.9, seed=4).low.values, found.low.values)
 
 
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
+def test_bootstrap_covers_the_truth_about_as_often_as_its_level():
     rng = np.random.default_rng(7)
     scores = SampleScores(rng.normal(size=(60, 20, 20)))  # 400 heads whose true mean is 0
     found = bootstrap(scores, n=500, level=0.9)
@@ -37,9 +37,9 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
 
 def test_bootstrap_in_pieces_equals_bootstrap_at_once(monkeypatch):
     scores = samples()
-    want = bootstrap(scores, n=50)
+    expected = bootstrap(scores, n=50)
     monkeypatch.setattr("hooked_mllm.heads.summaries.CHUNK", 150)
-    np.testing.assert_allclose(bootstrap(scores, n=50).high.values, want.high.values, atol=1e-15)
+    np.testing.assert_allclose(bootstrap(scores, n=50).high.values, expected.high.values, atol=1e-15)
 
 
 def test_overlap_matrix():
@@ -80,7 +80,7 @@ def test_layers_not_measured_stay_missing(tmp_path):
     assert repr(scores) == "SampleScores(scores, 12 samples of 3 x 8 layers x heads)"
 
 
-def test_refusals():
+def test_bad_input_is_rejected():
     scores = samples()
     for options in ({"level": 1.0}, {"level": 0.0}, {"n": 0}):
         with pytest.raises(InputError, match="level between 0 and 1"):

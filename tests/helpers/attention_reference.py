@@ -27,7 +27,7 @@ def softmax_attention(q: np.ndarray, k: np.ndarray, visible: np.ndarray, scale: 
 
 @dataclass
 class Layers:
-    """Random layers of one forward pass and, beside them, their attention as the reference computes it."""
+    """Random layers of one forward pass, and their attention as the reference computes it."""
 
     q: list[torch.Tensor]
     k: list[torch.Tensor]
@@ -85,7 +85,7 @@ def random_layers(
     n, batch = max(lengths), len(lengths)
     q = [sharpness * torch.randn(batch, n, heads, d_head, generator=generator).to(dtype) for _ in range(n_layers)]
     k = [torch.randn(batch, n, kv_heads, d_head, generator=generator).to(dtype) for _ in range(n_layers)]
-    q, k = ([t.transpose(1, 2) for t in tensors] for tensors in (q, k))  # as a model hands them out: not contiguous
+    q, k = ([t.transpose(1, 2) for t in tensors] for tensors in (q, k))  # not contiguous, as in a model
     names = ("padding", "question", "answer", "last", "target", "visual")
     masks = {name: torch.zeros(batch, n, dtype=torch.bool) for name in names}
     for b, length in enumerate(lengths):

@@ -46,7 +46,7 @@ def o_proj(model: nn.Module, layer: int) -> nn.Module:
 
 
 def listen(module: nn.Module, side: str, fn: Callable[[Tensor], Tensor | None]):
-    """A torch hook that hands a module's first input or output to `fn`, and puts back what that returns."""
+    """A torch hook that replaces a module's first input or output with what `fn` returns for it."""
 
     def pre(_, args, kwargs):
         got = fn(args[0] if args else kwargs["hidden_states"])

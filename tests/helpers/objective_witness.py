@@ -37,5 +37,5 @@ def answer_log_probs(family, sample, dtype=torch.float32):
     return log_p[np.arange(len(ids)), ids]
 
 
-def close(got, want, tolerance=2e-4):
-    np.testing.assert_allclose(got.detach().cpu().double().numpy(), want, rtol=0, atol=tolerance)
+def close(got, expected, tolerance=2e-4):
+    np.testing.assert_allclose(got.detach().cpu().double().numpy(), expected, rtol=0, atol=tolerance)

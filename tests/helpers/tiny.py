@@ -1,6 +1,6 @@
 """Tiny random models of the real classes, with real processors: what a checkpoint is, small enough for a test.
 
-`initializer_range` is 0.25: at the usual 0.02 attention is nearly uniform and a test could not tell right from wrong.
+`initializer_range` is 0.25: at the usual 0.02 attention is nearly uniform and a test could not detect errors.
 For the same reason everything that starts at zero or one (biases, norms, layer scales, class and position embeddings)
 is randomised.
 """

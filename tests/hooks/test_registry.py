@@ -157,7 +157,7 @@ def test_permanent_hooks_and_levels(registry):
     assert registered(registry) == {}
 
 
-def test_contexts_are_kept_and_cleared_as_asked(registry):
+def test_contexts_are_kept_and_cleared_as_specified(registry):
     ctx = registry["hook_embed"].ctx
     ctx["n"] = 1
     with registry.hooks([("hook_embed", nothing)]):

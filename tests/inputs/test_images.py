@@ -45,17 +45,29 @@ def test_floats_round_to_the_level_they_came_from(seed):
     assert np.array_equal(np.asarray(load_image((hwc / 255).astype(np.float32))), hwc)
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    image = corner_red()
+@pytest.mark.parametrize("kind", ["png", "jpg", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_turned_once_for_paths_pil_images_and_arrays(kind, orientation, tmp_path):
+    image = Image.new("RGB", (32, 16), GREEN)
+    image.paste(RED, (0, 0, 16, 8))
     exif = image.getexif()
-    exif[0x0112] = 6  # to be shown turned a quarter clockwise
-    image.save(tmp_path / "turned.png", exif=exif)
-    upright = load_image(tmp_path / "turned.png")
-    assert upright.size == (4, 6)
-    assert upright.getpixel((3, 0)) == RED
+    exif[0x0112] = orientation
+    image.save(tmp_path / f"a.{kind}", exif=exif)
+    # EXIF 2.3: the sides of the picture at which row 0 and column 0 of the file are shown
+    stored = np.asarray(image)
+    transposed = stored.swapaxes(0, 1)
+    shown = [
+        stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1],
+        transposed, transposed[:, ::-1], transposed[::-1, ::-1], transposed[::-1],
+    ][orientation - 1]  # fmt: skip
+    with Image.open(tmp_path / f"a.{kind}") as opened:
+        once = load_image(opened)
+    for upright in (load_image(tmp_path / f"a.{kind}"), once, load_image(once), load_image(shown)):
+        assert upright.size == shown.shape[1::-1]
+        assert np.median(np.abs(np.asarray(upright).astype(int) - shown)) < 10  # JPEG blurs the edge
 
 
-def test_transparent_pixels_show_white_whatever_lies_under_them():
+def test_transparent_pixels_are_white_for_every_hidden_colour():
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
     assert [load_image(image).getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), RED]
@@ -72,9 +84,32 @@ def test_palettes_with_and_without_transparency(tmp_path):
     assert load_image(tmp_path / "clear.png").getpixel((1, 0)) == GREEN
 
 
-def test_sixteen_bit_greys_keep_their_contrast():
-    ramp = np.array([[0, 257 * 100, 65535]], dtype=np.uint16)
-    assert [load_image(Image.fromarray(ramp)).getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+@pytest.mark.parametrize("form", ["I;16", "I", "array", "tensor", "path"])
+@pytest.mark.parametrize("level", [0, 1, 100, 255, 256, 257, 4095, 30000, 65535])
+def test_sixteen_bit_greys_do_not_depend_on_the_brightest_pixel(form, level, tmp_path):
+    def loaded(pixels: np.ndarray) -> int:
+        Image.fromarray(pixels).save(tmp_path / "a.png")
+        picture = {
+            "I;16": Image.fromarray(pixels),
+            "I": Image.fromarray(pixels.astype(np.int32)),
+            "array": pixels,
+            "tensor": torch.from_numpy(pixels),
+            "path": tmp_path / "a.png",
+        }[form]
+        return load_image(picture).getpixel((0, 0))[0]
+
+    plain, bright = (np.array([[level, other]], dtype=np.uint16) for other in (level, 65535))
+    assert loaded(plain) == loaded(bright) == level * 255 // 65535
+
+
+def test_greys_outside_of_their_range_are_rejected():
+    for values in ([[0, 65536]], [[-1, 5]]):
+        with pytest.raises(InputError, match="16 bits, 0 to 65535; got values from"):
+            load_image(Image.fromarray(np.array(values, dtype=np.int32)))
+    for dark in (0.5, 1.0):
+        assert load_image(Image.fromarray(np.full((1, 1), dark, np.float32))).getpixel((0, 0))[0] == round(255 * dark)
+    with pytest.raises(InputError, match="0 to 1; got values from 2 to 2"):
+        load_image(Image.fromarray(np.full((1, 1), 2.0, np.float32)))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "YCbCr", "HSV"])
@@ -86,7 +121,7 @@ def test_other_modes_become_rgb(mode):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pil"])
-def test_nan_in_pixels_is_refused(value, kind):
+def test_nan_in_pixels_is_rejected(value, kind):
     pixels = np.full((4, 6), 0.5, dtype=np.float32)
     pixels[1, 2] = value
     given = {"numpy": np.stack([pixels] * 3), "torch": torch.from_numpy(pixels), "pil": Image.fromarray(pixels)}[kind]
@@ -109,12 +144,12 @@ def test_nan_in_pixels_is_refused(value, kind):
         ("https://somewhere/a.png", "not from addresses"),
     ],
 )
-def test_what_is_no_picture_is_refused(bad, message):
+def test_what_is_no_picture_is_rejected(bad, message):
     with pytest.raises(InputError, match=message):
         inspect.unwrap(load_image)(bad)
 
 
-def test_a_truncated_file_and_a_text_are_refused(tmp_path):
+def test_a_truncated_file_and_a_text_are_rejected(tmp_path):
     tiny_image(64, 64).save(tmp_path / "whole.png")
     data = (tmp_path / "whole.png").read_bytes()
     (tmp_path / "half.png").write_bytes(data[: len(data) // 2])

@@ -239,7 +239,7 @@ NEITHER = r"expected the name of a token kind such as 'question', a mask .*, ind
     ],
     ids=repr,
 )
-def test_what_is_none_of_these_is_refused_in_every_run_and_before(wrong, message):
+def test_what_is_none_of_these_is_rejected_in_every_run_and_before(wrong, message):
     for resolver in (resolve_positions, resolve_mask):
         with pytest.raises(LayoutError, match=message):
             inspect.unwrap(resolver)(wrong, 1, LENGTH, None)
@@ -270,7 +270,7 @@ def test_what_is_none_of_these_is_refused_in_every_run_and_before(wrong, message
     ],
     ids=repr,
 )
-def test_what_a_sequence_does_not_have_is_refused(wrong, message):
+def test_what_a_sequence_does_not_have_is_rejected(wrong, message):
     for resolver in (resolve_positions, resolve_mask):
         with pytest.raises(LayoutError, match=message):
             resolver(wrong, 2, LENGTH, None)
@@ -290,7 +290,7 @@ def test_what_a_sequence_does_not_have_is_refused(wrong, message):
     ],
     ids=["ablation", "steer", "knockout", "kl", "function", "duo gate", "patching", "attribution"],
 )
-def test_settings_with_no_positions_are_refused_when_they_are_made(make):
+def test_settings_with_no_positions_are_rejected_when_they_are_made(make):
     with pytest.raises(LayoutError, match=f"{NEITHER}.*; got numbers of torch.float32"):
         make(torch.tensor([0.5, 2.0]))
 

@@ -171,7 +171,7 @@ def test_system_and_answer_in_any_script(family, text):
 
 
 @pytest.mark.parametrize("where", ["question", "system"])
-def test_text_like_a_special_token_is_refused(family, where):
+def test_text_like_a_special_token_is_rejected(family, where):
     prepare = preparer(family)
     for token in [*prepare.tokenizer.all_special_tokens, prepare.processor.image_token, prepare.processor.video_token]:
         texts = {"question": "What?", "system": "Be brief."} | {where: f"What is {token}?"}
@@ -180,7 +180,7 @@ def test_text_like_a_special_token_is_refused(family, where):
 
 
 @pytest.mark.parametrize("empty", ["", "  \n"])
-def test_an_empty_text_is_refused(family, empty):
+def test_an_empty_text_is_rejected(family, empty):
     with pytest.raises(InputError, match="The question is empty"):
         preparer(family)(empty)
     with pytest.raises(InputError, match="The system prompt is empty"):
@@ -188,7 +188,7 @@ def test_an_empty_text_is_refused(family, empty):
 
 
 @pytest.mark.parametrize("wrong", [None, 7, b"bytes", ["a"]])
-def test_what_is_no_text_is_refused(wrong):
+def test_what_is_no_text_is_rejected(wrong):
     with pytest.raises(InputError, match=f"The question is a text; got {type(wrong).__name__}"):
         check_text("question", wrong)
 
@@ -227,13 +227,13 @@ def test_a_question_before_the_images_is_found(family):
     assert after.endswith(" end")
 
 
-def test_a_question_between_images_is_refused():
+def test_a_question_between_images_is_rejected():
     prepare = with_template("internvl", "{{- '<IMG_CONTEXT>' -}}" + ONE + "{{- '<IMG_CONTEXT>' -}}")
     with pytest.raises(LayoutError, match="question was not found: the prompt holds it between its images"):
         prepare("the mug", images=[tiny_image(), tiny_image()])
 
 
-def test_a_tokenizer_without_offsets_is_refused():
+def test_a_tokenizer_without_offsets_is_rejected():
     class Slow:
         is_fast = False
         pad_token_id = 0

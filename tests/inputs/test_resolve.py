@@ -1,4 +1,4 @@
-"""What a model can be called with, and what it refuses because transformers would take it and get it wrong."""
+"""What a model can be called with, and what is rejected because transformers would compute wrong results from it."""
 
 import inspect
 from dataclasses import replace
@@ -45,13 +45,13 @@ def test_samples_batches_mappings_and_keywords_are_the_same_to_the_model(family)
 
 
 @torch.no_grad()
-def test_what_a_processor_returns_is_taken_as_it_is(family):
+def test_what_a_processor_returns_is_accepted(family):
     inputs = tiny_inputs(family, images=1, batch=2, video=True)
     assert torch.equal(wrapped(family)(inputs), plain(family)(**inputs).logits)
 
 
 @pytest.mark.parametrize("video", [False, True])
-def test_visual_tokens_without_their_pixels_are_refused_everywhere(family, video):
+def test_visual_tokens_without_their_pixels_are_rejected_everywhere(family, video):
     model, inputs = wrapped(family), model_inputs(family, 1, 1, video)
     for name in [n for n in ("pixel_values", "pixel_values_videos") if n in inputs]:
         bare = {k: v for k, v in inputs.items() if k != name}
@@ -63,7 +63,7 @@ def test_visual_tokens_without_their_pixels_are_refused_everywhere(family, video
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_damaged_pixels_are_refused(family, bad):
+def test_damaged_pixels_are_rejected(family, bad):
     inputs = model_inputs(family)
     pixels = inputs["pixel_values"].clone()
     pixels.view(-1)[5] = bad
@@ -71,7 +71,7 @@ def test_damaged_pixels_are_refused(family, bad):
         wrapped(family)({**inputs, "pixel_values": pixels})
 
 
-def test_qwen3_vl_demands_the_token_types_without_which_it_goes_wrong_silently():
+def test_qwen3_vl_needs_the_token_types_without_which_its_results_are_silently_wrong():
     inputs = model_inputs("qwen3_vl")
     inputs.pop("mm_token_type_ids")
     for call in (wrapped("qwen3_vl"), wrapped("qwen3_vl").generate):
@@ -95,33 +95,35 @@ def test_mappings_that_are_no_model_inputs(inputs, message):
         wrapped("internvl")(inputs)
 
 
-def test_other_types_are_refused():
+def test_other_types_are_rejected():
     model = wrapped("internvl")
     for wrong in ("What is this?", torch.zeros(1, 5, dtype=torch.long), [1, 2]):
         with pytest.raises(InputError, match=f"Expected a Sample, .* or a mapping.*got {type(wrong).__name__}"):
             inspect.unwrap(resolve_input)(wrong, model.family, model.hf_model.config, "cpu")
 
 
-def test_a_sample_of_another_family_is_refused(family):
+def test_a_sample_of_another_family_is_rejected(family):
     other = {"qwen3_vl": "internvl", "internvl": "llava_onevision", "llava_onevision": "qwen3_vl"}[family]
     model, made = wrapped(family), wrapped(other).prepare("What is it?", images=tiny_image(), id="one")
-    said = rf"^Sample 'one' was prepared by a {other} model; this one is {family}: prepare it again with this model\.$"
+    pattern = (
+        rf"^Sample 'one' was prepared by a {other} model; this one is {family}: prepare it again with this model\.$"
+    )
     metric = VisionMass()
     for given in (made, SampleBatch.collate([made, made])):
         for use in (model, model.resolve, model.run_with_cache, model.generate):
-            with pytest.raises(InputError, match=said):
+            with pytest.raises(InputError, match=pattern):
                 use(given)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=pattern):
             model.measure([given], metric, progress=False)
     # what shares a prefix is not resolved
     pair = next(NullQuery("Where is it?").pairs(wrapped(other), [made]))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=pattern):
         model.measure([pair], MMRetHeads(), progress=False)
     with pytest.raises(InputError, match=r"^This sample was prepared by"):
         model(replace(made, id=None))
 
 
-def test_a_sample_made_by_hand_is_taken(family):
+def test_a_sample_made_by_hand_is_accepted(family):
     model = wrapped(family)
     made = model.prepare("What is it?", images=tiny_image())
     assert made.family == family
@@ -158,7 +160,7 @@ def test_embeddings_in_place_of_tokens(family):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_what_a_bare_mapping_tells_of_its_positions(family, side):
+def test_the_positions_of_a_bare_mapping(family, side):
     model, inputs = wrapped(family), model_inputs(family, 1, 2, False, side)
     masks = model.resolve(inputs).masks
     real = inputs["attention_mask"].bool()
@@ -175,7 +177,7 @@ def test_what_a_bare_mapping_tells_of_its_positions(family, side):
         masks("question")
 
 
-def test_a_sample_tells_all_and_names_itself(family):
+def test_a_sample_has_all_positions_and_errors_name_it(family):
     model = wrapped(family)
     sample = model.prepare("What is this?", images=tiny_image(), videos=(tiny_frames(4), 2.0), id="one")
     resolved = model.resolve(sample)
@@ -244,7 +246,7 @@ def test_batches_are_taken_apart_where_layouts_are_needed():
     [("text", "str"), (b"a", "bytes"), (None, "NoneType"), (3, "int"), (torch.zeros(2), "Tensor"), (len, "builtin_")],
     ids=repr,
 )
-def test_what_holds_no_inputs_is_refused_at_once(wrong, name):
+def test_what_holds_no_inputs_is_rejected_at_once(wrong, name):
     message = f"^Expected a Sample, a SampleBatch, a mapping of model inputs, or an iterable of these; got {name}"
     for coerce in (each_sample, as_samples, each_prepared):
         with pytest.raises(InputError, match=f"{message}.*`model.prepare"):
@@ -254,7 +256,7 @@ def test_what_holds_no_inputs_is_refused_at_once(wrong, name):
             inspect.unwrap(as_samples)(elements)
 
 
-def test_no_sample_is_refused():
+def test_no_sample_is_rejected():
     for nothing in ([], iter(()), {}.values()):
         with pytest.raises(InputError, match="^There is no sample to count: `samples` is empty.$"):
             as_samples(nothing, "count")

@@ -24,7 +24,7 @@ def test_max_frames_spreads_over_the_whole():
     assert sampled(times, fps=1000, max_frames=10**6).tolist() == list(range(1000))
 
 
-def test_a_video_that_decodes_black_is_refused(tmp_path):
+def test_a_video_that_decodes_black_is_rejected(tmp_path):
     path = write(tmp_path / "black.mp4", [grey(0)] * 6)
     with pytest.raises(InputError, match=r"decodes black: no pixel of the 3 frames"):
         read_video(path, num_frames=3)
@@ -32,7 +32,7 @@ def test_a_video_that_decodes_black_is_refused(tmp_path):
     assert len(read_video(dark, num_frames=6)) == 6
 
 
-def test_sound_without_pictures_is_refused(tmp_path):
+def test_sound_without_pictures_is_rejected(tmp_path):
     with av.open(str(tmp_path / "a.wav"), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
@@ -52,19 +52,19 @@ def test_sound_without_pictures_is_refused(tmp_path):
         ({"max_frames": 0}, "max_frames must be positive"),
     ],
 )
-def test_contradictory_sampling_is_refused(kwargs, message):
+def test_contradictory_sampling_is_rejected(kwargs, message):
     with pytest.raises(InputError, match=message):
         read_video(NASA, **kwargs)
 
 
-def test_no_file_and_an_address_are_refused(tmp_path):
+def test_no_file_and_an_address_are_rejected(tmp_path):
     with pytest.raises(InputError, match="No video file at"):
         read_video(tmp_path / "none.mp4")
     with pytest.raises(InputError, match="not from addresses"):
         read_video("https://somewhere/a.mp4")
 
 
-def test_frames_with_no_fps_are_refused():
+def test_frames_with_no_fps_are_rejected():
     for frames in (tiny_frames(4), [tiny_image(), tiny_image()]):
         with pytest.raises(InputError, match="Frames in memory carry no times: give fps="):
             as_video(frames)
@@ -103,7 +103,7 @@ def test_every_form_of_frames_gives_the_same_video(form):
         (7, "A video is a path"),
     ],
 )
-def test_what_is_no_video_is_refused(frames, message):
+def test_what_is_no_video_is_rejected(frames, message):
     with pytest.raises(InputError, match=message):
         inspect.unwrap(as_video)(frames, fps=1)
 

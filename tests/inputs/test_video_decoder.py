@@ -10,7 +10,7 @@ from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.video import read_video
 
 
-def test_the_largest_stream_is_taken_not_the_first():
+def test_the_largest_stream_is_read_not_the_first():
     with av.open(str(NASA)) as container:
         first, sizes = container.streams.video[0], {(s.width, s.height) for s in container.streams.video}
     video = read_video(NASA, num_frames=4)
@@ -72,7 +72,7 @@ def test_a_rotation_noted_in_the_file_is_applied(tmp_path):
     assert np.array_equal(turned.frames, np.rot90(plain.frames, angle // 90, axes=(1, 2)))
 
 
-def test_a_video_that_does_not_decode_is_refused(tmp_path):
+def test_a_video_that_does_not_decode_is_rejected(tmp_path):
     whole = write(tmp_path / "a.mp4", list(tiny_frames(40, 64, 48)), gop=4).read_bytes()
     (tmp_path / "head.mp4").write_bytes(whole[:2000])  # the index of an mp4 stands at its end
     (tmp_path / "text.mp4").write_text("not a video" * 100)
@@ -81,7 +81,7 @@ def test_a_video_that_does_not_decode_is_refused(tmp_path):
             read_video(tmp_path / name)
 
 
-def test_garbage_inside_an_intact_container_is_refused(tmp_path):
+def test_garbage_inside_an_intact_container_is_rejected(tmp_path):
     data = bytearray(write(tmp_path / "a.mp4", list(tiny_frames(40, 64, 48))).read_bytes())
     body = data.index(b"mdat") + 4
     index = data.index(b"moov")
@@ -91,7 +91,7 @@ def test_garbage_inside_an_intact_container_is_refused(tmp_path):
         read_video(tmp_path / "zeros.mp4", num_frames=4)
 
 
-def test_a_file_cut_off_on_the_way_is_refused_only_where_it_matters(tmp_path):
+def test_a_file_cut_off_on_the_way_is_rejected_only_where_it_matters(tmp_path):
     whole = write(tmp_path / "a.ts", list(tiny_frames(80, 64, 48)), gop=4).read_bytes()
     (tmp_path / "half.ts").write_bytes(whole[: len(whole) // 2])
     video = read_video(tmp_path / "half.ts", num_frames=8)

@@ -183,7 +183,7 @@ def test_arguments_that_are_missing_or_contradict_each_other(arguments, error, m
         ablate(**arguments)
 
 
-def test_mode_and_phase_must_be_said():
+def test_mode_and_phase_must_be_specified():
     for kept in ("mode", "phase"):
         with pytest.raises(TypeError, match="mode" if kept == "phase" else "phase"):
             HeadAblation([(0, 1)], **{kept: "zero" if kept == "mode" else "both"})

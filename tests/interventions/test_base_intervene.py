@@ -1,4 +1,4 @@
-"""`model.intervene`: what it hangs it takes away, whatever happens; interventions nest, combine and are recorded."""
+"""`model.intervene` removes every hook that it registers; interventions nest, combine and are recorded."""
 
 import json
 
@@ -29,7 +29,7 @@ def every(family):
 
 
 def torch_hooks(model):
-    """How many torch hooks hang in the transformers model; it keeps some of its own."""
+    """The number of torch hooks in the transformers model, which keeps some of its own."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf_model.modules())
 
 
@@ -38,7 +38,7 @@ def test_logits_are_the_same_before_and_after_each_and_all(family):
     model, inputs = wrapped(family), sample(family)
     before, tokens = model(inputs), model.generate(inputs, **GREEDY)
     assert torch.equal(before, plain(family)(**inputs.inputs).logits)
-    chosen, hung = every(family), torch_hooks(model)
+    chosen, hook_count = every(family), torch_hooks(model)
     for some in (*([one] for one in chosen), chosen):
         with model.intervene(*some) as records:
             assert not torch.equal(model(inputs), before)
@@ -49,7 +49,7 @@ def test_logits_are_the_same_before_and_after_each_and_all(family):
     with model.intervene(*chosen):
         model.generate(inputs, **GREEDY)
     assert torch.equal(model.generate(inputs, **GREEDY), tokens)
-    assert torch_hooks(model) == hung
+    assert torch_hooks(model) == hook_count
     json.dumps(records)
     assert all(record["intervention"] in repr(one) for one, record in zip(chosen, records, strict=True))
 
@@ -59,7 +59,7 @@ def test_logits_are_the_same_before_and_after_each_and_all(family):
 @torch.no_grad()
 def test_nothing_is_left_after_an_error_or_an_interrupt(error, where):
     model, inputs = wrapped("llava_onevision"), sample("llava_onevision")
-    before, hung = model(inputs), torch_hooks(model)
+    before, hook_count = model(inputs), torch_hooks(model)
 
     def stop(x, hook):
         if where == "forward" or hook.step == 1:
@@ -71,7 +71,7 @@ def test_nothing_is_left_after_an_error_or_an_interrupt(error, where):
         with model.hooks([("blocks.2.hook_resid_post", stop)]):
             model(inputs) if where == "forward" else model.generate(inputs, **GREEDY)
     assert not model.list_hooks() and model.registry.running is None
-    assert torch_hooks(model) == hung
+    assert torch_hooks(model) == hook_count
     assert torch.equal(model(inputs), before)
 
 
@@ -104,7 +104,7 @@ def test_they_act_in_the_order_in_which_they_are_given():
     assert (seen[0] == 5).all() and (seen[1] == 6).all()
 
 
-def test_all_are_checked_before_any_is_hung():
+def test_all_are_checked_before_any_is_registered():
     model = wrapped("qwen3_vl")
     good = HeadAblation([(0, 1)], mode="zero", phase="both")
     with pytest.raises(HeadError), model.intervene(good, HeadAblation([(7, 0)], mode="zero", phase="both")):

@@ -12,13 +12,13 @@ from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.interventions.edited_positions import check_edited_positions
 
 
-@pytest.mark.parametrize("wanted", [slice(2, 5), [2, 3, 4], "mask", -3])
+@pytest.mark.parametrize("specified", [slice(2, 5), [2, 3, 4], "mask", -3])
 @torch.no_grad()
-def test_positions_in_every_way(family, wanted):
+def test_positions_in_every_way(family, specified):
     inputs = sample(family)
     mask = torch.zeros(1, len(inputs), dtype=torch.bool)
-    mask[:, -3 if wanted == -3 else slice(2, 5)] = True
-    positions = mask if isinstance(wanted, str) else wanted
+    mask[:, -3 if specified == -3 else slice(2, 5)] = True
+    positions = mask if isinstance(specified, str) else specified
     with wrapped(family).intervene(HeadAblation(CHOSEN, mode="zero", phase="prefill", positions=positions)):
         got = wrapped(family)(inputs)
     zero = by_hand(lambda z, l, h: 0)
@@ -90,7 +90,7 @@ def test_beams_are_ablated_at_their_own_samples_positions(family):
 def test_positions_that_a_run_does_not_have(family):
     model = wrapped(family)
     with pytest.raises(LayoutError, match="'question'"), model.intervene(ablate(positions="question")):
-        model(sample(family).inputs)  # a mapping says nothing of questions
+        model(sample(family).inputs)  # a mapping has no question
     with pytest.raises(LayoutError, match="outside"), model.intervene(ablate(positions=[9999])):
         model(sample(family))
     assert HEADS == model.cfg.n_heads and not model.list_hooks()

@@ -160,7 +160,7 @@ def test_an_even_row_is_even_over_the_keys_that_are_left(family):
 
 
 @torch.no_grad()
-def test_a_row_that_would_be_empty_is_refused(family):
+def test_a_row_that_would_be_empty_is_rejected(family):
     inputs, model = batch(family), wrapped(family)
     everything = AttentionKnockout([(1, 2)], "last", slice(None), phase="prefill")
     with (

@@ -216,7 +216,7 @@ def test_bad_input(arguments, error, message):
         ActivationPatch(**{"site": "z", "source": cache, **arguments}).validate(wrapped("internvl"))
 
 
-def test_a_cache_without_the_layer_is_refused_at_the_door():
+def test_a_cache_without_the_layer_is_rejected_when_it_is_set():
     model, s = wrapped("internvl"), sample("internvl")
     _, cache = model.run_with_cache(s, "blocks.0.attn.hook_z")
     with pytest.raises(HookNameError, match="does not hold"):

@@ -56,7 +56,7 @@ def test_tensors_in_place_of_a_cache(family):
 
 
 @torch.no_grad()
-def test_a_run_with_other_token_counts_is_named_and_refused(family):
+def test_a_run_with_other_token_counts_is_named_and_rejected(family):
     model, inputs, other = wrapped(family), sample(family, 0), sample(family, 1)
     _, cache = model.run_with_cache(other)
     visual = [int(s.mask("visual").sum()) for s in (other, inputs)]

@@ -7,7 +7,7 @@ from helpers.layout_pieces import layout, two_views, video
 from hooked_mllm.layout.layout import runs
 
 
-def test_it_says_briefly_what_it_is():
+def test_the_repr_lists_the_parts_in_one_line():
     found = layout(two_views(40, 30), video(20, 10, 2, 1, times=(0.0, 1.0))).padded(left=2)
     line = repr(found)
     assert "\n" not in line and len(line) < 400

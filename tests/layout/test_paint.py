@@ -59,7 +59,7 @@ def test_region_to_tokens_to_image_covers_the_region():
         assert x.min() > x0 - slack_x and x.max() < x1 + slack_x and y.min() > y0 - slack_y and y.max() < y1 + slack_y
 
 
-def test_what_to_image_refuses():
+def test_what_to_image_rejects():
     found = layout(image(30, 20, 3, 2))
     values = torch.zeros(len(found))
     with pytest.raises(LayoutError, match=rf"shape \({len(found)},\); got \(3,\)"):

@@ -6,7 +6,7 @@ import pytest
 from helpers.layout_pieces import image, layout, video
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import Box, Frames, Mask, Pages, Tube
-from hooked_mllm.layout.regions import corners
+from hooked_mllm.layout.regions import corners, moved
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,60 @@ from hooked_mllm.layout.regions import corners
 def test_regions_that_make_no_sense(make, message):
     with pytest.raises(LayoutError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Box.from_xywh(3, 4, 0, 5), "box needs a positive width and height in pixels; got 0 x 5"),
+        (lambda: Box.from_xywh(3, 4, 5, float("nan")), "positive width and height"),
+        (lambda: Box.from_fractions(10, 20, 30, 40, 100, 100), "Fractions lie in 0 to 1"),
+        (lambda: Box.from_fractions(0.1, 0.2, 0.3, float("nan"), 100, 100), "Fractions lie in 0 to 1"),
+        (lambda: Box.from_fractions(0.5, 0.2, 0.3, 0.4, 100, 100), "x0 < x1"),
+        (
+            lambda: Box.from_fractions(0.1, 0.2, 0.3, 0.4, 0, 100),
+            "positive width and height in pixels; got 0 x",
+        ),
+        (lambda: Box.from_points([]), "Points are pairs"),
+        (lambda: Box.from_points([(1, 2, 3)]), "Points are pairs"),
+        (lambda: Box.from_points([(1, 2), (1, 9)]), "x0 < x1"),
+    ],
+)
+def test_other_ways_to_a_box_reject_what_is_none(make, message):
+    with pytest.raises(LayoutError, match=message):
+        make()
+
+
+def test_other_ways_to_a_box():
+    assert Box.from_xywh(10, 20, 30, 5, image=2) == Box(10, 20, 40, 25, image=2)
+    assert Box.from_fractions(0.25, 0, 1, 0.5, width=200, height=80, image=1) == Box(50, 0, 200, 40, image=1)
+    triangle = np.random.default_rng(0).integers(0, 100, (3, 2))
+    low, high = triangle.min(0), triangle.max(0)
+    assert Box.from_points(triangle, image=3) == Box(*low, *high, image=3)
+    assert Box.from_points([(9, 2), (4, 7)]) == Box(4, 2, 9, 7)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Box(0.2, 0.3, 0.4, 0.5),
+        lambda: Box(0, 0, 0.5, 1),
+        lambda: Box(0.0, 0.0, 1.0, 1.0),
+        lambda: Frames(box=(0.2, 0.3, 0.4, 0.5)),
+        lambda: Tube({0.0: (10, 10, 20, 20), 1.0: (0.2, 0.3, 0.4, 0.5)}),
+    ],
+)
+def test_a_box_in_fractions_gives_a_warning(make):
+    with pytest.warns(UserWarning, match=r"in pixels of the original.*Box\.from_fractions"):
+        make()
+
+
+def test_small_boxes_in_pixels_give_none():
+    # warnings are errors in these tests
+    for box in (Box(0, 0, 1, 1), Box(0, 0.2, 0.4, 1.5), Frames(box=(0, 0, 1, 1)), Tube({0.0: (0, 0, 1, 1)})):
+        assert moved(box, None, None) is box
+    assert moved(Frames(box=(0, 0, 1, 1)), None, 2).box == (0, 0, 1, 1)
+    assert moved(Box(0, 0, 1, 1), None, 1) == Frames(video=1, box=Box(0, 0, 1, 1))
 
 
 ONE, CLIP = image(30, 20, 3, 2), video(30, 20, 3, 2, times=(0.0, 1.0, 2.0))

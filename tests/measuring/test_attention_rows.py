@@ -44,8 +44,8 @@ def test_reduced_rows_equal_reducing_all_rows(budget):
     mean = view.average(reduced, "question").numpy()
     for b, question in enumerate(layers.masks["question"].numpy()):
         rows = layers.attention[:, b][:, :, question]
-        want = -(rows * np.log(np.maximum(rows, 1e-300))).sum(-1).mean(-1)
-        np.testing.assert_allclose(mean[:, b], want, atol=1e-5)
+        expected = -(rows * np.log(np.maximum(rows, 1e-300))).sum(-1).mean(-1)
+        np.testing.assert_allclose(mean[:, b], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -101,18 +101,20 @@ def test_where_heads_stream_all_follows_what_each_head_sees(side, budget):
     view = AttentionView(
         range(3), layers.q, layers.k, layers.mask, layers.scale, layers.masks.__getitem__, 3, max_bytes=budget
     )
-    want = layers.profile("question")
-    np.testing.assert_allclose(view.profile("question"), want, atol=2e-6)
+    expected = layers.profile("question")
+    np.testing.assert_allclose(view.profile("question"), expected, atol=2e-6)
     rows, chance = view.rows("question").numpy(), view.chance("question", "target").numpy()
     for b in range(2):
         question, target = layers.masks["question"][b].numpy(), layers.masks["target"][b].numpy()
         np.testing.assert_allclose(rows[:, b, :, : question.sum()], layers.attention[:, b][:, :, question], atol=2e-6)
-        np.testing.assert_allclose(view.mass("question", "target")[:, b], want[:, b][..., target].sum(-1), atol=2e-6)
+        np.testing.assert_allclose(
+            view.mass("question", "target")[:, b], expected[:, b][..., target].sum(-1), atol=2e-6
+        )
         visible = seen[:, b][:, :, question]
         np.testing.assert_allclose(chance[:, b], ((visible & target).sum(-1) / visible.sum(-1)).mean(-1), atol=1e-6)
     assert not np.allclose(chance[1, :, 0], chance[1, :, 1])
     best = view.top("question", 0.1)
-    assert (want[best.numpy()].min() > 0) and best[2, :, :, :3].sum() == 0  # the window of one is at the question
+    assert (expected[best.numpy()].min() > 0) and best[2, :, :, :3].sum() == 0  # the window of one is at the question
 
 
 def test_rows_kept_by_name_are_all_that_is_needed():
@@ -128,7 +130,7 @@ def test_rows_kept_by_name_are_all_that_is_needed():
         view.profile("last")
 
 
-def test_the_kernel_is_refused_where_it_cannot_run(monkeypatch):
+def test_the_kernel_is_rejected_where_it_cannot_run(monkeypatch):
     layers = random_layers()  # heads of width 8
     with pytest.raises(HookValueError, match="runs on a GPU; k is on cpu. 'torch' runs anywhere"):
         layers.view(implementation="triton")

@@ -15,9 +15,9 @@ def test_mass_sums_the_profile_over_the_keys(case):
     layers = random_layers(**case)
     mass = layers.view().mass("question", "target").numpy()
     target = layers.masks["target"].numpy()
-    want = (layers.profile("question") * target[None, :, None]).sum(-1)
+    expected = (layers.profile("question") * target[None, :, None]).sum(-1)
     assert mass.dtype == np.float64
-    np.testing.assert_allclose(mass, want, atol=3e-6)
+    np.testing.assert_allclose(mass, expected, atol=3e-6)
 
 
 @pytest.mark.parametrize("share", [0.05, 0.2, 1.0])
@@ -51,16 +51,16 @@ def test_chance_is_target_tokens_over_visible_tokens():
             for b in range(2):
                 seen = layers.attention[layer, b, 0] > 0
                 target, question = (layers.masks[name][b].numpy() for name in ("target", "question"))
-                want = np.mean([(row & target).sum() / row.sum() for row in seen[question]])
-                assert chance[layer, b] == pytest.approx(want, abs=1e-6)  # of every head
+                expected = np.mean([(row & target).sum() / row.sum() for row in seen[question]])
+                assert chance[layer, b] == pytest.approx(expected, abs=1e-6)  # of every head
 
 
 def test_the_share_of_the_keys_among_the_largest():
     layers = random_layers(lengths=(23, 17))
     view = layers.view()
     top, target = view.top("question", 0.2).numpy(), layers.masks["target"].numpy()
-    want = (top & target[:, None]).sum(-1) / target.sum(-1)[:, None]
-    np.testing.assert_allclose(view.top_share("question", "target", 0.2), want, atol=1e-12)
+    expected = (top & target[:, None]).sum(-1) / target.sum(-1)[:, None]
+    np.testing.assert_allclose(view.top_share("question", "target", 0.2), expected, atol=1e-12)
 
 
 def test_metrics_share_one_profile():
@@ -71,11 +71,11 @@ def test_metrics_share_one_profile():
 
 def test_what_the_padding_holds_is_of_no_consequence():
     layers = random_layers(lengths=(23, 15), padding_side="left")
-    want = layers.view().profile("question").clone()
+    expected = layers.view().profile("question").clone()
     for tensor in (*layers.q, *layers.k):
         tensor[1, :, :8] = torch.nan  # attention over nothing gives NaN in some backends; it stays there
     view = layers.view()
-    assert torch.equal(view.profile("question"), want)
+    assert torch.equal(view.profile("question"), expected)
     view.rows("question")
     view.check()
 
@@ -99,7 +99,7 @@ def test_is_last_and_masks():
         assert torch.equal(getattr(view, name), layers.masks[name])
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_rejected():
     layers = random_layers(lengths=(23, 20))
     view = layers.view()
     layers.masks["target"][1] = False

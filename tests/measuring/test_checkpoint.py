@@ -1,4 +1,4 @@
-"""A checkpoint of `measure` goes on under what it was made under, and under nothing else."""
+"""A checkpoint of `measure` resumes under the settings that it was made under, and under no others."""
 
 import json
 from contextlib import ExitStack, nullcontext
@@ -38,7 +38,7 @@ def steered(seed):
     return hooked(FAMILY).intervene(Steer(direction / direction.norm(), 1, coefficient=4.0, phase="prefill"))
 
 
-def hung(name="blocks.0.attn.hook_z"):
+def hooked_run(name="blocks.0.attn.hook_z"):
     return hooked(FAMILY).hooks([(name, lambda z, hook: z * 0)])
 
 
@@ -62,16 +62,16 @@ CASES = {
     "an ablation": (nullcontext, ablated, r"interventions"),
     "an ablation before": (ablated, nullcontext, r"interventions"),
     "another head": (ablated, lambda: ablated("L1H1"), r"interventions"),
-    # told apart by nothing in its description
+    # nothing in its description distinguishes it
     "another direction of the same length": (lambda: steered(0), lambda: steered(1), r"interventions"),
     "twice the same": (once, twice, r"interventions"),
-    "a hook": (nullcontext, hung, r'hooks \(\[\] in the file, \["blocks.0.attn.hook_z"\] now\)'),
-    "a hook elsewhere": (hung, lambda: hung("blocks.1.attn.hook_z"), r"hooks"),
+    "a hook": (nullcontext, hooked_run, r'hooks \(\[\] in the file, \["blocks.0.attn.hook_z"\] now\)'),
+    "a hook elsewhere": (hooked_run, lambda: hooked_run("blocks.1.attn.hook_z"), r"hooks"),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_other_settings_are_refused_and_the_same_go_on(case, tmp_path):
+def test_other_settings_are_rejected_and_the_same_resume(case, tmp_path):
     first, second, differs = CASES[case]
     path = tmp_path / "state"
     with first():
@@ -86,18 +86,18 @@ def test_other_settings_are_refused_and_the_same_go_on(case, tmp_path):
     assert torch.equal(resumed.values, expected.values) and resumed.provenance == expected.provenance
 
 
-def test_another_dtype_is_refused(tmp_path):
+def test_another_dtype_is_rejected(tmp_path):
     run(2, checkpoint=tmp_path / "state")
     with pytest.raises(CacheFileError, match=r'dtype \("float32" in the file, "bfloat16" now\)'):
         run(model=hooked(FAMILY, dtype=torch.bfloat16), checkpoint=tmp_path / "state")
 
 
-def test_another_name_revision_or_weights_are_refused(tmp_path):
+def test_another_name_revision_or_weights_are_rejected(tmp_path):
     model, path = hooked(FAMILY), tmp_path / "state"
     run(2, checkpoint=path)
     named = {"name": "another/model"}, {"name": model.name, "revision": "v2"}
-    for told, differs in zip(named, ("model", "revision"), strict=True):
-        other = HookedMLLM(model.hf_model, model.processor, check=False, **told)
+    for described, differs in zip(named, ("model", "revision"), strict=True):
+        other = HookedMLLM(model.hf_model, model.processor, check=False, **described)
         with pytest.raises(CacheFileError, match=rf"differs in {differs} \("):
             run(model=other, checkpoint=path)
     weight = model.hf_model.get_parameter("lm_head.weight")
@@ -121,7 +121,7 @@ def test_hooks_that_only_read_do_not_matter(tmp_path):
         registry.detach(watching)
 
 
-def test_a_file_of_an_older_version_is_refused(tmp_path):
+def test_a_file_of_an_older_version_is_rejected(tmp_path):
     path = tmp_path / "state"
     run(2, checkpoint=path)
     with safe_open(path, framework="pt") as file:
@@ -136,7 +136,10 @@ def test_a_file_of_an_older_version_is_refused(tmp_path):
         run(checkpoint=path)
     del header["digest"]  # as before there were digests
     save_file(tensors, path, metadata={"hooked_mllm": json.dumps(header)})
-    with pytest.raises(CacheFileError, match="damaged: the field 'identity' is missing"):
+    with (
+        pytest.raises(CacheFileError, match="damaged: the field 'identity' is missing"),
+        pytest.warns(UserWarning, match="no digest"),
+    ):
         run(checkpoint=path)
 
 
@@ -154,9 +157,9 @@ class Policy:
 
 
 def test_a_policy_is_compared_by_its_settings():
-    told = []
+    described = []
     for _ in range(2):
         with hooked(FAMILY).attention(HybridAttention(Policy(), sink=1, window=2, implementation="naive")):
-            told.append(identity_of(hooked(FAMILY)))
-    assert told[0] == told[1] and "0x" not in json.dumps(told)
-    assert told[0]["attention_settings"]["dense"] == {"policy": "the diagonal"}
+            described.append(identity_of(hooked(FAMILY)))
+    assert described[0] == described[1] and "0x" not in json.dumps(described)
+    assert described[0]["attention_settings"]["dense"] == {"policy": "the diagonal"}

@@ -112,11 +112,11 @@ def test_the_span_of_a_name_and_whether_it_is_whole(selections):
 def test_chance_is_the_mean_share_of_keys_among_the_positions_so_far(selections):
     positions = [[4, 5], [5, 6]]
     target = [[1, 2], [3, 5]]
-    want = [
+    expected = [
         np.mean([sum(j <= i for j in keys) / (i + 1) for i in own]) for own, keys in zip(positions, target, strict=True)
     ]
     chance = selections.causal_chance("question", "target")
-    np.testing.assert_allclose(chance, want)
+    np.testing.assert_allclose(chance, expected)
     assert selections.causal_chance("question", "target") is chance
 
 

@@ -24,7 +24,7 @@ def test_the_mean_over_samples_is_the_formula(make, reference, side):
 
 
 @pytest.mark.parametrize("metric", [RetrievalAttentionMass, VisionMass], ids=lambda m: m.__name__)
-def test_the_chance_level_stands_beside_a_mass(metric):
+def test_the_chance_level_is_stored_with_a_mass(metric):
     layers = random_layers(lengths=LENGTHS, window=9)
     flat = random_layers(lengths=LENGTHS, window=9, sharpness=0.0)  # q = 0: a head that attends evenly
     scores, even = per_sample(metric(), layers, 2).compute(), per_sample(metric(), flat, 2).compute()

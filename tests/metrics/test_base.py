@@ -24,11 +24,11 @@ def test_samples_one_by_one_views_of_few_layers_and_one_batch_agree(make, refere
     layers = random_layers(lengths=LENGTHS, n_layers=5)
     whole = make()
     whole.update(view=layers.view())
-    want = whole.compute()
+    expected = whole.compute()
     for group in (1, 2, 5):
         got = per_sample(make(), layers, group).compute()
-        np.testing.assert_allclose(got.values, want.values, atol=1e-7)
-        assert torch.equal(got.counts, want.counts)
+        np.testing.assert_allclose(got.values, expected.values, atol=1e-7)
+        assert torch.equal(got.counts, expected.counts)
 
 
 @each_metric
@@ -49,7 +49,7 @@ def test_merged_shards_equal_one_run(make, reference):
 
 
 @each_metric
-def test_a_saved_state_goes_on_where_it_stopped(make, reference):
+def test_a_saved_state_resumes_where_it_stopped(make, reference):
     layers = random_layers(lengths=LENGTHS)
     whole = per_sample(make(), layers)
     first = make()
@@ -191,7 +191,7 @@ def test_a_wrong_shape_names_the_axis(score, message):
         broken.update(view=random_layers(lengths=(23, 20)).view())
 
 
-def test_a_sample_without_target_is_refused():
+def test_a_sample_without_target_is_rejected():
     layers = random_layers(lengths=(23, 20))
     layers.masks["target"][1] = False
     for metric in (RetrievalAttentionMass(), KeyTokenRatio(), AttentionScore(reduce="argmax")):
@@ -209,7 +209,7 @@ def test_nan_never_becomes_a_score(over_samples):
         metric.compute()
 
 
-def test_misuse_is_refused():
+def test_misuse_is_rejected():
     layers = random_layers()
     metric = VisionMass()
     with pytest.raises(InputError, match="seen no sample"):

@@ -61,9 +61,9 @@ def test_processes_pool_their_samples(tmp_path):
     for metric in metrics[:-1]:
         metric.update(view=layers.view())
     metrics[-1].update(view=layers.view(samples=slice(0, 2)))
-    want = results(metrics)
+    reference = results(metrics)
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     for rank in range(2):
         with np.load(tmp_path / f"{rank}.npz") as found:
-            for name, expected in zip(found.files, want, strict=True):
+            for name, expected in zip(found.files, reference, strict=True):
                 np.testing.assert_allclose(found[name], expected, atol=1e-7)

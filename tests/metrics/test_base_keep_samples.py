@@ -59,7 +59,7 @@ def test_layers_not_measured_are_missing():
     assert metric.sample_scores().missing == metric.compute().missing == (0, 1)
 
 
-def test_refusals():
+def test_bad_input_is_rejected():
     metric = VisionMass()
     metric.update(view=random_layers().view())
     with pytest.raises(InputError, match="before the first"):

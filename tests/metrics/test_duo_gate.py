@@ -77,8 +77,8 @@ def plain_gates(family, items, *, sink, recent, steps, lr, l1, seed):
             item = items[order[t % len(items)]]
             real = item.inputs["attention_mask"].bool()
             rows = torch.zeros_like(real)
-            for b, asked in enumerate(item.mask("question")):
-                rows[b, int(asked.nonzero()[0]) :] = True
+            for b, question in enumerate(item.mask("question")):
+                rows[b, int(question.nonzero()[0]) :] = True
             rows &= real
             PLAIN.gates = None
             with torch.no_grad():
@@ -147,7 +147,7 @@ def test_open_gates_are_the_model_and_so_is_a_window_as_long_as_the_prompt(famil
         assert (last_hidden(model, inputs, real) - due).abs().max() > 0.1
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_where_it_stopped(tmp_path, monkeypatch):
     model, items, path = wrapped("internvl"), [sample("internvl", 0), sample("internvl", 1)], tmp_path / "gates"
     due = DuoGate(**SMALL).run(model, items, progress=False)
     calls = []
@@ -193,7 +193,7 @@ def test_the_planted_heads_keep_their_gates(toy):
     assert {str(h) for h in str(found.to_query(8).top(4)).split(", ")} == {"L2H4", "L2H5", "L2H6", "L2H7"}
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is rejected --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,11 @@ def test_each_head_is_mixed_by_the_gate_of_its_key_value_head(padded):
     out = mixed(q, k, v, mask, SCALE, layer=1)
     assert out.shape == (2, 9, 4, 8) and mixed.layers == {1}
     for batch, head in np.ndindex(2, 4):
-        want = by_loops(
+        expected = by_loops(
             q[batch, head], k[batch, head // 2], v[batch, head // 2], gates[1, head // 2].item(), ~padding[batch]
         )
         real = (~padding[batch]).numpy()
-        np.testing.assert_allclose(out[batch, real, head], want[real], atol=1e-5)
+        np.testing.assert_allclose(out[batch, real, head], expected[real], atol=1e-5)
 
 
 def test_gates_of_padded_batches_have_finite_gradients():
@@ -62,8 +62,8 @@ def test_last_hidden_states_are_those_of_the_unwrapped_model(family):
     rows = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     rows[0, -3:] = True
     model = wrapped(family)
-    want = plain(family).model(**inputs, use_cache=False).last_hidden_state[rows]
-    torch.testing.assert_close(last_hidden(model, model.resolve(inputs), rows), want)
+    expected = plain(family).model(**inputs, use_cache=False).last_hidden_state[rows]
+    torch.testing.assert_close(last_hidden(model, model.resolve(inputs), rows), expected)
     assert not model.ln_final._forward_hooks
 
 
@@ -91,9 +91,9 @@ GRADIENTS = [[1.0, -1.0], [0.5, -3.0], [-0.2, -0.1]]
 
 def test_steps_are_those_of_adam_with_gates_kept_in_range():
     state = stepped(None, {}, GRADIENTS)
-    want = adam([np.array(g) for g in GRADIENTS], np.array([0.9, 0.5]), 0.2)
-    np.testing.assert_allclose(state.gates.detach()[0], want, atol=1e-7)
-    assert want.max() == 1.0 and state.distances == [0.0, 1.0, 2.0]
+    expected = adam([np.array(g) for g in GRADIENTS], np.array([0.9, 0.5]), 0.2)
+    np.testing.assert_allclose(state.gates.detach()[0], expected, atol=1e-7)
+    assert expected.max() == 1.0 and state.distances == [0.0, 1.0, 2.0]
 
 
 def test_a_saved_state_continues_as_if_it_had_not_stopped(tmp_path):

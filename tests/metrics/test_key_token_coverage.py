@@ -8,6 +8,7 @@ from helpers.attention_reference import Layers, random_layers
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadSet
 from hooked_mllm.metrics import CoverageCurve, KeyTokenCoverage, KeyTokenRatio, RetrievalAttentionMass
+from hooked_mllm.storage import write_json
 
 LENGTHS = (23, 17, 20, 23)
 
@@ -46,18 +47,18 @@ def test_one_pass_gives_the_union_for_every_k(share, group):
     layers = random_layers(lengths=LENGTHS, n_layers=5, window=9)
     scores = ranking_of(layers)
     curve = fed(KeyTokenCoverage(scores, share=share), layers, group).compute()
-    want = literal_coverage(layers, scores.ranking, share)
+    reference = literal_coverage(layers, scores.ranking, share)
     assert curve.ks == list(range(1, 21)) and curve.n_samples == 4
-    np.testing.assert_allclose(curve.coverage, want[1:], atol=1e-12)
-    assert want[1] < want[-1]  # it rises: the union matters
+    np.testing.assert_allclose(curve.coverage, reference[1:], atol=1e-12)
+    assert reference[1] < reference[-1]  # it rises: the union matters
 
 
 def test_a_head_set_in_its_own_order_and_chosen_ks():
     layers = random_layers(lengths=LENGTHS)
     heads = HeadSet(["L2H1", "L0H3", "L0H0", "L1H2", "L2H2"], n_layers=3, n_heads=4)
-    want = literal_coverage(layers, list(heads), 0.15)
+    reference = literal_coverage(layers, list(heads), 0.15)
     curve = fed(KeyTokenCoverage(heads, ks=[0, 2, 5], share=0.15), layers, 1).compute()
-    np.testing.assert_allclose(curve.coverage, want[[0, 2, 5]], atol=1e-12)
+    np.testing.assert_allclose(curve.coverage, reference[[0, 2, 5]], atol=1e-12)
     assert curve.at(5) == curve.coverage[2] and curve.at(0) == 0.0
     with pytest.raises(HeadError, match="top 3 heads was not computed"):
         curve.at(3)
@@ -75,14 +76,14 @@ def test_of_one_head_the_coverage_is_its_ratio():
 def test_samples_apart_merged_resumed_and_cast_give_the_same_curve():
     layers = random_layers(lengths=LENGTHS)
     scores = ranking_of(layers)
-    want = fed(KeyTokenCoverage(scores, share=0.15), layers, 3).compute().coverage
+    reference = fed(KeyTokenCoverage(scores, share=0.15), layers, 3).compute().coverage
     shards = [KeyTokenCoverage(scores, share=0.15) for _ in range(2)]
     for b in range(4):
         shards[b % 2].to(torch.float16).update(view=layers.view(samples=slice(b, b + 1)))
     resumed = KeyTokenCoverage(scores, share=0.15)
     resumed.load_state_dict(shards[0].state_dict())
     resumed.merge_state(shards[1])
-    np.testing.assert_allclose(resumed.compute().coverage, want, atol=1e-12)
+    np.testing.assert_allclose(resumed.compute().coverage, reference, atol=1e-12)
     with pytest.raises(ValueError, match="same settings"):
         shards[0].merge_state(KeyTokenCoverage(scores, share=0.2))
 
@@ -93,7 +94,7 @@ def test_the_curve_on_disk(tmp_path):
     assert CoverageCurve.load(tmp_path / "curve.json") == curve
     (tmp_path / "cut.json").write_text((tmp_path / "curve.json").read_text()[:-9])
     HeadScores([[1.0]]).save(tmp_path / "scores")
-    (tmp_path / "fields.json").write_text('{"kind": "hooked_mllm.CoverageCurve", "ks": [1]}')
+    write_json(tmp_path / "fields.json", "hooked_mllm.CoverageCurve", {"ks": [1]})
     for name, message in (("cut", "damaged"), ("scores", "expected a hooked_mllm.CoverageCurve"), ("fields", "fields")):
         with pytest.raises(CacheFileError, match=message):
             CoverageCurve.load(tmp_path / f"{name}.json")
@@ -105,7 +106,7 @@ def test_plot_draws_the_curve():
     assert line.get_xdata().tolist() == [1, 5] and line.get_ydata().tolist() == [0.1, 0.4]
 
 
-def test_misuse_is_refused():
+def test_misuse_is_rejected():
     layers = random_layers()
     some = HeadSet([(0, 1)], n_layers=3, n_heads=4)
     with pytest.raises(HeadError, match="ranking is empty"):

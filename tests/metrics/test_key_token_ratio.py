@@ -13,11 +13,11 @@ def test_hit_rate_is_the_share_of_samples_that_reach_the_ratio():
     reached = []
     for hit in (0.3, 0.5, 1.0):
         metric = per_sample(KeyTokenRatio(share=0.2, hit=hit), layers)
-        want = (key_token_ratio(layers, 0.2) >= hit).mean(1)
+        expected = (key_token_ratio(layers, 0.2) >= hit).mean(1)
         rate = metric.hit_rate()
-        assert np.array_equal(rate.values.numpy(), want)
+        assert np.array_equal(rate.values.numpy(), expected)
         assert rate.name == "KeyTokenRatio.hit_rate"
-        reached.append(want.sum())
+        reached.append(expected.sum())
     assert reached[0] > reached[1] > 0
 
 

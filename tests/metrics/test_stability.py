@@ -7,6 +7,8 @@ from matplotlib.figure import Figure
 from hooked_mllm.errors import CacheFileError, HeadError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.metrics import Stability, stability
+from hooked_mllm.metrics.stability import KIND
+from hooked_mllm.storage import read_json, write_json
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -37,8 +39,8 @@ def test_formula(tasks, p):
     flat = [s.values.numpy().ravel() for s in tasks.values()]
     for i in range(3):
         for j in range(3):
-            want = np.corrcoef(ranks(flat[i]), ranks(flat[j]))[0, 1]
-            assert found.spearman[i, j] == pytest.approx(want, abs=1e-12)
+            expected = np.corrcoef(ranks(flat[i]), ranks(flat[j]))[0, 1]
+            assert found.spearman[i, j] == pytest.approx(expected, abs=1e-12)
     thresholds = [percentile(v, p) for v in flat]
     assert found.thresholds == pytest.approx(thresholds, abs=1e-12)
     counts = sum((v >= t - 1e-12).astype(int) for v, t in zip(flat, thresholds, strict=True)).reshape(6, 8)
@@ -53,9 +55,9 @@ def test_layers_not_measured_take_no_part(tasks):
     part = {name: HeadScores(s.values, missing=[2]) for name, s in tasks.items()}
     found = stability(part, 80)
     rest = {name: HeadScores(np.delete(s.values.numpy(), 2, axis=0)) for name, s in tasks.items()}
-    want = stability(rest, 80)
-    assert np.array_equal(np.delete(found.counts.numpy(), 2, axis=0), want.counts) and not found.counts[2].any()
-    np.testing.assert_allclose(found.spearman, want.spearman)
+    expected = stability(rest, 80)
+    assert np.array_equal(np.delete(found.counts.numpy(), 2, axis=0), expected.counts) and not found.counts[2].any()
+    np.testing.assert_allclose(found.spearman, expected.spearman)
 
 
 def test_on_disk(tasks, tmp_path):
@@ -65,11 +67,12 @@ def test_on_disk(tasks, tmp_path):
     assert again.tasks == found.tasks and again.thresholds == found.thresholds
     assert again.percentile == 95.0 and again.provenance["b"]["provenance"] == {"dataset": "b"}
     assert np.array_equal(again.spearman, found.spearman) and np.array_equal(again.counts, found.counts)
-    text = (tmp_path / "s.json").read_text()
-    (tmp_path / "s.json").write_text(text.replace('"thresholds": [', '"thresholds": [1.0, '))
+    content = read_json(tmp_path / "s.json", KIND)
+    write_json(tmp_path / "s.json", KIND, {**content, "thresholds": [1.0, *content["thresholds"]]})
     with pytest.raises(CacheFileError, match="do not fit its 3 tasks"):
         Stability.load(tmp_path / "s.json")
-    (tmp_path / "s.json").write_text(text.replace('"counts"', '"count"'))
+    del content["counts"]
+    write_json(tmp_path / "s.json", KIND, content)
     with pytest.raises(CacheFileError, match="damaged"):
         Stability.load(tmp_path / "s.json")
 
@@ -90,7 +93,7 @@ def test_repr(tasks):
     assert repr(stability(tasks, 90)).startswith("Stability(a, b, c: mean Spearman 0.")
 
 
-def test_refusals(tasks):
+def test_bad_input_is_rejected(tasks):
     with pytest.raises(InputError, match="two tasks at least"):
         stability({"a": tasks["a"]})
     with pytest.raises(InputError, match="from 0 to 100"):

@@ -12,7 +12,7 @@ from hooked_mllm.errors import HookNameError
 @torch.no_grad()
 def test_after_an_error_in_a_hook_the_model_is_clean(family, name, error):
     inputs, model = model_inputs(family), wrapped(family)
-    model(inputs)  # transformers hangs hooks of its own when some towers first run
+    model(inputs)  # transformers registers hooks of its own when some towers first run
     before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf_model.modules()]
 
     def fail(x, hook):

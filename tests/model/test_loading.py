@@ -1,4 +1,4 @@
-"""Loading by the ordinary path, and what is refused at the door."""
+"""Loading by the ordinary path, and what is rejected."""
 
 import json
 import shutil
@@ -62,7 +62,7 @@ def test_dtype_by_name_or_object(saved, dtype):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_the_checkpoint_decides_the_dtype_if_nobody_does(tmp_path):
+def test_the_checkpoint_decides_the_dtype_by_default(tmp_path):
     save_tiny("internvl", tmp_path, dtype=torch.float16)
     assert load_model(tmp_path)[0].dtype == torch.float16
 
@@ -91,7 +91,7 @@ def test_device_and_device_map(saved):
         load_model(saved("internvl"), device="cpu", device_map="auto")
 
 
-def test_pickled_weights_are_refused(copy):
+def test_pickled_weights_are_rejected(copy):
     folder = copy()
     weights = load((folder / "model.safetensors").read_bytes())
     torch.save(weights, folder / "pytorch_model.bin")
@@ -117,14 +117,14 @@ def test_code_of_the_checkpoint_never_runs(copy):
             load_model(folder, **kwargs)
 
 
-def test_the_old_internvl_layout_is_refused_with_the_native_name(copy):
+def test_the_old_internvl_layout_is_rejected_with_the_native_name(copy):
     folder = copy("internvl")
     edit_config(folder, model_type="internvl_chat", auto_map={"AutoConfig": "configuration_internvl_chat.C"})
     with pytest.raises(UnsupportedModelError, match=r"InternVLForConditionalGeneration.*'-HF'"):
         load_model(folder)
 
 
-def test_another_model_is_refused_with_the_list(copy):
+def test_another_model_is_rejected_with_the_list(copy):
     folder = copy()
     edit_config(folder, model_type="llama", architectures=["LlamaForCausalLM"])
     with pytest.raises(UnsupportedModelError) as caught:
@@ -181,7 +181,7 @@ def test_without_processor_files_there_is_no_processor(copy):
     assert type(model).__name__ == NATIVE["qwen3_vl"]
 
 
-def test_a_broken_processor_is_said_to_be_broken(copy):
+def test_a_broken_processor_is_an_error_that_names_it(copy):
     folder = copy()
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"The processor of .* cannot be loaded"):

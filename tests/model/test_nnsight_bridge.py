@@ -311,7 +311,7 @@ def test_nothing_is_left_behind(family, inputs, tmp_path):
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_errors_say_what_to_do(model, inputs):
+def test_errors_state_what_to_do(model, inputs):
     from nnsight.intervention.interleaver import OutOfOrderError
 
     z = "blocks.1.attn.hook_z"
@@ -348,7 +348,7 @@ def test_values_that_do_not_fit_are_errors(model, inputs, hooks):
                 model.nnsight[z] = wrong(model.nnsight[z])
 
 
-def test_without_nnsight_the_error_says_what_to_install(family, monkeypatch):
+def test_without_nnsight_the_error_states_what_to_install(family, monkeypatch):
     model = HookedMLLM.from_model(fresh(family), check=False)
     monkeypatch.setitem(sys.modules, "nnsight", None)
     monkeypatch.delitem(sys.modules, "hooked_mllm.model.nnsight_bridge")
@@ -356,7 +356,7 @@ def test_without_nnsight_the_error_says_what_to_install(family, monkeypatch):
         model.nnsight
 
 
-def test_nnsight_is_imported_by_the_bridge_alone_and_the_bridge_only_when_asked_for():
+def test_nnsight_is_imported_by_the_bridge_alone_and_the_bridge_only_on_first_use():
     found = set()
     for path in Path(hooked_mllm.__file__).parent.rglob("*.py"):
         at_import = [n for n in ast.parse(path.read_text("utf-8")).body if isinstance(n, ast.Import | ast.ImportFrom)]

@@ -14,7 +14,7 @@ from hooked_mllm.model.run_checks import check_arguments, check_half, checking_h
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
-def test_padding_on_the_right_is_refused(family):
+def test_padding_on_the_right_is_rejected(family):
     with pytest.raises(InputError, match="padded on the right.*padding_side='left'"):
         wrapped(family).generate(model_inputs(family, 1, 2, False, "right"), **GREEDY)
 
@@ -39,7 +39,7 @@ def test_float16_that_overflows_is_an_error(family):
     assert model.list_hooks() == {}
 
 
-def test_options_that_are_not_there_are_refused(family):
+def test_options_that_are_not_there_are_rejected(family):
     model, inputs = wrapped(family), model_inputs(family)
     with pytest.raises(InputError, match="'stop_at_layr' and would ignore it. Did you mean 'stop_at_layer'"):
         model(inputs, stop_at_layr=1)
@@ -60,7 +60,7 @@ def test_labels_are_the_answers_tokens_or_those_that_are_given(family):
 
 
 @pytest.mark.parametrize("name", ["use_cache", "logits_to_keep", "output_hidden_states", "pixel_values"])
-def test_arguments_of_the_model_and_of_transformers_are_taken(family, name):
+def test_arguments_of_the_model_and_of_transformers_are_accepted(family, name):
     assert check_arguments(wrapped(family).hf_model, [name]) is None
 
 

@@ -44,7 +44,7 @@ def test_tokens_are_those_of_transformers(name, kind, way):
     assert new_tokens(got, inputs).shape[1] > 1
 
 
-def test_hooks_fire_in_every_step_and_know_it(family):
+def test_hooks_fire_in_every_step_and_have_its_number(family):
     inputs, model, seen = model_inputs(family, 1, 2), wrapped(family), []
     n = inputs["input_ids"].shape[1]
 
@@ -127,8 +127,8 @@ def test_a_rotated_key_edited_in_place_lasts_one_step(family):
     with model.hooks([(name, first_step)]):
         model.generate(inputs, **GREEDY, eos_token_id=None, logits_processor=[force])
     assert not torch.equal(scores[0], plainly.scores[0])
-    for ours, theirs in zip(scores[1:], plainly.scores[1:], strict=True):
-        assert torch.equal(ours, theirs)
+    for score, plain_score in zip(scores[1:], plainly.scores[1:], strict=True):
+        assert torch.equal(score, plain_score)
 
 
 def test_a_streamer_gets_the_tokens(family):

@@ -78,7 +78,7 @@ def test_hooked_attention_that_differs_is_found(monkeypatch):
         HookedMLLM.from_model(fresh("internvl"), tiny_processor("internvl"))
 
 
-def test_an_attention_scale_that_patterns_do_not_know_is_found():
+def test_an_attention_scale_that_patterns_do_not_have_is_found():
     """As in a version of transformers that divides scores by something else."""
 
     def sharper(q, k, v, mask, scale, layer):

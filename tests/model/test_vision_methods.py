@@ -119,7 +119,7 @@ def test_values_of_the_tower_are_painted_over_the_picture(family):
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-def test_errors_say_what_to_do(family):
+def test_errors_state_what_to_do(family):
     model = wrapped(family)
     sample = model.prepare(QUESTION, images=tiny_image())
     batch = SampleBatch.collate([sample, sample])
@@ -142,7 +142,7 @@ def test_errors_say_what_to_do(family):
             call()
 
 
-def test_images_beside_videos(family):
+def test_images_alongside_videos(family):
     model = wrapped(family)
     sample = model.prepare(QUESTION, images=tiny_image(), videos=(tiny_frames(4), 2.0))
     if family == "internvl":  # frames are tiles like any other
@@ -155,6 +155,6 @@ def test_images_beside_videos(family):
         model.vision_positions(sample)
 
 
-def test_a_family_that_does_not_say_is_told_so(family, sample):
+def test_a_family_without_vision_patches_is_an_error(family, sample):
     with pytest.raises(UnsupportedModelError, match="does not say which pixels a patch"):
         Family.vision_patches(wrapped(family).family, sample.layout.items[0], None)

@@ -45,12 +45,12 @@ def test_greedy_accuracy_is_whether_every_token_is_the_most_likely(family, sampl
     changed = {k: v.clone() for k, v in greedy.items()}
     changed["input_ids"][0, -1] ^= 1
     samples = [samples_of(family)[0], *(replace(sample, inputs=inputs) for inputs in (greedy, changed))]
-    want = []
+    expected = []
     for s in samples:
         logits = sample_logits(family, s)[-len(answer_ids(s)) - 1 : -1]
-        want.append(float((logits.argmax(-1) == answer_ids(s)).all()))
-    assert want == [0, 1, 0]
-    assert objective_values(model, SampleBatch.collate(samples, side), GreedyAccuracy()).tolist() == want
+        expected.append(float((logits.argmax(-1) == answer_ids(s)).all()))
+    assert expected == [0, 1, 0]
+    assert objective_values(model, SampleBatch.collate(samples, side), GreedyAccuracy()).tolist() == expected
 
 
 def test_objectives_of_the_answer_need_one(toy, samples):

@@ -44,9 +44,9 @@ def test_it_agrees_with_generate_on_the_toys(toy, heads):
         with model.intervene(*interventions):
             generated = model.generate(prompts, max_new_tokens=2, do_sample=False)[:, -2:].tolist()
             got = objective_values(model, answered, GreedyAccuracy()).tolist()
-        want = [float(tokens[: len(ids)] == ids) for tokens, ids in zip(generated, answer_ids, strict=True)]
-        assert got == want
-        accuracies.add(tuple(want))
+        expected = [float(tokens[: len(ids)] == ids) for tokens, ids in zip(generated, answer_ids, strict=True)]
+        assert got == expected
+        accuracies.add(tuple(expected))
     assert len(accuracies) == 2, "the ablation changed nothing"
     assert max(map(sum, accuracies)) >= N // 2, "the toy does not answer"
 

@@ -24,9 +24,9 @@ def test_kl_is_that_of_the_clean_run_against_this_one(family, samples_of, where)
         edited = model(batch).double().numpy()
     clean_logits = model(batch).double().numpy()
     mask = batch.mask(where).numpy()
-    want = []
+    expected = []
     for i in range(2):
         p, q = log_softmax(clean_logits[i][mask[i]]), log_softmax(edited[i][mask[i]])
-        want.append((np.exp(p) * (p - q)).sum(-1).mean())
-    assert min(want) > 0.01
-    close(got, want)
+        expected.append((np.exp(p) * (p - q)).sum(-1).mean())
+    assert min(expected) > 0.01
+    close(got, expected)

@@ -20,11 +20,11 @@ def test_logit_difference_reads_the_last_position_of_the_prompt(family, samples_
     got = objective_values(
         wrapped(family), SampleBatch.collate(samples, side), LogitDifference(), SampleBatch.collate(others, side)
     )
-    want = []
+    expected = []
     for clean, other in zip(samples, others, strict=True):
         logits = sample_logits(family, clean)[-len(answer_ids(clean)) - 1]
-        want.append(logits[answer_ids(clean)[0]] - logits[answer_ids(other)[0]])
-    close(got, want)
+        expected.append(logits[answer_ids(clean)[0]] - logits[answer_ids(other)[0]])
+    close(got, expected)
 
 
 def test_a_wrong_token_must_differ_from_the_correct_one(toy, samples):

@@ -90,19 +90,19 @@ def test_gradients_of_the_logits_are_those_of_the_formulas(family):
     bound = AnswerLogProb().bind(model, resolved)
     logits = noise(torch.zeros(*bound.positions.shape, VOCAB)).double().requires_grad_()
     bound(logits).sum().backward()
-    want = -np.exp(log_softmax(logits.detach().numpy()))
+    expected = -np.exp(log_softmax(logits.detach().numpy()))
     for i, sample in enumerate(inputs):
         ids = answer_ids(sample)
-        want[i, np.arange(len(ids)), ids] += 1
-        want[i, len(ids) :] = 0  # positions after the end of this answer
-    np.testing.assert_allclose(logits.grad.numpy(), want, atol=1e-12)
+        expected[i, np.arange(len(ids)), ids] += 1
+        expected[i, len(ids) :] = 0  # positions after the end of this answer
+    np.testing.assert_allclose(logits.grad.numpy(), expected, atol=1e-12)
 
     logits.grad = None
     last = logits[:, :1]
     LogitDifference(5, [6, 8]).bind(model, resolved)(last).sum().backward()
-    want = np.zeros((2, VOCAB))
-    want[:, 5], want[:, [6, 8]] = 1, -0.5
-    np.testing.assert_allclose(logits.grad.numpy()[:, 0], want, atol=1e-12)
+    expected = np.zeros((2, VOCAB))
+    expected[:, 5], expected[:, [6, 8]] = 1, -0.5
+    np.testing.assert_allclose(logits.grad.numpy()[:, 0], expected, atol=1e-12)
 
     clean = noise(torch.zeros(2, 1, VOCAB), 7).double().requires_grad_()
     logits.grad = None
@@ -150,10 +150,10 @@ def test_the_graph_reaches_the_activations(family):
         FunctionObjective(lambda x: x[:, 0].logsumexp(-1)): lambda logits: logits[last].logsumexp(-1),
     }
     for objective, formula in formulas.items():
-        want = slope(lambda step, formula=formula: formula(with_torch_hook(step)))
-        assert want.abs() > 1e-3
+        expected = slope(lambda step, formula=formula: formula(with_torch_hook(step)))
+        assert expected.abs() > 1e-3
         got = slope(lambda step, objective=objective: with_hook(step, objective))
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -199,10 +199,10 @@ def test_on_a_gpu_objectives_are_those_of_the_cpu(family, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # patches are embedded by a convolution
     inputs, model = batch(family), HookedMLLM.from_model(fresh(family).to("cuda"), tiny_processor(family), check=False)
     for objective in (AnswerLogProb(), AnswerLogProb([5, 6]), GreedyAccuracy(), LogitDifference(5, [6, 7])):
-        want = objective_values(wrapped(family), inputs, objective)
+        expected = objective_values(wrapped(family), inputs, objective)
         got = objective_values(model, inputs, objective)
         assert got.device.type == "cuda"
-        torch.testing.assert_close(got.cpu(), want, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got.cpu(), expected, rtol=1e-3, atol=1e-3)
     bound = KLDivergence("generating").bind(model, model.resolve(inputs))
     bound = bound.with_clean(logits_at(model, inputs, bound.positions))
     assert objective_values(model, inputs, bound).abs().max() < 1e-4

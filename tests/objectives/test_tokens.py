@@ -26,7 +26,7 @@ def test_ids_words_and_functions_name_the_same_tokens(toy, samples):
     last = samples.mask("last")
     own = [vocabulary[s.answer] for s in samples]
     others = [[i for i in ids if i != o] for o in own]
-    want = torch.stack([row[o] - row[w].mean() for row, o, w in zip(logits[last], own, others, strict=True)])
+    reference = torch.stack([row[o] - row[w].mean() for row, o, w in zip(logits[last], own, others, strict=True)])
     for objective in (
         LogitDifference(wrong=TASK.answers),
         LogitDifference(wrong=ids),
@@ -35,7 +35,7 @@ def test_ids_words_and_functions_name_the_same_tokens(toy, samples):
         LogitDifference(lambda s: s.answer, lambda s: [w for w in TASK.answers if w != s.answer]),
         LogitDifference(lambda s: np.int64(vocabulary[s.answer]), lambda s: ids),
     ):
-        torch.testing.assert_close(objective_values(toy, samples, objective), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(objective_values(toy, samples, objective), reference, rtol=1e-5, atol=1e-5)
     log_p = objective_values(toy, samples, AnswerLogProb(lambda s: s.answer))
     torch.testing.assert_close(log_p, objective_values(toy, samples, AnswerLogProb()), rtol=1e-5, atol=1e-6)
     likely = (log_p.exp() > 0.5).tolist()

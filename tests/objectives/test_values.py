@@ -28,10 +28,10 @@ def test_a_list_of_wrong_tokens_is_averaged_without_the_correct_one(family, samp
 @torch.no_grad()
 def test_every_form_of_inputs_and_objective_has_the_same_value(toy, samples):
     objective = AnswerLogProb()
-    want = objective_values(toy, samples, objective)
+    expected = objective_values(toy, samples, objective)
     resolved = toy.resolve(samples)
-    assert want.shape == (4,) and torch.equal(objective_values(toy, resolved, objective), want)
-    assert torch.equal(objective_values(toy, samples, objective.bind(toy, resolved)), want)
+    assert expected.shape == (4,) and torch.equal(objective_values(toy, resolved, objective), expected)
+    assert torch.equal(objective_values(toy, samples, objective.bind(toy, resolved)), expected)
     by_function = objective_values(toy, samples, lambda logits: logits[:, 0].max(-1).values)
     assert torch.equal(by_function, toy(samples)[samples.mask("last")].max(-1).values)
 
@@ -43,8 +43,8 @@ def test_a_corrupted_counterpart_is_resolved_like_the_inputs(toy, samples):
     assert torch.equal(got, objective_values(toy, samples, LogitDifference(), toy.resolve(others)))
     vocabulary, logits = toy.processor.tokenizer.get_vocab(), toy(samples)[samples.mask("last")]
     pairs = [[vocabulary[s.answer] for s in pair] for pair in zip(samples, others, strict=True)]
-    want = torch.stack([row[own] - row[other] for row, (own, other) in zip(logits, pairs, strict=True)])
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    expected = torch.stack([row[own] - row[other] for row, (own, other) in zip(logits, pairs, strict=True)])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

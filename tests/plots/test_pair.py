@@ -42,7 +42,7 @@ def test_frames_of_a_video():
         assert (shown[0] == shown[1]).all() == (frame == 0)
 
 
-def test_what_is_not_there_is_refused():
+def test_what_is_not_there_is_rejected():
     model = wrapped("qwen3_vl")
     clean = model.prepare("What is it?", images=tiny_image())
     with pytest.raises(InputError, match="There is no image 3: the sample has 1 images and 0 videos"):

@@ -1,4 +1,4 @@
-"""The results of metrics satisfy what plots ask for, and other objects are rejected with an error of ours."""
+"""The results of metrics satisfy the Protocols of plots, and other objects are rejected with an error of ours."""
 
 import numpy as np
 import pytest

@@ -12,7 +12,7 @@ from hooked_mllm.plots import scatter
 VALUES = np.random.default_rng(0).normal(size=(2, 3, 4))
 
 
-def test_every_head_is_a_dot_and_the_title_tells_the_rank_correlation():
+def test_every_head_is_a_dot_and_the_title_has_the_rank_correlation():
     x, y = HeadScores(VALUES[0], name="attribution"), HeadScores(VALUES[1], name="patching")
     figure = scatter(x, y, label=2, diagonal=True)
     axes = figure.axes[0]

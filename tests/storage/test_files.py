@@ -124,8 +124,24 @@ def test_a_file_that_was_altered_is_rejected(tmp_path, change):
 
 def test_a_file_without_a_digest_is_read(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "file", metadata={"hooked_mllm": json.dumps({"kind": KIND, "n": 1})})
-    tensors, header = read_tensors(tmp_path / "file", KIND)
+    with pytest.warns(UserWarning, match="file has no digest"):
+        tensors, header = read_tensors(tmp_path / "file", KIND)
     assert torch.equal(tensors["a"], torch.ones(2)) and header == {"kind": KIND, "n": 1}
+
+
+def test_the_digest_of_json(tmp_path):
+    path = tmp_path / "file"
+    write_json(path, KIND, {"values": [0.1, 1 / 3, None], "by": {10: "größer \udcff"}})
+    assert read_json(path, KIND) == {"kind": KIND, "values": [0.1, 1 / 3, None], "by": {"10": "größer \udcff"}}
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content, indent=4))  # another form of the same content
+    assert read_json(path, KIND)["values"] == [0.1, 1 / 3, None]
+    path.write_text(json.dumps({**content, "values": [0.2, 1 / 3, None]}))
+    with pytest.raises(CacheFileError, match="file is damaged or was altered"):
+        read_json(path, KIND)
+    path.write_text(json.dumps({"kind": KIND, "values": [0.2]}))
+    with pytest.warns(UserWarning, match="file has no digest"):
+        assert read_json(path, KIND)["values"] == [0.2]
 
 
 # -- what is not read ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Writing: checked at the door, whole or not at all, under concurrent writers, and with errors that say what to do."""
+"""Writing: checked first, whole or not at all, under concurrent writers, and with errors that state what to do."""
 
 import errno
 import json
@@ -91,10 +91,10 @@ def test_what_is_no_path():
     ],
 )
 def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch, code, message):
-    def refuse(*_, **__):
+    def fail(*_, **__):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "mkdir", refuse)
+    monkeypatch.setattr(os, "mkdir", fail)
     for door in (ready, lambda path: ready_folder(path.parent), *WRITERS.values()):
         with pytest.raises(CacheFileError, match=f"cannot be written: .*{message}"):
             door(tmp_path / "file")
@@ -334,4 +334,5 @@ def test_figures_are_png(tmp_path):
 
 def test_json_is_readable_by_anything(tmp_path):
     write_json(tmp_path / "file", "demo", {"values": [0.1, None]})
-    assert json.loads((tmp_path / "file").read_text()) == {"kind": "demo", "values": [0.1, None]}
+    content = json.loads((tmp_path / "file").read_text())
+    assert len(content.pop("digest")) == 32 and content == {"kind": "demo", "values": [0.1, None]}

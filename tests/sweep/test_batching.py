@@ -62,7 +62,7 @@ def test_a_sweep_continues_after_running_out_of_memory(monkeypatch):
     model, inputs = wrapped("qwen3_vl"), sample("qwen3_vl")
     variants = [HeadAblation([(layer, h)], mode="zero", phase="both") for layer in range(3) for h in range(4)]
     sweep = Sweep(model, inputs, LogitDifference(5, wrong=9), batch_size=4)
-    want, resume = sweep.run(variants), sweep.trunk.resume
+    expected, resume = sweep.run(variants), sweep.trunk.resume
 
     def limited(layer, residual, *rest):
         if len(residual) > 2:
@@ -70,7 +70,7 @@ def test_a_sweep_continues_after_running_out_of_memory(monkeypatch):
         return resume(layer, residual, *rest)
 
     monkeypatch.setattr(sweep.trunk, "resume", limited)
-    assert torch.allclose(sweep.run(variants), want, atol=1e-6)
+    assert torch.allclose(sweep.run(variants), expected, atol=1e-6)
     assert sweep.batch.now == 2 and sweep.batch.shrunk == 1
     assert model.list_hooks() == {}
 

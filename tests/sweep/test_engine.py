@@ -37,7 +37,7 @@ def difference(logits):
 def test_each_head_against_a_torch_hook_on_the_plain_model(family):
     inputs, model = sample(family), plain(family)
     got = Sweep(wrapped(family), inputs, DIFFERENCE).run(every_head())
-    want = []
+    expected = []
     for layer in range(LAYERS):
         for head in range(HEADS):
 
@@ -48,9 +48,9 @@ def test_each_head_against_a_torch_hook_on_the_plain_model(family):
 
             handle = o_proj(model, layer).register_forward_pre_hook(zero)
             with torch.no_grad():
-                want.append(difference(model(**inputs.inputs, use_cache=False).logits[:, -1]))
+                expected.append(difference(model(**inputs.inputs, use_cache=False).logits[:, -1]))
             handle.remove()
-    assert torch.allclose(got, torch.stack(want).double(), atol=1e-5)
+    assert torch.allclose(got, torch.stack(expected).double(), atol=1e-5)
     assert got.std() > 1e-3, "all heads have the same effect"
 
 
@@ -92,8 +92,8 @@ def test_every_kind_of_variant(family):
     model, inputs = wrapped(family), batch(family)
     variants = list(variants_at_all_sites(model, inputs))
     got = Sweep(model, inputs, DIFFERENCE).run(variants)
-    want = in_a_loop(model, inputs, variants, difference)
-    assert torch.allclose(got, want, atol=1e-5)
+    expected = in_a_loop(model, inputs, variants, difference)
+    assert torch.allclose(got, expected, atol=1e-5)
     clean = in_a_loop(model, inputs, [()], difference)
     assert bool(((got - clean).abs() > 1e-5).any(1).all()), "a variant did nothing"
 
@@ -137,8 +137,8 @@ def test_registered_hooks_apply_to_every_run(where):
     ]
     with model.hooks(fwd_hooks=hooks):
         got = Sweep(model, inputs, DIFFERENCE).run(variants)
-        want = in_a_loop(model, inputs, variants, difference)
-    assert torch.allclose(got, want, atol=1e-5)
+        expected = in_a_loop(model, inputs, variants, difference)
+    assert torch.allclose(got, expected, atol=1e-5)
     assert not torch.allclose(got, Sweep(model, inputs, DIFFERENCE).run(variants), atol=1e-3)
 
 
@@ -156,9 +156,9 @@ def test_kl_compares_with_the_clean_run():
     got = sweep.run(every_head())
     with torch.no_grad():
         p = model(inputs)[:, -1].double().log_softmax(-1)
-    want = in_a_loop(model, inputs, every_head(), lambda x: (p.exp() * (p - x.double().log_softmax(-1))).sum(-1))
+    expected = in_a_loop(model, inputs, every_head(), lambda x: (p.exp() * (p - x.double().log_softmax(-1))).sum(-1))
     assert sweep.clean.abs().max() < 1e-6
-    assert torch.allclose(got, want, atol=1e-6)
+    assert torch.allclose(got, expected, atol=1e-6)
 
 
 def test_the_model_is_unchanged_after_an_error():

@@ -44,8 +44,8 @@ def test_resumed_at_any_block_it_has_the_logits_of_the_run(recorded, layer):
     _, inputs, trunk, whole = recorded
     residual = trunk.resume(layer, trunk.start(layer, repeats=2))
     logits = trunk.logits(residual, positions_of(inputs))
-    want = gather_logits(whole, positions_of(inputs)).repeat_interleave(2, 0)
-    torch.testing.assert_close(logits, want, **CLOSE)
+    expected = gather_logits(whole, positions_of(inputs)).repeat_interleave(2, 0)
+    torch.testing.assert_close(logits, expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -56,8 +56,8 @@ def test_resumed_from_a_later_position(recorded):
     assert residual.shape[1] == 4
     torch.testing.assert_close(residual[::3], trunk.residual[-1][:, first:], **CLOSE)
     early = torch.cat([positions_of(inputs), positions_of(inputs) - 10], 1)  # one before `first`
-    want = gather_logits(whole, early).repeat_interleave(3, 0)
-    torch.testing.assert_close(trunk.logits(residual, early, first), want, **CLOSE)
+    expected = gather_logits(whole, early).repeat_interleave(3, 0)
+    torch.testing.assert_close(trunk.logits(residual, early, first), expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -73,10 +73,10 @@ def test_an_edited_stream_gives_what_a_hook_on_the_plain_model_gives(family):
 
     handle = block.register_forward_pre_hook(replace, with_kwargs=True)
     try:
-        want = plain(family)(**inputs.inputs).logits[:, -1:]
+        expected = plain(family)(**inputs.inputs).logits[:, -1:]
     finally:
         handle.remove()
-    torch.testing.assert_close(got, want, **CLOSE)
+    torch.testing.assert_close(got, expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -91,11 +91,11 @@ def test_hooks_act_when_it_is_resumed_and_nothing_is_left(family):
     model, inputs = wrapped(family), sample(family)
     hook = ("blocks.1.attn.hook_z", lambda z, hook: z * 0)
     with model.hooks([hook]):
-        want = model(inputs)[:, -1:]
+        expected = model(inputs)[:, -1:]
         trunk = Trunk.record(model, model.resolve(inputs))
         assert not trunk.alone
         got = trunk.logits(trunk.resume(1, trunk.start(1, 1)), positions_of(inputs))
-        torch.testing.assert_close(got, want, **CLOSE)
+        torch.testing.assert_close(got, expected, **CLOSE)
     assert trunk.alone and model.list_hooks() == {} and not any(site.taps for site in model.wiring.text)
     with model.attention(lambda q, k, v, mask, scale, layer: q.transpose(1, 2)):
         assert not trunk.alone

@@ -58,5 +58,5 @@ def test_each_variant_has_its_own_edit_in_the_rows_of_every_sample():
 
     edits = [(0, lambda x, hook: x + 100), (2, in_place), (1, lambda x, hook: None)]
     out = edit_by_variant(edits, samples=2, repeats=3)(activation, hook=HookPoint("z", tower="text", block=0))
-    want = torch.stack([kept[0] + 100, kept[1], kept[2] * 0, kept[3] + 100, kept[4], kept[5] * 0])
-    assert torch.equal(out, want) and torch.equal(activation, kept), "the activation itself is not edited"
+    expected = torch.stack([kept[0] + 100, kept[1], kept[2] * 0, kept[3] + 100, kept[4], kept[5] * 0])
+    assert torch.equal(out, expected) and torch.equal(activation, kept), "the activation itself is not edited"

@@ -82,7 +82,7 @@ def test_zeroing_the_planted_heads_brings_it_to_chance_and_other_heads_do_nothin
     assert witness.accuracy(held_out, [order[i] for i in others]) >= 0.95
 
 
-def test_the_card_says_what_the_report_holds_and_the_report_what_the_model_does(ram):
+def test_the_card_agrees_with_the_report_and_the_report_with_the_model(ram):
     report = json.loads((path(NAME) / "training.json").read_text())
     card = (path(NAME) / "README.md").read_text()
     assert "planted" in card.lower()

@@ -104,7 +104,7 @@ def test_the_library_finds_the_same_target_tokens_and_the_same_ram(name, pages):
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_the_card_says_what_the_report_holds_and_of_which_kind_the_model_is(name):
+def test_the_card_agrees_with_the_report_and_states_the_kind_of_the_model(name):
     report = json.loads((path(name) / "training.json").read_text())
     card = (path(name) / "README.md").read_text()
     planted = name in PLANTED_TOYS

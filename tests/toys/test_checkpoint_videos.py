@@ -65,7 +65,7 @@ def test_the_library_sees_the_same_prompt_and_the_same_ram(name):
 
 
 @pytest.mark.parametrize("name", TOYS)
-def test_the_card_says_what_the_report_holds_of_videos(name, held_out):
+def test_the_card_agrees_with_the_report_on_videos(name, held_out):
     report = json.loads((path(name) / "training.json").read_text())["video"]
     card = (path(name) / "README.md").read_text()
     for value in [*report["accuracy_float32"].values(), *report["accuracy_bfloat16"].values()]:

@@ -1,4 +1,4 @@
-"""The synthetic task: the same for everybody, and its targets are where the shapes are drawn."""
+"""The synthetic task: the same in every process, and its targets are where the shapes are drawn."""
 
 import numpy as np
 import pytest
@@ -104,7 +104,7 @@ def test_questions_filler_and_answers_use_the_whole_range():
     assert VisualRetrieval(filler=0).example(0).system is None  # what `prepare` takes for no system text
 
 
-def test_turns_of_a_scene_ask_for_different_shapes_and_begin_with_the_example():
+def test_turns_of_a_scene_have_different_shapes_and_begin_with_the_example():
     task = VisualRetrieval(seed=6, pages=2)
     scene, example = task.scene(3, turns=16), task.example(3)
     assert len({t.shape for t in scene.turns}) == len({t.target for t in scene.turns}) == 16
@@ -113,7 +113,7 @@ def test_turns_of_a_scene_ask_for_different_shapes_and_begin_with_the_example():
     assert task.scene(3, turns=4).turns == scene.turns[:4]
 
 
-def test_shapes_can_be_told_apart():
+def test_shapes_can_be_distinguished():
     bank = sprites()[:, 0] > 0.5
     for a in range(len(SHAPES)):
         for b in range(a):
@@ -121,12 +121,12 @@ def test_shapes_can_be_told_apart():
 
 
 @pytest.mark.parametrize("wrong", [{"pages": 0}, {"filler": -1}, {"seed": -1}])
-def test_impossible_settings_are_refused(wrong):
+def test_impossible_settings_are_rejected(wrong):
     with pytest.raises(InputError, match="expected pages >= 1"):
         VisualRetrieval(**wrong)
 
 
-def test_an_impossible_scene_is_refused():
+def test_an_impossible_scene_is_rejected():
     with pytest.raises(InputError, match="1 <= turns <= 16"):
         VisualRetrieval().scene(0, turns=17)
     with pytest.raises(InputError, match="1 <= turns <= 3"):

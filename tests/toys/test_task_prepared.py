@@ -70,7 +70,7 @@ def test_it_answers_until_the_planted_heads_are_zeroed_by_a_hook(model, samples)
     assert answered(model, samples, [(name, zero) for name in names]) < 0.45
 
 
-def test_generate_says_the_color_and_stops(model, examples):
+def test_generate_returns_the_color_and_stops(model, examples):
     for example in examples[:3]:
         sample = model.prepare(example.question, images=example.images, system=example.system)
         out = model.generate(sample, max_new_tokens=4)

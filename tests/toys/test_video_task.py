@@ -1,4 +1,4 @@
-"""The video task: the same for everybody, and its target is the one moment and place that shows the shape."""
+"""The video task: the same in every process, and its target is the one moment and place that shows the shape."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def test_an_example_depends_on_seed_split_and_index_only():
     assert repr(a) == "VideoRetrieval(seed=3, moments=4, filler=48, split='test', shapes=4)"
 
 
-def test_turns_of_a_scene_ask_for_different_shapes_and_begin_with_the_example():
+def test_turns_of_a_scene_have_different_shapes_and_begin_with_the_example():
     task = VideoRetrieval(seed=6, moments=2, filler=5)
     scene, example = task.scene(3, turns=8), task.example(3)
     assert len({t.shape for t in scene.turns}) == len({(t.part, t.cell) for t in scene.turns}) == 8
@@ -99,12 +99,12 @@ def test_the_places_of_pages_are_counted_like_their_boxes():
         ({"shapes": 6, "moments": 4}, "at most 20 in total"),
     ],
 )
-def test_impossible_settings_are_refused(wrong, message):
+def test_impossible_settings_are_rejected(wrong, message):
     with pytest.raises(InputError, match=message):
         VideoRetrieval(**wrong)
 
 
-def test_an_impossible_scene_is_refused():
+def test_an_impossible_scene_is_rejected():
     with pytest.raises(InputError, match="1 <= turns <= 8"):
         VideoRetrieval(moments=2).scene(0, turns=9)
     with pytest.raises(InputError, match="index >= 0"):

@@ -21,7 +21,7 @@ from hooked_mllm.toys.vocabulary import (
 )
 
 
-def test_the_tokenizer_knows_every_word_of_the_task():
+def test_the_tokenizer_has_every_word_of_the_task():
     tokenizer = witness.processor().tokenizer
     assert set(tokenizer.get_vocab()) == {*SPECIAL_TOKENS, *words()}
     for example in VisualRetrieval(seed=8, pages=1).examples(50):

@@ -43,7 +43,7 @@ def test_a_dropped_wrapper_is_freed_and_leaves_the_model_as_it_was(family):
     gc.collect()
     assert [reference() for reference in gone] == [None] * 3
     assert torch.equal(model(**inputs).logits, plain(family)(**inputs).logits)
-    assert torch_hooks(model) == torch_hooks(plain(family))  # transformers hangs some of its own
+    assert torch_hooks(model) == torch_hooks(plain(family))  # transformers registers some of its own
 
 
 def test_the_model_is_freed_with_its_wrapper(family):

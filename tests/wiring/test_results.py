@@ -19,7 +19,7 @@ def test_head_results_add_up_to_the_attention_output(family, prefix):
     total = total if o.bias is None else total + o.bias
     gain = getattr(block, "lambda_1", 1.0)
     torch.testing.assert_close(gain * total, seen[f"{prefix}blocks.1.hook_attn_out"], atol=1e-5, rtol=1e-4)
-    # one head's result taken away is that head's z taken away
+    # one head's result removed is that head's z removed
     hooks = ([(f"{prefix}blocks.1.attn.hook_{p}", lambda x, hook: drop_head(x))] for p in ("result", "z"))
     results, zs = (wrapped(family).run_with_hooks(inputs, fwd_hooks=h) for h in hooks)
     torch.testing.assert_close(results, zs, atol=1e-4, rtol=1e-4)

@@ -73,7 +73,7 @@ def test_blocks_bound_the_mass_and_of_one_key_are_exact():
 @pytest.mark.parametrize("piece", [1 << 28, 1])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("keys", ["mean", "bound", "sample"])
-def test_blocks_are_summed_as_the_formula_says(keys, order, piece):
+def test_blocks_are_summed_as_in_the_formula(keys, order, piece):
     q, k, mask = tensors(heads=2, kv_heads=1)
     how = {"queries": 6, "keys": keys, "order": order, "block": 4, "max_bytes": piece}
     found = lost_attention(q, k, mask, 0.3, sink=SINK, window=WINDOW, **how)
@@ -141,19 +141,19 @@ def test_the_last_block_is_shorter(size):
 @pytest.mark.parametrize("how", KEYS)
 def test_scores_of_blocks(how, size):
     found, log_count = block_scores(dot, torch.from_numpy(QUERY), torch.from_numpy(KEY), how, size)
-    want = np.zeros((2, 2, 3, len(blocks(size))))
+    expected = np.zeros((2, 2, 3, len(blocks(size))))
     for index, block in enumerate(blocks(size)):
         if how == "mean":
-            want[..., index] = np.einsum("bhqd,bhd->bhq", QUERY, block.mean(2))
+            expected[..., index] = np.einsum("bhqd,bhd->bhq", QUERY, block.mean(2))
         elif how == "sample":
-            want[..., index] = np.einsum("bhqd,bhd->bhq", QUERY, block[:, :, (block.shape[2] - 1) // 2])
+            expected[..., index] = np.einsum("bhqd,bhd->bhq", QUERY, block[:, :, (block.shape[2] - 1) // 2])
         elif how == "bound":
             corner = np.where(QUERY > 0, block.max(2)[:, :, None], block.min(2)[:, :, None])
-            want[..., index] = (QUERY * corner).sum(-1)
+            expected[..., index] = (QUERY * corner).sum(-1)
     count = [block.shape[2] for block in blocks(size)]
     if how == "exact":
-        want, count = np.einsum("bhqd,bhkd->bhqk", QUERY, KEY), [1] * 11
-    np.testing.assert_allclose(found, want, atol=1e-12)
+        expected, count = np.einsum("bhqd,bhkd->bhqk", QUERY, KEY), [1] * 11
+    np.testing.assert_allclose(found, expected, atol=1e-12)
     np.testing.assert_allclose(log_count, np.log(count), atol=1e-12)
 
 

@@ -32,14 +32,14 @@ def test_the_heads_that_lose_most_are_chosen_and_ties_go_to_the_lower():
     np.testing.assert_allclose(made.record[1].scores, lost * prior.values[1])
 
 
-def test_a_budget_is_kept_over_layers_and_begins_anew_with_each_prompt():
+def test_a_budget_is_kept_over_layers_and_starts_again_with_each_prompt():
     q, k, mask = tensors()
     made = policy(Total(4, like="first"))
     for _ in range(2):
         assert [len(made.choose(q, k, mask, 0.3, layer)) for layer in range(3)] == [4, 0, 0]
     assert made.chosen == {0: (0, 1, 2, 3)}
     made = policy(Total(3))
-    for layer in (0, 1, 1, 2, 2):  # asked twice, a layer is counted once
+    for layer in (0, 1, 1, 2, 2):  # called twice, a layer is counted once
         assert len(made.choose(q, k, mask, 0.3, layer)) == 1
 
 
@@ -51,7 +51,7 @@ def test_where_nothing_is_lost_nothing_is_chosen():
     assert made.choose(*longer, 0.3, 0) == (0, 1, 2, 3)
 
 
-def test_bad_settings_are_refused_at_the_door():
+def test_bad_settings_are_rejected_when_they_are_made():
     q, k, mask = tensors()
     negative = HeadScores([[-1.0, 1.0]])
     for settings in (
@@ -158,8 +158,8 @@ def test_a_forward_pass_is_that_of_the_heads_chosen(toy):
             pass
 
 
-class Told:
-    """A policy that answers what it was told."""
+class Answering:
+    """A policy that answers what it was description."""
 
     def __init__(self, answer):
         self.answer = answer
@@ -171,7 +171,7 @@ class Told:
         assert n_heads == 8
 
     def describe(self):
-        return {"policy": "Told"}
+        return {"policy": "Answering"}
 
 
 @pytest.mark.parametrize(
@@ -179,28 +179,35 @@ class Told:
 )
 def test_what_a_policy_answers_is_checked(toy, answer):
     model, samples = toy
-    with model.attention(HybridAttention(Told(answer), **HYBRID)):
-        with pytest.raises(HeadError, match=r"Told\.choose in layer 0: .*(from 0 to 7.*mask\.nonzero|out of range)"):
+    with model.attention(HybridAttention(Answering(answer), **HYBRID)):
+        with pytest.raises(
+            HeadError, match=r"Answering\.choose in layer 0: .*(from 0 to 7.*mask\.nonzero|out of range)"
+        ):
             model(samples[0])
-        assert model.info.attention == "hybrid(Told dense, sink=4, window=16; sdpa)"  # the same in every process
+        assert model.info.attention == "hybrid(Answering dense, sink=4, window=16; sdpa)"  # the same in every process
 
 
 @pytest.mark.parametrize("answer", [[5, 2, 5], (2, 5), {2, 5}, np.array([2, 5]), torch.tensor([5, 2])], ids=str)
-def test_numbers_of_any_kind_are_taken(toy, answer):
+def test_numbers_of_any_kind_are_accepted(toy, answer):
     model, samples = toy
-    with model.attention(HybridAttention(Told(answer), **HYBRID)):
+    with model.attention(HybridAttention(Answering(answer), **HYBRID)):
         got = model(samples[0])
     with model.attention(HybridAttention({layer: [2, 5] for layer in range(6)}, **HYBRID)):
         assert torch.equal(model(samples[0]), got)
 
 
-def test_policies_are_told_as_json(toy):
+def test_policies_are_described_as_json(toy):
     core = HeadSet(["L0H3"], n_layers=6, n_heads=8)
-    told = StaticHeads(core).describe()
-    assert json.loads(json.dumps(told)) == told == {"policy": "StaticHeads", "heads": ["L0H3"]}
+    description = StaticHeads(core).describe()
+    assert json.loads(json.dumps(description)) == description == {"policy": "StaticHeads", "heads": ["L0H3"]}
     made = QueryAwareHeads(Total(1, like=core), prior=HeadScores(torch.ones(6, 8), name="ones"), keys="bound")
     HybridAttention(made, sink=2, window=9)
-    told = json.loads(json.dumps(made.describe()))
-    assert told["budget"] == {"budget": "Total", "heads": 1, "like": ["L0H3"]}
-    assert (told["sink"], told["window"], told["prior"]["name"], told["block"]) == (2, 9, "ones", 64)
+    description = json.loads(json.dumps(made.describe()))
+    assert description["budget"] == {"budget": "Total", "heads": 1, "like": ["L0H3"]}
+    assert (description["sink"], description["window"], description["prior"]["name"], description["block"]) == (
+        2,
+        9,
+        "ones",
+        64,
+    )
     assert "ones" in repr(made) and routing.lost_attention is lost_attention

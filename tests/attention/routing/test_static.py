@@ -27,7 +27,7 @@ HEADS = HeadSet(["L0H0", "L0H3", "L2H1"], n_layers=3, n_heads=4)
     ],
     ids=lambda heads: type(heads).__name__,
 )
-def test_each_layer_has_its_heads_whatever_the_prompt(heads):
+def test_each_layer_has_its_heads_for_every_prompt(heads):
     policy = FixedHeads(heads)
     policy.validate(3, 4)
     for length in (5, 40):

@@ -121,7 +121,7 @@ def test_nan_and_infinity_never_pass_and_never_come_from_padding():
         assert found.isfinite().all()
 
 
-def test_rows_that_see_nothing_count_as_nothing():
+def test_rows_without_a_visible_key_count_zero():
     made = Case(1, 2, 1, 4, 30, 16, padded=True)
     made.places[0, :2] = 0  # before the first real key
     found = made.kernel()

@@ -132,7 +132,7 @@ def test_every_run_gives_the_same_bits(dense):
     assert all(torch.equal(first, hybrid_attention(q, k, v, dense)) for _ in range(5))
 
 
-def test_what_no_descriptor_can_stand_for_is_read_too():
+def test_tensors_that_no_descriptor_can_represent_are_read_too():
     q, k, v = tensors(1, 8, 2, 300, 300, 128)
     shifted = torch.zeros(k.numel() + 1, device="cuda", dtype=k.dtype)[1:].view(1, 300, 2, 128).transpose(1, 2)
     shifted.copy_(k)
@@ -201,7 +201,7 @@ def test_what_comes_before_and_after_waits_for_the_dense_heads(monkeypatch):
                 assert error(z, expected) < BFLOAT16_ERROR
 
 
-def test_an_error_beside_the_dense_heads_leaves_nothing_running(monkeypatch):
+def test_an_error_alongside_the_dense_heads_leaves_nothing_running(monkeypatch):
     q, k, v = tensors(1, 8, 2, 4096, 4096, 128)
     monkeypatch.setattr(dispatch, "launch", lambda *_: 1 / 0)
     monkeypatch.setattr(dispatch, "launch_streaming", lambda *_: 1 / 0)

@@ -66,7 +66,7 @@ def test_every_place_of_the_result_is_written_and_nothing_else():
 
 
 @pytest.mark.parametrize("dense", [(0,), ()])
-def test_extreme_scores_and_rows_that_see_nothing(dense):
+def test_extreme_scores_and_rows_without_a_visible_key(dense):
     q, k, v = tensors(2, 4, 2, 40, 40, 16)
     q = q * 100 / q.norm(dim=-1, keepdim=True)
     k = k * 100 / k.norm(dim=-1, keepdim=True)  # q . k up to 1e4

@@ -63,7 +63,7 @@ def plain_logits(family, sample):
 
 
 class Fixed(EvidenceAgreement):
-    """Evidence that is told."""
+    """Evidence that is specified."""
 
     def __init__(self, *, values):
         super().__init__()
@@ -86,7 +86,7 @@ def test_samples_without_evidence_are_left_out_and_counted(family):
         Fixed(values={"s0": torch.nan}).run(model, samples[:1], progress=False)
 
 
-def test_refusals(family):
+def test_bad_input_is_rejected(family):
     model, sample = hooked(family), prepared(family)
     with pytest.raises(InputError, match="rule must be one of norm"):
         GradientAgreement(rule="sum")

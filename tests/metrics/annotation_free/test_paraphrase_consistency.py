@@ -21,7 +21,7 @@ def test_paraphrase_consistency(family):
     np.testing.assert_allclose(found.values, np.mean(due, axis=0), atol=1e-5)
 
 
-def test_paraphrases_of_one_question_never_stand_against_each_other(family):
+def test_paraphrases_of_one_question_are_never_contrasted(family):
     model = hooked(family)
     texts = ("What colour is the mug?", "so What colour is the mug?", "Is the star red?")
     samples = [model.prepare(t, images=PICTURES[0]) for t in texts]

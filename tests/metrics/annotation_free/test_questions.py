@@ -13,7 +13,7 @@ from hooked_mllm.metrics import NullQuery, ParaphraseConsistency, QuestionContra
 from hooked_mllm.toys import VisualRetrieval
 
 
-def test_samples_of_a_batch_are_asked_like_samples_by_themselves(family):
+def test_samples_of_a_batch_get_the_questions_of_single_samples(family):
     model, samples = hooked(family), prepared(family)
     metric = ParaphraseConsistency(wordings=3)
 
@@ -60,7 +60,7 @@ def test_left_padded_batches_give_the_same(family):
     np.testing.assert_allclose(shared.values, plain.values, atol=1e-5)
 
 
-def test_refusals(family):
+def test_bad_input_is_rejected(family):
     model, samples = hooked(family), prepared(family)
     for build in (lambda s: QuestionContrast(share=s), lambda s: ParaphraseConsistency(share=s)):
         for share in (0.0, 1.5, -1):

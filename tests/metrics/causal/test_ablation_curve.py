@@ -106,15 +106,15 @@ def test_greedy_accuracy_is_what_generation_gives(name):
     scores = HeadScores(noise(torch.zeros(6, 8), seed=1))
     plain, sets = task.samples(model, 3), [scores.top(k) for k in (0, 48)]
 
-    def said(sample, heads, phase):
+    def generated(sample, heads, phase):
         with model.intervene(*([HeadAblation(heads, mode="zero", phase=phase)] if heads else [])):
             out = model.generate(sample, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
         return tuple(out[0, len(sample) :].tolist())
 
     phases = ("prefill", "decode", "both")
-    words = {(p, k): [said(s, heads, p) for s in plain] for p in phases for k, heads in enumerate(sets)}
-    asked = [("prefill", 0), ("decode", 1), ("both", 1)]
-    chosen = [words[key][i] for i, key in enumerate(asked)]
+    words = {(p, k): [generated(s, heads, p) for s in plain] for p in phases for k, heads in enumerate(sets)}
+    settings = [("prefill", 0), ("decode", 1), ("both", 1)]
+    chosen = [words[key][i] for i, key in enumerate(settings)]
     texts = [model.processor.tokenizer.decode(ids) for ids in chosen]
     samples = [
         model.prepare(e.question, images=e.images, system=e.system, answer=text)
@@ -131,7 +131,7 @@ def test_greedy_accuracy_is_what_generation_gives(name):
     assert len(seen) > 1  # the phases differ
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(samples, tmp_path):
+def test_an_interrupted_run_resumes_where_it_stopped(samples, tmp_path):
     path, model, calls = tmp_path / "state.json", wrapped("qwen3_vl"), []
     curve = AblationCurve(SCORES, ks=[0, 2, 4], seeds=[0, 1])
 

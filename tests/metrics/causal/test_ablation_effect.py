@@ -48,11 +48,11 @@ def test_every_head_of_unequal_samples(family):
 
     effect = AblationEffect(mode="zero", phase="both")
     got = effect.run(wrapped(family), inputs, objective=DIFFERENCE, per_sample=True, progress=False)
-    want = effects(family, inputs.inputs, score)
-    assert torch.allclose(got.values, want.permute(2, 0, 1), atol=1e-5)
-    assert want.abs().max() > 1e-3
+    expected = effects(family, inputs.inputs, score)
+    assert torch.allclose(got.values, expected.permute(2, 0, 1), atol=1e-5)
+    assert expected.abs().max() > 1e-3
     mean = effect.run(wrapped(family), list(inputs), objective=DIFFERENCE, progress=False)
-    assert torch.allclose(mean.values, want.mean(-1), atol=1e-5)
+    assert torch.allclose(mean.values, expected.mean(-1), atol=1e-5)
     assert mean.provenance["n_samples"] == 2 and mean.provenance["objective"]["objective"] == "LogitDifference"
 
 
@@ -61,13 +61,13 @@ def test_model_inputs_as_a_processor_returns_them(family):
     """A mapping of several sequences has an effect for each; alone, in a list and in an iterator."""
     model, inputs = wrapped(family), batch(family)
     effect, options = AblationEffect(mode="zero", phase="both", layers=1), {"objective": DIFFERENCE, "progress": False}
-    want = effects(family, inputs.inputs, lambda logits: logits[:, -1, 5] - logits[:, -1, 9]).permute(2, 0, 1)[:, 1]
+    expected = effects(family, inputs.inputs, lambda logits: logits[:, -1, 5] - logits[:, -1, 9]).permute(2, 0, 1)[:, 1]
     feature = BatchFeature(dict(inputs.inputs))
     for samples in (feature, dict(feature), [feature], iter([feature])):
         got = effect.run(model, samples, per_sample=True, **options)
-        assert torch.allclose(got.values[:, 1], want, atol=1e-5) and got.provenance["n_samples"] == 2
+        assert torch.allclose(got.values[:, 1], expected, atol=1e-5) and got.provenance["n_samples"] == 2
     mixed = effect.run(model, [feature, inputs[0], inputs], per_sample=True, **options)
-    assert torch.allclose(mixed.values[:, 1], want[[0, 1, 0, 0, 1]], atol=1e-5)
+    assert torch.allclose(mixed.values[:, 1], expected[[0, 1, 0, 0, 1]], atol=1e-5)
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode", "both"])
@@ -91,12 +91,12 @@ def test_of_kl_more_is_worse_and_the_effect_positive():
     got = AblationEffect(mode="zero", phase="prefill").run(model, one, objective=KLDivergence(), progress=False)
     with torch.no_grad():
         p = plain("internvl")(**one.inputs, use_cache=False).logits[:, -1].double().log_softmax(-1)
-    want = -effects(
+    expected = -effects(
         "internvl",
         one.inputs,
         lambda logits: (p.exp() * (p - logits[:, -1].double().log_softmax(-1))).sum(-1),
     )
-    assert torch.allclose(got.values, want[..., 0], atol=1e-6)
+    assert torch.allclose(got.values, expected[..., 0], atol=1e-6)
     assert got.values.min() > -1e-6
 
 

@@ -1,12 +1,12 @@
 """What an ablation curve keeps: means, intervals, a table, a file."""
 
-import json
-
 import numpy as np
 import pytest
 
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
 from hooked_mllm.metrics import AblationCurveResult
+from hooked_mllm.metrics.causal.ablation_result import KIND
+from hooked_mllm.storage import read_json, write_json
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_the_table(curve):
     assert repr(curve).startswith("AblationCurveResult(AnswerLogProb, k from 0 to 2, 12 samples; at k=2: top 0.")
 
 
-def test_it_comes_back_from_a_file(curve, tmp_path):
+def test_it_is_read_from_a_file(curve, tmp_path):
     path = tmp_path / "curve.json"
     curve.save(path)
     back = AblationCurveResult.load(path)
@@ -92,8 +92,8 @@ def test_it_comes_back_from_a_file(curve, tmp_path):
 def test_damaged_files(curve, tmp_path, change):
     path = tmp_path / "curve.json"
     curve.save(path)
-    content = json.loads(path.read_text())
+    content = read_json(path, KIND)
     change(content)
-    path.write_text(json.dumps(content))
+    write_json(path, KIND, content)
     with pytest.raises(CacheFileError, match="is damaged"):
         AblationCurveResult.load(path)

@@ -133,8 +133,8 @@ def by_head(products: Tensor, heads: int) -> Tensor:
     return products.unflatten(-1, (heads, HEAD_DIM)).sum((1, 2, 4))
 
 
-def close(found, want):
-    torch.testing.assert_close(found, want, atol=2e-4 * float(want.abs().max()), rtol=2e-3)
+def close(found, expected):
+    torch.testing.assert_close(found, expected, atol=2e-4 * float(expected.abs().max()), rtol=2e-3)
 
 
 @pytest.mark.parametrize("site", HEAD_SITES)
@@ -144,8 +144,8 @@ def test_heads(family, site, kind):
     found = AttributionPatching(site, direction="denoising" if forth else "noising").run(
         wrapped(family), [two], objective=DIFFERENCE, progress=False
     )
-    want = by_head(plain_attribution(family, two, site, forth), HEAD_SITES[site])
-    close(found.values, want.repeat_interleave(HEADS // HEAD_SITES[site], dim=1))
+    expected = by_head(plain_attribution(family, two, site, forth), HEAD_SITES[site])
+    close(found.values, expected.repeat_interleave(HEADS // HEAD_SITES[site], dim=1))
     assert found.name == f"AttributionPatching({site})"
     assert found.provenance["config"]["integrated"] is None and found.provenance["n_samples"] == len(
         two[0].inputs["input_ids"]
@@ -155,19 +155,19 @@ def test_heads(family, site, kind):
 @pytest.mark.parametrize("site", STREAM_SITES)
 def test_places_in_the_stream(family, site):
     two = pair(family)
-    want = plain_attribution(family, two, site, True).sum((1, 3))
+    expected = plain_attribution(family, two, site, True).sum((1, 3))
     run = {"objective": DIFFERENCE, "progress": False}
     table = AttributionPatching(site).run(wrapped(family), two, **run)
-    close(table.values, want)
+    close(table.values, expected)
     kinds = AttributionPatching(site, by="kind").run(wrapped(family), two, **run)
     masks = {"target": two[0].target_mask, "question": two[0].layout.question}
     for column, name in enumerate(kinds.places):
         if name in masks:
-            close(kinds.values[:, column], want[:, masks[name]].sum(1))
+            close(kinds.values[:, column], expected[:, masks[name]].sum(1))
     whole = AttributionPatching(site, by="layer", layers=[0, 2]).run(wrapped(family), two, **run)
     assert whole.shape == (2, 1) and whole.layers == (0, 2)
-    close(whole.values[:, 0], want.sum(1)[[0, 2]])
-    close(kinds.values.sum(1), want.sum(1))
+    close(whole.values[:, 0], expected.sum(1)[[0, 2]])
+    close(kinds.values.sum(1), expected.sum(1))
 
 
 def test_integrated_gradients_between_the_embeddings(family):
@@ -266,7 +266,7 @@ def test_bfloat16_finds_the_same_heads(toy):
     assert found["L2H6"] == pytest.approx(due["L2H6"], rel=0.15)
 
 
-# -- what it leaves, and what is refused -------------------------------------------------------------------------------
+# -- what it leaves, and what is rejected ------------------------------------------------------------------------------
 
 
 def test_parameters_and_hooks_stay_as_they_are():

@@ -23,7 +23,7 @@ def test_it_has_the_layers_of_the_ranked_heads_and_none_of_them(k):
         control = random_control(SCORES, ranked, seed)
         assert layers(control.heads) == layers(ranked) and control.moved == 0
         assert not control.heads & ranked
-        assert control.heads == SCORES.random(like=ranked, seed=seed)  # which asks that the layers have enough left
+        assert control.heads == SCORES.random(like=ranked, seed=seed)  # which needs enough heads left in each layer
         assert control == random_control(SCORES, ranked, seed)
         seen.add(control.heads)
     assert (len(seen) > 1) == (k > 0)
@@ -44,7 +44,7 @@ def test_where_fewer_heads_are_left_than_were_ranked_there_is_none():
     assert random_control(scores, scores.top(4), seed=0) is None
 
 
-def test_layers_and_exclusion_can_be_let_go():
+def test_layers_and_exclusion_can_be_left_out():
     scores = HeadScores([[9, 8, 7, 6], [2, 3, 0, 1]])
     free = [random_control(scores, scores.top(2), s, keep_layer_histogram=False).heads for s in range(20)]
     assert {heads.by_layer.keys() == {0} for heads in free} == {True, False}

@@ -130,7 +130,7 @@ def test_one_input_several_and_pairs(family):
     np.testing.assert_allclose(metric.decompose(model, (two[0], two[1]), progress=False).values, expected[:, :1])
 
 
-def test_what_is_refused():
+def test_what_is_rejected():
     model = wrapped("qwen3_vl")
     with pytest.raises(InputError, match="no wrong token"):
         DirectLogitAttribution(CORRECT).run(model, sample("qwen3_vl", 0), progress=False)

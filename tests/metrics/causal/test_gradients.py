@@ -96,8 +96,8 @@ def test_runs_between_two_inputs_begin_and_end_at_them(family):
         torch.testing.assert_close(got, logits_of(model, inputs, objective), atol=1e-4, rtol=1e-4)
     with between(model, start, change, 0.5):
         middle = activations(model, clean, ["blocks.0.hook_resid_pre"], objective.positions)[0]
-    want = (start["hook_embed"] + end["hook_embed"]) / 2
-    torch.testing.assert_close(middle["blocks.0.hook_resid_pre"], want)
+    expected = (start["hook_embed"] + end["hook_embed"]) / 2
+    torch.testing.assert_close(middle["blocks.0.hook_resid_pre"], expected)
     assert model.list_hooks() == {}
 
 

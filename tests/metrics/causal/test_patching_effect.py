@@ -74,10 +74,10 @@ def test_every_head(family, direction, site, heads):
         for head in range(heads):
             index = (..., slice(head * HEAD_DIM, (head + 1) * HEAD_DIM))
             change = patched(family, base, site, layer, source, index) - (b if direction == "denoising" else a)
-            want = float(change / (a - b)) * (1 if direction == "denoising" else -1)
+            expected = float(change / (a - b)) * (1 if direction == "denoising" else -1)
             groups = HEADS // heads
             for query_head in range(head * groups, (head + 1) * groups):
-                assert got[layer, query_head] == pytest.approx(want, abs=2e-4 / abs(float(a - b)))
+                assert got[layer, query_head] == pytest.approx(expected, abs=2e-4 / abs(float(a - b)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,8 +92,8 @@ def test_every_position(family, site):
     for layer in (0, 2):
         source = recorded(family, clean, site, layer)
         for place in range(0, len(clean), 7):
-            want = patched(family, corrupted, site, layer, source, (slice(None), place)) - bottom
-            assert table[layer, place] == pytest.approx(float(want), abs=1e-5)
+            expected = patched(family, corrupted, site, layer, source, (slice(None), place)) - bottom
+            assert table[layer, place] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_kinds_cover_everything_before_the_first_block():
@@ -105,8 +105,8 @@ def test_kinds_cover_everything_before_the_first_block():
     source, bottom = recorded("qwen3_vl", clean, "resid_pre", 0), score(run("qwen3_vl", corrupted))
     whole = score(run("qwen3_vl", clean)) - bottom
     rows = clean.layout.mask("visual") & ~clean.target_mask
-    want = (patched("qwen3_vl", corrupted, "resid_pre", 0, source, (slice(None), rows)) - bottom) / whole
-    assert table[0, "visual"] == pytest.approx(float(want), abs=1e-4)
+    expected = (patched("qwen3_vl", corrupted, "resid_pre", 0, source, (slice(None), rows)) - bottom) / whole
+    assert table[0, "visual"] == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_a_batch_gives_what_its_pairs_give():
@@ -120,7 +120,7 @@ def test_a_batch_gives_what_its_pairs_give():
     assert whole.provenance["n_samples"] == 2
 
 
-def test_kl_is_to_the_clean_run_whatever_the_base():
+def test_kl_is_to_the_clean_run_for_every_base():
     model, (clean, corrupted) = wrapped("qwen3_vl"), pair("qwen3_vl")
     table = PatchingEffect("resid_post", by="layer", layers=-1).run(
         model, (clean, corrupted), objective=KLDivergence(), progress=False

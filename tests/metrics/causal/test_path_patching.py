@@ -111,9 +111,9 @@ def test_to_receiving_heads(family, inputs):
                         return x
 
                     hooks.append((taps[receiver, name][0], "out", put))
-            want = -(run(family, clean, *hooks) - a) / (a - b)
-            seen.append(want)
-            assert got[layer, head] == pytest.approx(want, abs=2e-4 / abs(a - b))
+            expected = -(run(family, clean, *hooks) - a) / (a - b)
+            seen.append(expected)
+            assert got[layer, head] == pytest.approx(expected, abs=2e-4 / abs(a - b))
     assert max(map(abs, seen)) * abs(a - b) > 1e-3
 
 

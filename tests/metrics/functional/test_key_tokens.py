@@ -17,7 +17,7 @@ def test_key_tokens_are_the_largest_with_ties_to_the_left(n):
         assert np.flatnonzero(mask).tolist() == sorted(np.argsort(-row, kind="stable")[:k])
 
 
-def test_empty_sets_are_refused(pattern):
+def test_empty_sets_are_rejected(pattern):
     nothing = torch.zeros(41, dtype=torch.bool)
     profile = pattern.mean(-2)
     with pytest.raises(InputError, match="No query token"):

@@ -38,32 +38,32 @@ def null_of(model, s):
 
 def test_the_null_sample_is_what_the_processor_would_have_made(model):
     for s in samples(model):
-        mine, theirs = NullQuery().sample(model, s), null_of(model, s)
-        assert mine.inputs.keys() == theirs.inputs.keys()
-        for name, value in theirs.inputs.items():
-            assert torch.equal(mine.inputs[name], value), name
-        assert mine.question == "N/A" and mine.id is None
-        assert mine.layout.last_index == theirs.layout.last_index
-        assert torch.equal(mine.target_mask, theirs.target_mask)
+        got, expected = NullQuery().sample(model, s), null_of(model, s)
+        assert got.inputs.keys() == expected.inputs.keys()
+        for name, value in expected.inputs.items():
+            assert torch.equal(got.inputs[name], value), name
+        assert got.question == "N/A" and got.id is None
+        assert got.layout.last_index == expected.layout.last_index
+        assert torch.equal(got.target_mask, expected.target_mask)
         for name in ("question", "visual", "template", "last", "pixels"):
-            assert torch.equal(mine.layout.mask(name), theirs.layout.mask(name)), name
-        assert torch.equal(mine.layout.boxes.nan_to_num(-1), theirs.layout.boxes.nan_to_num(-1))
+            assert torch.equal(got.layout.mask(name), expected.layout.mask(name)), name
+        assert torch.equal(got.layout.boxes.nan_to_num(-1), expected.layout.boxes.nan_to_num(-1))
         at = s.target_mask.nonzero()
-        assert torch.equal(mine.target_mask.nonzero(), at)  # the evidence keeps its positions
+        assert torch.equal(got.target_mask.nonzero(), at)  # the evidence keeps its positions
 
 
 def test_the_answer_is_dropped(model):
     with_answer = model.prepare(QUESTIONS[0], images=tiny_image(32, 24), answer="the answer is red")
-    mine = NullQuery("so").sample(model, with_answer)
-    theirs = model.prepare("so", images=tiny_image(32, 24))
-    assert torch.equal(mine.inputs["input_ids"], theirs.inputs["input_ids"]) and mine.answer is None
+    got = NullQuery("so").sample(model, with_answer)
+    expected = model.prepare("so", images=tiny_image(32, 24))
+    assert torch.equal(got.inputs["input_ids"], expected.inputs["input_ids"]) and got.answer is None
     with pytest.raises(InputError, match="without answer="):
         next(NullQuery().pairs(model, with_answer))
 
 
 def test_mm_ret_heads(model):
     chosen = samples(model)
-    want = np.mean(
+    reference = np.mean(
         [
             (profile(model, s) - np.pad(p := profile(model, n), ((0, 0), (0, 0), (0, len(s) - p.shape[2]))))[
                 ..., s.target_mask.numpy()
@@ -73,7 +73,7 @@ def test_mm_ret_heads(model):
         axis=0,
     )
     found = model.measure(NullQuery().pairs(model, chosen), MMRetHeads(), progress=False)
-    np.testing.assert_allclose(found.values, want, atol=1e-5)
+    np.testing.assert_allclose(found.values, reference, atol=1e-5)
     assert found.provenance["sample_ids"] == ["s0", "s1", "s2"] and found.provenance["n_samples"] == 3
     levels = [
         s.layout.chance(s.target_mask) - null_of(model, s).layout.chance(null_of(model, s).target_mask) for s in chosen
@@ -105,7 +105,7 @@ def test_qr_head(model, outlier):
     assert dropped or outlier == 2.0
 
 
-def test_refusals(family, model):
+def test_bad_input_is_rejected(family, model):
     one, two = samples(model)[:2]
     with pytest.raises(InputError, match="needs pairs"):
         model.measure(one, MMRetHeads(), progress=False)

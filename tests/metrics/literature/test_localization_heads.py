@@ -93,7 +93,7 @@ def test_formula(family, together):
     assert found.provenance["n_kept"] == kept.sum() and found.provenance["n_samples"] == 3
 
 
-def test_refusals(family):
+def test_bad_input_is_rejected(family):
     with pytest.raises(InputError, match="lowest >= 1"):
         LocalizationHeads(lowest=0)
     model = hooked(family)

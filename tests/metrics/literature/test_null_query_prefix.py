@@ -20,16 +20,16 @@ TOLERANCE = 1e-5  # float32; the suffix alone goes through other matrix shapes
 class Rows(HeadMetric):
     """Keeps the attention rows that it reads."""
 
-    def __init__(self, queries="question", told="same"):
+    def __init__(self, queries="question", stated="same"):
         super().__init__()
-        self.asked = queries
-        if told is not None:
-            self.queries = queries if told == "same" else told
+        self.row_queries = queries
+        if stated is not None:
+            self.queries = queries if stated == "same" else stated
         self.kept = []
 
     def score(self, view):
-        rows = view.rows(self.asked)
-        at, valid = view.positions(self.asked)
+        rows = view.rows(self.row_queries)
+        at, valid = view.positions(self.row_queries)
         for number in range(view.batch):
             real = ~view.mask("padding")[number]
             self.kept.append(
@@ -183,12 +183,12 @@ def test_metrics_that_read_the_prefix_run_whole(family):
     assert reasons == ["MMRetHeads(queries='text') reads rows of 'text', some of which are before the question"]
     model = hooked(family)
     pair = next(NullQuery().pairs(model, plain_sample(family)))
-    untold = Rows("text", told=None)
-    model.measure(pair, untold, progress=False)
-    compare(untold, family, pair.samples)
-    told_wrong = Rows("text", told="question")
+    unstated = Rows("text", stated=None)
+    model.measure(pair, unstated, progress=False)
+    compare(unstated, family, pair.samples)
+    wrongly_stated = Rows("text", stated="question")
     with pytest.raises(InputError, match="'text' query tokens lie before position"):
-        model.measure(pair, told_wrong, progress=False)
+        model.measure(pair, wrongly_stated, progress=False)
     assert not any(site.taps for site in model.wiring.text)
     sink = Rows()
     sink.needs_residual = True

@@ -33,9 +33,9 @@ def test_ocr_heads():
         rows, keys = positions(layers, "generating", b), positions(layers, "target", b)
         return np.mean([int(attention[i].argmax()) in keys for i in rows])
 
-    want = per_sample(layers, formula)
-    assert (want > 0).sum() > 5  # hits happen
-    np.testing.assert_allclose(measured(OCRHeads(), layers, tokens), want, atol=1e-7)
+    expected = per_sample(layers, formula)
+    assert (expected > 0).sum() > 5  # hits happen
+    np.testing.assert_allclose(measured(OCRHeads(), layers, tokens), expected, atol=1e-7)
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -44,15 +44,15 @@ def test_sparse_mm_heads(group):
 
     def formula(attention, b):
         keys, score = positions(layers, "target", b), 0.0
-        for said in positions(layers, "answer", b):  # the row that generates a token is the one before it
-            score += (int(attention[said - 1].argmax()) in keys) / len(keys)
+        for answer_token in positions(layers, "answer", b):  # the row that generates a token is the one before it
+            score += (int(attention[answer_token - 1].argmax()) in keys) / len(keys)
         return score
 
-    want = per_sample(layers, formula)
-    np.testing.assert_allclose(measured(SparseMMHeads(), layers, tokens, group), want, atol=1e-7)
+    expected = per_sample(layers, formula)
+    np.testing.assert_allclose(measured(SparseMMHeads(), layers, tokens, group), expected, atol=1e-7)
 
 
-def test_refusals():
+def test_bad_input_is_rejected():
     layers, _ = talking()
     for keys in ("target", "visual"):
         with pytest.raises(InputError, match="Use OCRHeads"):

@@ -14,16 +14,16 @@ def test_retrieval_heads(released_code, group):
 
     def formula(attention, b):
         needle, copied = positions(layers, "question", b), []
-        for said in positions(layers, "answer", b):
-            place = int(attention[said - 1].argmax())
-            if place in needle and tokens[b, place] == tokens[b, said]:
-                copied.append(place)
+        for answer_token in positions(layers, "answer", b):
+            position = int(attention[answer_token - 1].argmax())
+            if position in needle and tokens[b, position] == tokens[b, answer_token]:
+                copied.append(position)
         return len(copied if released_code else set(copied)) / len(needle)
 
-    want = per_sample(layers, formula)
-    assert (want > 0).sum() > 5
+    expected = per_sample(layers, formula)
+    assert (expected > 0).sum() > 5
     metric = RetrievalHeads(released_code=released_code)
-    np.testing.assert_allclose(measured(metric, layers, tokens, group), want, atol=1e-7)
+    np.testing.assert_allclose(measured(metric, layers, tokens, group), expected, atol=1e-7)
 
 
 def test_repeats_count_in_the_released_code_alone():

@@ -30,27 +30,27 @@ def by_hand(family, inputs, dims, queries="last") -> np.ndarray:
 @pytest.mark.parametrize("queries", ["last", "question"])
 def test_formula(family, queries):
     samples, dims = [sample(family, 0), sample(family, 1)], [1, 5, 17, 30]
-    want = np.mean([by_hand(family, s, dims, queries) for s in samples], axis=0)
-    assert 0.05 < want.mean() < 0.95  # some are sinks and some are not
+    expected = np.mean([by_hand(family, s, dims, queries) for s in samples], axis=0)
+    assert 0.05 < expected.mean() < 0.95  # some are sinks and some are not
     metrics = [
         VisualSinkShare(dims=dims, tau=TAU, queries=queries),
         VisualNonSinkRatio(dims=dims, tau=TAU, queries=queries),
     ]
     for group_bytes in (1, 1 << 29):
         share, rest = measure(hooked(family), samples, metrics, progress=False, group_bytes=group_bytes)
-        np.testing.assert_allclose(share.values, want, atol=1e-5)
-        np.testing.assert_allclose(rest.values, 1 - want, atol=1e-5)
+        np.testing.assert_allclose(share.values, expected, atol=1e-5)
+        np.testing.assert_allclose(rest.values, 1 - expected, atol=1e-5)
         for metric in metrics:
             metric.reset()
 
 
 def test_in_a_padded_batch(family):
     together = hooked(family).measure(batch(family), VisualSinkShare(dims=[1, 5, 17, 30], tau=TAU), progress=False)
-    want = np.mean([by_hand(family, s, [1, 5, 17, 30]) for s in batch(family)], axis=0)
-    np.testing.assert_allclose(together.values, want, atol=1e-5)
+    expected = np.mean([by_hand(family, s, [1, 5, 17, 30]) for s in batch(family)], axis=0)
+    np.testing.assert_allclose(together.values, expected, atol=1e-5)
 
 
-def test_the_residual_is_kept_only_where_asked_for(family):
+def test_the_residual_is_kept_only_where_it_is_needed(family):
     class Curious(HeadMetric):
         def score(self, view):
             view.context.residual
@@ -70,7 +70,7 @@ def test_massive_dims_are_the_first_tokens_largest():
     assert massive_dims(x) == (6, 2) and massive_dims(x, k=1) == (6,)
 
 
-def test_refusals():
+def test_bad_input_is_rejected():
     for options in ({"dims": []}, {"dims": [-1]}, {"dims": [3], "tau": 0.0}):
         with pytest.raises(InputError, match="one or more dimensions"):
             VisualSinkShare(**options)
