@@ -1,18 +1,20 @@
 """Loading a checkpoint: safetensors only, classes of transformers only, no code from the checkpoint."""
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.utils import cached_file
+from transformers.utils import is_peft_available
 
-from hooked_mllm.errors import InputError, UnsupportedModelError, nearest
+from hooked_mllm.errors import HookedMLLMError, InputError, UnsupportedModelError, nearest
 from hooked_mllm.families.registry import family_of
+from hooked_mllm.model.checkpoint_files import CheckpointFiles, check_quantization
 from hooked_mllm.toys.checkpoint import resolve
 
 _DTYPES = {
@@ -25,6 +27,17 @@ _DTYPES = {
 }
 _TOWERS = {"text": "text_config", "vision": "vision_config"}
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_ADAPTER = "adapter_config.json"
+#: arguments of transformers about where the files are
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+_IGNORED = ("trust_remote_code", "use_safetensors", "output_loading_info", "ignore_mismatched_sizes")
+#: arguments of transformers that have another name or place here
+_ELSEWHERE = {
+    "attn_implementation": "specify the attention with attention=, which takes the same values",
+    "torch_dtype": "specify the type with dtype=, which takes the same values",
+    "adapter_kwargs": "load the adapter with peft and pass the model to `HookedMLLM.from_model`",
+    "state_dict": "the weights are those of the checkpoint; pass a model in memory to `HookedMLLM.from_model`",
+}
 
 
 def load_model(
@@ -52,26 +65,89 @@ def load_model(
     if device_map is not None:
         kwargs["device_map"] = device_map
     source = _locate(path_or_id)
+    local = Path(source).is_dir()
+    if local and (revision is not None or kwargs.get("subfolder")):
+        _check_local(source, revision, kwargs.get("subfolder"))
     where = {"revision": revision} if revision is not None else {}
-    _check_config(source, where)
-    _check_weights(source)
+    where |= {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+    files = CheckpointFiles(source, where)
+    config = _check_config(source, where)
+    quantization = kwargs.get("quantization_config") or config.get("quantization_config")
+    if quantization is not None:
+        check_quantization(source, quantization)
+    files.check_weights(config, kwargs.get("variant"), quantized=quantization is not None)
     safe = {"trust_remote_code": False, **where}
-    try:
+    no_adapter = {"subfolder": "no adapter"}  # with one, transformers reports the keys of the adapter alone
+    with _loading(source):
         load: Any = AutoModelForImageTextToText.from_pretrained
-        model, report = load(source, use_safetensors=True, output_loading_info=True, **safe, **kwargs)
-    except SafetensorError as error:
-        raise InputError(f"The weights of {source!r} are damaged: {error}. Download them again.") from error
-    except OSError as error:
-        raise InputError(f"{source!r} cannot be loaded: {error}") from error
-    missing = sorted(report["missing_keys"])
+        model, report = load(
+            source, use_safetensors=True, output_loading_info=True, adapter_kwargs=no_adapter, **safe, **kwargs
+        )
+    _check_report(source, type(model).__name__, report)
+    if files.find(_ADAPTER) is not None:
+        _load_adapter(files, model)
+    if device is not None:
+        with _loading(source):
+            model = model.to(device)
+    return model.eval().requires_grad_(False), _processor(files, safe)
+
+
+@contextmanager
+def _loading(source: str, part: str = "") -> Iterator[None]:
+    """Report what transformers raises for a damaged checkpoint or for wrong arguments as an `InputError`."""
+    try:
+        yield
+    except (HookedMLLMError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # tokenizers and safetensors raise errors of their own kinds
+        raise InputError(f"{part}{source!r} cannot be loaded: {error}") from error
+
+
+def _check_report(source: str, name: str, report: Mapping[str, Any]) -> None:
+    missing, unexpected = (sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys"))
     if missing:
         raise InputError(
-            f"{source!r} lacks {len(missing)} of the weights of {type(model).__name__}, such as "
-            f"{', '.join(missing[:3])}: they would be random. The checkpoint is incomplete or of another class."
+            f"{source!r} lacks {len(missing)} of the weights of {name}, such as {', '.join(missing[:3])}: they would "
+            "be random. The checkpoint is incomplete or of another class."
         )
-    if device is not None:
-        model = model.to(device)
-    return model.eval().requires_grad_(False), _processor(source, safe)
+    if unexpected:
+        raise InputError(
+            f"{source!r} has {len(unexpected)} weights that {name} does not have, such as "
+            f"{', '.join(unexpected[:3])}: they would be left out. Its config.json is of another checkpoint, or has "
+            "fewer layers."
+        )
+    other = [*sorted(map(str, report.get("mismatched_keys", ()))), *report.get("error_msgs", ())]
+    if other:
+        raise InputError(f"{source!r} has weights that do not fit {name}: {'; '.join(other[:3])}.")
+
+
+def _load_adapter(files: CheckpointFiles, model: Any) -> None:
+    """Load the adapter next to the weights, as transformers does where peft is installed, and warn."""
+    if files.find("adapter_model.safetensors") is None:
+        raise UnsupportedModelError(
+            f"{files.source!r} contains {_ADAPTER} without adapter_model.safetensors, and other files of weights can "
+            f"run code. Remove {_ADAPTER} to load the model without the adapter."
+        )
+    loads = is_peft_available()
+    if loads:
+        with _loading(files.source, "The adapter of "):
+            model.load_adapter(files.source, **files.where)
+    warnings.warn(
+        f"{files.source!r} also contains an adapter ({_ADAPTER}), which is {'' if loads else 'not '}loaded"
+        f"{'' if loads else ', because peft is not installed'}. Remove it to load the model without it; "
+        "`merge_and_unload` of peft makes it a part of the weights.",
+        stacklevel=4,
+    )
+
+
+def _check_local(source: str, revision: str | None, subfolder: object) -> None:
+    if subfolder:
+        raise InputError(f"subfolder= is of the hub; pass the path of the folder in {source!r}. Got {subfolder!r}.")
+    if revision != Path(source).resolve().name or Path(source).resolve().parent.name != "snapshots":
+        raise InputError(
+            f"revision= is a branch, tag or commit of the hub, and {source!r} is a folder, whose revision is unknown; "
+            f"got {revision!r}. Leave it out."
+        )
 
 
 def _checked(
@@ -84,11 +160,17 @@ def _checked(
         )
     if kwargs.get("trust_remote_code"):
         raise UnsupportedModelError("Code from checkpoints is never run here: leave trust_remote_code out.")
-    if kwargs.get("use_safetensors") is False:
+    if kwargs.get("use_safetensors") is False or kwargs.get("gguf_file") is not None:
         raise UnsupportedModelError("Only safetensors are read here, because other weight files can run code.")
-    if "attn_implementation" in kwargs:
-        raise InputError("Specify the attention with attention=, which takes the values of attn_implementation=.")
-    return {k: v for k, v in kwargs.items() if k not in ("trust_remote_code", "use_safetensors", "output_loading_info")}
+    if kwargs.get("ignore_mismatched_sizes"):
+        raise InputError(
+            "Leave ignore_mismatched_sizes out: weights of another size than the model's would be replaced by random "
+            "ones."
+        )
+    for name, advice in _ELSEWHERE.items():
+        if kwargs.get(name) is not None:
+            raise InputError(f"Leave {name}= out: {advice}.")
+    return {k: v for k, v in kwargs.items() if k not in _IGNORED}
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -107,7 +189,10 @@ def _locate(path_or_id: str | os.PathLike[str]) -> str:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"The folder {str(folder)!r} has no config.json: it is not a checkpoint.")
+            adapter = (folder / _ADAPTER).is_file()
+            advice = "load the model and the adapter with peft, and pass `merge_and_unload()` to `from_model`"
+            what = f"but an adapter: {advice}" if adapter else "and is not a checkpoint"
+            raise InputError(f"The folder {str(folder)!r} has no config.json, {what}.")
         return str(folder)
     if folder.is_file():
         raise InputError(f"{name!r} is a file: give the folder of the checkpoint.")
@@ -120,10 +205,10 @@ def _locate(path_or_id: str | os.PathLike[str]) -> str:
     return name
 
 
-def _check_config(source: str, where: dict[str, str]) -> None:
+def _check_config(source: str, where: dict[str, Any]) -> dict[str, Any]:
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, **where)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         local, remote = "has a config.json that cannot be read", "is neither a folder nor found on the hub"
         raise InputError(f"{source!r} {local if Path(source).is_dir() else remote}: {error}") from error
     model_type = config.get("model_type")
@@ -138,29 +223,12 @@ def _check_config(source: str, where: dict[str, str]) -> None:
         raise UnsupportedModelError(
             f"{source!r} contains a {', '.join(got)}; for {model_type!r} this package supports {', '.join(supported)}."
         )
+    return config
 
 
-def _check_weights(source: str) -> None:
-    folder = Path(source)
-    if not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        return
-    other = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5") for p in folder.glob(kind))
-    if other:
-        raise UnsupportedModelError(
-            f"{source!r} has its weights in {', '.join(other[:3])}, which are pickles and can run code; only "
-            "safetensors are read. Save the model again with `save_pretrained`, or take a revision that has "
-            "safetensors."
-        )
-    raise InputError(f"{source!r} has no weights: no *.safetensors file in the folder.")
-
-
-def _processor(source: str, safe: dict[str, Any]) -> ProcessorMixin | None:
-    quiet = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors")}
-    where = {name: value for name, value in safe.items() if name == "revision"}
-    if not any(cached_file(source, file, **quiet, **where) for file in _PROCESSOR_FILES):
+def _processor(files: CheckpointFiles, safe: dict[str, Any]) -> ProcessorMixin | None:
+    if not any(files.find(name) for name in _PROCESSOR_FILES):
         return None
-    try:
-        processor = AutoProcessor.from_pretrained(source, **safe)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"The processor of {source!r} cannot be loaded: {error}") from error
+    with _loading(files.source, "The processor of "):
+        processor = AutoProcessor.from_pretrained(files.source, **safe)
     return processor if isinstance(processor, ProcessorMixin) else None
