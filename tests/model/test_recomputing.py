@@ -54,9 +54,7 @@ def test_a_hook_that_only_reads_is_called_once(model):
 
 
 def test_without_hooks_nothing_is_wrapped(model):
-    functions = [
-        m._gradient_checkpointing_func for m in model.hf_model.modules() if hasattr(m, "gradient_checkpointing")
-    ]
+    layers = [module for module in model.hf_model.modules() if hasattr(module, "gradient_checkpointing")]
+    functions = [layer._gradient_checkpointing_func for layer in layers]
     model(model.inputs).float().sum().backward()
-    after = [m._gradient_checkpointing_func for m in model.hf_model.modules() if hasattr(m, "gradient_checkpointing")]
-    assert functions == after and gradient(model).abs().max() > 0
+    assert functions == [layer._gradient_checkpointing_func for layer in layers] and gradient(model).abs().max() > 0
