@@ -1,4 +1,4 @@
-"""The errors of the package: each says what was expected, what came, and what to do."""
+"""The errors of the package: each states what was expected, what came, and what to do."""
 
 import difflib
 from collections.abc import Iterable

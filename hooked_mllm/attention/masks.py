@@ -155,7 +155,7 @@ class MaskRows:
 
     @property
     def offset(self) -> int:
-        """Keys before the first query, where no recipe says otherwise."""
+        """Keys before the first query, where no recipe states them."""
         return self.kv_length - self.q_length if self.q_offset is None else self.q_offset
 
     def head_rows(self, index: Int[Tensor, "batch query"]) -> Bool[Tensor, "batch mask_head query key"]:

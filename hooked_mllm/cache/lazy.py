@@ -140,7 +140,7 @@ class LazyPattern:
             row = torch.matmul(q[:, head].float(), k[:, head // group].float().transpose(1, 2)).mul_(self.scale)
             if self.scores:
                 row = row.masked_fill_(hidden(head), float("-inf"))
-            else:  # as in transformers' eager attention, a query that sees nothing spreads evenly
+            else:  # as in transformers' eager attention, a query without visible keys attends evenly
                 row = torch.softmax(row.masked_fill_(hidden(head), torch.finfo(torch.float32).min), dim=-1)
             if kept is not None:
                 row = torch.take_along_dim(row, kept.clamp(min=0), dim=2).masked_fill_(kept < 0, 0.0)

@@ -24,7 +24,7 @@ from hooked_mllm.model.loading import load_model
 from hooked_mllm.storage import write_figure
 
 _NEED_GPU = ("cudnn", "flash", "cudnn-compiled")
-_NOT_THE_KERNEL = "On a {}, hybrid is its torch definition: its times say nothing about the kernel."
+_NOT_THE_KERNEL = "On a {}, hybrid is its torch definition: its times are not those of the kernel."
 
 
 def prefill(arguments: argparse.Namespace) -> None:

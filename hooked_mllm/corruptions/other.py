@@ -21,7 +21,7 @@ Candidates = Candidate | SampleBatch | Sequence[Candidate | SampleBatch]
 
 
 class OtherImage(Corruption):
-    """Ask the same question of other pictures, drawn from a set.
+    """The same question about other pictures, drawn from a set.
 
     One candidate replaces all pictures of the sample, so it must have the same number of images and videos, and videos
     of the same number of frames. The sample's own pictures are never drawn; a video gets the times of its predecessor.
@@ -30,7 +30,7 @@ class OtherImage(Corruption):
         images: The candidates: a picture (PIL image, path, array) or `Video`, a list of pictures for samples of
             several, a Sample (its pictures), or a list of any of these. A list of pictures is a list of candidates of
             one picture each.
-        seed: Seed of the draw. Samples with other questions or pictures draw anew from one seed.
+        seed: Seed of the draw. Samples with other questions or pictures get other draws from one seed.
         resize: Resize them to the sizes of those they replace, because the number of tokens depends on the size.
 
     Raises:
@@ -75,7 +75,7 @@ class OtherImage(Corruption):
 
 
 class OtherQuestion(Corruption):
-    """Ask another question of the same pictures.
+    """Another question about the same pictures.
 
     The counterpart corresponds to the sample only where the questions have the same number of tokens; see `check_pair`.
 

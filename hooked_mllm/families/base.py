@@ -152,5 +152,5 @@ class Family(ABC):
     def vision_patches(self, item: VisualItem, config: Any) -> Patches:
         """The pixels of every position of the vision tower, for one image or video, in the order of the tower."""
         raise UnsupportedModelError(
-            f"The family {self.name!r} does not say which pixels a patch of its tower sees: override `vision_patches`."
+            f"The family {self.name!r} does not state which pixels a patch of its tower has: override `vision_patches`."
         )

@@ -95,6 +95,13 @@ class LlavaOnevision(Family):
         vision = model_config.vision_config
         side, patch = vision.image_size, vision.patch_size
         images, videos = geometry.split_media(media)
+        pixels = inputs.get("pixel_values_videos")
+        if images:
+            pinpoints = [list(pair) for pair in model_config.image_grid_pinpoints]
+            geometry.check_options(processor, "image_processor", {"image_grid_pinpoints": pinpoints})
+            geometry.check_square(processor, "image_processor", inputs.get("pixel_values"), side, crops=True)
+        if videos:
+            geometry.check_square(processor, "video_processor", pixels, side)
         sizes = geometry.check_rows(inputs, "image_sizes", len(images), "images")
         per_prompt = inputs.get("batch_num_images")
         # as in the model: a single image of a sample is tiled, one of several is padded to a square
@@ -104,7 +111,7 @@ class LlavaOnevision(Family):
         for i, (m, (height, width)) in enumerate(zip(images, sizes, strict=True)):
             if (m.height, m.width) != (height, width):
                 raise LayoutError(
-                    f"Image {i} is {m.width} x {m.height}, but image_sizes says {width} x {height}: pass the images in "
+                    f"Image {i} is {m.width} x {m.height}, but image_sizes has {width} x {height}: pass the images in "
                     "the order in which the processor received them."
                 )
             if tiled[i]:
@@ -112,7 +119,6 @@ class LlavaOnevision(Family):
             else:
                 parts = [(View.WHOLE, _padded_square(m, side, patch)), (View.NONE, np.full((1, 4), np.nan))]
             items.append(geometry.image_item(i, m, parts))
-        pixels = inputs.get("pixel_values_videos")
         for i, m in enumerate(videos):
             if pixels is None or len(pixels) != len(videos) or pixels.shape[1] != m.n_frames:
                 shape = None if pixels is None else tuple(pixels.shape[:2])

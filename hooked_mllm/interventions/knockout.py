@@ -67,7 +67,7 @@ class AttentionKnockout(Intervention):
         if (heads is None) == (layers is None):
             raise HookValueError("Give the heads= or the layers= in which attention is knocked out, and not both.")
         if keys is None:
-            raise HookValueError("Give the keys= that may not be seen; with all of them hidden a query sees nothing.")
+            raise HookValueError("Give the keys= to hide; with all of them hidden, a query has no visible key.")
         check_edited_positions(queries, phase, tower)
         check_edited_positions(keys, "prefill", tower)
         self.heads = None if heads is None else keep_heads(heads)

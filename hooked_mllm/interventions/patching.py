@@ -138,7 +138,7 @@ class ActivationPatch(PositionIntervention):
                 raise HookNameError(f"The source contains layers {sorted(tensors)}; `layers` selects {layers}.")
             return layers
         if isinstance(self.source, Tensor):
-            raise HookValueError(f"Say the layer= of {self.site!r} that this tensor is for: layers=3, for example.")
+            raise HookValueError(f"Specify the layer= of {self.site!r} that this tensor is for: layers=3, for example.")
         layers = [layer for layer, name in names.items() if name in self.source]
         if not layers:
             raise HookNameError(f"The cache of the patch holds no {self.site!r} of the {self.tower} tower.")

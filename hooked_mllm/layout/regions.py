@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     BoxInput: TypeAlias = "Box | Sequence[Number]"
     #: one region or several, as callers may write them
     RegionInput: TypeAlias = "Region | Iterable[Region]"
-else:  # at run time any object, so that a wrong one reaches the checks below, whose errors say what is expected
+else:  # at run time any object, so that a wrong one reaches the checks below, whose errors state what is expected
     BoxInput = RegionInput = object
 
 

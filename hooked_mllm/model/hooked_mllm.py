@@ -237,7 +237,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             question: The question, or a list of them for a batch; everything else is then a list of the same length.
             images: A picture or several: PIL images, paths, arrays.
             videos: A video or several: paths, `Video`s, pairs (frames, fps).
-            **options: `system=`, `answer=` (teacher forcing), `target=` (the region asked about), `id=`, `fps=`,
+            **options: `system=`, `answer=` (teacher forcing), `target=` (the region with the evidence), `id=`, `fps=`,
                 `num_frames=`, `max_frames=`, `min_overlap=`, `padding_side=`, and options of the processor.
 
         Raises:

@@ -1,6 +1,6 @@
 """What plots draw: anything with these values and names. The classes of other rooms satisfy them without an import."""
 
-# ruff: noqa: D102 -- a comment at each member says what it is
+# ruff: noqa: D102 -- a comment at each member describes it
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, by any number of threads and processes, and with errors that say what to do."""
+"""Writing files: whole or not at all, by any number of threads and processes, and with errors that state what to do."""
 
 import errno
 import functools

@@ -29,7 +29,7 @@ class Turn:
     """One question about a scene.
 
     Attributes:
-        question: What is asked; the answer is a colour word.
+        question: The question; the answer is a colour word.
         shape: The shape that the question is about.
         target: The shape's cell, in pixels.
         part: The number of its page or moment.

@@ -93,7 +93,7 @@ def test_training_under_autocast(kind):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_(en|dis)able. is deprecated:FutureWarning")
 def test_a_policy_in_a_block_that_a_backward_pass_runs_again():
-    """Two prompts, one backward pass: what a policy noted of the first is gone when it is run anew."""
+    """Two prompts, one backward pass: what a policy noted of the first is dropped when it runs again."""
     first, second = (torch.randint(1, 96, (1, n), generator=torch.Generator().manual_seed(n)) for n in (30, 45))
     policy = QueryAwareHeads(PerLayer(2), queries=4)
     register(policy)
@@ -103,7 +103,7 @@ def test_a_policy_in_a_block_that_a_backward_pass_runs_again():
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert len(chosen) == LAYERS and torch.equal(losses(model, first, second), plain) and policy.chosen == chosen
     register(QueryAwareHeads(Total(5), queries=4))
-    with pytest.raises(UnsupportedModelError, match=r"backward pass runs attention anew.*Total.*PerLayer"):
+    with pytest.raises(UnsupportedModelError, match=r"backward pass runs attention again.*Total.*PerLayer"):
         losses(model, first, second)
     register(QueryAwareHeads(Total(5), queries=4))
     model.gradient_checkpointing_disable()

@@ -63,7 +63,7 @@ def test_a_checkpoint_with_its_own_scores_then_resumed(run, tmp_path):
     assert status == 0 and both.cells[:2] == first.cells and both.contexts == [40, 64]
 
 
-NOTE = "On a CPU, hybrid is its torch definition: its times say nothing about the kernel."
+NOTE = "On a CPU, hybrid is its torch definition: its times are not those of the kernel."
 
 
 def test_on_a_cpu_the_note_states_what_was_timed(run):

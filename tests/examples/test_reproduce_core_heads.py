@@ -103,7 +103,7 @@ def test_results_are_reused_and_the_report_is_the_same(run, script, monkeypatch)
     assert script.main(arguments) == 0
     assert (out / "report.html").read_bytes() == before
     with pytest.raises(TypeError):
-        script.main([*arguments, "--seed", "1"])  # other settings: measured anew
+        script.main([*arguments, "--seed", "1"])  # other settings: measured again
     (out / TOY / "maps.png").rename(out / TOY / "elsewhere.png")
     with pytest.raises(TypeError):
         script.main(arguments)

@@ -173,7 +173,7 @@ def test_what_the_inputs_and_the_originals_disagree_on_is_named():
     config, processor = real("llava_onevision")
     picture, video = coordinate_image(300, 200), coordinate_video(2, 200, 100)
     inputs = processor(text="<image>", images=[[picture]], **RAW)
-    with pytest.raises(LayoutError, match="Image 0 is 200 x 300, but image_sizes says 300 x 200"):
+    with pytest.raises(LayoutError, match="Image 0 is 200 x 300, but image_sizes has 300 x 200"):
         layout_of(config, processor, inputs, [ImageMedia(200, 300)])
     kwargs = {"video_metadata": [metadata(2)], "do_sample_frames": False}
     moving = processor(text="<video>", videos=[video], **kwargs, **RAW)

@@ -67,8 +67,8 @@ def test_it_does_not_change_and_can_be_copied():
         heads.n_layers = 3  # type: ignore[misc]
     with pytest.raises(AttributeError, match="does not change"):
         del heads.n_layers
-    for twin in (copy.deepcopy(heads), pickle.loads(pickle.dumps(heads))):
-        assert twin == heads
+    for duplicate in (copy.deepcopy(heads), pickle.loads(pickle.dumps(heads))):
+        assert duplicate == heads
 
 
 @pytest.mark.parametrize(

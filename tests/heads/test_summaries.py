@@ -47,8 +47,8 @@ def test_overlap_matrix():
     found = pairwise_overlap(rankings, 5)
     for i, one in enumerate(rankings):
         for j, other in enumerate(rankings):
-            mine, theirs = (set(np.argsort(-r.values.numpy().ravel(), kind="stable")[:5]) for r in (one, other))
-            assert found.matrix[i, j] == len(mine & theirs) / 5
+            top, other_top = (set(np.argsort(-r.values.numpy().ravel(), kind="stable")[:5]) for r in (one, other))
+            assert found.matrix[i, j] == len(top & other_top) / 5
     assert found.mean == pytest.approx((found.matrix.sum() - 3) / 6) and found.mean < 1
 
 

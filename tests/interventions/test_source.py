@@ -51,7 +51,7 @@ def test_tensors_in_place_of_a_cache(family):
             model(inputs)
     with pytest.raises(HookValueError, match="cannot be z of 2 layers"):
         HeadPatch([(0, 0), (1, 0)], new).validate(model)
-    with pytest.raises(HookValueError, match="Say the layer"):
+    with pytest.raises(HookValueError, match="Specify the layer"):
         ActivationPatch("z", new).validate(model)
 
 

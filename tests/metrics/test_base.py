@@ -87,13 +87,13 @@ def test_reset_copy_and_protocol(make, reference):
     metric = make()
     assert isinstance(metric, Metric)
     metric.update(view=layers.view())
-    twin = copy.deepcopy(metric)
-    assert twin.compute() == metric.compute()
+    copied = copy.deepcopy(metric)
+    assert copied.compute() == metric.compute()
     metric.reset()
     with pytest.raises(InputError, match="seen no sample"):
         metric.compute()
     metric.update(view=layers.view())
-    assert twin.compute() == metric.compute()
+    assert copied.compute() == metric.compute()
 
 
 def test_many_samples_keep_float64_precision():

@@ -156,5 +156,5 @@ def test_images_alongside_videos(family):
 
 
 def test_a_family_without_vision_patches_is_an_error(family, sample):
-    with pytest.raises(UnsupportedModelError, match="does not say which pixels a patch"):
+    with pytest.raises(UnsupportedModelError, match="does not state which pixels a patch"):
         Family.vision_patches(wrapped(family).family, sample.layout.items[0], None)

@@ -115,7 +115,7 @@ def test_a_file_that_was_altered_is_rejected(tmp_path, change):
     write_tensors(path, KIND, example(), {"steps": [{"causal": True}]})
     tensors, header = parts_of(path)
     save_file(tensors, path, metadata={"hooked_mllm": json.dumps(header)})
-    read_tensors(path, KIND)  # written anew, but the same
+    read_tensors(path, KIND)  # written again, but the same
     change(tensors, header)
     save_file(tensors, path, metadata={"hooked_mllm": json.dumps(header)})
     with pytest.raises(CacheFileError, match="does not match the digest.*Write the file again"):

@@ -126,14 +126,14 @@ class QueryAwareHeads:
         again = torch._C._current_graph_task_id() != -1  # torch has no public function for "within a backward pass"
         if again and not isinstance(self.budget, PerLayer):
             raise UnsupportedModelError(
-                "A backward pass runs attention anew (gradient checkpointing, compiled code), and what layers took of "
+                "A backward pass runs attention again (gradient checkpointing, compiled code), and what layers took of "
                 f"{self.budget} when this prompt was read is not known any more. Take a budget PerLayer, or the heads "
                 "that were chosen: HybridAttention(policy.chosen)."
             )
         if not again:
             self.record = {at: choice for at, choice in self.record.items() if at < layer}
         if self._n_layers is None:
-            raise InputError("The policy does not know the model's number of layers: call validate(n_layers, n_heads).")
+            raise InputError("The policy has not been validated for a model: call validate(n_layers, n_heads).")
         if layer >= self._n_layers:
             raise HeadError(f"Layer {layer} is not there: the policy is for layers 0 to {self._n_layers - 1}.")
         taken = {at: len(choice.heads) for at, choice in self.record.items()}
