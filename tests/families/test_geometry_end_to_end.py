@@ -1,8 +1,8 @@
-"""The whole way: turn a block of the ORIGINAL picture into its negative, and see which tokens change.
+"""End to end: a block of the ORIGINAL picture is inverted, and the tokens that change are compared with the layout.
 
-The vision blocks of a tiny model are made to write nothing, so each patch keeps to itself; processor, tower, projector
-and the joining with the text are the real ones. What the language model is handed must change in the tokens that the
-layout names, and nowhere else but where the kernel of the picture's resizing reaches.
+The vision blocks of a tiny model write nothing, so that patches do not mix; processor, tower, projector and the joining
+with the text are the real ones. The embeddings of the language model must change at the tokens that the layout names,
+and elsewhere only within reach of the kernel of the picture's resizing.
 """
 
 import numpy as np
@@ -57,7 +57,7 @@ class Bench:
 
     @torch.no_grad()
     def embeddings(self, images: list[np.ndarray], video: np.ndarray | None) -> torch.Tensor:
-        """[pos d_model] as the language model is handed them."""
+        """[pos d_model] at the input of the language model."""
         caught = []
         module = self.model.get_submodule(self.family.language_model)
         handle = module.register_forward_pre_hook(

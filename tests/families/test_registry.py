@@ -1,4 +1,4 @@
-"""A family of the user's own, registered, and models that no family knows."""
+"""A family of the user's own, registered, and models without a family."""
 
 import pytest
 import torch
