@@ -71,14 +71,24 @@ def key_mass(
     return (profile * keys[:, None]).sum(-1, dtype=torch.float64)
 
 
+def first_largest(values: Float[Tensor, "*axes item"], rounding: float = 1e-5) -> Int[Tensor, "*axes"]:
+    """The first index of a largest value (0 or more) of the last axis, up to relative `rounding`."""
+    least = values.amax(-1, keepdim=True) * (1 - rounding)
+    return (values >= least).to(torch.uint8).argmax(-1)  # the first of equal numbers
+
+
 def top_mask(
-    values: Float[Tensor, "*axes item"], k: Int[Tensor, "*k_axes"] | int, k_max: int | None = None
+    values: Float[Tensor, "*axes item"],
+    k: Int[Tensor, "*k_axes"] | int,
+    k_max: int | None = None,
+    rounding: float = 0.0,
 ) -> Bool[Tensor, "*axes item"]:
     """True at the `k` largest values of the last axis; among equal values the lower index comes first.
 
-    One launch of a Triton kernel on a GPU where it fits. `k_max`, the largest k, avoids a wait for the device.
+    Values that differ from the k-th largest by less than `rounding` times its size are equal to it. One launch of a
+    Triton kernel on a GPU where it fits. `k_max`, the largest k, avoids a wait for the device.
     """
-    fits = values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous()
+    fits = not rounding and values.dim() == 4 and values.dtype == torch.float32 and values.is_contiguous()
     if values.is_cuda and fits and has_triton():
         from hooked_mllm.kernels.attention_profile.largest import LONGEST, triton_top_mask  # needs a GPU's compiler
 
@@ -91,7 +101,9 @@ def top_mask(
         largest = values.topk(k_max or values.shape[-1], dim=-1).values
         threshold = largest.gather(-1, (k - 1).expand(values.shape[:-1])[..., None])
         room = k[..., None]
-    above, ties = values > threshold, values == threshold
+    margin = (threshold.abs() * rounding).nan_to_num(posinf=0.0)  # of an infinite threshold, too
+    above = values > threshold + margin
+    ties = (values >= threshold - margin) & ~above
     room = room - above.sum(-1, keepdim=True)
     # ties at the threshold are filled from the left until there is no room
     return above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))

@@ -1,9 +1,13 @@
-"""How concentrated head scores are: the share of the heads that hold half of the score."""
+"""How concentrated head scores are: the share of the heads that hold half of the score, and percentiles."""
 
 import numpy as np
+from jaxtyping import Float
 
-from hooked_mllm.errors import NumericsError
+from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads.head_values import HeadValues
+
+#: sums of attention in float32 that are equal in exact arithmetic differ by less, relative to their size
+ROUNDING = 1e-9
 
 
 def rho_half(scores: HeadValues) -> float:
@@ -29,5 +33,13 @@ def rho_half(scores: HeadValues) -> float:
     if not total[-1] > 0:
         raise NumericsError(f"{scores.name}: no score is positive, so that no head holds a share of them.")
     # the half itself is reached in spite of rounding
-    k = int(np.argmax(total >= total[-1] / 2 * (1 - 1e-12))) + 1
+    k = int(np.argmax(total >= total[-1] / 2 * (1 - ROUNDING))) + 1
     return k / len(values)
+
+
+def reached(values: Float[np.ndarray, " value"], percentile: float | int) -> float:
+    """The least value that reaches a percentile (0 to 100, by linear interpolation) in spite of rounding."""
+    if not 0 <= percentile <= 100:
+        raise InputError(f"percentile must be from 0 to 100; got {percentile!r}.")
+    threshold = float(np.percentile(values, percentile))
+    return float(values[values >= threshold - ROUNDING * float(np.ptp(values))].min())

@@ -1,29 +1,50 @@
-"""How many of n: an integer is a number, a float is a share of n, rounded up."""
+"""How many of n: an integer is a number, any other real number a share of n, rounded up; and seeds of draws."""
 
 import math
-from fractions import Fraction
-from numbers import Real
+from numbers import Integral, Real
+from typing import Any
 
-from hooked_mllm.errors import HeadError
+import numpy as np
+
+from hooked_mllm.errors import HeadError, InputError
+
+#: the error of a share that was computed in float64 from numbers up to 1, such as 1 - 3 / 7
+ROUNDING = 8 * float(np.finfo(np.float64).eps)
 
 
 def share_count(share: float, n: int) -> int:
-    """`ceil(share * n)` of the decimal number: 0.05 of 140 are 7, where the binary product is a little more."""
+    """The least k with `k / n >= share` in the precision of the share: `ceil(share * n)` without its rounding errors.
+
+    A share that float32 holds exactly is compared in float32, and a NumPy number in its own type.
+    """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"A share is a number from 0 to 1; got {share!r}.")
-    return math.ceil(Fraction(repr(float(share))) * n)
+    exact = float(np.float32(share)) == float(share)
+    kind: Any = type(share) if isinstance(share, np.floating) else np.float32 if exact else np.float64
+    value = float(share) - ROUNDING
+    k = max(min(n, int(share > 0)), math.floor(value * n * (1 - float(np.finfo(kind).eps))))
+    while k < n and float(kind(k / n)) < value:
+        k += 1
+    return k
 
 
 def resolve_count(k: int | float, n: int, what: str = "heads") -> int:
-    """The number that `k` means: an integer is the number, a float a share of `n`, rounded up; raises for others."""
+    """The number that `k` means: an integer is the number, another number a share of `n`, rounded up."""
     if isinstance(k, bool) or not isinstance(k, Real):
         raise HeadError(f"Expected a number of {what} (int) or a share of them (float); got {k!r}.")
-    if isinstance(k, float):
+    if not isinstance(k, Integral):
         if not 0.0 <= k <= 1.0:
             raise HeadError(
                 f"A float is a share of the {n} {what}, from 0 to 1; got {k!r}. For a number of {what} pass an int."
             )
-        return share_count(k, n)
+        return share_count(k, n)  # type: ignore[arg-type]  # a fraction, too
     if not 0 <= k <= n:
         raise HeadError(f"Expected a number of {what} from 0 to {n}; got {k}.")
     return int(k)
+
+
+def check_seed(seed: object) -> int:
+    """The seed; raises for anything but an integer of 0 or more."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or seed < 0:
+        raise InputError(f"A seed is an integer of 0 or more, so that the draw can be repeated; got {seed!r}.")
+    return int(seed)

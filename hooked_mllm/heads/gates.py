@@ -59,7 +59,7 @@ def heads_from_gates(
         threshold = 0.5 if threshold is None else threshold
         if not math.isfinite(threshold):
             raise InputError(f"threshold must be a number; got {threshold}.")
-        dense = values >= threshold
+        dense = values >= threshold - 1e-7  # a gate of float32 reaches the number that it was rounded from
     return HeadSet.from_mask(dense.repeat_interleave(n_heads // values.shape[1], dim=1))
 
 

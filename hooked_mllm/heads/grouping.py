@@ -58,6 +58,11 @@ class Grouping(HeadValues):
 
 def _regrouped(scores: Scores, values: Tensor, counts: Tensor | None, facts: dict[str, Any]) -> Scores:
     provenance = {**scores.provenance, **facts}
+    if facts.get("reduced") == "sum" and "chance" in provenance:
+        group = scores.n_heads // values.shape[1]
+        provenance["chance"] = [None if c is None else c * group for c in provenance["chance"]]
+    if provenance.pop("chance_by_head", None) and facts.get("reduced") == "max":
+        del provenance["chance"]  # the mean over a layer's heads, whose maximum in each group is another
     return type(scores)(values, name=scores.name, provenance=provenance, counts=counts, missing=scores.missing)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -17,8 +16,8 @@ from hooked_mllm.display.read_heads import check_in_range, read_head, whole_numb
 from hooked_mllm.display.text import number_runs, text_table
 from hooked_mllm.errors import HeadError, InputError, NumericsError
 from hooked_mllm.heads.arithmetic import Arithmetic
-from hooked_mllm.heads.concentration import rho_half
-from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.heads.concentration import reached, rho_half
+from hooked_mllm.heads.counting import check_seed, resolve_count
 from hooked_mllm.heads.grouping import Grouping
 from hooked_mllm.heads.head_set import HeadSet
 from hooked_mllm.heads.parsing import HeadsLike, parse_heads
@@ -95,18 +94,21 @@ class HeadScores(Arithmetic, Grouping):
 
         Args:
             k: How many (int) or which share (float). With `like` it may be left out.
-            seed: Seed of the draw.
+            seed: Seed of the draw, an integer of 0 or more.
             like: Draw in each layer the number of heads that this set has there, and none of them.
-            exclude: Heads that must not be drawn; those of `like` by default.
+            exclude: More heads that must not be drawn; the empty set allows those of `like`, too.
 
         Raises:
             HeadError: Without `k` and `like`, if they disagree, or if too few heads are left.
+            InputError: For a seed that is no integer.
         """
         if k is None and like is None:
             raise HeadError("random() needs a number of heads, or `like=` a set of heads to copy the layers of.")
         alike = None if like is None else self._parsed(like)
         excluded = alike if exclude is None else self._parsed(exclude)
-        draw = random_module.Random(seed)
+        if alike and excluded:
+            excluded = excluded | alike
+        draw = random_module.Random(check_seed(seed))
         order = sorted(sorted(self.ranking), key=lambda _: draw.random())
         left = [head for head in order if excluded is None or head not in excluded]
         if alike is None:
@@ -148,20 +150,24 @@ class HeadScores(Arithmetic, Grouping):
         return float(result.statistic)
 
     def overlap(self, other: ScoresInput, k: int | float) -> float:
-        """The share of the top `k` heads that is also in the other's top `k`, from 0 to 1; k must be 1 head or more."""
+        """The share of the top `k` heads that is also in the other's top `k`, among the heads that both measured.
+
+        Raises:
+            HeadError: If the shapes differ, or for k of no heads or too many.
+        """
         self._check_comparable(other)
-        own_top, other_top = self.top(k), other.top(k)
-        if not own_top:
+        own_order, other_order = self.ranking & other.ranking, other.ranking & self.ranking
+        n = resolve_count(k, len(own_order), "heads measured in both")
+        if not n:
             raise HeadError(f"The overlap of the top {k} heads is not defined: expected at least one head.")
-        return len(own_top & other_top) / len(own_top)
+        return len(own_order[:n] & other_order[:n]) / n
 
     def percentile_mask(self, percentile: int | float = 95.0) -> Bool[Tensor, "layer head"]:
         """True where the score reaches the given percentile (0 to 100) of all scores, by linear interpolation.
 
         Source: arXiv:2606.05843 eq. 20.
         """
-        threshold = float(np.percentile(self.values[self.measured].numpy(), percentile))
-        return self.values >= threshold
+        return self.values >= reached(self.values[self.measured].numpy(), percentile)
 
     def mean(self, heads: HeadsLike | None = None) -> float:
         """The mean score over a group of heads; over all measured heads if none is specified.
@@ -280,7 +286,7 @@ class HeadScores(Arithmetic, Grouping):
         return head_names((layer, head) for layer, head in self.measured.nonzero().tolist())
 
     def _count(self, k: int | float | None) -> int:
-        return resolve_count(0 if k is None else k, int(self.measured.sum()), "measured heads")
+        return resolve_count(k, int(self.measured.sum()), "measured heads")  # type: ignore[arg-type]  # None raises
 
     def _set(self, heads: Iterable[tuple[int, int]]) -> HeadSet:
         return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)

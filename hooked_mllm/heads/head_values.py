@@ -96,7 +96,10 @@ class HeadValues:
             )
 
     def _checked_counts(self, counts: Numbers) -> Tensor:
-        tensor = torch.as_tensor(counts).to(device="cpu", dtype=torch.int64)
+        numbers = as_float64(counts, "counts, whole numbers of samples")
+        if not bool((numbers.isfinite() & (numbers >= 0) & (numbers == numbers.round())).all()):
+            raise HeadError("Expected counts that are whole numbers of samples, 0 or more; got others, or NaN.")
+        tensor = numbers.to(torch.int64)
         if tensor.dim() == 1 and tensor.shape[0] == self.n_layers:
             tensor = tensor[:, None].expand(self.shape)  # [layer] -> [layer head]
         if tuple(tensor.shape) != self.shape:

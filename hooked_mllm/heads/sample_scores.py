@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.display.head_names import head_name
 from hooked_mllm.errors import HeadError, NumericsError
-from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.heads.counting import check_seed, resolve_count
 from hooked_mllm.heads.head_scores import HeadScores
 from hooked_mllm.heads.head_values import Numbers, as_float64
 from hooked_mllm.storage import described, read_tensors, restoring, write_tensors
@@ -60,12 +60,20 @@ class SampleScores:
         return self.values.shape[1], self.values.shape[2]
 
     def mean(self, samples: Sequence[int] | None = None) -> HeadScores:
-        """The mean over all samples, or over those of the given numbers (one may come several times)."""
-        selected = self.values if samples is None else self.values[list(samples)]
+        """The mean over all samples, or over those of the given numbers (one may come several times).
+
+        Raises:
+            HeadError: For no number, or a sample that is not there.
+        """
+        numbers = [*range(len(self))] if samples is None else list(samples)
+        if not numbers or not all(0 <= number < len(self) for number in numbers):
+            raise HeadError(f"Expected one or more numbers of samples from 0 to {len(self) - 1}; got {numbers}.")
+        selected, ids = self.values[numbers], self.provenance.get("sample_ids", ())
         return HeadScores(
             selected.mean(0),
             name=self.name,
-            provenance={**self.provenance, "n_samples": len(selected)},
+            provenance={**self.provenance, "n_samples": len(selected)}
+            | ({"sample_ids": [ids[number] for number in numbers]} if len(ids) == len(self) else {}),
             counts=[0 if layer in self.missing else len(selected) for layer in range(self.shape[0])],
             missing=self.missing,
         )
@@ -75,7 +83,7 @@ class SampleScores:
         k = resolve_count(n, len(self), "samples")
         if not k:
             raise HeadError(f"The mean over no sample is not defined; got {n!r} of {len(self)}.")
-        drawn = sorted(random.Random(seed).sample(range(len(self)), k))
+        drawn = sorted(random.Random(check_seed(seed)).sample(range(len(self)), k))
         scores = self.mean(drawn)
         scores.provenance |= {"seed": seed, "samples_drawn": drawn}
         return scores

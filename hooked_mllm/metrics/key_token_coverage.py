@@ -11,6 +11,7 @@ from torch import Tensor
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadsLike
+from hooked_mllm.heads.counting import resolve_count
 from hooked_mllm.heads.parsing import parse_head_set
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import AttentionMetric, Piece, check_share
@@ -86,7 +87,8 @@ class KeyTokenCoverage(AttentionMetric):
 
     Args:
         ranking: Head scores, a `HeadSet` in the order of a ranking, or a boolean mask `[layer head]`; not empty.
-        ks: Numbers of heads, at most the length of the ranking; by default, 1 to that length.
+        ks: Numbers of heads (int), at most the length of the ranking, or shares of it (float); by default, 1 to that
+            length.
         share: Share of the sequence that counts as most attended, above 0 and at most 1.
         queries: Name of the mask of query tokens.
 
@@ -106,7 +108,7 @@ class KeyTokenCoverage(AttentionMetric):
         self,
         ranking: HeadScores | HeadsLike,
         *,
-        ks: Sequence[int] | None = None,
+        ks: Sequence[int | float] | None = None,
         share: float = 0.05,
         queries: str = "question",
     ) -> None:
@@ -116,11 +118,10 @@ class KeyTokenCoverage(AttentionMetric):
         n = len(self.ranking)
         if not n:
             raise HeadError("The ranking is empty: there is no head whose coverage could be measured.")
-        self.ks = list(range(1, n + 1)) if ks is None else [int(k) for k in ks]
-        if not self.ks or min(self.ks) < 0 or max(self.ks) > n:
-            raise HeadError(f"Expected one or more k from 0 to {n}, the length of the ranking; got {self.ks}.")
-        check_share(share)
-        self.share, self.queries = share, queries
+        self.ks = [*range(1, n + 1)] if ks is None else [resolve_count(k, n, "ranked heads") for k in ks]
+        if not self.ks:
+            raise HeadError(f"Expected one or more k from 0 to {n}, the length of the ranking; got none.")
+        self.share, self.queries = check_share(share), queries
         self._ranks = torch.full(self.ranking.shape, n, dtype=torch.int32)
         for rank, head in enumerate(self.ranking):
             self._ranks[head] = rank

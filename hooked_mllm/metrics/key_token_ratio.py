@@ -47,7 +47,8 @@ class KeyTokenRatio(AttentionScore):
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
         """The ratios of this view and whether they are hits."""
         parts = super().observe(view)
-        return {**parts, "hits": parts["total"] >= self.hit}
+        # a share of tokens reaches the threshold that it was computed or rounded to
+        return {**parts, "hits": parts["total"] >= self.hit - 1e-7}
 
     def hit_rate(self) -> HeadScores:
         """The share of samples whose KTR reaches `hit`, [layer head], over all processes."""

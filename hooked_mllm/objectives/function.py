@@ -20,11 +20,12 @@ else:  # at run time anything, so that another value reaches the check whose err
 
 
 class FunctionObjective(Objective):
-    """A plain function as an objective: larger is better, and gradients flow if the function allows it.
+    """A plain function as an objective; gradients flow if the function allows it.
 
     Args:
         fn: Takes logits `[batch n d_vocab]` in float32 and returns one number for each sample, `[batch]`.
         positions: Positions whose logits it takes, the same number in every sample.
+        larger_is_better: Whether larger values mean a better model; False for a loss or an error.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, objectives, toys
@@ -35,16 +36,17 @@ class FunctionObjective(Objective):
         torch.Size([1])
     """
 
-    def __init__(self, fn: Callable[..., Any], positions: Positions = "last") -> None:
+    def __init__(self, fn: Callable[..., Any], positions: Positions = "last", *, larger_is_better: bool = True) -> None:
         if not callable(fn) or isinstance(fn, type):
             raise InputError(f"Expected a function of logits [batch n d_vocab]; got {_name(fn)}.")
         check_positions(positions)
-        self.fn, self.positions = fn, positions
+        self.fn, self.positions, self.larger_is_better = fn, positions, larger_is_better
 
     def describe(self) -> dict[str, Any]:
         """The function's name and its positions, as values that JSON can hold."""
         positions = describe_positions(self.positions)
-        return {"objective": "FunctionObjective", "function": _name(self.fn), "positions": positions}
+        settings = {"objective": "FunctionObjective", "function": _name(self.fn), "positions": positions}
+        return settings if self.larger_is_better else {**settings, "larger_is_better": False}
 
     def bind(self, model: Model, inputs: ResolvedInput, corrupted: ResolvedInput | None = None) -> BoundObjective:
         """The objective for these inputs; see `Objective.bind`."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import HeadScores
@@ -65,13 +66,13 @@ class EvidenceAgreement(Configured, ABC):
         Args:
             model: A `HookedMLLM`.
             samples: Samples or batches without answers.
-            share: The target is the `ceil(share * |V|)` visual tokens of the largest weight.
+            share: The target is the `ceil(share * |V|)` visual tokens of the largest weight, ties to the lower one.
         """
         check_share(share, " (of the visual tokens)")
         for sample in unannotated(samples):
             weights, visual = self.weights(model, sample), sample.mask("visual")[0].cpu()
-            best = weights.masked_fill(~visual, -1).topk(share_count(share, int(visual.sum()))).indices
-            yield replace(sample, target_mask=torch.zeros_like(visual).index_fill(0, best, True))
+            best = top_mask(weights.masked_fill(~visual, -1), share_count(share, int(visual.sum())))
+            yield replace(sample, target_mask=best)
 
     def run(
         self, model: Model, samples: ModelInputs, *, checkpoint: str | Path | None = None, progress: bool = True

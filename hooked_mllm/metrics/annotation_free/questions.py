@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads.counting import share_count
+from hooked_mllm.heads.counting import check_seed, share_count
 from hooked_mllm.inputs.resolve import ModelInputs, each_prepared
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.measuring.attention_view import AttentionView
@@ -27,8 +27,7 @@ class QuestionScore(HeadMetric):
 
     def __init__(self, *, queries: str = "question", share: float | int = 0.01) -> None:
         super().__init__()
-        check_share(share, " (of the visual tokens)")
-        self.queries, self.share = queries, share
+        self.queries, self.share = queries, check_share(share, " (of the visual tokens)")
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:
         """One score for the whole batch."""
@@ -72,7 +71,7 @@ def question_groups(
         questions = [prompt.question for prompt in prompts]
     # questions that share a wording have the same meaning: one of them represents all
     pool = list(dict.fromkeys(tuple(wordings(text)) for text in questions))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     for prompt in prompts:
         own = wordings(prompt.question)
         others = [texts for texts in pool if not set(texts) & set(own)]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hooked_mllm.contracts import Model, Phase
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadSet
-from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.heads.counting import check_seed, resolve_count
 from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 from hooked_mllm.inputs.resolve import ModelInputs, each_prepared, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -119,7 +119,7 @@ class AblationCurve:
             )
         self.scores, self.mode, self.reference = scores, mode, reference
         self.phase: Phase = phase
-        self.rankings, self.seeds = tuple(dict.fromkeys(rankings)), tuple(dict.fromkeys(seeds))
+        self.rankings, self.seeds = tuple(dict.fromkeys(rankings)), tuple(dict.fromkeys(map(check_seed, seeds)))
         self.keep_layer_histogram, self.exclude_ranked = keep_layer_histogram, exclude_ranked
         count = len(scores.ranking)
         ks = [k for k in DEFAULT_KS if k <= count] if ks is None else ks

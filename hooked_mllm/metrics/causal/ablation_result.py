@@ -10,6 +10,7 @@ from jaxtyping import Float
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.heads.intervals import MIN_SAMPLES, mean_interval
 from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
 
 if TYPE_CHECKING:
@@ -81,25 +82,17 @@ class AblationCurveResult:
     def interval(
         self, ranking: str, level: float = 0.95, n: int = 1000, seed: int = 0
     ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-        r"""Percentile bootstrap of the mean: (low, high) for each k.
+        r"""An interval around the mean: (low, high) for each k, as `heads.bootstrap` computes it; NaN without control.
 
-        Samples are drawn with replacement `n` times, the same for every k and seed; low and high are the
-        $(1\mp\text{level})/2$ quantiles. The interval covers the choice of samples, not that of the controls' heads.
+        It covers the choice of samples, not that of the controls' heads.
 
-        Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+        Raises:
+            InputError: For fewer than 8 samples, a level that is not between 0 and 1, or no draw.
         """
-        values = self._of(ranking).mean(0)  # [k sample]
-        count = self.n_samples
-        if count < 2:
-            raise InputError(f"A bootstrap needs at least two samples; this curve has {count}.")
-        if not 0.0 < level < 1.0 or n < 1:
-            raise InputError(f"Expected a level between 0 and 1 and at least one draw; got level={level!r}, n={n!r}.")
-        weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=n) / count
-        low, high = np.quantile(weights @ values.T, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return low, high
+        return mean_interval(self._of(ranking).mean(0).T, level, n, seed)  # [seed k sample] -> [sample k]
 
     def table(self) -> str:
-        """Mean and 95 % interval for each k, as text."""
+        """Mean and 95 % interval for each k, as text; means alone of fewer samples than an interval needs."""
         header, *lines = self._cells()
         return text_table([header, *lines], align=">" * len(header), least=(5, *[20] * len(self.rankings)))
 
@@ -113,11 +106,11 @@ class AblationCurveResult:
         columns = [("heads", *map(str, self.ks))]
         for name in self.rankings:
             mean = self.mean(name)
-            low, high = self.interval(name) if self.n_samples > 1 else (mean, mean)
-            cells = [
-                "-" if np.isnan(m) else f"{m:.3f} [{lo:.3f}, {hi:.3f}]"
-                for m, lo, hi in zip(mean, low, high, strict=True)
-            ]
+            cells = [f"{m:.3f}" for m in mean]
+            if self.n_samples >= MIN_SAMPLES:
+                ends = zip(cells, *self.interval(name), strict=True)
+                cells = [f"{cell} [{low:.3f}, {high:.3f}]" for cell, low, high in ends]
+            cells = ["-" if np.isnan(m) else cell for m, cell in zip(mean, cells, strict=True)]
             columns.append((name, *cells))
         return list(zip(*columns, strict=True))
 

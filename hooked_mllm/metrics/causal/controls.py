@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 
 from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
+from hooked_mllm.heads.counting import check_seed
 from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 
 
@@ -39,7 +40,7 @@ def random_control(
     """
     check_scores(scores, "A random control")
     top = parse_heads(ranked, scores.shape, whose=scores.name)
-    generator = random.Random(seed)
+    generator = random.Random(check_seed(seed))
     order = sorted(sorted(scores.ranking), key=lambda _: generator.random())  # as HeadScores.random
     candidates = [head for head in order if not (exclude_ranked and head in top)]
     if len(candidates) < len(top):

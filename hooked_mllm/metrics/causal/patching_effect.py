@@ -61,8 +61,8 @@ class PatchingEffect(PairedMetric, Generic[Result]):
     - "denoising": base: corrupted, source: clean. An effect of 1 restores the clean result: the activation suffices.
     - "noising": base: clean, source: corrupted. An effect of 1 loses the clean result: the activation is necessary.
 
-    Without `normalise`, the numerator is averaged over the pairs, with the sign of the normalised effect where the
-    clean run has the larger objective.
+    Without `normalise`, the numerator is averaged over the pairs, so that it is positive where a denoising patch makes
+    the model better, or a noising one makes it worse: the sign is reversed if smaller is better, as for KL.
 
     Args:
         site: "z", "q", "k", "v", "rot_q", "rot_k", "pattern" (heads); "resid_pre", "resid_mid", "resid_post",

@@ -137,7 +137,9 @@ class PairedMetric(SweptMetric):
         (clean, corrupted), patched, facts = self.sweep(model, items, objective, **options)
         base, sign = (corrupted, 1.0) if self.direction == "denoising" else (clean, -1.0)
         change = sign * (patched - base).sum(1)  # [variant sample] -> [variant]
-        whole = float((clean - corrupted).sum()) if self.normalise else len(clean)
+        # a share of the difference of the runs has the sign of neither; a plain change is one for the better
+        mean = len(clean) if as_objective(objective).larger_is_better else -len(clean)
+        whole = float((clean - corrupted).sum()) if self.normalise else mean
         if abs(whole) < 1e-9:
             raise NumericsError(
                 "The clean and the corrupted runs have the same objective, so that effects cannot be a share of the "

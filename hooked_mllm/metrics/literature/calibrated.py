@@ -100,6 +100,8 @@ class QRHead(CalibratedScore):
             kept = torch.ones_like(change, dtype=torch.bool)
             if change.shape[-1] > 1:
                 spread = change.std(-1, keepdim=True)
-                kept = (change > change.mean(-1, keepdim=True) - self.outlier * spread) | (spread == 0)
+                # changes that are equal up to rounding have no outliers
+                rounding = 1e-5 * torch.maximum(real, null).amax(-1, keepdim=True)
+                kept = change >= change.mean(-1, keepdim=True) - self.outlier * spread - rounding
             scores.append((change * kept).sum(-1))
         return torch.stack(scores, dim=1)

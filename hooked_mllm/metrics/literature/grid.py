@@ -42,7 +42,8 @@ def spatial_entropy(attention: Float[np.ndarray, "row column"]) -> float:
     - $C_i$: the 8-connected components of the cells whose attention is above the mean over the grid.
     - $P(C_i)$: the excess over the mean in a component, as a share of that in all of them.
 
-    0 for one component, $\log n$ for n equal ones; infinite for an even map, which has none.
+    0 for one component, $\log n$ for n equal ones; infinite for an even map, which has none. A cell is above the mean
+    by more than the rounding of float32, 1e-5 of the largest attention.
 
     Source: arXiv:2503.06287, after arXiv:2206.04636.
 
@@ -54,9 +55,10 @@ def spatial_entropy(attention: Float[np.ndarray, "row column"]) -> float:
     """
     from scipy.ndimage import label
 
-    excess = np.clip(attention - attention.mean(), 0.0, None)
-    labels, n = label(excess > 0, structure=np.ones((3, 3), dtype=int))  # type: ignore[misc]
-    if n == 0:
-        return float("inf")
-    shares = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=n + 1)[1:] / excess.sum()
-    return float(-(shares * np.log(shares)).sum()) + 0.0
+    excess = attention - attention.mean()
+    labels, n = label(excess > 1e-5 * attention.max(), structure=np.ones((3, 3), dtype=int))  # type: ignore[misc]
+    if n < 2:
+        return 0.0 if n else float("inf")
+    sums = np.bincount(labels.ravel(), weights=excess.ravel(), minlength=n + 1)[1:]
+    shares = sums / sums.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -5,11 +5,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
 from hooked_mllm.metrics.literature.grid import spatial_entropy, token_grid
+
+#: sums and entropies of float32 attention that differ by less are equal
+ROUNDING = 1e-5
 
 
 def elbow(values: np.ndarray) -> float:
@@ -19,7 +23,8 @@ def elbow(values: np.ndarray) -> float:
     if len(ordered) < 3 or not span > 0:
         return float(ordered[0])
     chord = np.linspace(0.0, 1.0, len(ordered))
-    return float(ordered[np.argmax(np.abs((ordered - ordered[0]) / span - chord))])
+    distance = np.abs((ordered - ordered[0]) / span - chord)
+    return float(ordered[np.argmax(distance >= distance.max() - ROUNDING)])  # the lowest of equally far values
 
 
 class LocalizationHeads(HeadMetric):
@@ -31,7 +36,8 @@ class LocalizationHeads(HeadMetric):
     - $S$: attention of the prompt's last token on the image, averaged over samples. Kept are heads whose S is above
       the elbow of the sorted values, the first `skip_layers` layers excluded; the others score 0.
     - $H$: spatial entropy of that attention on the image's token grid; see `spatial_entropy`.
-    - $m$: `lowest`; N: number of samples. Ties go to the lower layer, then head.
+    - $m$: `lowest`; N: number of samples. Ties go to the lower layer, then head; so do entropies, and values at the
+      elbow, that differ by less than 1e-5, the rounding of float32.
 
     The released code differs: its first version returned the index of the elbow in the *order of heads* and kept all
     later heads of the network, whatever their mass (later versions compare values, as here); it binarises the excess
@@ -96,11 +102,9 @@ class LocalizationHeads(HeadMetric):
         """The share of samples that select each head."""
         kept = self._kept()
         entropy = self.entropy.cpu().masked_fill(~kept, torch.inf).flatten(1)
-        order = torch.sort(entropy, dim=1, stable=True)
-        votes = torch.zeros_like(entropy)
-        best = slice(0, min(self.lowest, int(kept.sum())))
-        votes.scatter_(1, order.indices[:, best], order.values[:, best].isfinite().double())
-        scores = votes.mean(0).view_as(kept)  # [layer * head] -> [layer head]
+        # entropy is 0 or more: 1 is added so that a relative rounding is an absolute one where it is small
+        votes = top_mask(-1 - entropy, min(self.lowest, entropy.shape[1]), rounding=ROUNDING) & entropy.isfinite()
+        scores = votes.double().mean(0).view_as(kept)  # [layer * head] -> [layer head]
         return self._head_scores(scores, type(self).__name__, {"n_kept": int(kept.sum())})
 
     def _kept(self) -> Tensor:
@@ -111,4 +115,5 @@ class LocalizationHeads(HeadMetric):
             raise InputError(
                 f"{self!r} leaves out the first {self.skip_layers} layers; the model has {mass.n_layers}: no head left."
             )
-        return compared & (mass.values > elbow(mass.values[compared].numpy()))
+        values = mass.values[compared].numpy()
+        return compared & (mass.values > elbow(values) + ROUNDING * float(np.ptp(values)))

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_mllm.attention.row_statistics import first_largest
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
@@ -13,7 +14,7 @@ def hits(
     view: AttentionView, keys: Bool[Tensor, "batch pos"]
 ) -> tuple[Int[Tensor, "layer batch head query"], Bool[Tensor, "layer batch head query"]]:
     """The most attended position of each generating row, the first of equal ones, and whether it is a key."""
-    best = view.rows("generating", reduce=lambda rows: rows.argmax(-1).to(rows.dtype)).long()
+    best = view.rows("generating", reduce=lambda rows: first_largest(rows).to(rows.dtype)).long()
     _, valid = view.positions("generating")  # False in rows that only fill up the batch
     inside = torch.take_along_dim(keys[None, :, None].expand(*best.shape[:3], -1), best, dim=-1)
     return best, inside & valid[:, None]

@@ -79,7 +79,8 @@ class VisualSinkShare(HeadMetric):
         width = residual[0].shape[-1]
         if max(self.dims) >= width:
             raise InputError(f"{self!r}: the residual stream has dimensions 0 to {width - 1}.")
-        return torch.stack([sink_strength(x, self.dims) > self.tau for x in residual])
+        # a strength of tau up to the rounding of float32 is none above it
+        return torch.stack([sink_strength(x, self.dims) > self.tau * (1 + 1e-5) for x in residual])
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
         """The share on sinks."""
