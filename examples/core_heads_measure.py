@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_mllm import HookedMLLM, Sample, plots, toys
 from hooked_mllm.heads import HeadScores, HeadSet, head_name, head_names
+from hooked_mllm.heads.intervals import MIN_SAMPLES
 from hooked_mllm.metrics import (
     AblationCurve,
     AblationCurveResult,
@@ -221,7 +222,8 @@ def summary(curve: AblationCurveResult) -> dict[str, Any]:
     """Means and intervals of an ablation curve, None without a control, and the layers of the ablated heads."""
     content: dict[str, Any] = {"ks": list(curve.ks), "n_samples": curve.n_samples, "moved": curve.moved}
     for ranking in curve.rankings:
-        low, high = curve.interval(ranking)
+        none = np.full(len(curve.ks), np.nan)  # of fewer samples than an interval needs
+        low, high = curve.interval(ranking) if curve.n_samples >= MIN_SAMPLES else (none, none)
         parts = {"mean": curve.mean(ranking), "low": low, "high": high}
         content[ranking] = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in parts.items()}
         content[ranking]["layers"] = [_layers(heads) for heads in curve.heads[ranking][0]]

@@ -101,10 +101,8 @@ def top_falls(r: dict[str, Any]) -> str:
     clean, mean = a["top"]["mean"][0], a["top"]["mean"]
     middle = chance + HALF * (clean - chance)
     fallen = next((k for k, m in zip(a["ks"], mean, strict=True) if m < middle), None)
-    at_chance = next(
-        (k for k, low, high in zip(a["ks"], a["top"]["low"], a["top"]["high"], strict=True) if low <= chance <= high),
-        None,
-    )
+    intervals = zip(a["ks"], a["top"]["low"], a["top"]["high"], strict=True)
+    at_chance = next((k for k, low, high in intervals if low is not None and low <= chance <= high), None)
     if fallen is None:
         text = f"Without its top {a['ks'][-1]} heads the model still has {mean[-1]:.1%} of {clean:.1%}: it does not "
         return text + "need the heads that RAM ranks first, unlike in the paper."

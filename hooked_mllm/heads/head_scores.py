@@ -17,7 +17,7 @@ from hooked_mllm.display.text import number_runs, text_table
 from hooked_mllm.errors import HeadError, InputError, NumericsError
 from hooked_mllm.heads.arithmetic import Arithmetic
 from hooked_mllm.heads.concentration import reached, rho_half
-from hooked_mllm.heads.counting import check_seed, resolve_count
+from hooked_mllm.heads.counting import Count, Seed, check_seed, resolve_count
 from hooked_mllm.heads.grouping import Grouping
 from hooked_mllm.heads.head_set import HeadSet
 from hooked_mllm.heads.parsing import HeadsLike, parse_heads
@@ -74,18 +74,18 @@ class HeadScores(Arithmetic, Grouping):
         """All measured heads from the highest score to the lowest; ties in order of layer, then head."""
         return self._ordered(descending=True)
 
-    def top(self, k: int | float) -> HeadSet:
+    def top(self, k: Count) -> HeadSet:
         """The `k` highest heads (int), or that share of them rounded up (float); ties to the lower layer, then head."""
         return self.ranking[: self._count(k)]
 
-    def bottom(self, k: int | float) -> HeadSet:
+    def bottom(self, k: Count) -> HeadSet:
         """The `k` lowest heads, lowest first; ties to the lower layer, then head."""
         return self._ordered(descending=False)[: self._count(k)]
 
     def random(
         self,
-        k: int | float | None = None,
-        seed: int = 0,
+        k: Count | None = None,
+        seed: Seed = 0,
         *,
         like: HeadsLike | None = None,
         exclude: HeadsLike | None = None,
@@ -149,7 +149,7 @@ class HeadScores(Arithmetic, Grouping):
         result: Any = spearmanr(own_values.numpy(), other_values.numpy())
         return float(result.statistic)
 
-    def overlap(self, other: ScoresInput, k: int | float) -> float:
+    def overlap(self, other: ScoresInput, k: Count) -> float:
         """The share of the top `k` heads that is also in the other's top `k`, among the heads that both measured.
 
         Raises:
@@ -285,7 +285,7 @@ class HeadScores(Arithmetic, Grouping):
     def _ipython_key_completions_(self) -> list[str]:
         return head_names((layer, head) for layer, head in self.measured.nonzero().tolist())
 
-    def _count(self, k: int | float | None) -> int:
+    def _count(self, k: Count | None) -> int:
         return resolve_count(k, int(self.measured.sum()), "measured heads")  # type: ignore[arg-type]  # None raises
 
     def _set(self, heads: Iterable[tuple[int, int]]) -> HeadSet:

@@ -4,16 +4,16 @@ import numpy as np
 from jaxtyping import Float
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads.counting import check_seed
+from hooked_mllm.heads.counting import Seed, check_seed
 
 #: intervals of fewer samples hold the true mean too seldom
-MIN_SAMPLES = 8
+MIN_SAMPLES = 5
 #: numbers drawn at a time, so that the resampled means of a large model stay small
 CHUNK = 1 << 22
 
 
 def mean_interval(
-    values: Float[np.ndarray, "sample item"], level: float = 0.95, n: int = 1000, seed: int = 0
+    values: Float[np.ndarray, "sample item"], level: float = 0.95, n: int = 1000, seed: Seed = 0
 ) -> tuple[Float[np.ndarray, " item"], Float[np.ndarray, " item"]]:
     r"""Ends of an interval around the mean of each item.
 
@@ -23,7 +23,7 @@ def mean_interval(
     0 or 1, such as accuracies, the interval is Clopper and Pearson's.
 
     Raises:
-        InputError: For fewer than 8 samples, a level that is not between 0 and 1, no draw, or no seed.
+        InputError: For fewer than 5 samples, a level that is not between 0 and 1, no draw, or no seed.
     """
     n_samples = len(values)
     if n_samples < MIN_SAMPLES:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.display.head_names import head_name
 from hooked_mllm.errors import HeadError, NumericsError
-from hooked_mllm.heads.counting import check_seed, resolve_count
+from hooked_mllm.heads.counting import Count, Seed, check_seed, resolve_count
 from hooked_mllm.heads.head_scores import HeadScores
 from hooked_mllm.heads.head_values import Numbers, as_float64
 from hooked_mllm.storage import described, read_tensors, restoring, write_tensors
@@ -78,7 +78,7 @@ class SampleScores:
             missing=self.missing,
         )
 
-    def draw(self, n: int | float, seed: int) -> HeadScores:
+    def draw(self, n: Count, seed: Seed) -> HeadScores:
         """The mean over `n` samples (int, 1 or more), or that share of them (float), drawn without replacement."""
         k = resolve_count(n, len(self), "samples")
         if not k:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.heads.counting import Count, Seed
 from hooked_mllm.heads.head_scores import HeadScores, ScoresInput, check_scores
 from hooked_mllm.heads.intervals import mean_interval
 from hooked_mllm.heads.sample_scores import SampleScores
@@ -33,16 +34,16 @@ class Interval:
         return self.low[head], self.high[head]
 
 
-def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: int = 0) -> Interval:
+def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: Seed = 0) -> Interval:
     r"""An interval around the mean of each head: studentised bootstrap, Clopper and Pearson's for scores of 0 and 1.
 
     Each of `n` times, as many samples as there are get drawn with replacement, the same for all heads; see
     `heads.mean_interval`. On skewed scores, an interval of 95 % contains the true mean in at least 93 % of the cases
-    from 8 samples on (a percentile interval of 8: in 81 %). No interval can show what no sample does, such as large
+    from 5 samples on (a percentile interval of 5: in 71 %). No interval can show what no sample does, such as large
     scores in one of twenty samples.
 
     Raises:
-        InputError: For fewer than 8 samples, a level that is not between 0 and 1, or no draw.
+        InputError: For fewer than 5 samples, a level that is not between 0 and 1, or no draw.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 12.5.
 
@@ -81,7 +82,7 @@ class Overlap:
         return float(self.matrix[~np.eye(len(self.matrix), dtype=bool)].mean())
 
 
-def pairwise_overlap(rankings: Sequence[ScoresInput], k: int | float) -> Overlap:
+def pairwise_overlap(rankings: Sequence[ScoresInput], k: Count) -> Overlap:
     """The overlap of the top `k` heads between all pairs of scores, such as those of several seeds.
 
     Raises:
@@ -100,7 +101,7 @@ def pairwise_overlap(rankings: Sequence[ScoresInput], k: int | float) -> Overlap
 
 
 def overlap_across_seeds(
-    scores: SampleScores, k: int | float, n_samples: int | float = 0.5, seeds: Sequence[int] = range(5)
+    scores: SampleScores, k: Count, n_samples: Count = 0.5, seeds: Sequence[Seed] = range(5)
 ) -> Overlap:
     """How far the top `k` heads depend on the samples: overlap between draws of `n_samples` of them, one per seed.
 

@@ -12,7 +12,7 @@ from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import key_mass, top_mask
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import head_name
-from hooked_mllm.heads.counting import share_count
+from hooked_mllm.heads.counting import Share, share_count
 from hooked_mllm.inputs.positions import KindMasks
 from hooked_mllm.measuring.attention_rows import LayerRows
 from hooked_mllm.measuring.query_selection import QuerySelection, Selections, TokenMask
@@ -218,13 +218,13 @@ class AttentionView:
             return profile[..., span].sum(-1, dtype=torch.float64)
         return key_mass(profile[..., span], self.mask(keys)[:, span])
 
-    def top_share(self, queries: TokenMask, keys: TokenMask, share: float) -> Float[Tensor, "layer batch head"]:
+    def top_share(self, queries: TokenMask, keys: TokenMask, share: Share) -> Float[Tensor, "layer batch head"]:
         """The share of the keys that are among the `ceil(share * N)` largest entries of the profile, as float64."""
         top, key_mask = self.top(queries, share), self.mask(keys)
         span, _ = self._selections.span(keys)
         return (top[..., span] & key_mask[:, None, span]).sum(-1) / key_mask.sum(-1)[:, None].double()
 
-    def top(self, queries: TokenMask, share: float) -> Bool[Tensor, "layer batch head key"]:
+    def top(self, queries: TokenMask, share: Share) -> Bool[Tensor, "layer batch head key"]:
         """True at the `ceil(share * N)` largest entries of the profile, 0 < share <= 1 (arXiv:2606.05843 eq. 23).
 
         N is the sample's own length: padding does not count and is never selected. Ties go to the lower index.

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_mllm.attention.row_statistics import first_largest, top_mask
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.heads.counting import Count, Share, resolve_count
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric, Piece, check_share
 
@@ -59,8 +59,8 @@ class AttentionScore(HeadMetric):
         keys: str = "target",
         reduce: str = "sum",
         over_samples: str = "mean",
-        share: float = 0.05,
-        select: int | float = 0.05,
+        share: Share = 0.05,
+        select: Count = 0.05,
     ) -> None:
         super().__init__()
         choices = (("reduce", reduce, REDUCTIONS), ("over_samples", over_samples, OVER_SAMPLES))

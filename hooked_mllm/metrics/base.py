@@ -18,6 +18,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from hooked_mllm.contracts import ModelInfo
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, SampleScores
+from hooked_mllm.heads.counting import Share
 from hooked_mllm.measuring.attention_view import AttentionView
 
 #: the state with the ids and templates of samples, lines of JSON as bytes
@@ -345,7 +346,7 @@ class HeadMetric(AttentionMetric):
                 self._resize(name, {1: (n_layers,), 2: (n_layers, n_heads), 3: (0, n_layers, n_heads)}[default.dim()])
 
 
-def check_share(share: float | int, of: str = "") -> float:
+def check_share(share: Share, of: str = "") -> float:
     """The share as a plain number; raises for one that is not above 0 and at most 1."""
     if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 < share <= 1.0:
         raise InputError(f"share must be above 0 and at most 1{of}; got {share!r}.")

@@ -13,7 +13,7 @@ from hooked_mllm.cache.run import frozen_parameters
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.heads.counting import check_seed
+from hooked_mllm.heads.counting import Seed, check_seed
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples, sequence_count
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
@@ -74,7 +74,7 @@ class DuoGate(Configured):
         lr: float = 0.02,
         l1: float = 0.05,
         positions: Positions = "suffix",
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         self.sink, self.recent = check_sink_and_window(sink, recent, "recent")
         if steps < 1:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadsLike
-from hooked_mllm.heads.counting import resolve_count
+from hooked_mllm.heads.counting import Count, Share, resolve_count
 from hooked_mllm.heads.parsing import parse_head_set
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import AttentionMetric, Piece, check_share
@@ -108,8 +108,8 @@ class KeyTokenCoverage(AttentionMetric):
         self,
         ranking: HeadScores | HeadsLike,
         *,
-        ks: Sequence[int | float] | None = None,
-        share: float = 0.05,
+        ks: Sequence[Count] | None = None,
+        share: Share = 0.05,
         queries: str = "question",
     ) -> None:
         super().__init__()

@@ -1,10 +1,13 @@
 """KeyTokenRatio: the share of the target among the tokens that a head attends to most."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.heads.counting import Share
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.attention_score import AttentionScore
 
@@ -37,11 +40,11 @@ class KeyTokenRatio(AttentionScore):
 
     hits: Tensor
 
-    def __init__(self, *, share: float = 0.05, hit: float = 0.5, queries: str = "question") -> None:
+    def __init__(self, *, share: Share = 0.05, hit: Share = 0.5, queries: str = "question") -> None:
         super().__init__(queries=queries, keys="target", reduce="topk", share=share)
-        if not 0.0 < hit <= 1.0:
+        if isinstance(hit, bool) or not isinstance(hit, Real) or not 0.0 < hit <= 1.0:
             raise InputError(f"hit must be above 0 and at most 1; got {hit!r}.")
-        self.hit = hit
+        self.hit = float(hit)
         self.add_sum("hits", dtype=torch.int64)
 
     def observe(self, view: AttentionView) -> dict[str, Tensor]:

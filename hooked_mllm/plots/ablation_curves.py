@@ -65,7 +65,7 @@ def ablation_curves(
             if ranking == "random" and len(curve.values[ranking]) > 1:
                 for values in curve.values[ranking]:  # [seed k]
                     axes.plot(curve.ks, values, linewidth=0.6, alpha=0.6, **options)
-            if level is not None and curve.n_samples >= 8:  # the least that an interval needs
+            if level is not None and curve.n_samples >= 5:  # the least that an interval needs
                 low, high = curve.interval(ranking, level)
                 axes.fill_between(curve.ks, low, high, color=colour, alpha=0.15, linewidth=0)
     if chance is not None:

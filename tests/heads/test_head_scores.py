@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from hooked_mllm.errors import HeadError, NumericsError
+from hooked_mllm.errors import HeadError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores, HeadSet
 
 
@@ -98,6 +98,46 @@ def test_overlap_is_the_share_of_common_heads():
     a = HeadScores([[4.0, 3.0, 2.0, 1.0]])
     b = HeadScores([[4.0, 1.0, 3.0, 2.0]])
     assert [a.overlap(b, k) for k in (1, 2, 3, 1.0)] == [1.0, 0.5, 2 / 3, 1.0]
+
+
+def test_overlap_is_symmetric_where_measured_layers_differ():
+    a = HeadScores([[4.0, 3.0], [9.0, 8.0], [2.0, 1.0]], missing=[1])
+    b = HeadScores([[1.0, 4.0], [3.0, 2.0], [9.0, 8.0]], missing=[2])
+    assert a.overlap(b, 1) == b.overlap(a, 1) == 0.0  # among the two heads of layer 0: L0H0 and L0H1
+    assert a.overlap(b, 0.5) == b.overlap(a, 0.5) == 0.0 and a.overlap(b, 2) == b.overlap(a, 1.0) == 1.0
+    with pytest.raises(HeadError, match="from 0 to 2; got 3"):
+        a.overlap(b, 3)
+    whole = HeadScores([[4.0, 3.0], [9.0, 8.0], [2.0, 1.0]])
+    assert a.overlap(whole, 0.5) == whole.overlap(a, 0.5) == 1.0
+
+
+def test_controls_never_hold_the_heads_that_they_control():
+    s = scores()
+    core, others = s.top(4), s.bottom(20)
+    for seed in range(30):
+        assert not s.random(seed=seed, like=core, exclude=others) & (core | others)
+    for seed in (None, 1.5, -1, True):
+        with pytest.raises(InputError, match="A seed is an integer of 0 or more"):
+            s.random(3, seed)
+
+
+def test_values_that_specify_no_heads():
+    s = scores()
+    for select in (s.top, s.bottom):
+        with pytest.raises(HeadError, match="Expected a number of measured heads .* got None"):
+            select(None)
+    assert s.top(np.float32(0.05)) == s.top(0.05) == s.top(3)
+    for heads in (HeadSet(["L1H1"], n_layers=2, n_heads=4), [HeadSet(["L1H1"], n_layers=6, n_heads=9)]):
+        with pytest.raises(HeadError, match="belong to a model of"):
+            s.mean(heads)
+
+
+def test_percentile_mask_is_not_a_matter_of_rounding():
+    s = HeadScores(np.arange(101.0)[None] / 101)
+    for percentile in range(101):  # 7 % of 100 gaps are 7.000000000000001 in floating point
+        assert int(s.percentile_mask(percentile).sum()) == 101 - percentile
+    with pytest.raises(InputError, match="percentile must be from 0 to 100; got nan"):
+        s.percentile_mask(float("nan"))
 
 
 def test_percentile_mask_interpolates_linearly():

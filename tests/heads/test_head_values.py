@@ -64,3 +64,9 @@ def test_missing_layers_have_no_values():
 def test_what_holds_no_numbers(values):
     with pytest.raises(HeadError, match="Expected values of shape .*, a tensor, an array or nested lists of numbers"):
         HeadValues(values)
+
+
+@pytest.mark.parametrize("counts", [[1.0, np.nan, 2], [1, -1, 2], [1.5, 1, 2], [np.inf, 1, 1]])
+def test_counts_that_count_nothing(counts):
+    with pytest.raises(HeadError, match="whole numbers of samples, 0 or more"):
+        HeadValues(np.ones((3, 2)), counts=counts)

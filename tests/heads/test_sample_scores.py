@@ -40,6 +40,16 @@ def test_draws_are_without_replacement_and_by_seed(scores, n, count):
     assert torch.equal(scores.draw(n, seed=5).values, drawn.values)
 
 
+def test_the_ids_are_those_of_the_samples_in_the_mean():
+    scores = SampleScores(VALUES, provenance={"sample_ids": [f"s{number}" for number in range(7)]})
+    assert scores.mean([6, 0, 6]).provenance == {"sample_ids": ["s6", "s0", "s6"], "n_samples": 3}
+    drawn = scores.draw(3, seed=1).provenance
+    assert drawn["sample_ids"] == [f"s{number}" for number in drawn["samples_drawn"]]
+    for numbers in ([], [7], [-1]):
+        with pytest.raises(HeadError, match="numbers of samples from 0 to 6"):
+            scores.mean(numbers)
+
+
 @pytest.mark.parametrize("n", [0, 8, -1, 0.0, 1.5])
 def test_draws_that_cannot_be(scores, n):
     with pytest.raises(HeadError):

@@ -14,7 +14,7 @@ from hooked_mllm.attention.row_statistics import top_mask
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.heads.counting import share_count
+from hooked_mllm.heads.counting import Share, share_count
 from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.inputs.sample import Sample, is_per_token
 from hooked_mllm.measuring.attention_view import AttentionView
@@ -60,7 +60,7 @@ class EvidenceAgreement(Configured, ABC):
             )
         return relevance / relevance.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
-    def targets(self, model: Model, samples: ModelInputs, share: float | int = 0.01) -> Iterator[Sample]:
+    def targets(self, model: Model, samples: ModelInputs, share: Share = 0.01) -> Iterator[Sample]:
         """The samples with the model's own evidence as their target, for any metric that needs one.
 
         Args:

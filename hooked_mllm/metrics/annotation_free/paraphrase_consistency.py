@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
+from hooked_mllm.heads.counting import Seed, Share
 from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
@@ -45,7 +46,7 @@ class ParaphraseConsistency(QuestionScore):
 
     advice = "Measure on `metric.groups(model, samples, paraphrase)`."
 
-    def __init__(self, *, wordings: int = 2, queries: str = "question", share: float | int = 0.01) -> None:
+    def __init__(self, *, wordings: int = 2, queries: str = "question", share: Share = 0.01) -> None:
         super().__init__(queries=queries, share=share)
         if wordings < 2:
             raise InputError(f"wordings must be 2 at least, to agree or not; got {wordings!r}.")
@@ -59,7 +60,7 @@ class ParaphraseConsistency(QuestionScore):
         questions: Sequence[str] | None = None,
         *,
         n: int = 2,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> Iterator[SharedPrefix]:
         """Each sample's prompt with its question and `n` others, each in all wordings.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
+from hooked_mllm.heads.counting import Seed
 from hooked_mllm.inputs.resolve import ModelInputs
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
@@ -47,7 +48,7 @@ class QuestionContrast(QuestionScore):
 
     @staticmethod
     def groups(
-        model: Model, samples: ModelInputs, questions: Sequence[str] | None = None, *, n: int = 4, seed: int = 0
+        model: Model, samples: ModelInputs, questions: Sequence[str] | None = None, *, n: int = 4, seed: Seed = 0
     ) -> Iterator[SharedPrefix]:
         """Each sample's prompt with its question and `n` others; the common prefix is run once.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads.counting import check_seed, share_count
+from hooked_mllm.heads.counting import Seed, Share, check_seed, share_count
 from hooked_mllm.inputs.resolve import ModelInputs, each_prepared
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.measuring.attention_view import AttentionView
@@ -25,7 +25,7 @@ class QuestionScore(HeadMetric):
     #: advice in errors about other batches
     advice = ""
 
-    def __init__(self, *, queries: str = "question", share: float | int = 0.01) -> None:
+    def __init__(self, *, queries: str = "question", share: Share = 0.01) -> None:
         super().__init__()
         self.queries, self.share = queries, check_share(share, " (of the visual tokens)")
 
@@ -60,7 +60,7 @@ def question_groups(
     samples: ModelInputs,
     questions: Sequence[str] | None,
     n: int,
-    seed: int,
+    seed: Seed,
     wordings: Callable[[str], Sequence[str]],
 ) -> Iterator[SharedPrefix]:
     """Batches of a sample's prompt under its question and `n` others, each in all its wordings."""

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from hooked_mllm.contracts import Model, Phase
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadSet
-from hooked_mllm.heads.counting import check_seed, resolve_count
+from hooked_mllm.heads.counting import Count, Seed, check_seed, resolve_count
 from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 from hooked_mllm.inputs.resolve import ModelInputs, each_prepared, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -97,12 +97,12 @@ class AblationCurve:
     def __init__(
         self,
         scores: ScoresInput,
-        ks: Sequence[int | float] | None = None,
+        ks: Sequence[Count] | None = None,
         *,
         mode: Mode = "zero",
         phase: Phase = "both",
         rankings: Sequence[Ranking] = RANKINGS,
-        seeds: Sequence[int] = (0, 1, 2),
+        seeds: Sequence[Seed] = (0, 1, 2),
         keep_layer_histogram: bool = True,
         exclude_ranked: bool = True,
         reference: HeadReference | Tensor | None = None,

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import HeadError, InputError
+from hooked_mllm.heads.counting import Seed
 from hooked_mllm.heads.intervals import MIN_SAMPLES, mean_interval
 from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
 
@@ -80,14 +81,14 @@ class AblationCurveResult:
         return float(self.mean(ranking)[self.ks.index(k)])
 
     def interval(
-        self, ranking: str, level: float = 0.95, n: int = 1000, seed: int = 0
+        self, ranking: str, level: float = 0.95, n: int = 1000, seed: Seed = 0
     ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
         r"""An interval around the mean: (low, high) for each k, as `heads.bootstrap` computes it; NaN without control.
 
         It covers the choice of samples, not that of the controls' heads.
 
         Raises:
-            InputError: For fewer than 8 samples, a level that is not between 0 and 1, or no draw.
+            InputError: For fewer than 5 samples, a level that is not between 0 and 1, or no draw.
         """
         return mean_interval(self._of(ranking).mean(0).T, level, n, seed)  # [seed k sample] -> [sample k]
 

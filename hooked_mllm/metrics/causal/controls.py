@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
-from hooked_mllm.heads.counting import check_seed
+from hooked_mllm.heads.counting import Seed, check_seed
 from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 
 
@@ -17,7 +17,12 @@ class Control:
 
 
 def random_control(
-    scores: ScoresInput, ranked: HeadsLike, seed: int, *, keep_layer_histogram: bool = True, exclude_ranked: bool = True
+    scores: ScoresInput,
+    ranked: HeadsLike,
+    seed: Seed,
+    *,
+    keep_layer_histogram: bool = True,
+    exclude_ranked: bool = True,
 ) -> Control | None:
     """The same number of heads as in `ranked`, drawn at random; None if fewer heads are left than were ranked.
 

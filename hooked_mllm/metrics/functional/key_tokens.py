@@ -6,12 +6,12 @@ from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank, top_mask
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads.counting import share_count
+from hooked_mllm.heads.counting import Share, share_count
 from hooked_mllm.metrics.functional.checked import checked
 
 
 @checked
-def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool[Tensor, "*axes key"]:
+def key_tokens(profile: Float[Tensor, "*axes key"], share: Share = 0.05) -> Bool[Tensor, "*axes key"]:
     r"""The set S of the `ceil(share * N)` largest entries of a profile; ties to the lower index.
 
     Args:
@@ -33,7 +33,7 @@ def key_tokens(profile: Float[Tensor, "*axes key"], share: float = 0.05) -> Bool
 
 @checked
 def key_token_ratio(
-    profile: Float[Tensor, "*axes key"], target: Bool[Tensor, " key"], share: float = 0.05
+    profile: Float[Tensor, "*axes key"], target: Bool[Tensor, " key"], share: Share = 0.05
 ) -> Float[Tensor, "*axes"]:
     r"""Key Token Ratio: $|S\cap K^*|\,/\,|K^*|$, float64.
 
@@ -55,7 +55,7 @@ def key_token_ratio(
 
 @checked
 def key_token_coverage(
-    profile: Float[Tensor, "head key"], target: Bool[Tensor, " key"], share: float = 0.05
+    profile: Float[Tensor, "head key"], target: Bool[Tensor, " key"], share: Share = 0.05
 ) -> Float[Tensor, " k"]:
     r"""Key Token Coverage of the first k heads, for every k: $\big|\bigcup_{h<k}(S^h\cap K^*)\big|\,/\,|K^*|$.
 

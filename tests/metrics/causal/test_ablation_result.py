@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
+from hooked_mllm.heads import mean_interval
 from hooked_mllm.metrics import AblationCurveResult
 from hooked_mllm.metrics.causal.ablation_result import KIND
 from hooked_mllm.storage import read_json, write_json
@@ -37,27 +38,30 @@ def test_means_over_samples_and_seeds(curve):
         curve.mean("bottom")
 
 
-def test_the_interval_is_the_percentile_bootstrap(curve):
-    """Against samples drawn by number; the quantiles of 4000 draws are known to about a hundredth of the spread."""
-    rng, values = np.random.default_rng(9), curve.per_sample["random"].mean(0)
-    means = np.array([values[:, rng.integers(0, 12, 12)].mean(1) for _ in range(4000)])
+def test_the_interval_is_that_of_the_mean_over_seeds(curve):
     low, high = curve.interval("random", level=0.8, n=4000)
-    np.testing.assert_allclose(low[:2], np.quantile(means[:, :2], 0.1, axis=0), atol=0.01)
-    np.testing.assert_allclose(high[:2], np.quantile(means[:, :2], 0.9, axis=0), atol=0.01)
+    expected = mean_interval(curve.per_sample["random"].mean(0)[:2].T, 0.8, 4000)
+    np.testing.assert_allclose([low[:2], high[:2]], expected, rtol=1e-12)
     assert np.isnan(low[2]) and np.isnan(high[2])
     assert (low[:2] < curve.mean("random")[:2]).all() and (curve.mean("random")[:2] < high[:2]).all()
     np.testing.assert_array_equal(curve.interval("top")[0], curve.interval("top")[0])
     assert (curve.interval("top", level=0.5)[0] > curve.interval("top", level=0.99)[0]).all()
 
 
+def test_an_accuracy_of_1_is_not_known_to_be_1():
+    right = AblationCurveResult((0,), {"top": np.ones((1, 1, 8))}, {"top": [[""]]})
+    low, high = right.interval("top")
+    assert high[0] == 1.0 and low[0] == pytest.approx(0.025 ** (1 / 8))  # (1 - x)^8 of 8 hits in 8
+
+
 def test_intervals_that_cannot_be(curve):
     one = AblationCurveResult((0,), {"top": np.ones((1, 1, 1))}, {"top": [[""]]})
-    with pytest.raises(InputError, match="at least two samples; this curve has 1"):
+    with pytest.raises(InputError, match="needs 5 samples at least.*got 1"):
         one.interval("top")
     for wrong in ({"level": 1.0}, {"level": 0.0}, {"n": 0}):
         with pytest.raises(InputError, match="between 0 and 1 and at least one draw"):
             curve.interval("top", **wrong)
-    assert one.table().split() == ["heads", "top", "0", "1.000", "[1.000,", "1.000]"]
+    assert one.table().split() == ["heads", "top", "0", "1.000"]
 
 
 def test_the_table(curve):
