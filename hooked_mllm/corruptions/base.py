@@ -7,11 +7,13 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from hooked_mllm.checks import checked
 from hooked_mllm.corruptions.pair import check_pair
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Prepares, Sample, SampleBatch
 
 
+@checked
 class Corruption(ABC):
     """Makes the corrupted counterpart of a sample.
 
@@ -93,7 +95,8 @@ def prepared_again(model: Prepares, sample: Sample, changes: dict[str, Any]) -> 
         )
     arguments = {name: getattr(sample, name) for name in ("question", "answer", "target", "id")}
     arguments |= {"images": list(sample.images) or None, "videos": list(sample.videos) or None}
-    arguments |= {"system": how.system, "min_overlap": how.min_overlap, **changes}
+    arguments |= {"system": how.system, "min_overlap": how.min_overlap, "padding_side": how.padding_side}
+    arguments |= changes
     again = model.prepare(**arguments, **how.processor)
     if again.template != sample.template:
         raise InputError(

@@ -1,6 +1,6 @@
 """Geometry that families share on the way from pixels to tokens: grids of boxes, frames, and prompt order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.errors import LayoutError
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.layout.items import ImageMedia, Media, VideoMedia, View, VisualItem
 
 Cells = Float[np.ndarray, "cell 2"]
@@ -131,12 +131,54 @@ def in_prompt_order(items: Sequence[VisualItem], ids: Tensor, image_id: int, vid
     return sorted(items, key=lambda item: starts[item.name])
 
 
-def square_side(size: Any, what: str) -> int:
-    """The side of the square that a processor's `size` setting describes, in pixels."""
+def option(processor: object, part: str, name: str, default: Any = None) -> Any:
+    """An option of the image or video processor, or `default` where it has none."""
+    value = getattr(getattr(processor, part, None), name, None)
+    return default if value is None else value
+
+
+def check_options(processor: object, part: str, expected: Mapping[str, Any]) -> None:
+    """Raise an InputError unless the processor's options, where it has them, are those that the model is built for."""
+    for name, value in expected.items():
+        used = option(processor, part, name, value)
+        if not np.array_equal(used, value):
+            raise InputError(
+                f"The {part} uses {name}={_shortened(used)}, and this model is built for {_shortened(value)}: leave "
+                f"{name}= out, or use the processor of this checkpoint."
+            )
+
+
+def check_square(processor: object, part: str, pixels: Tensor | None, side: int, crops: bool = False) -> None:
+    """Raise an InputError unless each picture, frame or tile is a whole square of `side` pixels.
+
+    `crops` is for processors that cut by `crop_size` without `do_center_crop`.
+    """
+    crops = crops or bool(option(processor, part, "do_center_crop"))
+    for name in ("size", "crop_size") if crops else ("size",):
+        value = option(processor, part, name)
+        if value is not None and _square_side(value) != side:
+            raise InputError(
+                f"The {part} uses {name}={value}, and this model needs squares of {side} x {side} pixels here: leave "
+                f"{name}= out, or use the processor of this checkpoint."
+            )
+    if pixels is not None and tuple(pixels.shape[-2:]) != (side, side):
+        raise InputError(
+            f"The {part} made pictures of {pixels.shape[-1]} x {pixels.shape[-2]} pixels, and this model needs "
+            f"{side} x {side}: leave out size= and do_resize=, or use the processor of this checkpoint."
+        )
+
+
+def _square_side(size: Any) -> int | None:
+    """The side of the square that a processor's `size` setting describes, in pixels; None for another shape."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, list | tuple):
+        return size[0] if len(set(size)) == 1 else None
     get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
     height, width, edge = get("height"), get("width"), get("shortest_edge")
-    if height and height == width:
-        return int(height)
-    if edge and not height:
-        return int(edge)
-    raise LayoutError(f"The {what} must have a square size; got {size}. Set equal height and width.")
+    return height if height == width and height else None if height or width else edge
+
+
+def _shortened(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

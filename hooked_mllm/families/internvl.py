@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
-from hooked_mllm.errors import LayoutError
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families import counts, geometry
 from hooked_mllm.families.base import Family, Rows
 from hooked_mllm.families.parts import QWEN_DECODER, BlockParts, TowerParts
-from hooked_mllm.layout.items import ImageMedia, Media, Patches, View, VisualItem
+from hooked_mllm.layout.items import ImageMedia, Media, Patches, VideoMedia, View, VisualItem
 
 
 class InternVL(Family):
@@ -78,18 +78,19 @@ class InternVL(Family):
         return (config.image_token_id,)
 
     def vision_rows(self, inputs: Mapping[str, Any], config: PreTrainedConfig) -> list[Rows]:
-        tiles = 0 if inputs.get("pixel_values") is None else len(inputs["pixel_values"])
+        pixels = inputs.get("pixel_values")
+        tiles, each = (0, 0) if pixels is None else (len(pixels), _grid(config, pixels.shape[-1]) ** 2)
         placeholders = counts.counts_of(inputs["input_ids"], config.image_token_id)
-        return counts.share_out([1] * tiles, [config.image_seq_length] * tiles, placeholders)
+        return counts.share_out([1] * tiles, [each] * tiles, placeholders)
 
     def visual_items(
         self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
-        patch = model_config.vision_config.patch_size
-        patch = patch if isinstance(patch, int) else patch[0]
-        cell = patch / model_config.downsample_ratio  # width and height of one token in pixels of its tile
         lengths = _run_lengths(inputs["input_ids"], model_config.image_token_id)
         images, videos = geometry.split_media(media)
+        side = _checked_side(model_config, processor, inputs, sum(lengths), images, videos)
+        n = _grid(model_config, side)
+        cell = side / n  # width and height of one token in pixels of its tile
         n_runs = len(images) + sum(m.n_frames for m in videos)
         if len(lengths) != n_runs:
             raise LayoutError(
@@ -99,8 +100,7 @@ class InternVL(Family):
         items, runs, index = [], iter(lengths), {"image": 0, "video": 0}
         for m in media:
             kind = "image" if isinstance(m, ImageMedia) else "video"
-            i, side = index[kind], _tile_side(model_config, processor, f"{kind}_processor")
-            n = int(side // patch * model_config.downsample_ratio)
+            i = index[kind]
             index[kind] += 1
             if isinstance(m, ImageMedia):
                 length = next(runs)
@@ -139,14 +139,16 @@ def _views(
     whole = geometry.square_boxes(n, cell, side, media.width, media.height)
     if tiles == 1:
         return [(View.WHOLE, whole)]
-    settings = getattr(processor, "image_processor", None)
-    fewest, most = getattr(settings, "min_patches", 1), getattr(settings, "max_patches", 12)
+    fewest, most = (
+        geometry.option(processor, "image_processor", name, default)
+        for name, default in (("min_patches", 1), ("max_patches", 12))
+    )
     cols, rows = get_optimal_tiled_canvas((media.height, media.width), (side, side), fewest, most)
     if cols * rows + 1 != tiles:
         raise LayoutError(
             f"Image {index} ({media.width} x {media.height}) has {tiles} tiles in the prompt, but {fewest} to {most} "
-            f"tiles make {cols} x {rows} and a thumbnail. Set min_patches and max_patches on the image processor "
-            "itself, not in the call."
+            f"tiles make {cols} x {rows} and a thumbnail. Prepare the sample again with the processor of this "
+            "checkpoint."
         )
     # the picture is stretched over all tiles: each shows an equal part of it
     width, height = media.width / cols, media.height / rows
@@ -162,10 +164,34 @@ def _run_lengths(input_ids: Int[Tensor, "..."], token: int) -> list[int]:
     return ((edge == -1).nonzero() - (edge == 1).nonzero())[:, 0].tolist()
 
 
-def _tile_side(config: PreTrainedConfig, processor: object, part: str) -> int:
-    """Width and height of a tile in pixels: the processor's setting, or else the tower's."""
-    size = getattr(getattr(processor, part, None), "size", None)
-    if size is not None:
-        return geometry.square_side(size, f"{part} of InternVL")
-    side = config.vision_config.image_size
-    return side if isinstance(side, int) else side[0]
+def _grid(config: PreTrainedConfig, side: int) -> int:
+    """Rows, and columns, of tokens in a tile of `side` pixels."""
+    patch = config.vision_config.patch_size
+    return int(side // (patch if isinstance(patch, int) else patch[0]) * config.downsample_ratio)
+
+
+def _checked_side(
+    config: PreTrainedConfig,
+    processor: object,
+    inputs: Mapping[str, Any],
+    n_tokens: int,
+    images: list[ImageMedia],
+    videos: list[VideoMedia],
+) -> int:
+    """Width and height of a tile in pixels; an InputError unless the tiles fill the placeholders of the prompt."""
+    pixels, side = inputs.get("pixel_values"), config.vision_config.image_size
+    if pixels is None:
+        return side if isinstance(side, int) else side[0]
+    side = int(pixels.shape[-1])
+    for part, of_kind in (("image_processor", images), ("video_processor", videos)):
+        if of_kind:
+            geometry.check_square(processor, part, pixels, side)
+    n = _grid(config, side)
+    patch = config.vision_config.patch_size
+    whole = side % round((patch if isinstance(patch, int) else patch[0]) / config.downsample_ratio) == 0
+    if not whole or len(pixels) * n * n != n_tokens:
+        raise InputError(
+            f"The processor made {len(pixels)} tiles of {side} x {side} pixels, {n} x {n} tokens each, for {n_tokens} "
+            "placeholder tokens: leave size= out, or use a processor whose image_seq_length is that of its tiles."
+        )
+    return side

@@ -105,6 +105,10 @@ class Qwen3VL(Family):
         vision = model_config.vision_config
         merge, per_step = vision.spatial_merge_size, vision.temporal_patch_size
         images, videos = geometry.split_media(media)
+        built_for = {"patch_size": vision.patch_size, "merge_size": merge, "temporal_patch_size": per_step}
+        for part, of_kind in (("image_processor", images), ("video_processor", videos)):
+            if of_kind:
+                geometry.check_options(processor, part, built_for)
         image_grids = geometry.check_rows(inputs, "image_grid_thw", len(images), "images")
         video_grids = geometry.check_rows(inputs, "video_grid_thw", len(videos), "videos")
         items = []

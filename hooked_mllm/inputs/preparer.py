@@ -3,7 +3,9 @@
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,9 +18,18 @@ from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.families.base import Family
 from hooked_mllm.inputs import video as loading
 from hooked_mllm.inputs.images import Images, load_image, media_list
-from hooked_mllm.inputs.prompt import Processor, Tokenizer, check_special, check_text, render, token_spans
-from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, Target, is_per_token
-from hooked_mllm.inputs.video import Number, Video, Videos
+from hooked_mllm.inputs.options import declared_options, frame_sampler, merged_options, processor_in_effect
+from hooked_mllm.inputs.prompt import (
+    Processor,
+    Tokenizer,
+    check_special,
+    check_text,
+    open_thought,
+    render,
+    token_spans,
+)
+from hooked_mllm.inputs.sample import Preparation, Sample, SampleBatch, Target, check_side, is_per_token
+from hooked_mllm.inputs.video import Number, Video, Videos, check_sampling
 from hooked_mllm.layout import ImageMedia, TokenLayout, VideoMedia
 
 
@@ -61,22 +72,34 @@ class Preparer:
         Args:
             question: The question, or a list of them; everything below is then a list of the same length, or `None`.
                 (`system` and the sampling of videos may also be one for all.)
-            images: A picture or a list of them: PIL images, paths, arrays.
+            images: A picture or a list of them: PIL images, paths, arrays. An EXIF orientation is applied, and regions
+                are in pixels of the upright picture.
             videos: A video or a list of them: paths, `Video`s, frames, pairs (frames, fps).
             system: The system prompt; without one, the template's own default.
-            answer: A text put after the prompt, token by token what the model would have generated.
+            answer: A text put after the prompt, token by token what the model would have generated. Where the chat
+                template opens a thought, it starts with the end of the thought, such as "</think>", up to which tokens
+                count as template.
             target: The region that the question is about, such as `Box(412, 230, 520, 371)`, or a list of regions.
             id: A name for the sample.
-            fps: Frames a second to take from a video file; of frames in memory, their own rate.
+            fps: Frames a second to take from a video file; of frames in memory, their own rate. Without `fps` and
+                `num_frames`, the frames are those that the model's video processor takes.
             num_frames: Frames to take from a video file.
-            max_frames: The most frames to take from a video file by `fps`.
+            max_frames: The most frames to take from a video file.
             min_overlap: The least share of a token's footprint that the target must cover.
-            padding_side: Where a batch is padded, "left" or "right".
-            **processor_kwargs: For the processor, such as `size` or `crop_to_patches`.
+            padding_side: Where a batch is padded, "left" or "right"; a sample as well, with `padding="max_length"`.
+            **processor_kwargs: For the processor, such as `size` or `crop_to_patches`. Options that do not fit the
+                model, such as another `patch_size`, raise an InputError.
         """
         self._check_names(processor_kwargs)
-        decode = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames}
-        prepared = partial(self._one, decode, processor_kwargs, float(min_overlap))
+        check_side(padding_side)
+        merged = merged_options(self.processor, processor_kwargs)
+        effective = processor_in_effect(self.processor, merged)
+        sampling = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames}
+        check_sampling(**sampling)
+        options = merged["videos_kwargs"] | {"do_sample_frames": effective.video_processor.do_sample_frames}
+        own = getattr(self.processor, "video_processor", None)
+        decode = sampling | {"sampler": frame_sampler(own, options, **sampling)}
+        prepared = partial(self._one, decode, effective, processor_kwargs, float(min_overlap), padding_side)
         columns: dict[str, Any] = {
             "images": images, "videos": videos, "system": system, "answer": answer, "target": target, "id": id,
         }  # fmt: skip
@@ -94,7 +117,7 @@ class Preparer:
         return SampleBatch.collate([prepared(*entry) for entry in entries], padding_side)
 
     def _check_names(self, arguments: Mapping[str, Any]) -> None:
-        known = _processor_arguments(self.processor)
+        known = declared_options(self.processor)
         unknown = [name for name in arguments if name not in known] if known else []
         if unknown:
             own = [name for name in inspect.signature(self.__call__).parameters if name != "processor_kwargs"]
@@ -105,8 +128,10 @@ class Preparer:
     def _one(
         self,
         decode: Mapping[str, Any],
+        effective: SimpleNamespace,
         processor_kwargs: Mapping[str, Any],
         min_overlap: float,
+        padding_side: str,
         question: str,
         images: Images | None,
         videos: Videos | None,
@@ -125,17 +150,23 @@ class Preparer:
         shown = tuple(load_image(image) for image in media_list(images))
         films = tuple(loading.as_video(video, **decode) for video in loading.as_list(videos))
         prompt, texts = render(self.processor, question, system, len(shown), len(films))
-        inputs = self._process(prompt, shown, films, processor_kwargs)
+        cap = getattr(effective.video_processor, "cap_pixels_per_frame", True)
+        inputs = self._process(prompt, shown, films, processor_kwargs, cap)
+        inputs, padding = _without_padding(inputs)
         # the processor's own placeholders in the text, before it widens them to `visual_token_ids`
         marks = {self.tokenizer.convert_tokens_to_ids(p) for p in placeholders if p}
         spans = token_spans(prompt, texts, self.tokenizer, inputs["input_ids"][0].tolist(), marks)
         photos = [ImageMedia(image.width, image.height) for image in shown]
         clips = [VideoMedia(film.width, film.height, len(film), film.times_s) for film in films]
-        items = self.family.visual_items(self.config, self.processor, inputs, (*photos, *clips))
+        items = self.family.visual_items(self.config, effective, inputs, (*photos, *clips))
         if answer is not None:
-            spans["answer"] = [self._append(inputs, answer, placeholders)]
+            spans["answer"] = [self._append(inputs, answer, placeholders, open_thought(prompt, texts["question"]))]
         self.family.check_inputs(inputs, self.config)
         layout = TokenLayout.build(inputs["input_ids"][0], items, self.family.visual_token_ids(self.config), spans)
+        if padding is not None:
+            if not _names_side(processor_kwargs):
+                padding = replace(padding, **_sides(padding.left + padding.right, padding_side))
+            inputs, layout = padding.applied(inputs), layout.padded(padding.left, padding.right)
         pad = self.tokenizer.pad_token_id
         return Sample(
             inputs=inputs,
@@ -149,14 +180,16 @@ class Preparer:
             id=id,
             template=hashlib.sha256(str(self.processor.chat_template).encode()).hexdigest()[:16],
             pad_token_id=pad if pad is not None else self.tokenizer.eos_token_id or 0,
-            preparation=Preparation(system, min_overlap, dict(processor_kwargs)),
+            preparation=Preparation(system, min_overlap, dict(processor_kwargs), padding_side),
             family=self.family.name,
         )
 
     def _process(
-        self, text: str, shown: Sequence[Image.Image], films: Sequence[Video], kwargs: Mapping[str, Any]
+        self, text: str, shown: Sequence[Image.Image], films: Sequence[Video], options: Mapping[str, Any], cap: Any
     ) -> dict[str, Tensor]:
         media: dict[str, Any] = {}
+        # the frames are sampled before
+        kwargs = {name: value for name, value in options.items() if name not in ("do_sample_frames", "videos_kwargs")}
         if shown:
             # nested: LLaVA-OneVision takes a flat list for samples of one image each
             media["images"] = [list(shown)]
@@ -164,48 +197,91 @@ class Preparer:
             # [frame height width channel] -> [frame channel height width]
             media["videos"] = [torch.from_numpy(film.frames).permute(0, 3, 1, 2).contiguous() for film in films]
             media["video_metadata"] = [_metadata(film) for film in films]
-            media["videos_kwargs"] = {"input_data_format": "channels_first", "do_sample_frames": False}
-            video_processor = getattr(self.processor, "video_processor", None)
-            if getattr(video_processor, "cap_pixels_per_frame", True) is None:
-                # what None means; given explicitly, transformers does not warn
+            fixed = {"input_data_format": "channels_first", "do_sample_frames": False}
+            media["videos_kwargs"] = {**options.get("videos_kwargs", {}), **fixed}
+            if cap is None:  # what None means; given explicitly, transformers does not warn
                 media["videos_kwargs"]["cap_pixels_per_frame"] = False
         try:
             out = self.processor(text=[text], return_tensors="pt", **media, **kwargs)
-        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError) as error:
             lengths, hint = sorted({len(film) for film in films}), ""
             if len(lengths) > 1:
                 hint = f" The videos have {lengths} frames: this processor may need one number, see num_frames=."
             raise InputError(f"{type(self.processor).__name__} rejects these inputs: {error}{hint}") from error
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
-    def _append(self, inputs: dict[str, Tensor], answer: str, placeholders: Sequence[str]) -> tuple[int, int]:
-        """Append the answer's tokens to the prompt's, which stay those that `generate` would start from."""
+    def _append(
+        self, inputs: dict[str, Tensor], answer: str, placeholders: Sequence[str], thought_end: str | None
+    ) -> tuple[int, int]:
+        """Append the answer's tokens to the prompt's, which stay those that `generate` would start from.
+
+        `thought_end` ends a thought that the prompt opens.
+        """
         inside = ", ".join(repr(p) for p in placeholders if p and p in answer)
         if inside:
             raise InputError(f"The answer contains {inside}, which represents an image or a video.")
-        ids = self.tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"].long()
-        if not ids.shape[-1]:
+        thought, closed, said = answer.rpartition(thought_end) if thought_end else ("", "", answer)
+        if thought_end and not closed:
+            raise InputError(
+                f"The chat template opens a thought that {thought_end!r} ends, and the answer would be part of it: "
+                f"start with the end of the thought, as in answer={thought_end + answer!r}."
+            )
+        said_only = said.lstrip() if thought_end else said
+        before = self._tokens(thought + closed + said[: len(said) - len(said_only)])
+        ids = torch.cat([before, self._tokens(said_only)], dim=1)
+        if ids.shape[1] == before.shape[1]:
             raise InputError("The answer is empty: leave it out, or give a text.")
         n = inputs["input_ids"].shape[1]
         for name, value in inputs.items():
             if is_per_token(value, n):
                 more = torch.full_like(ids, int(name == "attention_mask")) if name != "input_ids" else ids
                 inputs[name] = torch.cat([value, more.to(value.dtype)], dim=1)  # [1 prompt] -> [1 prompt + answer]
-        return n, n + ids.shape[1]
+        return n + before.shape[1], n + ids.shape[1]
+
+    def _tokens(self, text: str) -> Tensor:
+        """Ids `[1 pos]` of a text by itself."""
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].long().reshape(1, -1)
 
 
-def _processor_arguments(processor: Processor) -> set[str]:
-    """The keywords that a processor takes, its own and those of its parts; none if it declares none."""
-    declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", None)
-    if not declared:
-        return set()
-    known = {*declared, "common_kwargs"}
-    parts = {"text_kwargs": "tokenizer", "images_kwargs": "image_processor", "videos_kwargs": "video_processor"}
-    for kind, part in parts.items():
-        own = getattr(getattr(processor, part, None), "valid_kwargs", None)
-        for keywords in (declared.get(kind), own):
-            known |= set(getattr(keywords, "__annotations__", ()))
-    return known
+@dataclass(frozen=True)
+class _Padding:
+    """Padding positions that the processor added, and their value in each tensor."""
+
+    left: int
+    right: int
+    fill: Mapping[str, int]
+
+    def applied(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`[1 pos] -> [1 left + pos + right]`."""
+        pad, sides = torch.nn.functional.pad, (self.left, self.right)
+        return {k: pad(v, sides, value=self.fill[k]) if k in self.fill else v for k, v in inputs.items()}
+
+
+def _without_padding(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], _Padding | None]:
+    """The inputs without the positions that their attention mask marks as padding, and these."""
+    tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None or len(tokens) != 1:
+        raise InputError(
+            f"The processor returned {len(tokens)} sequences of a question, {'without' if mask is None else 'with'} an "
+            "attention_mask; one is needed, with its mask. Leave out return_attention_mask= and "
+            "return_overflowing_tokens=."
+        )
+    kept = mask[0].nonzero()[:, 0]
+    if len(kept) == mask.shape[1]:
+        return inputs, None
+    start, stop, n = int(kept[0]), int(kept[-1]) + 1, mask.shape[1]
+    fill = {name: int(v[0, 0 if start else -1]) for name, v in inputs.items() if is_per_token(v, n)}
+    cut = {name: v[:, start:stop] if name in fill else v for name, v in inputs.items()}  # [1 pos] -> [1 kept]
+    return cut, _Padding(start, n - stop, fill)
+
+
+def _sides(count: int, side: str) -> dict[str, int]:
+    return {"left": count, "right": 0} if side == "left" else {"left": 0, "right": count}
+
+
+def _names_side(options: Mapping[str, Any]) -> bool:
+    """Whether the options of a call contain the side of the padding, which is then the processor's."""
+    return any("padding_side" in options.get(kind, {}) for kind in ("text_kwargs", "common_kwargs"))
 
 
 def _column(name: str, value: Any, n: int) -> list[Any]:

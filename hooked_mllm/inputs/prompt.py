@@ -12,6 +12,14 @@ from hooked_mllm.errors import InputError, LayoutError
 #: a range of characters or tokens, end exclusive
 Span = tuple[int, int]
 
+#: how templates begin and end a thought
+_THOUGHTS = (
+    *((f"<{tag}>", f"</{tag}>") for tag in ("think", "thinking", "thought", "reasoning", "seed:think")),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+
 
 @runtime_checkable
 class Processor(Protocol):
@@ -73,6 +81,12 @@ def token_spans(
     ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     at = [i for i, token in enumerate(ids) if token in placeholders]
     first, after = (at[0], at[-1] + 1) if at else (len(ids), 0)
+    head, tail = ids[:first], ids[after:]
+    if list(input_ids[: len(head)]) != head or list(input_ids[len(input_ids) - len(tail) :]) != tail:
+        raise LayoutError(
+            f"The processor returned {len(input_ids)} tokens that do not begin and end as the prompt's {len(ids)} do: "
+            "it cut the prompt or added to it. Leave out truncation=, max_length= without padding=, and text_pair=."
+        )
     spans = {}
     for name, (start, end) in texts.items():
         low, high = _tokens(prompt, offsets, start, end, name)
@@ -88,6 +102,12 @@ def token_spans(
                 f"before images and videos are filled in: {prompt!r}"
             )
     return spans
+
+
+def open_thought(prompt: str, question: Span) -> str | None:
+    """The end of a thought that the prompt opens after its question, as templates of thinking models do."""
+    tail = prompt[question[1] :]
+    return next((end for start, end in _THOUGHTS if tail.rfind(start) > tail.rfind(end)), None)
 
 
 def check_text(what: str, text: Any) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.families.base import Family
 from hooked_mllm.inputs.positions import KindMasks, MappingMasks, Positions, TokenKind, resolve_mask, resolve_positions
@@ -126,6 +127,7 @@ def _tokens(tensors: Mapping[str, Any]) -> Tensor:
     raise InputError(f"The model inputs hold no `input_ids`; they hold {', '.join(map(str, tensors)) or 'nothing'}.")
 
 
+@checked
 @dataclass(frozen=True)
 class ResolvedInput:
     """Model inputs on the model's device, and the token kinds of their positions.

@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.images import html_thumbnails
 from hooked_mllm.display.text import shortened
@@ -30,19 +31,23 @@ class Preparation:
         system: The system prompt, or `None` for the template's own default.
         min_overlap: The least share of a token's footprint that the target covers.
         processor: Options of the processor.
+        padding_side: Where a sample is padded by these options.
     """
 
     system: str | None = None
     min_overlap: float = 0.0
     processor: Mapping[str, Any] = field(default_factory=dict)
+    padding_side: str = "left"
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A question with its pictures, the model inputs made of them, and the layout of its tokens.
 
     Attributes:
-        inputs: Arguments of the model's `forward`; token tensors `[1 pos]`, without padding.
+        inputs: Arguments of the model's `forward`; token tensors `[1 pos]`, with padding only by `padding=` of
+            `prepare`.
         layout: Which position is what.
         answer: The answer that follows the prompt (teacher forcing).
         images: The pictures, upright RGB; `layout` counts in their pixels.
@@ -141,6 +146,7 @@ class Sample:
         )
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class SampleBatch:
     """Samples of unequal length, padded to one.
@@ -171,8 +177,7 @@ class SampleBatch:
         samples = tuple(samples)
         if not samples:
             raise InputError("The batch is empty: give one sample at least.")
-        if padding_side not in ("left", "right"):
-            raise InputError(f"padding_side is 'left' or 'right'; got {padding_side!r}.")
+        check_side(padding_side)
         longest = max(map(len, samples))
         gaps = [longest - len(s) for s in samples]
         pads = [(gap, 0) if padding_side == "left" else (0, gap) for gap in gaps]
@@ -191,8 +196,10 @@ class SampleBatch:
         if name == "padding":
             return padding
         mask = torch.zeros_like(padding)
-        for sample_mask, sample, unpadded in zip(mask, self.samples, ~padding, strict=True):
-            sample_mask[unpadded] = sample._positions(name)
+        for sample_mask, sample in zip(mask, self.samples, strict=True):
+            n = len(sample)
+            own = slice(-n, None) if self.padding_side == "left" else slice(n)  # without the padding of the batch
+            sample_mask[own] = sample._positions(name)
         return mask
 
     @property
@@ -253,6 +260,12 @@ def moved(
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
     return {name: on_device(value) for name, value in inputs.items()}
+
+
+def check_side(padding_side: str) -> None:
+    """Raise an InputError for another side than left and right."""
+    if padding_side not in ("left", "right"):
+        raise InputError(f"padding_side is 'left' or 'right'; got {padding_side!r}.")
 
 
 def is_per_token(value: Tensor, n_tokens: int) -> bool:

@@ -1,7 +1,7 @@
 """Videos as arrays of frames with their real times: from files, or from frames in memory."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
@@ -10,17 +10,23 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.images import ImageInput, channels_last, existing_file, load_image, media_list, to_uint8
 
-#: Qwen3-VL's own sampling, the default
-DEFAULT_FPS, DEFAULT_MAX_FRAMES = 2.0, 768
+#: Qwen3-VL's own sampling, the default of `read_video`
+DEFAULT_FPS, DEFAULT_MIN_FRAMES, DEFAULT_MAX_FRAMES = 2.0, 4, 768
+#: frames decoded from one file take at most this many bytes
+MAX_VIDEO_BYTES = 8 * 2**30
 
+#: (number of frames, frames a second) -> numbers of the frames to take
+Sampler = Callable[[int, float], np.ndarray]
 Number = float | int | np.floating | np.integer
 #: frames in memory: `[frame height width channel]`, `[frame channel height width]`, or pictures of one size
 FrameInput = np.ndarray | Tensor | Sequence[ImageInput]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Video:
     """The frames that are given to a model, and the time of each.
@@ -104,33 +110,37 @@ class Video:
         return f"Video({len(self)} frames of {self.width}x{self.height} px, {span}, {self.source})"
 
 
+@checked
 def read_video(
     path: str | os.PathLike[str],
     fps: Number | None = None,
     num_frames: int | None = None,
     max_frames: int | None = None,
+    sampler: Sampler | None = None,
 ) -> Video:
     """Frames of a video file, from its largest video stream, upright, each with its time in seconds from the first.
 
+    The frames are those of Qwen3-VL's processor: evenly spaced, the first and the last included. `prepare` takes those
+    of the model's own processor.
+
     Args:
         path: The file.
-        fps: Take the frame shown at 0, 1/fps, 2/fps, ... seconds (2 if `num_frames` is not given either).
-        num_frames: Take that many frames at even distances, first and last included; all if the video has fewer.
-        max_frames: With `fps`, the most frames: spread evenly if there would be more (768 by default).
+        fps: Take as many frames as the video's seconds times `fps`, at least 4 (2 if `num_frames` is not given either).
+        num_frames: Take that many frames; all if the video has fewer.
+        max_frames: With `fps`, the most frames (768 by default).
+        sampler: Gives the numbers of the frames to take from the number of frames and their rate, instead of the above.
 
     Raises:
-        InputError: No such file, no video in it, frames that do not decode, or nothing but black.
+        InputError: No such file, no video in it, a file that is cut off, frames that do not decode, more than 8 GiB of
+            frames, or nothing but black.
     """
-    if fps is not None and num_frames is not None:
-        raise InputError(f"Give fps= or num_frames=, not both; got fps={fps}, num_frames={num_frames}.")
-    for name, value in (("fps", fps), ("num_frames", num_frames), ("max_frames", max_frames)):
-        if value is not None:
-            _check_positive(name, value)
+    check_sampling(fps, num_frames, max_frames)
     file = existing_file(path, "video")
 
     from hooked_mllm.inputs.video_decoder import decode  # PyAV is loaded only where a file is read
 
-    frames, times, rate = decode(file, lambda times: sampled(times, fps, num_frames, max_frames))
+    choose = sampler or (lambda total, rate: sampled(total, rate, fps, num_frames, max_frames))
+    frames, times, rate = decode(file, choose, MAX_VIDEO_BYTES)
     if frames.max() <= _BLACK:
         raise InputError(
             f"{str(path)!r} decodes black: no pixel of the {len(frames)} frames taken is brighter than {_BLACK} of "
@@ -144,19 +154,26 @@ _BLACK = 10
 
 
 def sampled(
-    times: np.ndarray, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
+    total: int,
+    rate: float,
+    fps: Number | None = None,
+    num_frames: int | None = None,
+    max_frames: int | None = None,
 ) -> np.ndarray:
-    """Numbers of the frames to take, of frames shown at `times` seconds (increasing, from 0); see `read_video`."""
+    """Numbers of the frames to take of `total`, at `rate` frames a second; see `read_video`."""
     if num_frames is None:
-        rate = float(fps or DEFAULT_FPS)
-        sample_times = np.arange(int(np.floor(times[-1] * rate + 1e-6)) + 1) / rate
-        # the frame shown at that time; a stream's clock may round it to just after
-        shown = np.unique((np.searchsorted(times, sample_times + 1e-3, side="right") - 1).clip(0))
-        num_frames = DEFAULT_MAX_FRAMES if max_frames is None else max_frames
-    else:
-        shown = np.arange(len(times))
-    evenly = np.linspace(0, len(shown) - 1, min(len(shown), num_frames))
-    return shown[np.unique(np.round(evenly).astype(int))]
+        most = DEFAULT_MAX_FRAMES if max_frames is None else max_frames
+        num_frames = min(max(int(min(total / rate * (fps or DEFAULT_FPS), most)), DEFAULT_MIN_FRAMES), most)
+    return np.linspace(0, total - 1, min(num_frames, total)).round().astype(int)
+
+
+def check_sampling(fps: Number | None, num_frames: int | None, max_frames: int | None) -> None:
+    """Raise an InputError for contradictory options, or numbers that are not positive."""
+    if fps is not None and num_frames is not None:
+        raise InputError(f"Give fps= or num_frames=, not both; got fps={fps}, num_frames={num_frames}.")
+    for name, value in (("fps", fps), ("num_frames", num_frames), ("max_frames", max_frames)):
+        if value is not None:
+            _check_positive(name, value)
 
 
 #: one video: a path, a `Video`, frames (with `fps=`), or a pair (frames, fps)
@@ -166,21 +183,36 @@ Videos = VideoInput | Sequence[VideoInput]
 
 
 def as_video(
-    video: VideoInput, fps: Number | None = None, num_frames: int | None = None, max_frames: int | None = None
+    video: VideoInput,
+    fps: Number | None = None,
+    num_frames: int | None = None,
+    max_frames: int | None = None,
+    sampler: Sampler | None = None,
 ) -> Video:
-    """One video in any form that `prepare` takes; `fps` is the rate of frames in memory."""
+    """One video in any form that `prepare` takes; `fps` is the rate of frames in memory.
+
+    Files are sampled; a `Video` contains the frames that the model receives.
+    """
+    if isinstance(video, str | os.PathLike):
+        return read_video(video, fps, num_frames, max_frames, sampler)
     if isinstance(video, Video):
         return video
-    if isinstance(video, str | os.PathLike):
-        return read_video(video, fps, num_frames, max_frames)
     if _is_pair(video):
-        return Video.from_frames(video[0], fps=video[1])
-    if isinstance(video, np.ndarray | Tensor) or (isinstance(video, Sequence) and not isinstance(video, bytes)):
-        return Video.from_frames(cast("FrameInput", video), fps=fps)
-    raise InputError(
-        "A video is a path, a Video, an array of frames with fps=, or a pair (frames, fps); got "
-        f"{type(video).__name__}."
-    )
+        loaded = Video.from_frames(video[0], fps=video[1])
+    elif isinstance(video, np.ndarray | Tensor) or (isinstance(video, Sequence) and not isinstance(video, bytes)):
+        loaded = Video.from_frames(cast("FrameInput", video), fps=fps)
+    else:
+        raise InputError(
+            "A video is a path, a Video, an array of frames with fps=, or a pair (frames, fps); got "
+            f"{type(video).__name__}."
+        )
+    for name, most in (("num_frames", num_frames), ("max_frames", max_frames)):
+        if most is not None and len(loaded) > most:
+            raise InputError(
+                f"{name}={most} is for video files, and this video is {len(loaded)} frames in memory, which are given "
+                "to the model as they are: select the frames before, as in frames[::2]."
+            )
+    return loaded
 
 
 def as_list(videos: Videos | None) -> list[Any]:

@@ -1,5 +1,6 @@
 """Decoding selected frames of a video file with PyAV."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -16,20 +17,28 @@ class _Missed(Exception):
     """A seek that ended after the frame it was for."""
 
 
-def decode(path: Path, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
-    """The frames that `choose` selects by the times of all, their times in seconds from the first, and their rate.
+def decode(
+    path: Path, choose: Callable[[int, float], np.ndarray], max_bytes: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The frames that `choose` selects by their number and rate, their times in seconds from the first, and their rate.
 
     The first reading collects the packets' time stamps; the second skips groups of pictures without selected frames.
     """
     try:
         with av.open(str(path)) as container:
             stream = _largest(container, path)
-            stamps, keys = _stamps(container, stream)
-            base, rate = stream.time_base or Fraction(1), stream.average_rate
-        if not len(stamps):
-            raise InputError(f"{str(path)!r} has a video stream without a single frame: the file does not decode.")
-        times = (stamps - stamps[0]) * float(base)
-        selected = stamps[choose(times)]
+            stamps, keys = _stamps(container, stream, path)
+            base = stream.time_base or Fraction(1)
+            times = (stamps - stamps[0]) * float(base)
+            _check_whole(container, stream, times, path)
+            rate, frame_bytes = _rate(stream, times, path), stream.width * stream.height * 3
+        index = np.unique(choose(len(stamps), rate))
+        if len(index) * frame_bytes > max_bytes:
+            raise InputError(
+                f"{len(index)} frames of {str(path)!r} would take {len(index) * frame_bytes / 2**30:.1f} GiB, more "
+                f"than {max_bytes / 2**30:.1f}: take fewer with fps=, num_frames= or max_frames=."
+            )
+        selected = stamps[index]
         try:
             pixels = _frames(path, selected, keys)
         except _Missed:
@@ -50,8 +59,7 @@ def decode(path: Path, choose: Callable[[np.ndarray], np.ndarray]) -> tuple[np.n
     if len(sizes) > 1:
         raise InputError(f"{str(path)!r} has frames of several sizes: {sorted(sizes)}.")
     times = (np.asarray(order) - stamps[0]) * float(base)
-    fps = float(rate) if rate else (len(stamps) - 1) / max(float((stamps[-1] - stamps[0]) * base), 1e-9)
-    return np.stack([pixels[stamp] for stamp in order]), times.clip(0), fps
+    return np.stack([pixels[stamp] for stamp in order]), times.clip(0), rate
 
 
 def _largest(container: InputContainer, path: Path) -> av.VideoStream:
@@ -62,16 +70,54 @@ def _largest(container: InputContainer, path: Path) -> av.VideoStream:
     return max(streams, key=lambda s: s.width * s.height)
 
 
-def _stamps(container: InputContainer, stream: av.VideoStream) -> tuple[np.ndarray, np.ndarray]:
+def _check_whole(container: InputContainer, stream: av.VideoStream, times: np.ndarray, path: Path) -> None:
+    """Raise an InputError if the header states more frames, or a longer duration, than the file has."""
+    declared = float(stream.duration * (stream.time_base or 1)) if stream.duration else 0.0
+    if clock := stream.metadata.get("DURATION"):  # Matroska, as hours:minutes:seconds
+        hours, minutes, seconds = (float(part) for part in clock.split(":"))
+        declared = 3600 * hours + 60 * minutes + seconds
+    step = float(np.diff(times).max()) if len(times) > 1 else 1 / float(stream.average_rate or 1)
+    # an edit list of an mp4 hides frames that its header counts, but not from the duration
+    fewer = 0 if "mov" in container.format.name else stream.frames - len(times)
+    if declared > times[-1] + 2.5 * step or fewer > 0:
+        raise InputError(
+            f"{str(path)!r} is cut off or its header is wrong: it states {stream.frames or 'an unknown number of'} "
+            f"frames and {declared:.2f} s, and the file has {len(times)} frames up to {times[-1] + step:.2f} s."
+        )
+
+
+def _rate(stream: av.VideoStream, times: np.ndarray, path: Path) -> float:
+    """Frames a second: the header's, unless the time stamps contradict it."""
+    stated = float(stream.average_rate) if stream.average_rate else 0.0
+    if len(times) < 2:
+        return stated or 1.0
+    measured = (len(times) - 1) / float(times[-1])
+    if stated and abs(stated / measured - 1) <= max(0.1, 1.5 / len(times)):
+        return stated
+    steps = np.diff(times)
+    if stated and steps.max() <= 1.5 * steps.min():  # uneven frames have no one rate
+        warnings.warn(
+            f"The header of {str(path)!r} states {stated:g} frames a second, its time stamps {measured:g}: the time "
+            "stamps are used.",
+            stacklevel=2,
+        )
+    return measured
+
+
+def _stamps(container: InputContainer, stream: av.VideoStream, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Time stamps of all frames, and of those at which decoding can start, in order of display."""
     stamps, keys = [], []
     for packet in container.demux(stream):
         stamp = packet.pts if packet.pts is not None else packet.dts
         if stamp is None or packet.size == 0 or packet.is_discard:
             continue
+        if packet.is_corrupt:
+            raise InputError(f"{str(path)!r} is cut off or damaged: the frame at {stamp} is not whole in the file.")
         stamps.append(stamp)
         if packet.is_keyframe:
             keys.append(stamp)
+    if not stamps:
+        raise InputError(f"{str(path)!r} has a video stream without a single frame: the file does not decode.")
     return np.unique(np.asarray(stamps, np.int64)), np.unique(np.asarray(keys, np.int64))
 
 

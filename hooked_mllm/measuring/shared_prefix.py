@@ -43,11 +43,14 @@ class SharedPrefix(SampleBatch):
 
 
 def common_prefix(samples: Sequence[Sample]) -> int:
-    """Number of positions that all samples share before their questions; 0 if pixels or later visual tokens differ."""
+    """Number of positions that all samples share before their questions.
+
+    It is 0 if pixels or later visual tokens differ, and for samples with padding.
+    """
     first, width = samples[0], min(map(len, samples))
     shared = torch.ones(width, dtype=torch.bool)
     for sample in samples:
-        if sample.inputs.keys() != first.inputs.keys():
+        if sample.inputs.keys() != first.inputs.keys() or bool(sample.layout.padding.any()):
             return 0
         for name, value in sample.inputs.items():
             other = first.inputs[name]

@@ -91,7 +91,7 @@ def test_what_the_inputs_and_the_originals_disagree_on_is_named():
     inputs = processor(text=IMAGE, images=[picture], **RAW)
     with pytest.raises(LayoutError, match="1 runs of placeholder tokens, but 2 images and 0 frames of 0 videos need 2"):
         layout_of(config, processor, inputs, media_of(picture, picture))
-    with pytest.raises(LayoutError, match="Set min_patches and max_patches on the image processor itself"):
+    with pytest.raises(LayoutError, match="4 tiles in the prompt, but 1 to 12 tiles make 4 x 3 and a thumbnail"):
         layout_of(config, processor, inputs, [ImageMedia(640, 480)])
     cut = dict(inputs) | {"input_ids": inputs["input_ids"][:, :-9]}
     with pytest.raises(LayoutError, match="no multiple of the 256 of one tile"):

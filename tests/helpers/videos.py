@@ -15,9 +15,9 @@ def grey(level: int, width: int = 64, height: int = 48) -> np.ndarray:
     return np.full((height, width, 3), level, dtype=np.uint8)
 
 
-def write(path, frames, rate=10, stamps=None, size=None, gop=4, rotation=0):
+def write(path, frames, rate=10, stamps=None, size=None, gop=4, rotation=0, options=None):
     """Frames [height width 3] into a file, at 1/rate seconds each or at the times given in units of 1/1000 s."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream("mpeg4", rate=rate)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt, stream.gop_size, stream.bit_rate = "yuv420p", gop, 2_000_000

@@ -9,7 +9,8 @@ from helpers.preparers import QUESTION, preparer
 from helpers.tiny import tiny_config, tiny_image, tiny_processor
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
-from hooked_mllm.inputs.preparer import Preparer, _processor_arguments
+from hooked_mllm.inputs.options import declared_options
+from hooked_mllm.inputs.preparer import Preparer
 from hooked_mllm.layout import Box
 
 
@@ -39,7 +40,7 @@ def test_every_misspelt_argument_is_named():
 
 OWN = {
     "qwen3_vl": {"size": {"shortest_edge": 256, "longest_edge": 4096}, "patch_size": 4},
-    "llava_onevision": {"image_grid_pinpoints": [[8, 8], [8, 16], [16, 8]]},
+    "llava_onevision": {"image_grid_pinpoints": [[28, 28], [28, 56], [56, 28], [56, 56]]},
     "internvl": {"crop_to_patches": True, "min_patches": 1, "max_patches": 4},
 }
 
@@ -54,7 +55,7 @@ def test_arguments_that_transformers_would_ignore_are_rejected(family, monkeypat
     prepare, left = preparer(family), []
     recorder = type("Recorder", (), {"warning_once": lambda self, message, *more: left.append(message)})()
     monkeypatch.setattr("transformers.processing_utils.logger", recorder)
-    known = _processor_arguments(prepare.processor)
+    known = declared_options(prepare.processor)
     assert {"text_kwargs", "images_kwargs", "videos_kwargs", "max_length", "do_resize", "do_sample_frames"} < known
     # some versions warn about common_kwargs although they accept them
     for name in [*sorted(known - {"common_kwargs"}), "image", "max_lenght"]:

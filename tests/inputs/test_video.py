@@ -1,11 +1,14 @@
 """Video files: the right stream, the right frames, their real times; and clear words where that cannot be had."""
 
 import inspect
+import tracemalloc
 
 import av
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
 
 from helpers.tiny import tiny_frames, tiny_image
 from helpers.videos import NASA, grey, write
@@ -13,15 +16,44 @@ from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.video import Video, as_video, read_video, sampled
 
 
-def test_max_frames_spreads_over_the_whole():
-    times = np.arange(1000) / 10
-    some = sampled(times, fps=5, max_frames=11)
-    assert len(some) == 11
-    assert (some[0], some[-1]) == (0, 998)
-    assert len(sampled(times)) == 200
-    assert sampled(times, num_frames=3).tolist() == [0, 500, 999]
-    assert sampled(times[:2], num_frames=9).tolist() == [0, 1]
-    assert sampled(times, fps=1000, max_frames=10**6).tolist() == list(range(1000))
+@pytest.mark.parametrize("total", [1, 3, 5, 97, 390, 4000, 60_000])
+@pytest.mark.parametrize("rate", [1.0, 10.0, 30000 / 1001, 60.0])
+@pytest.mark.parametrize("fps", [None, 0.5, 2, 3.7, 1e9])
+def test_frames_by_rate_are_those_of_qwens_processor(total, rate, fps):
+    theirs = Qwen3VLVideoProcessor().sample_frames(VideoMetadata(total_num_frames=total, fps=rate), fps=fps)
+    assert sampled(total, rate, fps).tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 390])
+def test_frames_by_number_are_those_of_qwens_processor(count):
+    theirs = Qwen3VLVideoProcessor().sample_frames(VideoMetadata(total_num_frames=390, fps=30), num_frames=count)
+    assert sampled(390, 30.0, num_frames=count).tolist() == theirs.tolist()
+
+
+def test_max_frames_is_a_limit_of_the_whole_video():
+    assert sampled(1000, 10.0, fps=5, max_frames=11).tolist() == np.linspace(0, 999, 11).round().tolist()
+    assert sampled(1000, 10.0, fps=1, max_frames=11).tolist() == np.linspace(0, 999, 11).round().tolist()
+    assert sampled(1000, 10.0, fps=0.5, max_frames=60).tolist() == np.linspace(0, 999, 50).round().tolist()
+    assert sampled(2, 10.0, num_frames=9).tolist() == [0, 1]
+
+
+def test_limits_apply_before_memory_is_taken(monkeypatch):
+    tracemalloc.start()
+    assert len(sampled(10**6, 30.0, fps=1e12)) == 768
+    assert len(read_video(NASA, fps=1e9, max_frames=3)) == 3
+    assert tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    tracemalloc.stop()
+    monkeypatch.setattr("hooked_mllm.inputs.video.MAX_VIDEO_BYTES", 10 * 480 * 270 * 3)
+    assert len(read_video(NASA, num_frames=10)) == 10
+    with pytest.raises(InputError, match=r"11 frames of .* would take 0\.0 GiB, more than 0\.0: take fewer with fps="):
+        read_video(NASA, num_frames=11)
+
+
+def test_frames_in_memory_are_not_sampled():
+    for name in ("num_frames", "max_frames"):
+        with pytest.raises(InputError, match=f"{name}=3 is for video files, and this video is 4 frames in memory"):
+            as_video((tiny_frames(4), 2.0), **{name: 3})
+    assert len(as_video((tiny_frames(4), 2.0), num_frames=4)) == 4
 
 
 def test_a_video_that_decodes_black_is_rejected(tmp_path):

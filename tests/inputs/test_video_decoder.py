@@ -31,12 +31,12 @@ def test_frames_are_those_of_a_plain_decode():
             assert np.array_equal(decoded[at][1].to_ndarray(format="rgb24"), pixels)
 
 
-def test_each_time_shows_the_frame_on_screen_then(tmp_path):
+def test_frames_have_the_time_at_which_they_are_shown(tmp_path):
     path = write(tmp_path / "a.mp4", [grey(20 * i + 20) for i in range(10)], rate=10)
     video = read_video(path, fps=4)
-    # 0, 0.25, 0.5, 0.75 s: frames 0, 2, 5, 7 are on screen
-    assert video.times_s == pytest.approx([0, 0.2, 0.5, 0.7])
-    assert levels(video) == pytest.approx([20, 60, 120, 160], abs=3)
+    # one second at four frames a second: four of the ten, evenly spaced
+    assert video.times_s == pytest.approx([0, 0.3, 0.6, 0.9])
+    assert levels(video) == pytest.approx([20, 80, 140, 200], abs=3)
 
 
 def test_uneven_frame_times_are_kept(tmp_path):
@@ -45,7 +45,8 @@ def test_uneven_frame_times_are_kept(tmp_path):
     video = read_video(path, num_frames=5)
     assert video.times_s == pytest.approx([s / 1000 for s in stamps])
     assert levels(video) == pytest.approx([40, 80, 120, 160, 200], abs=3)
-    assert read_video(path, fps=1).times_s == pytest.approx([0, 1, 1.04, 3])
+    assert read_video(path, num_frames=3).times_s == pytest.approx([0, 1, 3])
+    assert video.fps == pytest.approx(4 / 3)  # the header states 25
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
@@ -96,3 +97,35 @@ def test_a_file_cut_off_on_the_way_is_rejected_only_where_it_matters(tmp_path):
     (tmp_path / "half.ts").write_bytes(whole[: len(whole) // 2])
     video = read_video(tmp_path / "half.ts", num_frames=8)
     assert 3 < video.times_s[-1] < 4.5  # what is left of 8 s
+
+
+@pytest.mark.parametrize("share", [0.6, 0.8, 0.95])
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [("mp4", {"movflags": "faststart"}), ("mp4", {"movflags": "frag_keyframe+empty_moov"}), ("mkv", {}), ("avi", {})],
+)
+def test_a_file_cut_off_is_rejected(tmp_path, suffix, options, share):
+    whole = write(tmp_path / f"a.{suffix}", list(tiny_frames(40, 64, 48)), options=options)
+    assert len(read_video(whole, num_frames=40)) == 40
+    data = whole.read_bytes()
+    (tmp_path / f"cut.{suffix}").write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError, match=r"cut off or (damaged|its header is wrong)"):
+        read_video(tmp_path / f"cut.{suffix}", num_frames=2)
+
+
+def test_a_header_that_states_more_frames_than_there_are(tmp_path):
+    data = bytearray(write(tmp_path / "a.avi", list(tiny_frames(20, 64, 48))).read_bytes())
+    length = data.index(b"strh") + 8 + 32  # dwLength of the stream header
+    assert int.from_bytes(data[length : length + 4], "little") == 20
+    data[length : length + 4] = (500).to_bytes(4, "little")
+    (tmp_path / "lies.avi").write_bytes(bytes(data))
+    with pytest.raises(InputError, match=r"states 500 frames.* the file has 20 frames"):
+        read_video(tmp_path / "lies.avi")
+
+
+def test_a_header_with_another_frame_rate_gives_a_warning(tmp_path):
+    path = write(tmp_path / "a.mkv", [grey(10 * i + 10) for i in range(20)], rate=50, stamps=range(0, 4000, 200))
+    with pytest.warns(UserWarning, match="states 50 frames a second, its time stamps 5: the time stamps are used"):
+        video = read_video(path, fps=2)
+    assert video.fps == 5
+    assert video.times_s == pytest.approx(np.linspace(0, 19, 8).round() / 5)
