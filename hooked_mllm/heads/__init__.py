@@ -1,4 +1,4 @@
-"""Heads: which ones (`HeadSet`), how much each one scores (`HeadScores`, `SampleScores`), and what that says."""
+"""Heads: which ones (`HeadSet`), how much each one scores (`HeadScores`, `SampleScores`), and statistics."""
 
 from hooked_mllm.display.head_names import head_name as head_name
 from hooked_mllm.display.head_names import head_names as head_names

@@ -108,7 +108,7 @@ def _backend(backend: object) -> str:
 
 
 def _weights(model: Model) -> str:
-    """One number of each parameter: two models in memory, or in a folder written anew, may share a name."""
+    """One number of each parameter: two models in memory, or in a folder written again, may share a name."""
     numbers: dict[torch.device, list[Tensor]] = {}
     for value in model.hf_model.parameters():
         # sharded and absent weights cannot be read in this way

@@ -43,7 +43,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# -- the door --------------------------------------------------------------------------------------------------------
+# -- checks before writing --------------------------------------------------------------------------------------------
 
 
 def test_the_folder_is_made_and_nothing_else(tmp_path):
@@ -54,8 +54,8 @@ def test_the_folder_is_made_and_nothing_else(tmp_path):
     assert ready(None) is None
 
 
-@pytest.mark.parametrize("door", [ready, *WRITERS.values()])
-def test_paths_that_cannot_be_written(tmp_path, door):
+@pytest.mark.parametrize("write", [ready, *WRITERS.values()])
+def test_paths_that_cannot_be_written(tmp_path, write):
     (tmp_path / "file").write_text("kept")
     for path, message in (
         (tmp_path, "is a folder; specify a file in it"),
@@ -66,10 +66,10 @@ def test_paths_that_cannot_be_written(tmp_path, door):
         ("/dev/null", "a device or pipe"),
     ):
         with pytest.raises(CacheFileError, match=message) as caught:
-            door(path)
+            write(path)
         assert str(Path(path)) in str(caught.value)
     with pytest.raises(InputError, match="Expected the path of a file"):
-        door("a\0b")
+        write("a\0b")
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "kept"
 
 
@@ -95,9 +95,9 @@ def test_folders_that_cannot_be_written_to(tmp_path, monkeypatch, code, message)
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "mkdir", fail)
-    for door in (ready, lambda path: ready_folder(path.parent), *WRITERS.values()):
+    for write in (ready, lambda path: ready_folder(path.parent), *WRITERS.values()):
         with pytest.raises(CacheFileError, match=f"cannot be written: .*{message}"):
-            door(tmp_path / "file")
+            write(tmp_path / "file")
     monkeypatch.undo()
     assert names(tmp_path) == []
 
@@ -116,9 +116,9 @@ def plain_user():
 def test_a_read_only_folder(plain_user):
     with TemporaryDirectory() as folder:
         Path(folder).chmod(0o500)
-        for door in (ready, lambda path: ready_folder(path.parent / "more"), *WRITERS.values()):
+        for write in (ready, lambda path: ready_folder(path.parent / "more"), *WRITERS.values()):
             with pytest.raises(CacheFileError, match="permission is denied; change the permissions of its folder"):
-                door(Path(folder) / "file")
+                write(Path(folder) / "file")
         Path(folder).chmod(0o700)
         WRITERS["text"](Path(folder) / "file")
 
