@@ -85,7 +85,8 @@ class EditedPositions:
         run = self.run
         if run is None:
             return 0
-        return run.first + (0 if run.rows is None else max(0, run.rows - length))  # logits may be of the last rows only
+        # rows end where the call does: logits may be of the last ones only, rotated keys are of the whole sequence
+        return run.first if run.rows is None else max(0, run.first + run.rows - length)
 
     def mask(self, batch: int, length: int, hook: HookPoint, device: torch.device) -> Bool[Tensor, "batch pos"] | None:
         """True at the positions of an activation that are edited; None where its phase excludes all."""
