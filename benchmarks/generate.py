@@ -43,16 +43,26 @@ def witnessed(model: HookedMLLM, sample: Sample, options: dict[str, Any]) -> tup
 
 
 def check(model: HookedMLLM, sample: Sample, options: dict[str, Any]) -> None:
-    """Compare tokens and cached z with those of plain transformers, bit for bit."""
+    """Compare tokens and cached z with those of plain transformers: bit for bit, if it repeats itself to the bit."""
     tokens, calls = witnessed(model, sample, options)
+    again, repeated = witnessed(model, sample, options)
+    demand(torch.equal(tokens, again), "tokens of two plain generations")
+    noise = [max(map(largest_difference, a, b)) for a, b in zip(calls, repeated, strict=True)]
+    if any(noise):
+        print(f"two plain generations differ in z by up to {max(noise):.2g}: cached z may differ by twice that")
     demand(torch.equal(tokens, model.generate(sample, **options)), "tokens without hooks")
     with model.hooks([("blocks.*.attn.hook_z", read_only)]):
         demand(torch.equal(tokens, model.generate(sample, **options)), "tokens with a hook")
     cached, cache = model.run_with_cache(sample, CACHED, generate=options)
     demand(torch.equal(tokens, cached), "tokens with a cache")
     for layer, kept in enumerate(calls):
-        z = torch.cat(kept, dim=1)
-        demand(torch.equal(cache["z", layer].flatten(2), z), f"z of layer {layer}")
+        error = largest_difference(cache["z", layer].flatten(2), torch.cat(kept, dim=1))
+        demand(error <= 2 * max(noise), f"z of layer {layer} by {error:.2g}")
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference of two tensors."""
+    return (a.float() - b.float()).abs().max().item()
 
 
 def main() -> None:
