@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.routing.static import FixedHeads
 from hooked_mllm.attention.streaming import StreamingHeads
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, UnsupportedModelError
 from hooked_mllm.heads import HeadsLike, head_names
 from hooked_mllm.kernels.hybrid_attention import hybrid_attention
@@ -72,6 +73,7 @@ class HybridAttention:
         'hybrid(1 heads dense, sink=4, window=16; sdpa)'
     """
 
+    @checked
     def __init__(
         self, dense: HeadsLike | RoutingPolicy, *, sink: WholeNumber = 64, window: WholeNumber = 1024,
         implementation: Implementation = "auto",

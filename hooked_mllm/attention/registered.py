@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hooked_mllm.attention.backends import PREFIX, slim_mask
 from hooked_mllm.attention.hybrid import HybridAttention, RoutingPolicy
 from hooked_mllm.attention.masks import MaskRows, call_sizes
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, HookValueError, UnsupportedModelError
 from hooked_mllm.heads import HeadsLike
 from hooked_mllm.kernels.hybrid_attention.op import as_autocast, gradients
@@ -90,6 +91,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 REGISTERED: dict[str, RegisteredAttention] = {}
 
 
+@checked
 def register_hybrid_attention(
     name: str, heads: HeadsLike | RoutingPolicy, *, sink: WholeNumber = 64, window: WholeNumber = 1024,
     implementation: Implementation = "auto",

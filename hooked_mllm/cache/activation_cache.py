@@ -12,6 +12,7 @@ from hooked_mllm.cache.keys import Key, full_name, key_completions, missing
 from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, take, value_of
 from hooked_mllm.cache.logit_tools import LogitTools
 from hooked_mllm.cache.slicing import restacked, vision_slice
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import human_bytes, number_runs, text_table
@@ -26,6 +27,7 @@ from hooked_mllm.inputs.positions import KindMasks, Positions, resolve_positions
 _OUTSIDE_TEXT = ("vision.", "projector.")
 
 
+@checked
 class ActivationCache(LogitTools, Mapping[str, Tensor]):
     """The activations of one run.
 

@@ -9,12 +9,14 @@ from hooked_mllm.cache.activation_cache import ActivationCache, held_bytes
 from hooked_mllm.cache.files import PathInput, load_fields, save_fields
 from hooked_mllm.cache.keys import Key, key_completions
 from hooked_mllm.cache.lazy import LazyPattern, value_of
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.display.blocks import html_block
 from hooked_mllm.display.text import human_bytes
 from hooked_mllm.hooks.table import is_quadratic
 
 
+@checked
 class GenerationCache:
     """Activations of every step of a generation.
 

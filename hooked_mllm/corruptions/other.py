@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hooked_mllm.checks import checked
 from hooked_mllm.corruptions.base import Corruption, check_seed, described_function, drawing
 from hooked_mllm.corruptions.pixels import resized
 from hooked_mllm.errors import InputError
@@ -20,6 +21,7 @@ Candidate = Sample | Video | ImageInput | Sequence[ImageInput | Video]
 Candidates = Candidate | SampleBatch | Sequence[Candidate | SampleBatch]
 
 
+@checked
 class OtherImage(Corruption):
     """The same question about other pictures, drawn from a set.
 
@@ -74,6 +76,7 @@ class OtherImage(Corruption):
         )
 
 
+@checked
 class OtherQuestion(Corruption):
     """Another question about the same pictures.
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.resolve import ModelInput, check_model_input, each_element, is_model_input, no_sample
 from hooked_mllm.inputs.sample import Sample, SampleBatch
@@ -47,6 +48,7 @@ def as_samples_or_pairs(items: Any, purpose: str = "run") -> list[tuple[ModelInp
     return collected
 
 
+@checked
 def check_pair(clean: object, corrupted: object) -> None:
     """Reject a pair whose positions do not correspond: patching replaces position i of one run by i of the other.
 

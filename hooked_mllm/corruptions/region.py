@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import find_objects, gaussian_filter
 
+from hooked_mllm.checks import checked
 from hooked_mllm.corruptions.base import Corruption, check_seed, drawing
 from hooked_mllm.corruptions.pixels import Where, check_where, describe_where, edited
 from hooked_mllm.errors import InputError
@@ -14,6 +15,7 @@ from hooked_mllm.inputs.sample import Sample
 REACH = 4.0
 
 
+@checked
 class BlurRegion(Corruption):
     r"""Blur the target's pixels with a Gaussian; all other pixels stay.
 
@@ -52,6 +54,7 @@ class BlurRegion(Corruption):
         return out
 
 
+@checked
 class MeanRegion(Corruption):
     """Replace the target's pixels by one colour, the mean of the rest of the picture; all other pixels stay.
 
@@ -85,6 +88,7 @@ class MeanRegion(Corruption):
         return np.broadcast_to(pixels[source].mean(0), pixels.shape)
 
 
+@checked
 class ImageNoise(Corruption):
     """Add Gaussian noise to pixels, each colour by itself; sums are rounded and cut off at 0 and 255.
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from hooked_mllm.checks import checked
 from hooked_mllm.corruptions.base import Corruption, check_seed, described_function, drawing
 from hooked_mllm.corruptions.pixels import pictures, resized
 from hooked_mllm.errors import LayoutError
@@ -19,6 +20,7 @@ from hooked_mllm.layout.shares import frames_within, rectangle
 Rectangle = tuple[slice, slice]
 
 
+@checked
 class SwapRegion(Corruption):
     """Exchange the target's pixels and those of a distractor's box; all other pixels stay.
 

@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 
 #: bytes of a file, of which RefCOCOg's largest has 34 million
@@ -67,6 +68,7 @@ class _PlainUnpickler(_PythonUnpickler):
     dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.DICT[0]: load_dict}
 
 
+@checked
 def load_plain_pickle(path: str | Path) -> Any:
     """Read a pickle of dicts, lists, tuples, strings, numbers and None, of Python 2 or 3.
 

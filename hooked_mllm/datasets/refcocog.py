@@ -13,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
+from hooked_mllm.checks import checked
 from hooked_mllm.datasets.plain_pickle import load_plain_pickle
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.inputs.sample import Prepares, Sample
@@ -30,6 +31,7 @@ _ADVICE = "Pass images= with the folder of the photographs, and copy the other f
 _IMAGE_FOLDERS = {"images": ".", "images/mscoco/images": ".", "../images/mscoco/images": "..", ".": "."}
 
 
+@checked
 @dataclass(frozen=True)
 class ReferringExpression:
     """One expression about one box of one photograph, with the arguments of `HookedMLLM.prepare`.
@@ -74,6 +76,7 @@ class ReferringExpression:
             raise InputError(f"cannot decode {self.path}: {error}") from error
 
 
+@checked
 class RefCOCOg(Sequence[ReferringExpression]):
     """The published RefCOCOg files: `instances.json`, `refs(<split_by>).p` and the COCO photographs.
 

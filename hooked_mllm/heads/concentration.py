@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads.head_values import HeadValues
 
@@ -10,6 +11,7 @@ from hooked_mllm.heads.head_values import HeadValues
 ROUNDING = 1e-9
 
 
+@checked
 def rho_half(scores: HeadValues) -> float:
     r"""The least share of the heads that together hold half of all positive score.
 

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads.head_set import HeadSet
 
 
+@checked
 def heads_from_gates(
     gates: Tensor | np.ndarray | Sequence[Sequence[float]],
     n_heads: int,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.head_names import head_name, head_names
 from hooked_mllm.display.heat import html_heat
@@ -45,6 +46,7 @@ else:  # matplotlib is imported when something is drawn; scores may be anything,
 KIND = "hooked_mllm.HeadScores"
 
 
+@checked
 class HeadScores(Arithmetic, Grouping):
     """One float64 per query head of a model, ranked, compared, combined and saved.
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.head_names import head_names, parse_head, parse_names
 from hooked_mllm.display.read_heads import HeadsLike, not_heads, read_heads, whole_number
@@ -22,6 +23,7 @@ def heads_by_layer(heads: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...
     return {layer: tuple(inside) for layer, inside in layers.items()}
 
 
+@checked
 class HeadSet:
     """An immutable set of (layer, head), in the order in which they were specified, for a model of one shape.
 

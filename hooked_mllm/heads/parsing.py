@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import numpy as np
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.head_names import head_names
 from hooked_mllm.display.read_heads import HeadsLike as HeadsLike
 from hooked_mllm.display.read_heads import not_heads, other_shape, read_heads, whole_number
@@ -30,6 +31,7 @@ def parse_heads(
 def parse_heads(
     heads: HeadsLike, shape: None = None, *, whose: str = ..., hint: str = ..., allow_empty: bool = ...
 ) -> HeadSet | Pairs: ...
+@checked
 def parse_heads(
     heads: HeadsLike,
     shape: tuple[int, int] | None = None,
@@ -80,6 +82,7 @@ def parse_head_set(heads: HeadsLike, what: str) -> HeadSet:
     return parsed
 
 
+@checked
 def heads_in_layer(
     heads: LayerHeadsLike, layer: int, shape: tuple[int, int], *, whose: str = "this model"
 ) -> list[int]:

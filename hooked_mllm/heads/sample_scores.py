@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.head_names import head_name
 from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.heads.counting import Count, Seed, check_seed, resolve_count
@@ -17,6 +18,7 @@ from hooked_mllm.storage import described, read_tensors, restoring, write_tensor
 KIND = "hooked_mllm.SampleScores"
 
 
+@checked
 class SampleScores:
     """One float64 per sample and query head, [sample layer head]; `metrics.PerSample` measures them.
 

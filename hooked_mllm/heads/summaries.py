@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads.counting import Count, Seed
 from hooked_mllm.heads.head_scores import HeadScores, ScoresInput, check_scores
@@ -13,6 +14,7 @@ from hooked_mllm.heads.intervals import mean_interval
 from hooked_mllm.heads.sample_scores import SampleScores
 
 
+@checked
 @dataclass(frozen=True)
 class Interval:
     """A mean score per head, and an interval around it.
@@ -34,6 +36,7 @@ class Interval:
         return self.low[head], self.high[head]
 
 
+@checked
 def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: Seed = 0) -> Interval:
     r"""An interval around the mean of each head: studentised bootstrap, Clopper and Pearson's for scores of 0 and 1.
 
@@ -64,6 +67,7 @@ def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: Se
     return Interval(scores.mean(), ends_of(low, "low"), ends_of(high, "high"), level)
 
 
+@checked
 @dataclass(frozen=True)
 class Overlap:
     """How far rankings agree on their top heads.
@@ -82,6 +86,7 @@ class Overlap:
         return float(self.matrix[~np.eye(len(self.matrix), dtype=bool)].mean())
 
 
+@checked
 def pairwise_overlap(rankings: Sequence[ScoresInput], k: Count) -> Overlap:
     """The overlap of the top `k` heads between all pairs of scores, such as those of several seeds.
 
@@ -100,6 +105,7 @@ def pairwise_overlap(rankings: Sequence[ScoresInput], k: Count) -> Overlap:
     return Overlap(np.array([[row.overlap(column, k) for column in scores] for row in scores]), k)
 
 
+@checked
 def overlap_across_seeds(
     scores: SampleScores, k: Count, n_samples: Count = 0.5, seeds: Sequence[Seed] = range(5)
 ) -> Overlap:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.heads import HeadsLike, head_names
@@ -23,6 +24,7 @@ from hooked_mllm.kernels.streaming_window import head_flags
 MODES = ("zero", "mean", "resample", "uniform", "scale")
 
 
+@checked
 class HeadAblation(PositionIntervention):
     r"""Remove the contribution of heads: their z, the input of the output projection, is replaced.
 

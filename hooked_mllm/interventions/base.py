@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.display.read_heads import whole_number
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
@@ -25,6 +26,7 @@ else:  # at run time anything, so that another value reaches the check whose err
 Edit = Callable[[Tensor, HookPoint], Tensor | None]
 
 
+@checked
 class Intervention(ABC):
     """Edits of a model's activations while it runs; `model.intervene(...)` registers and removes them.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError, LayoutError
 from hooked_mllm.heads import HeadsLike, head_names
@@ -26,6 +27,7 @@ from hooked_mllm.interventions.edited_positions import EditedPositions, check_ed
 from hooked_mllm.kernels.streaming_window import head_flags
 
 
+@checked
 class AttentionKnockout(Intervention):
     r"""Forbid queries to see keys: their scores become $-\infty$ before the softmax (Geva et al. 2023).
 
@@ -132,6 +134,7 @@ def _knock_out(queries: EditedPositions, keys: EditedPositions, inside: tuple[in
     return edit
 
 
+@checked
 def knockout_windows(model: Model, k: int, tower: Tower = "text") -> list[range]:
     r"""Windows of k layers around each layer in turn, for a sweep of knockouts (Geva et al. 2023).
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hooked_mllm.cache import ActivationCache
 from hooked_mllm.cache.keys import full_name
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadsLike, head_names
@@ -31,6 +32,7 @@ from hooked_mllm.interventions.source import Source, source_of
 from hooked_mllm.kernels.streaming_window import head_flags
 
 
+@checked
 class ActivationPatch(PositionIntervention):
     """Put activations of another run in place of this one's: the prompt's, in the prefill.
 
@@ -159,6 +161,7 @@ class ActivationPatch(PositionIntervention):
         return self.heads
 
 
+@checked
 class HeadPatch(PositionIntervention):
     """Put z of heads in another run in place of their z in this one.
 

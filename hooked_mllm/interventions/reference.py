@@ -7,11 +7,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.hooks import HookPoint
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class HeadReference:
     """z of heads over a set of samples; `HeadAblation.reference` makes one.

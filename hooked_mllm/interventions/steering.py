@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
@@ -16,6 +17,7 @@ from hooked_mllm.interventions.edited_positions import EditedPositions, Position
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
+@checked
 class Steer(PositionIntervention):
     r"""Add a direction to the residual stream: $x \leftarrow x + \alpha d$.
 

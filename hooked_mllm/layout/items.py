@@ -8,9 +8,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int, Int8
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import LayoutError
 
 
+@checked
 @dataclass(frozen=True)
 class ImageMedia:
     """The size of one original image, in pixels."""
@@ -22,6 +24,7 @@ class ImageMedia:
         _check_size(self.width, self.height, "An image")
 
 
+@checked
 @dataclass(frozen=True)
 class VideoMedia:
     """The size of one original video, and the time of each frame that the model receives, in seconds."""
@@ -60,6 +63,7 @@ class View(IntEnum):
     FRAME = 6
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class VisualItem:
     """What the visual tokens of one image or video see, in the order of the tokens.

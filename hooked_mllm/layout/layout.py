@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import LayoutError, nearest
@@ -24,6 +25,7 @@ DERIVED = ("text", "last", "generating", "pixels")
 TOLERANCE = 1e-9
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenLayout:
     """What each position of one sample is, and what the visual ones see.

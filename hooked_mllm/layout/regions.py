@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import LayoutError
 
 Number = float | int | np.floating | np.integer
@@ -58,6 +59,7 @@ def _check_size(what: str, width: Number, height: Number) -> None:
         raise LayoutError(f"The {what} needs a positive width and height in pixels; got {width} x {height}.")
 
 
+@checked
 @dataclass(frozen=True)
 class Box:
     """A rectangle of an image: [x0, x1] x [y0, y1] in pixels of the original, x to the right, y down.
@@ -154,6 +156,7 @@ class Box:
         return cls(min(x), min(y), max(x), max(y), image)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Mask:
     """The true pixels of a boolean array `[height width]` of the original image's size.
@@ -185,6 +188,7 @@ class Mask:
         return f"Mask({int(self.pixels.sum())} of {self.pixels.size} pixels, image={self.image})"
 
 
+@checked
 @dataclass(frozen=True)
 class Frames:
     """The frames of a video whose time lies in [start_s, end_s], whole or within a box.
@@ -211,6 +215,7 @@ class Frames:
             object.__setattr__(self, "box", box)
 
 
+@checked
 @dataclass(frozen=True)
 class Tube:
     """A box that moves: time in seconds -> (x0, y0, x1, y1) in pixels of the original, or `None` where it is absent.
@@ -256,6 +261,7 @@ class Tube:
         return x0, y0, x1, y1
 
 
+@checked
 @dataclass(frozen=True)
 class Pages:
     """Whole images, by their numbers from 0 in prompt order.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import key_mass, top_mask
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import head_name
 from hooked_mllm.heads.counting import Share, share_count
@@ -22,6 +23,7 @@ from hooked_mllm.measuring.view_context import ViewContext
 MAX_BYTES = 1 << 30
 
 
+@checked
 class AttentionView:
     """The post-softmax attention of a group of layers in one forward pass, of one sample or a batch.
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import first_largest, top_mask
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import Count, Share, resolve_count
@@ -21,6 +22,7 @@ OVER_SAMPLES = ("mean", "frequency")
 ROUNDING = 1e-4
 
 
+@checked
 class AttentionScore(HeadMetric):
     r"""How much attention each head's query tokens pay to the key tokens.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import ModelInfo
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, SampleScores
@@ -45,6 +46,7 @@ class Configured:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.config().items())})"
 
 
+@checked
 class AttentionMetric(Configured, Metric):
     """A `torchmetrics.Metric` that is fed attention views; base of `HeadMetric` and of metrics of head groups.
 
@@ -233,6 +235,7 @@ class AttentionMetric(Configured, Metric):
         return super()._apply(move, exclude_state)  # type: ignore[return-value]
 
 
+@checked
 class HeadMetric(AttentionMetric):
     """A metric with one number per head and sample, averaged over samples.
 

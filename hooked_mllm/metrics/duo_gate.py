@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
@@ -23,6 +24,7 @@ from hooked_mllm.metrics.gating import GateState, MixedAttention, last_hidden
 from hooked_mllm.storage import ready
 
 
+@checked
 class DuoGate(Configured):
     r"""A gate per key-value head between full attention and a short window, optimised to change the model little.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads import HeadScores, HeadsLike
 from hooked_mllm.heads.counting import Count, Share, resolve_count
@@ -25,6 +26,7 @@ else:  # matplotlib is imported when something is drawn
 KIND = "hooked_mllm.CoverageCurve"
 
 
+@checked
 @dataclass
 class CoverageCurve:
     """Mean Key Token Coverage of the top k heads of a ranking, for every requested k.
@@ -74,6 +76,7 @@ class CoverageCurve:
             return cls(**{name: content[name] for name in names})
 
 
+@checked
 class KeyTokenCoverage(AttentionMetric):
     r"""Key Token Coverage (KTC): the share of the target tokens that any of the top k heads attends to, for every k.
 

@@ -5,6 +5,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import Share
@@ -12,6 +13,7 @@ from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.attention_score import AttentionScore
 
 
+@checked
 class KeyTokenRatio(AttentionScore):
     r"""Key Token Ratio (KTR): the share of the target tokens that a head holds among its most attended ones.
 

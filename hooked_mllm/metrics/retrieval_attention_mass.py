@@ -1,8 +1,10 @@
 """RetrievalAttentionMass: the attention that the question pays to the target region."""
 
+from hooked_mllm.checks import checked
 from hooked_mllm.metrics.attention_score import AttentionScore
 
 
+@checked
 class RetrievalAttentionMass(AttentionScore):
     r"""Retrieval Attention Mass (RAM): the attention that the question's tokens pay to the target visual tokens.
 

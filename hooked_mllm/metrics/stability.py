@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.blocks import html_block
 from hooked_mllm.display.heat import html_heat
 from hooked_mllm.errors import HeadError, InputError
@@ -26,6 +27,7 @@ else:  # matplotlib is imported when something is drawn
 KIND = "hooked_mllm.Stability"
 
 
+@checked
 @dataclass(frozen=True)
 class Stability:
     """Similarity of the head scores of several tasks; `stability` computes it.
@@ -103,6 +105,7 @@ class Stability:
         return html_block(title, html_heat(self.spearman, self.tasks, self.tasks), note=note)
 
 
+@checked
 def stability(scores_by_task: Mapping[str, ScoresInput], percentile: float | int = 95.0) -> Stability:
     r"""Compare the head scores of several tasks: rank correlations, and the heads that all of them find.
 

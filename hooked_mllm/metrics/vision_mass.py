@@ -1,8 +1,10 @@
 """VisionMass: the attention that the question pays to all visual tokens."""
 
+from hooked_mllm.checks import checked
 from hooked_mllm.metrics.attention_score import AttentionScore
 
 
+@checked
 class VisionMass(AttentionScore):
     r"""Vision heads: the attention that the question's tokens pay to all visual tokens.
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import AnyImages, AnyVideos, Metric, ModelInfo
 from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.families.config import HookedConfig
@@ -32,6 +33,7 @@ from hooked_mllm.wiring import wire
 Result = TypeVar("Result")
 
 
+@checked
 class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     """A multimodal language model with a name for every activation: read it, edit it, score its heads.
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.objectives.base import BoundObjective, Objective
@@ -11,6 +12,7 @@ from hooked_mllm.objectives.logits import at_least_float32, log_probabilities, l
 from hooked_mllm.objectives.tokens import Tokens, answer_tokens, check_tokens, describe_tokens, padded, token_ids
 
 
+@checked
 class AnswerLogProb(Objective):
     r"""The log-probability of the answer, in nats, summed over its tokens.
 
@@ -55,6 +57,7 @@ class AnswerLogProb(Objective):
         return BoundObjective(self, logit_positions(inputs, "generating" if self.answer is None else "last"), score)
 
 
+@checked
 class GreedyAccuracy(Objective):
     """1 where greedy decoding gives the sample's answer, else 0; one forward pass, without decoding.
 

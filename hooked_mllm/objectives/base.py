@@ -8,6 +8,7 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
@@ -16,6 +17,7 @@ from hooked_mllm.inputs.resolve import ResolvedInput
 Score = Callable[[Tensor, Tensor | None], Tensor]
 
 
+@checked
 class Objective(ABC):
     """What an experiment measures: one number for each sample, computed from the logits of a run.
 
@@ -67,6 +69,7 @@ class Objective(ABC):
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class BoundObjective:
     """An objective for given inputs: called with the logits at `positions`, it returns one number for each sample.

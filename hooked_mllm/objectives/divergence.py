@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ResolvedInput
@@ -11,6 +12,7 @@ from hooked_mllm.objectives.base import BoundObjective, Objective
 from hooked_mllm.objectives.logits import log_probabilities, logit_positions
 
 
+@checked
 class KLDivergence(Objective):
     r"""The divergence of a run's next-token distribution q from that of the clean run, p, in nats.
 

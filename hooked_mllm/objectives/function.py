@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
@@ -19,6 +20,7 @@ else:  # at run time anything, so that another value reaches the check whose err
     ObjectiveLike = Any
 
 
+@checked
 class FunctionObjective(Objective):
     """A plain function as an objective; gradients flow if the function allows it.
 
@@ -69,6 +71,7 @@ class FunctionObjective(Objective):
         return BoundObjective(self, positions, score)
 
 
+@checked
 def as_objective(value: ObjectiveLike) -> Objective:
     """An objective unchanged, a plain function as a `FunctionObjective` of the last position of the prompt.
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ResolvedInput
@@ -13,6 +14,7 @@ from hooked_mllm.objectives.logits import at_least_float32, logit_positions
 from hooked_mllm.objectives.tokens import Tokens, answer_tokens, check_tokens, describe_tokens, padded, token_ids
 
 
+@checked
 class LogitDifference(Objective):
     r"""The logit of the correct answer's first token minus that of a wrong one.
 

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.positions import Positions, check_every_sample
@@ -20,6 +21,7 @@ def logit_positions(inputs: ResolvedInput, selected: Positions) -> Int[Tensor, "
     return index
 
 
+@checked
 def gather_logits(
     logits: Float[Tensor, "batch pos d_vocab"], positions: Int[Tensor, "sample n"]
 ) -> Float[Tensor, "batch n d_vocab"]:
@@ -41,6 +43,7 @@ def gather_logits(
     return selected.masked_fill(absent[..., None].to(logits.device), 0.0) if bool(absent.any()) else selected
 
 
+@checked
 def logits_at(
     model: Model, inputs: ModelInput | ResolvedInput, positions: Int[Tensor, "batch n"]
 ) -> Float[Tensor, "batch n d_vocab"]:

@@ -3,6 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import NumericsError
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
@@ -22,6 +23,7 @@ def bound_objective(
     return as_objective(objective).bind(model, inputs, corrupted)
 
 
+@checked
 def objective_values(
     model: Model,
     inputs: ModelInput | ResolvedInput,

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import new_figure
 from hooked_mllm.plots.protocols import Curve, CurvesLike
@@ -17,6 +18,7 @@ STYLES = ("-", "--", ":", "-.")
 MARKED = 30
 
 
+@checked
 def ablation_curves(
     curves: CurvesLike,
     *,

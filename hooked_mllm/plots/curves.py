@@ -6,11 +6,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import as_array, new_figure
 from hooked_mllm.plots.protocols import Coverage, CoverageLike
 
 
+@checked
 def coverage_curve(
     curves: Mapping[str, CoverageLike] | CoverageLike,
     ks: Sequence[int] | None = None,

@@ -5,12 +5,14 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.ablation_curves import COLOURS
 from hooked_mllm.plots.figure import as_array, new_figure
 from hooked_mllm.plots.protocols import Numbers
 
 
+@checked
 def group_bars(
     groups: Mapping[str, Mapping[str, Numbers]],
     *,

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.plots.figure import colour_scale, integer_ticks, new_figure
 from hooked_mllm.plots.head_matrix import HeadMatrix, head_matrix
@@ -17,6 +18,7 @@ from hooked_mllm.plots.protocols import HeadChoice, ScoresLike
 MARK = "#35ff6b"
 
 
+@checked
 def head_map(
     scores: ScoresLike,
     top: HeadChoice | None = 10,
@@ -54,6 +56,7 @@ def head_map(
     return figure
 
 
+@checked
 def head_maps(
     scores: Sequence[ScoresLike],
     top: HeadChoice | None = 10,

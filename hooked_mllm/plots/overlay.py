@@ -10,6 +10,7 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.layout import Box, Mask, Pages
 from hooked_mllm.layout.regions import as_regions
@@ -18,6 +19,7 @@ from hooked_mllm.plots.outline import draw_targets
 from hooked_mllm.plots.protocols import Numbers, Pictured
 
 
+@checked
 def overlay(
     sample: Pictured,
     values: Numbers,
@@ -67,6 +69,7 @@ def overlay(
     return overlay_grid(sample, {title or "": values}, **picture, **colours, columns=1, panel=5.0)
 
 
+@checked
 def overlay_grid(
     sample: Pictured,
     values: Mapping[str, Numbers],

@@ -3,12 +3,14 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from hooked_mllm.checks import checked
 from hooked_mllm.plots.figure import new_figure, plain_axes
 from hooked_mllm.plots.outline import draw_targets
 from hooked_mllm.plots.overlay import picture_at, picture_of
 from hooked_mllm.plots.protocols import Pictured
 
 
+@checked
 def pair(
     clean: Pictured,
     corrupted: Pictured,

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, NullLocator
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import as_array, new_figure
 from hooked_mllm.plots.protocols import TimedVariants as TimedVariants
@@ -17,6 +18,7 @@ from hooked_mllm.plots.protocols import TimesLike
 COMPILED = ", rest compiled"
 
 
+@checked
 def prefill(times: TimesLike, base: str | None = None, *, title: str | None = None) -> Figure:
     """Draw latency against context length, and next to it the speedup over one of the curves.
 

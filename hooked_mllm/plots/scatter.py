@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.head_names import head_name
 from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.plots.figure import new_figure
@@ -12,6 +13,7 @@ from hooked_mllm.plots.head_matrix import HeadMatrix, head_matrix
 from hooked_mllm.plots.protocols import HeadChoice, ScoresLike
 
 
+@checked
 def scatter(
     x: ScoresLike, y: ScoresLike, label: HeadChoice = 5, *, diagonal: bool = False, title: str | None = None
 ) -> Figure:

@@ -5,11 +5,13 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import SEQUENTIAL, integer_ticks, new_figure
 from hooked_mllm.plots.protocols import StabilityLike, TaskAgreement
 
 
+@checked
 def stability_map(stability: StabilityLike, *, title: str | None = None) -> Figure:
     """Draw (a) the Spearman matrix of the tasks and (b) in how many tasks each head is among the top.
 

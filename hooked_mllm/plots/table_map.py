@@ -4,6 +4,7 @@ import numpy as np
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.plots.figure import colour_scale, new_figure
 from hooked_mllm.plots.protocols import Table, TableLike
@@ -12,6 +13,7 @@ from hooked_mllm.plots.protocols import Table, TableLike
 MOST_TICKS = 24
 
 
+@checked
 def table_map(table: TableLike, *, title: str | None = None, cmap: str | Colormap | None = None) -> Figure:
     """Draw effects by layer and column (a position or a kind of token): columns across, layer 0 at the bottom.
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookValueError, NumericsError
 from hooked_mllm.inputs.resolve import ModelInput
@@ -31,6 +32,7 @@ POSITION_GROUPS = 16
 MAX_BATCH_FACTOR = 8
 
 
+@checked
 class Sweep:
     r"""One run, and an objective of many variants of it.
 

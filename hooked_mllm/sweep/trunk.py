@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_mllm.attention.site import AttentionCall
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.measuring.shared_prefix import tapping
@@ -17,6 +18,7 @@ from hooked_mllm.objectives import gather_logits
 from hooked_mllm.sweep.prefix import Prefix, suffix_mask
 
 
+@checked
 @dataclass
 class Trunk:
     """The arguments of each decoder block in a run, from which it can be resumed.

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError, nearest
 
 _HOME = Path(__file__).parent
 
 
+@checked
 def bundled() -> tuple[str, ...]:
     """Names of the bundled checkpoints.
 
@@ -17,6 +19,7 @@ def bundled() -> tuple[str, ...]:
     return tuple(sorted(p.parent.name for p in _HOME.glob("*/config.json")))
 
 
+@checked
 def path(name: str) -> Path:
     """The folder of a bundled checkpoint, for `from_pretrained`.
 
@@ -31,6 +34,7 @@ def path(name: str) -> Path:
     return _HOME / name
 
 
+@checked
 def resolve(name_or_path: str) -> str:
     """The folder of a bundled checkpoint if `name_or_path` is the name of one, else `name_or_path` unchanged.
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.layout.regions import Box, Frames
@@ -24,6 +25,7 @@ else:  # at run time a plain string, so that another one reaches the check whose
     Split = str
 
 
+@checked
 @dataclass(frozen=True)
 class Turn:
     """One question about a scene.
@@ -44,6 +46,7 @@ class Turn:
     cell: int
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Scene:
     """Pages or frames, the filler words that follow them, and questions in a fixed order."""
@@ -53,6 +56,7 @@ class Scene:
     turns: tuple[Turn, ...]
 
 
+@checked
 @dataclass(frozen=True)
 class Example:
     """One question, as arguments of `HookedMLLM.prepare`: images, question, answer, target, and the filler as `system`.
@@ -147,6 +151,7 @@ class Retrieval(ABC, Generic[ExampleT]):
         return [self.prepared(model, example, answer) for example in self.examples(n, start)]
 
 
+@checked
 class VisualRetrieval(Retrieval[Example]):
     """A visual retrieval task of unlimited size: example i of a seed is always the same.
 

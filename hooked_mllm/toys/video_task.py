@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.video import Video
 from hooked_mllm.layout.regions import Frames
@@ -16,6 +17,7 @@ MOMENTS = (2, 3, 4)
 MOMENT_S = 1.0
 
 
+@checked
 @dataclass(frozen=True)
 class VideoExample:
     """One question, as arguments of `HookedMLLM.prepare`: video, question, answer, target, and the filler as `system`.
@@ -32,6 +34,7 @@ class VideoExample:
     id: str
 
 
+@checked
 class VideoRetrieval(Retrieval[VideoExample]):
     """A retrieval task on short videos, of unlimited size: example i of a seed is always the same.
 

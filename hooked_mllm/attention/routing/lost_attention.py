@@ -11,6 +11,7 @@ from torch import Tensor
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.row_statistics import attention_scores
 from hooked_mllm.attention.streaming import CausalBounds, StreamingHeads
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 
 #: how keys outside the sink and the window are summed over
@@ -19,6 +20,7 @@ KEYS = ("exact", "mean", "bound", "sample")
 MAX_BYTES = 1 << 28
 
 
+@checked
 @torch.no_grad()
 def lost_attention(
     q: Float[Tensor, "batch head query d_head"], k: Float[Tensor, "batch kv_head key d_head"],

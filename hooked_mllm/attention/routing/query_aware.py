@@ -10,12 +10,14 @@ from torch import Tensor
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.routing.budget import Budget, PerLayer
 from hooked_mllm.attention.routing.lost_attention import check_estimate, lost_attention
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, InputError, NumericsError, UnsupportedModelError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.kernels.implementations import Keys, Queries
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 
 
+@checked
 @dataclass(frozen=True)
 class LayerChoice:
     """The estimate and the choice of a policy in one layer of the last prompt.
@@ -72,6 +74,7 @@ class QueryAwareHeads:
         6
     """
 
+    @checked
     def __init__(
         self, budget: Any, *, queries: int | Bool[Tensor, "batch pos"] = 64, order: int = 1, keys: str = "exact",
         block: int = 64, threshold: float = 0.0, prior: HeadScores | None = None,

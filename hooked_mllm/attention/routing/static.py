@@ -3,6 +3,7 @@
 from typing import Any
 
 from hooked_mllm.attention.masks import MaskRows
+from hooked_mllm.checks import checked
 from hooked_mllm.heads import HeadsLike, head_names, parse_heads
 from hooked_mllm.heads.head_set import heads_by_layer
 from hooked_mllm.heads.parsing import parse_head_set
@@ -53,5 +54,6 @@ class StaticHeads(FixedHeads):
         {'policy': 'StaticHeads', 'heads': ['L2H4', 'L2H5']}
     """
 
+    @checked
     def __init__(self, heads: HeadsLike) -> None:
         super().__init__(parse_head_set(heads, "StaticHeads"))

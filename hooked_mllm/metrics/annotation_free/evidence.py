@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hooked_mllm.attention.row_statistics import top_mask
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError, NumericsError
 from hooked_mllm.heads import HeadScores
@@ -22,6 +23,7 @@ from hooked_mllm.metrics.annotation_free.questions import unannotated
 from hooked_mllm.metrics.base import Configured, HeadMetric, check_share
 
 
+@checked
 class EvidenceAgreement(Configured, ABC):
     r"""How much attention a head pays to the visual tokens on which the model's own answer depends. No target.
 

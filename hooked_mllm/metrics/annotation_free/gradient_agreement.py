@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.hooks import HookPoint
@@ -14,6 +15,7 @@ from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visu
 RULES = ("norm", "gradient_x_input")
 
 
+@checked
 class GradientAgreement(EvidenceAgreement):
     r"""Attention to the visual tokens on which the model's own answer depends, by gradients. No target.
 

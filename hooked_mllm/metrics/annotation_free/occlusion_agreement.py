@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.hooks import HookPoint
@@ -14,6 +15,7 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visual_points, with_greedy_answer
 
 
+@checked
 class OcclusionAgreement(EvidenceAgreement):
     r"""Attention to the visual tokens without which the model's own answer is less likely. No target.
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads.counting import Seed
@@ -14,6 +15,7 @@ from hooked_mllm.measuring.shared_prefix import SharedPrefix
 from hooked_mllm.metrics.annotation_free.questions import QuestionScore, question_groups
 
 
+@checked
 class QuestionContrast(QuestionScore):
     r"""How much attention a question draws to a few visual tokens, beyond what other questions draw there. No target.
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Phase
 from hooked_mllm.errors import HeadError, HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadSet
@@ -53,6 +54,7 @@ class _Point:
     moved: int | None = None
 
 
+@checked
 class AblationCurve:
     r"""An objective with the top k, the bottom k or k random heads of a ranking ablated, against k.
 

@@ -8,6 +8,7 @@ import numpy as np
 from einops import rearrange
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Phase
 from hooked_mllm.errors import HookValueError, InputError, LayoutError
 from hooked_mllm.heads.head_scores import HeadScores
@@ -35,6 +36,7 @@ class RunOptions(SweepOptions):
     objective: ObjectiveLike
 
 
+@checked
 class AblationEffect(SweptMetric):
     r"""How much of an objective the model loses without each head, one head at a time.
 

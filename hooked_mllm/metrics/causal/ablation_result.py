@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import HeadError, InputError
@@ -22,6 +23,7 @@ else:  # matplotlib is imported when something is drawn
 KIND = "hooked_mllm.AblationCurve"
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class AblationCurveResult:
     """An objective against the number of ablated heads, for each ranking; `AblationCurve.run` measures it.

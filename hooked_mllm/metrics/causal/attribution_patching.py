@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.run import frozen_parameters
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import Pairs
 from hooked_mllm.errors import HookValueError, LayoutError
@@ -37,6 +38,7 @@ class Options(PatchingOptions, total=False):
     integrated: int | None
 
 
+@checked
 class AttributionPatching(PatchingEffect[Result]):
     r"""The effect of patching each activation, to first order: two forward passes and a backward pass for all heads.
 

@@ -3,11 +3,13 @@
 import random
 from dataclasses import dataclass
 
+from hooked_mllm.checks import checked
 from hooked_mllm.heads import HeadSet, HeadsLike, parse_heads
 from hooked_mllm.heads.counting import Seed, check_seed
 from hooked_mllm.heads.head_scores import ScoresInput, check_scores
 
 
+@checked
 @dataclass(frozen=True)
 class Control:
     """Heads drawn by `random_control`; `moved` of them are in another layer than the ranked head that they replace."""
@@ -16,6 +18,7 @@ class Control:
     moved: int
 
 
+@checked
 def random_control(
     scores: ScoresInput,
     ranked: HeadsLike,

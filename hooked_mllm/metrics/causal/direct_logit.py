@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_mllm.cache.run import CacheRequest, cached_forward
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import Pairs, as_samples_or_pairs
 from hooked_mllm.errors import HeadError, NumericsError
@@ -25,6 +26,7 @@ from hooked_mllm.wiring.results import head_results
 KIND = "hooked_mllm.LogitDecomposition"
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class LogitDecomposition:
     """The components of a logit difference for each sample; they sum to it.
@@ -84,6 +86,7 @@ class LogitDecomposition:
         return f"LogitDecomposition({len(self.labels)} components of {len(self.total)} samples, mean total {total:.3g})"
 
 
+@checked
 class DirectLogitAttribution:
     r"""The direct contribution of each head to a logit difference, at the last position of the prompt.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.cache.lazy import value_of
 from hooked_mllm.cache.run import CacheRequest, cached_forward
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import Pairs
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
@@ -52,6 +53,7 @@ class PatchingOptions(TypedDict, total=False):
     normalise: bool
 
 
+@checked
 class PatchingEffect(PairedMetric, Generic[Result]):
     r"""The effect of one activation of the source run on the base run: activation patching, one activation at a time.
 

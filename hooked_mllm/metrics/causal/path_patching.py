@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mllm.cache.keys import full_name
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import Pairs
 from hooked_mllm.errors import HeadError
@@ -29,6 +30,7 @@ Activations = dict[str, dict[int, Tensor]]
 INPUTS = ("q", "k", "v")
 
 
+@checked
 class PathPatching(PairedMetric):
     r"""The effect of each head along the direct path to the receivers.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.display.blocks import html_block
 from hooked_mllm.display.heat import html_heat
 from hooked_mllm.errors import HeadError, NumericsError
@@ -22,6 +23,7 @@ else:  # matplotlib is imported when something is drawn
 KIND = "hooked_mllm.CausalTable"
 
 
+@checked
 class CausalTable:
     """A number for each layer and position or kind of token, with its provenance.
 

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
@@ -26,6 +27,7 @@ class CalibratedScore(HeadMetric):
         return {"total": self.score(view), "chance": chance[:, 0::2] - chance[:, 1::2]}
 
 
+@checked
 class MMRetHeads(CalibratedScore):
     r"""Multimodal retrieval heads (MMRetHeads): attention to the evidence, less that under a null query.
 
@@ -54,6 +56,7 @@ class MMRetHeads(CalibratedScore):
         return mass[:, 0::2] - mass[:, 1::2]
 
 
+@checked
 class QRHead(CalibratedScore):
     r"""Query-focused retrieval heads (QRHead), calibrated token by token.
 

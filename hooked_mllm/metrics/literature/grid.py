@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import LayoutError
 from hooked_mllm.layout import TokenLayout, View
 
@@ -10,6 +11,7 @@ from hooked_mllm.layout import TokenLayout, View
 PREFERRED = ("whole", "base", "thumbnail", "highres", "tile")
 
 
+@checked
 def token_grid(layout: TokenLayout, image: int = 0, view: str | None = None) -> Int[np.ndarray, "row column"]:
     """The position of the token in each cell of an image's grid; -1 where there is none.
 
@@ -36,6 +38,7 @@ def token_grid(layout: TokenLayout, image: int = 0, view: str | None = None) -> 
     return grid
 
 
+@checked
 def spatial_entropy(attention: Float[np.ndarray, "row column"]) -> float:
     r"""How scattered the attention above its mean is: $H = -\sum_i P(C_i)\log P(C_i)$.
 

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import top_mask
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.measuring.attention_view import AttentionView
@@ -27,6 +28,7 @@ def elbow(values: np.ndarray) -> float:
     return float(ordered[np.argmax(distance >= distance.max() - ROUNDING)])  # the lowest of equally far values
 
 
+@checked
 class LocalizationHeads(HeadMetric):
     r"""Localization heads: how often a head's attention on the image is among the least scattered.
 

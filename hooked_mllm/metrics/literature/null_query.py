@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.resolve import ModelInputs, each_prepared
@@ -17,6 +18,7 @@ from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.shared_prefix import SharedPrefix
 
 
+@checked
 @dataclass(frozen=True)
 class NullQuery:
     """Replaces each sample's question by a text without a question.

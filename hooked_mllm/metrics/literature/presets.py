@@ -1,8 +1,10 @@
 """Scores of the literature that are settings of `AttentionScore`: `provenance["chance"]` is that of even attention."""
 
+from hooked_mllm.checks import checked
 from hooked_mllm.metrics.attention_score import AttentionScore
 
 
+@checked
 class VisualRetrievalHeads(AttentionScore):
     r"""Visual retrieval heads (VRH): the attention that the answer's tokens pay to the target region.
 
@@ -29,6 +31,7 @@ class VisualRetrievalHeads(AttentionScore):
         super().__init__(queries=queries, keys="target", reduce="sum")
 
 
+@checked
 class GazeHeads(AttentionScore):
     r"""Gaze heads: the attention of the prompt's last token on the target region.
 
@@ -55,6 +58,7 @@ class GazeHeads(AttentionScore):
         super().__init__(queries=queries, keys="target", reduce="sum")
 
 
+@checked
 class OCRHeads(AttentionScore):
     r"""OCR heads: how often a head attends most to the written text while the model generates it.
 

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import first_largest
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
@@ -20,6 +21,7 @@ def hits(
     return best, inside & valid[:, None]
 
 
+@checked
 class RetrievalHeads(HeadMetric):
     r"""Retrieval heads: the share of a text in the prompt that a head copies, token by token, into the answer.
 
@@ -73,6 +75,7 @@ class RetrievalHeads(HeadMetric):
         return (copies > 0).sum(-1) / size
 
 
+@checked
 class SparseMMHeads(HeadMetric):
     r"""SparseMM's visual-head score: attending most to the box of a written text while it is generated.
 

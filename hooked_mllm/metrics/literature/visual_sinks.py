@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import HeadMetric
@@ -23,6 +24,7 @@ def sink_strength(
     return normed[..., list(dims)].abs().amax(-1)
 
 
+@checked
 def massive_dims(residual: Float[Tensor, "batch pos d_model"], k: int = 2) -> tuple[int, ...]:
     """The `k` dimensions in which the first token's residual stream is largest: candidates for `dims`.
 
@@ -37,6 +39,7 @@ def massive_dims(residual: Float[Tensor, "batch pos d_model"], k: int = 2) -> tu
     return tuple(residual[:, 0].double().abs().mean(0).topk(k).indices.tolist())
 
 
+@checked
 class VisualSinkShare(HeadMetric):
     r"""The share of a head's attention on the image that falls on visual sinks.
 
@@ -89,6 +92,7 @@ class VisualSinkShare(HeadMetric):
         return on_sinks / on_image.sum(-1).clamp(min=torch.finfo(torch.float64).tiny)
 
 
+@checked
 class VisualNonSinkRatio(VisualSinkShare):
     r"""The share of a head's attention on the image that is not on visual sinks: $1 - r$ of `VisualSinkShare`.
 
