@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -40,7 +41,9 @@ def test_without_arguments_the_toy_on_its_task(tmp_path):
     result = subprocess.run(
         [sys.executable, "-W", "error", "-m", "hooked_mllm", "score"],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        # the rest of the environment stays: a GPU's driver is found by it
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
