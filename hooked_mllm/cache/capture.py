@@ -14,6 +14,7 @@ from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, La
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.wiring.model import Wiring
+from hooked_mllm.wiring.results import state_of
 
 #: positions of each sample, -1 where a sample has fewer than the others
 Index: TypeAlias = Int[Tensor, "batch _"]
@@ -94,9 +95,10 @@ class Capture:
         if result in names and not self.wiring.registry[result].may_edit:
             handled.add(result)
             o_proj = self.wiring.output_projection(site)
+            state = state_of(o_proj)
 
             def keep_result(z: Tensor, *, hook: HookPoint) -> None:
-                self._store(result, LazyResult(self._moved(self._sliced(z, hook)), o_proj))
+                self._store(result, LazyResult(self._moved(self._sliced(z, hook)), o_proj, state))
 
             self._register(z, keep_result)
         return handled

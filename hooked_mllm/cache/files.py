@@ -4,7 +4,7 @@ Patterns are written as q, k and mask, head results as z and W_O.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +17,7 @@ from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, La
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
 from hooked_mllm.inputs.positions import KindMasks, TokenKind
 from hooked_mllm.storage import read_tensors, ready, restoring, write_tensors
+from hooked_mllm.wiring.results import effective_weight, is_plain
 
 if TYPE_CHECKING:
     PathInput = str | PathLike[str]
@@ -55,8 +56,10 @@ class _Writer:
 
     def entry(self, name: str, entry: Entry) -> dict[str, Any]:
         if isinstance(entry, LazyResult):
-            weight = self.add(f"{name}/W_O", entry.o_proj.weight)  # type: ignore[arg-type]
-            return {"kind": "result", "z": self.add(f"{name}/z", entry.z), "W_O": weight}
+            weight = weight_of_result(entry)
+            if weight is None:
+                return {"kind": "tensor", "tensor": self.add(name, entry.tensor())}
+            return {"kind": "result", "z": self.add(f"{name}/z", entry.z), "W_O": self.add(f"{name}/W_O", weight)}
         if isinstance(entry, LazyKeys):
             return {"kind": "keys", "k": self.keys(f"{name}/k", entry.keys), "length": entry.length}
         if not isinstance(entry, LazyPattern):
@@ -83,6 +86,19 @@ class _Writer:
             **{k: self.add(f"{prefix}/{k}", fields[k]) for k in ("query_positions", "key_positions")},
             "masks": None if masks is None else {k: self.add(f"{prefix}/mask/{k}", m) for k, m in masks.items()},
         }
+
+
+def weight_of_result(entry: LazyResult) -> Tensor | None:
+    """W_O, which a file keeps instead of results; None where these are not z W_O, as where z is quantised, too."""
+    n_heads, d_head = entry.z.shape[2:]
+    weight, end = effective_weight(entry.o_proj, n_heads * d_head, entry.z.dtype), replace(entry, z=entry.z[:, -1:])
+    if is_plain(entry.o_proj):
+        return weight
+    results = end.tensor()
+    by_head = weight.to(results).unflatten(1, (n_heads, d_head))  # [d_model head d_head]
+    product = torch.einsum("bphd,mhd->bphm", end.z, by_head)
+    tolerance = max(1e-5, torch.finfo(results.dtype).eps / 2)
+    return weight if (product - results).float().norm() <= tolerance * results.float().norm() else None
 
 
 def save_fields(caches: Sequence[Fields], path: PathInput, *, generation: bool = False) -> None:

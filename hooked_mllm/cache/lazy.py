@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_mllm.attention.masks import MaskRows
-from hooked_mllm.errors import NumericsError
-from hooked_mllm.wiring.results import head_results
+from hooked_mllm.errors import HookValueError, NumericsError
+from hooked_mllm.wiring.results import call, head_results, state_of
 
 
 class GrowingKeys:
@@ -172,11 +173,15 @@ class LazyResult:
 
     z: Float[Tensor, "batch pos head d_head"]
     o_proj: nn.Module
+    state: tuple[Any, ...] = ()  # of the projection in the run, where that can be seen
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape that `tensor` will have."""
-        return (*self.z.shape[:3], self.o_proj.weight.shape[0])  # type: ignore[union-attr]
+        d_model = getattr(self.o_proj, "out_features", None)
+        if d_model is None:
+            d_model = call(self.o_proj, self.z[:1, :1].flatten(-2)).shape[-1]
+        return (*self.z.shape[:3], d_model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -189,15 +194,25 @@ class LazyResult:
 
     def to(self, device: torch.device | str) -> "LazyResult":
         """The same, computed on `device`."""
-        return LazyResult(self.z.to(device), self.o_proj)
+        return replace(self, z=self.z.to(device))
 
     def samples(self, choice: slice) -> "LazyResult":
         """The results of some samples of the batch."""
-        return LazyResult(self.z[choice], self.o_proj)
+        return replace(self, z=self.z[choice])
 
     def tensor(self) -> Tensor:
-        """The activation itself."""
-        return head_results(self.z, self.o_proj, self.z.device)
+        """The activation itself.
+
+        Raises:
+            HookValueError: If the projection is no longer that of the run, or not a function of z.
+        """
+        if self.state and self.state != state_of(self.o_proj):
+            raise HookValueError(
+                "The output projection has changed since this run (its weights were written, or an adapter was "
+                "enabled, disabled or merged), and head results are computed when they are read. Read `result` before "
+                "the change, or run again."
+            )
+        return head_results(self.z, self.o_proj)
 
 
 Entry = Tensor | LazyKeys | LazyPattern | LazyResult

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_mllm.cache.residual import ResidualTools, Stack, weight_of
+from hooked_mllm.cache.residual import ResidualTools, Stack
 from hooked_mllm.inputs.positions import Positions
+from hooked_mllm.wiring.results import device_of
 
 #: one token, or one for each sample: an id, a string that is one token, or ids
 Tokens: TypeAlias = str | int | Sequence[int] | Int[Tensor, "..."]
@@ -58,7 +59,7 @@ class LogitTools(ResidualTools):
         stack, labels = self.accumulated_resid(layer, incl_mid, return_labels=True)
         streams = self._at(self._batched(stack), positions)  # [component batch query d_model]
         model = self._model()
-        device = weight_of(model.lm_head).device
+        device = device_of(model.lm_head)
         logits = torch.stack([model.lm_head(model.ln_final(stream.to(device))) for stream in streams])
         return self._labelled(logits.to(stack.device), labels, return_labels)
 

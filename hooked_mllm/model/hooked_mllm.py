@@ -29,6 +29,7 @@ from hooked_mllm.model.self_check import self_check
 from hooked_mllm.model.vision_methods import VisionMethods
 from hooked_mllm.version import __version__
 from hooked_mllm.wiring import wire
+from hooked_mllm.wiring.results import device_of, effective_weight
 
 Result = TypeVar("Result")
 
@@ -147,7 +148,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     @property
     def device(self) -> torch.device:
         """The device of the token embeddings, where inputs go."""
-        return self.hf_model.get_submodule(self.family.embed).weight.device
+        return device_of(self.hf_model.get_submodule(self.family.embed))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,8 +189,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             raise InputError(f"Expected one token, or one for each of {batch} samples; got {len(index)}.")
         if bool(((index < 0) | (index >= self.cfg.d_vocab)).any()):
             raise InputError(f"Token ids {index.tolist()} are outside the vocabulary of {self.cfg.d_vocab}.")
-        weight: Tensor = self.lm_head.weight  # type: ignore[assignment]
-        return weight[index.to(weight.device)]
+        return effective_weight(self.lm_head, self.cfg.d_model, self.dtype, index)
 
     @property
     def info(self) -> ModelInfo:

@@ -4,10 +4,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.run import CacheRequest, cached_forward
 from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HookedMLLMError, HookValueError, UnsupportedModelError
+from hooked_mllm.hooks.point import HookPoint
+from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.inputs.sample import Sample
+from hooked_mllm.wiring.results import ADVICE, active_dropout, head_results, value_at_zero
+
+#: positions at the end of the probe whose patterns, head results and logits are compared
+ROWS = 64
 
 
 def _fail(model: Model, what: str) -> UnsupportedModelError:
@@ -24,7 +31,8 @@ def probe(model: Model) -> tuple[dict[str, Tensor], Sample | None]:
         visual = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=model.device)
         tokens = tokens.masked_fill(torch.isin(tokens, visual), 0)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, None
-    gradient = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    # square and small: one tile, or as few tokens as the processor makes
+    gradient = Image.linear_gradient("L").resize((48, 48)).convert("RGB")
     sample = model.prepare("What is this?", images=gradient)
     return sample.inputs, sample
 
@@ -34,41 +42,93 @@ def self_check(model: Model) -> None:
     """Verify the wiring; see `HookedMLLM.check`."""
     if model.registry.list_hooks():
         raise UnsupportedModelError("`check` compares with the plain model: call `reset_hooks` first.")
+    if (dropout := active_dropout(model.hf_model)) is not None:
+        raise UnsupportedModelError(
+            f"The dropout {dropout!r} is active, so that two runs differ: call `eval()` on the model before it is wrapped."
+        )
     try:
         inputs, sample = probe(model)
     except HookedMLLMError as error:
         raise _fail(model, f"a sample could not be prepared ({error})") from error
-    plain = model(inputs)
+    options = {"logits_to_keep": ROWS}
+    plain = model(inputs, **options)
+    visual = sample is not None
+    names = [n for n in model.hook_dict if visual or not n.startswith(("vision.", "projector."))]
+    names = [n for n in names if visual or not n.endswith("hook_deepstack")]
+    layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1), *([("vision", 0)] * visual)]
+    kept: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: HookPoint) -> None:
+        if hook.name.endswith("hook_v") and (hook.tower, hook.block) in layers:
+            kept[hook.name] = x
+        elif hook.name.endswith(("hook_z", "hook_attn_out")):
+            kept[hook.name] = x[:, -ROWS:].clone()
+
+    # head results are computed from z below; patterns are kept as q and k
+    plainly = [n for n in names if not is_quadratic(n) and not n.endswith("hook_result")]
+    patterns, length = [n for n in names if n.endswith("hook_pattern")], inputs["input_ids"].shape[1]
+    request = CacheRequest(patterns, queries=slice(max(0, length - ROWS), length), forward=options)
     try:
-        hooked, cache = cached_forward(model, model.resolve(inputs), CacheRequest())
+        with model.registry.attached(plainly, keep, reads_only=True):
+            hooked, cache = cached_forward(model, model.resolve(inputs), request)
     except HookValueError as error:
         raise _fail(model, str(error)) from error
     assert hooked is not None
     if not torch.equal(plain, hooked):
         difference = (plain.float() - hooked.float()).abs().max().item()
         raise _fail(model, f"hooked logits differ from plain ones by up to {difference:.3g}")
-    expected = [n for n in model.hook_dict if sample is not None or not n.startswith(("vision.", "projector."))]
-    silent = [n for n in expected if n not in cache and not (sample is None and n.endswith("hook_deepstack"))]
+    silent = [n for n in patterns if n not in cache]
     if silent:
         raise _fail(model, f"these hook points never fired: {', '.join(silent[:5])}")
-    layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1)]
-    if sample is not None:
-        layers.append(("vision", 0))
-    tolerance = {torch.float32: 1e-4, torch.float64: 1e-6}.get(model.dtype, 3e-2)
-    for tower, layer in layers:
-        pattern = cache.pattern(layer, tower=tower)
-        if not torch.allclose(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-4):
-            raise _fail(model, f"the attention patterns of {tower} layer {layer} do not sum to one")
-        prefix = () if tower == "text" else (tower,)
-        z, v = (cache[(*prefix, name, layer)].float() for name in ("z", "v"))
-        # [batch pos kv_head d_head] -> [batch pos head d_head]
-        v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
-        rebuilt = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
-        if not torch.allclose(z, rebuilt, atol=tolerance * float(z.abs().max())):
-            raise _fail(model, f"the pattern of {tower} layer {layer} times v is not that layer's z")
+    for tower, layer in dict.fromkeys(layers):
+        _check_pattern(model, cache, kept, tower, layer)
+    _check_results(model, kept)
     if sample is not None:
         in_layout, tokens = int(sample.mask("visual").sum()), sample.inputs["input_ids"]
-        visual = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=tokens.device)
-        in_model = int(torch.isin(tokens, visual).sum())
+        token_ids = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=tokens.device)
+        in_model = int(torch.isin(tokens, token_ids).sum())
         if in_layout != in_model:
             raise _fail(model, f"the layout counts {in_layout} visual tokens, the model {in_model}")
+
+
+def _tolerance(model: Model) -> float:
+    return {torch.float32: 1e-4, torch.float64: 1e-6}.get(model.dtype, 3e-2)
+
+
+def _check_pattern(model: Model, cache: ActivationCache, kept: dict[str, Tensor], tower: Tower, layer: int) -> None:
+    """The rows of the pattern sum to one, and the pattern times v is z."""
+    pattern = cache.pattern(layer, tower=tower)[:, :, -ROWS:]
+    if not torch.allclose(pattern.sum(-1), torch.ones_like(pattern[..., 0]), atol=1e-4):
+        raise _fail(model, f"the attention patterns of {tower} layer {layer} do not sum to one")
+    prefix = f"{'vision.' if tower == 'vision' else ''}blocks.{layer}.attn.hook_"
+    z, v = kept[f"{prefix}z"].float(), kept[f"{prefix}v"].float()
+    # [batch pos kv_head d_head] -> [batch pos head d_head]
+    v = v.repeat_interleave(z.shape[2] // v.shape[2], dim=2)
+    rebuilt = torch.einsum("bhqk,bkhd->bqhd", pattern, v)
+    if not torch.allclose(z, rebuilt, atol=_tolerance(model) * float(z.abs().max())):
+        raise _fail(model, f"the pattern of {tower} layer {layer} times v is not that layer's z")
+
+
+def _check_results(model: Model, kept: dict[str, Tensor]) -> None:
+    """What heads write, and the output projection at zero, sum to the attention output of each layer."""
+    for tower, sites in (("text", model.wiring.text), ("vision", model.wiring.vision)):
+        parts = getattr(model.family, tower)
+        for layer, (site, block) in enumerate(zip(sites, parts.modules(model.hf_model), strict=False)):
+            name = site.points["z"].name
+            out = kept.get(name.replace("attn.hook_z", "hook_attn_out"))
+            gain = 1 if parts.block.attn_gain is None else getattr(block, parts.block.attn_gain)
+            if out is None or (isinstance(gain, Tensor) and gain.is_meta):  # text alone; offloaded
+                continue
+            o_proj, z = model.wiring.output_projection(site), kept[name]
+            total = head_results(z, o_proj, dtype=torch.promote_types(z.dtype, torch.float32)).sum(-2)
+            if (at_zero := value_at_zero(o_proj, z.flatten(-2))) is not None:
+                total = total + at_zero.to(total)
+            total = total * gain
+            packed = any(p.dtype == torch.int8 for p in o_proj.parameters())  # z is quantised, too
+            difference = float((total - out).abs().max() / out.abs().max().clamp(min=1e-6))
+            if not difference <= (0.1 if packed else _tolerance(model)):
+                raise _fail(
+                    model,
+                    f"the results of the heads of {tower} layer {layer} do not sum to its attention output (they differ "
+                    f"by {difference:.1%}): its output projection, a {type(o_proj).__name__}, is not linear. {ADVICE}",
+                )

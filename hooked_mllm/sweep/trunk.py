@@ -16,6 +16,7 @@ from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.measuring.shared_prefix import tapping
 from hooked_mllm.objectives import gather_logits
 from hooked_mllm.sweep.prefix import Prefix, suffix_mask
+from hooked_mllm.wiring.results import device_of
 
 
 @checked
@@ -100,9 +101,9 @@ class Trunk:
 
     def start(self, layer: int, repeats: int, first: int = 0) -> Float[Tensor, "row pos d_model"]:
         """The residual stream entering a block, each sample `repeats` times, from position `first` on."""
-        weight = next(self._block(layer).parameters())
+        device = device_of(self._block(layer))
         # [batch pos d_model] -> [row pos d_model]
-        return self.residual[layer][:, first:].to(weight.device).repeat_interleave(repeats, dim=0)
+        return self.residual[layer][:, first:].to(device).repeat_interleave(repeats, dim=0)
 
     def _block(self, layer: int) -> nn.Module:
         """A block; the final norm after the last."""

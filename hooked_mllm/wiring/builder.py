@@ -21,6 +21,8 @@ class Builder:
     model: nn.Module
     registry: HookRegistry
     module_hooks: dict[tuple[int, Kind], ModuleHook] = field(default_factory=dict)
+    #: each module that has a hook, its parent, and its name there
+    modules: dict[str, tuple[nn.Module, str, nn.Module]] = field(default_factory=dict)
     _listeners: dict[str, list[Callable[[], None]]] = field(default_factory=dict)
 
     def point(self, spec: PointSpec, tower: TowerName, layer: int | None = None) -> HookPoint:
@@ -31,6 +33,8 @@ class Builder:
     def module_hook(self, path: str, side: Side) -> ModuleHook:
         """The module hook on one side of a module, made on first use."""
         module, kind = self.model.get_submodule(path), KINDS[side]
+        parent, _, name = path.rpartition(".")
+        self.modules[path] = self.model.get_submodule(parent), name, module
         return self.module_hooks.setdefault((id(module), kind), ModuleHook(module, kind))
 
     def bind(self, point: HookPoint, access: Access) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
 
 from einops import rearrange
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from hooked_mllm.hooks.table import PointSpec, Side
 from hooked_mllm.wiring.access import Access, Watcher, add_batch_axis, remove_batch_axis
 from hooked_mllm.wiring.deepstack import DeepStack, DeepStackFeatures
 from hooked_mllm.wiring.norms import NORM_POINTS
-from hooked_mllm.wiring.results import head_results
+from hooked_mllm.wiring.results import head_results, is_plain
 
 Stream = Float[Tensor, "batch pos d_model"]
 
@@ -55,11 +54,18 @@ class HeadResults(Access):
     def get(self, call: Call) -> Float[Tensor, "batch pos head d_model"]:
         z = add_batch_axis(call.first(), self.packed)
         z = rearrange(z, "batch pos (head d_head) -> batch pos head d_head", head=self.n_heads)
-        return head_results(z, call.module)
+        results = head_results(z, call.module)
+        if not is_plain(call.module):
+            call.state["results"] = results.sum(-2)  # before hooks edit them in place
+        return results
 
     def put(self, call: Call, value: Float[Tensor, "batch pos head d_model"]) -> None:
-        out, bias = value.sum(-2), cast(Tensor | None, call.module.bias)  # [batch pos d_model], [d_model]
-        call.set_main(remove_batch_axis(out if bias is None else out + bias, self.packed))
+        out = remove_batch_axis(value.sum(-2), self.packed)  # [batch pos d_model]
+        if is_plain(call.module):
+            bias: Tensor | None = call.module.bias  # type: ignore[assignment]
+            call.set_main(out if bias is None else out + bias)
+        else:  # a quantised module does not add up exactly: only the edit changes its output
+            call.set_main(call.main() + (out - remove_batch_axis(call.state["results"], self.packed)))
 
 
 @dataclass(frozen=True)
@@ -96,13 +102,16 @@ class ScaledOutput(Access):
     def watchers(self) -> list[Watcher]:
         return [
             (self.stream_into, "input", lambda call: self.kept["stream"].append(call.first())),
-            (self.output_of, "output", lambda call: self.kept["output"].append(call.main())),
+            (self.output_of, "output", self._keep_scaled),
         ]
+
+    def _keep_scaled(self, call: Call) -> None:
+        gain: Tensor = getattr(self.block, self.gain)  # [d_model]; offloaded, it is in memory only inside of the block
+        self.kept["output"].append(gain * call.main())
 
     def get(self, call: Call) -> Stream:
         call.state["stream"] = self.kept["stream"].pop()
-        gain: Tensor = getattr(self.block, self.gain)  # [d_model]
-        return add_batch_axis(gain * self.kept["output"].pop(), self.packed)
+        return add_batch_axis(self.kept["output"].pop(), self.packed)
 
     def put(self, call: Call, value: Stream) -> None:
         total = remove_batch_axis(value, self.packed) + call.state["stream"]

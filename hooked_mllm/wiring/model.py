@@ -1,6 +1,8 @@
 """Makes every hook point of a model of any family, from the table, and binds it to the model's modules."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -9,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hooked_mllm.attention.backends import TowerSwitch
 from hooked_mllm.attention.site import AttentionSite
-from hooked_mllm.errors import UnsupportedModelError
+from hooked_mllm.errors import HookValueError, UnsupportedModelError
 from hooked_mllm.families.base import Family
 from hooked_mllm.hooks.module_hook import ModuleHook
 from hooked_mllm.hooks.point import HookPoint
@@ -83,7 +85,29 @@ class Wiring:
     outputs: dict[str, nn.Module] = field(default_factory=dict)
     #: sites of blocks whose output is not used: they have no hook points, as an edit would be lost
     unhooked: list[AttentionSite] = field(default_factory=list)
+    #: see `Builder.modules`
+    modules: dict[str, tuple[nn.Module, str, nn.Module]] = field(default_factory=dict)
     _deepstack: DeepStack | None = None
+
+    @property
+    def replaced(self) -> tuple[str, str, str] | None:
+        """Path of a module that was replaced after the model was wrapped, and both classes; None if none was."""
+        for path, (parent, name, module) in self.modules.items():
+            if (present := parent._modules.get(name)) is not module:
+                return path, type(module).__name__, type(present).__name__
+        return None
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Raise if a module was replaced, whose hooks would miss what the new one does."""
+        if (replaced := self.replaced) is not None:
+            path, before, present = replaced
+            raise HookValueError(
+                f"{path} was a {before} when this model was wrapped and is a {present} now (an adapter was added or "
+                "merged, or the module was replaced): hooks would miss what it does. Wrap the model again with "
+                "HookedMLLM.from_model(model.hf_model, model.processor)."
+            )
+        yield
 
     @property
     def deepstack(self) -> DeepStack:
@@ -126,11 +150,11 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
     """
     reference = WIRED.get(model)
     wiring = None if reference is None else reference()
-    if wiring is not None and wiring.family is family:
+    if wiring is not None and wiring.family is family and wiring.replaced is None:
         return wiring
     registry = HookRegistry(type(model).__name__)
     builder = Builder(model, registry)
-    wiring = Wiring(registry, family)
+    wiring = Wiring(registry, family, modules=builder.modules)
     try:
         wiring._deepstack = DeepStack(family)
         for tower in ("vision", "projector", "text"):
@@ -141,7 +165,7 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
             "transformers may build the model in another way than this package supports."
         ) from error
     builder.finish()
-    registry.on_run += [wiring.deepstack.fresh, *(switch.applied for switch in wiring.switches.values())]
+    registry.on_run += [wiring.unchanged, wiring.deepstack.fresh, *(switch.applied for switch in wiring.switches.values())]
     # weak: a hook may hold the wrapper, and a registered module hook is held by its module
     module_hooks = [weakref.ref(m) for m in builder.module_hooks.values()]
     weakref.finalize(wiring, _unregister, module_hooks, list(wiring.switches.values()))

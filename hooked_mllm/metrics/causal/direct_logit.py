@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import einsum, rearrange
@@ -21,7 +21,7 @@ from hooked_mllm.objectives import BoundObjective, LogitDifference, gather_logit
 from hooked_mllm.objectives.logits import kept_positions
 from hooked_mllm.objectives.tokens import Tokens
 from hooked_mllm.storage import read_tensors, restoring, write_tensors
-from hooked_mllm.wiring.results import head_results
+from hooked_mllm.wiring.results import head_results, value_at_zero
 
 KIND = "hooked_mllm.LogitDecomposition"
 
@@ -172,11 +172,11 @@ def _attribute(model: Model, inputs: ResolvedInput, bound: BoundObjective) -> tu
     terms: dict[str, Tensor] = {"embed": cache["embed"].float()}
     rest: dict[str, Tensor] = {}
     for layer in range(model.cfg.n_layers):
-        o_proj, z = model.output_projection(layer), cache["z", layer].float()
-        heads = head_results(z, o_proj, z.device).unbind(-2)  # [batch pos head d_model] -> head * [batch pos d_model]
+        o_proj, z = model.output_projection(layer), cache["z", layer]
+        heads = head_results(z, o_proj, dtype=torch.float32).unbind(-2)  # head * [batch pos d_model]
         terms |= {head_name(layer, head): result for head, result in enumerate(heads)}
-        if o_proj.bias is not None:
-            rest[f"{layer}_attn_bias"] = cast(Tensor, o_proj.bias).to(z).expand_as(heads[0])
+        if (at_zero := value_at_zero(o_proj, z.flatten(-2))) is not None:
+            rest[f"{layer}_attn_bias"] = at_zero.to(heads[0]).expand_as(heads[0])
         rest[f"{layer}_mlp_out"] = cache["mlp_out", layer].float()
         if ("deepstack", layer) in cache:
             rest[f"{layer}_deepstack"] = cache["deepstack", layer].float()
@@ -197,7 +197,8 @@ def _direction(model: Model, bound: BoundObjective) -> tuple[Float[Tensor, "batc
         logits = torch.zeros(*bound.positions.shape, model.cfg.d_vocab, requires_grad=True)
         (gradient,) = torch.autograd.grad(bound(logits).sum(), logits)
     tokens = gradient.flatten(0, 1).any(0).nonzero()[:, 0]  # [batch pos d_vocab] -> [token]
-    unembedding, bias = cast(Tensor, model.lm_head.weight), cast("Tensor | None", model.lm_head.bias)
+    unembedding = model.unembed(tokens, len(tokens)).float()  # [token d_model]
+    bias = value_at_zero(model.lm_head, torch.zeros(model.cfg.d_model, dtype=model.dtype))  # [d_vocab]
     weights, tokens = gradient[:, 0, tokens].to(unembedding.device), tokens.to(unembedding.device)
-    direction = weights @ unembedding[tokens].float()  # [batch token] @ [token d_model]
-    return direction, None if bias is None else weights @ bias[tokens].float()
+    direction = weights @ unembedding  # [batch token] @ [token d_model]
+    return direction, None if bias is None else weights @ bias.to(unembedding)[tokens]
