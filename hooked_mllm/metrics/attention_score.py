@@ -69,8 +69,9 @@ class AttentionScore(HeadMetric):
         for name, value, known in choices:
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}; got {value!r}.")
-        whole = isinstance(select, Integral) and not isinstance(select, bool)
-        if not isinstance(select, Real) or not (select >= 1 if whole else 0.0 < select <= 1.0):
+        whole = isinstance(select, Integral)
+        wrong = isinstance(select, bool) or not isinstance(select, Real)
+        if wrong or not (select >= 1 if whole else 0.0 < select <= 1.0):
             raise InputError(f"select must be a positive number of heads or a share of them up to 1.0; got {select!r}.")
         self.queries, self.keys = queries, keys
         self.reduce, self.over_samples = reduce, over_samples

@@ -11,6 +11,7 @@ from hooked_mllm.attention.row_statistics import (
     attention_rows,
     attention_scores,
     coverage_by_rank,
+    first_largest,
     first_rank,
     top_mask,
 )
@@ -29,6 +30,23 @@ def test_top_mask_takes_a_number_of_its_own_for_each_sample():
     values = torch.tensor([[3.0, 1.0, 2.0, 2.0]]).expand(3, -1)
     mask = top_mask(values, torch.tensor([1, 2, 4]), 4)
     assert mask.int().tolist() == [[1, 0, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
+
+
+def test_top_mask_takes_values_within_rounding_of_the_last_as_equal_to_it():
+    values = torch.tensor([[0.5, 0.3 - 1e-7, 0.3 + 2e-7, 0.3, 0.1], [-1.0, -2.0, -2.0 + 1e-6, -torch.inf, -2.0]])
+    assert top_mask(values, 2, rounding=1e-5).int().tolist() == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert top_mask(values, 3, rounding=1e-5).int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0]]
+    assert top_mask(values, 2).int().tolist() == [[1, 0, 1, 0, 0], [1, 0, 1, 0, 0]]
+    assert top_mask(values, 5, rounding=1e-5).all()
+
+
+def test_first_largest_is_the_first_of_values_that_rounding_alone_separates():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        row = rng.integers(0, 4, 30) / 4
+        noisy = torch.from_numpy(row * (1 + 1e-7 * rng.uniform(-1, 1, 30)))
+        assert int(first_largest(noisy)) == int(row.argmax())
+    assert first_largest(torch.zeros(2, 3)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("copy_below", [0, 1 << 22], ids=["by-layer", "together"])

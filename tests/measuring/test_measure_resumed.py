@@ -1,17 +1,20 @@
 """`measure` stopped and resumed from a checkpoint, and its results merged from shards and processes."""
 
 import errno
+import json
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from helpers.cache_witness import close, hooked
 from helpers.measured import FirstToken, four, no_taps, run
 from helpers.tiny import tiny_image
 from hooked_mllm import Box
-from hooked_mllm.errors import CacheFileError
+from hooked_mllm.errors import CacheFileError, InputError
 from hooked_mllm.measuring.measure import measure
 from hooked_mllm.metrics import RetrievalAttentionMass, VisionMass
 
@@ -71,6 +74,19 @@ def test_the_metrics_that_were_stopped_can_resume_themselves(tmp_path):
         measure(hooked("qwen3_vl"), four("qwen3_vl"), metrics, **options)
     resumed = measure(hooked("qwen3_vl"), four("qwen3_vl"), metrics, **options)
     assert all((scores.counts == 4).all() for scores in resumed)
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_with_all_ids(tmp_path):
+    family, path = "qwen3_vl", tmp_path / "state"
+    run(family, four(family)[:2], VisionMass(), checkpoint=path)
+    tensors, ((name, text),) = load_file(path), safe_open(path, "pt").metadata().items()
+    header = json.loads(text)
+    del tensors["0/records"], header["digest"]
+    save_file(tensors, path, {name: json.dumps(header)})
+    with pytest.warns(UserWarning, match="has no digest"):
+        resumed = run(family, four(family), VisionMass(), checkpoint=path)
+    assert resumed.provenance["sample_ids"] == [sample.id for sample in four(family)]
+    close(resumed.values, run(family, four(family), VisionMass()).values, 1e-12)
 
 
 def test_more_samples_than_before_resume_where_it_stopped(tmp_path):
@@ -153,9 +169,23 @@ def test_shards_merge(family):
 
 def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    alone = torch.stack([run("qwen3_vl", sample, VisionMass()).values for sample in four("qwen3_vl")])
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     scores = run("qwen3_vl", four("qwen3_vl")[:3] if rank == 0 else four("qwen3_vl")[3:], [VisionMass(), FirstToken()])
     torch.save([s.values for s in scores], f"{folder}/{rank}.pt")
+    assert [s.provenance["sample_ids"] for s in scores] == [[sample.id for sample in four("qwen3_vl")]] * 2
+    # this process alone has samples, then the other one, then none
+    for owner in (0, 1):
+        own = four("qwen3_vl")[:3] if rank == owner else []
+        scores = run("qwen3_vl", own, VisionMass())
+        assert scores.counts.eq(3).all() and len(scores.provenance["sample_ids"]) == 3
+        close(scores.values, alone[:3].mean(0), 1e-9)
+    metric = VisionMass()
+    with pytest.raises(InputError, match="has seen no sample"):
+        run("qwen3_vl", [], metric)
+    own = four("qwen3_vl")[2 * rank : 2 * rank + 2]  # the metric can be used after the error
+    close(run("qwen3_vl", own, metric).values, alone.mean(0), 1e-9)
+    assert metric.count.eq(2).all()
     dist.destroy_process_group()
 
 

@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from helpers.attention_reference import random_layers
 from helpers.metric_witness import LENGTHS, SinkMass, each_metric, per_sample
+from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
-from hooked_mllm.metrics import KeyTokenRatio, RetrievalAttentionMass, VisionMass
+from hooked_mllm.metrics import AttentionScore, KeyTokenRatio, RetrievalAttentionMass, VisionMass
+from hooked_mllm.metrics.base import Piece
 
 
 @each_metric
@@ -31,3 +34,32 @@ def test_the_chance_level_is_stored_with_a_mass(metric):
     chance = scores.provenance["chance"]
     np.testing.assert_allclose(even.values, np.repeat(np.array(chance)[:, None], 4, axis=1), atol=1e-6)
     assert "chance" not in per_sample(KeyTokenRatio(), layers).compute().provenance
+
+
+@pytest.mark.parametrize("reduce", ["sum", "argmax", "topk"])
+@pytest.mark.parametrize(("select", "k"), [(3, 3), (0.25, 3), (np.float32(0.25), 3), (1.0, 12)])
+def test_the_chance_of_a_vote_is_that_of_a_head_drawn_at_random(reduce, select, k):
+    layers = random_layers(lengths=LENGTHS)
+    scores = per_sample(AttentionScore(reduce=reduce, over_samples="frequency", select=select), layers).compute()
+    assert scores.provenance["chance"] == [k / 12] * 3
+    assert float(scores.values.mean()) == pytest.approx(k / 12)  # every sample has k votes for 12 heads
+
+
+def test_votes_for_equal_heads_do_not_depend_on_rounding():
+    """Two copies of each head in another order of summation: the copies tie, and the lower one has the votes."""
+    layers = random_layers(lengths=LENGTHS)
+    metric = AttentionScore(over_samples="frequency", select=2)
+    exact = metric.score(layers.view())
+    rng = np.random.default_rng(0)
+    votes = []
+    for noise in (0.0, 1e-6, 1e-5):
+        tied = exact[:, :, [0, 0, 1, 1]] * torch.from_numpy(1 + noise * rng.uniform(-1, 1, (3, 4, 4)))
+        (piece,) = metric._elect([Piece((0, 1, 2), {"total": tied})])
+        votes.append(piece.parts["total"])
+    assert torch.equal(votes[0], votes[1]) and torch.equal(votes[0], votes[2]) and votes[0].sum() == 8
+
+
+@pytest.mark.parametrize("select", [0, -1, 1.5, 0.0, float("nan"), True, None])
+def test_votes_that_select_nothing(select):
+    with pytest.raises(InputError, match="select must be a positive number of heads or a share"):
+        AttentionScore(over_samples="frequency", select=select)

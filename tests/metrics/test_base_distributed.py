@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 
 from helpers.attention_reference import random_layers
 from hooked_mllm.contracts import ModelInfo
+from hooked_mllm.errors import InputError
 from hooked_mllm.metrics import KeyTokenCoverage, KeyTokenRatio, RetrievalAttentionMass, VisionMass
 
 INFO = ModelInfo(n_layers=3, n_heads=4, n_kv_heads=2)
@@ -48,6 +49,18 @@ def worker(rank: int, folder: str) -> None:
         # the last metric sees no sample at all on the second process
         for b in ([0, 1], [2])[rank] if metric is not metrics[-1] or rank == 0 else []:
             metric.update(view=layers.view(samples=slice(b, b + 1)))
+    never = RetrievalAttentionMass().keep_samples()  # not even set up on the second process
+    if rank == 0:
+        never.update(view=layers.view())
+        never.note_samples(["a", "b", "c"])
+    np.testing.assert_allclose(never.compute().values, metrics[0].compute().values, atol=1e-7)
+    assert never.compute().provenance["sample_ids"] == ["a", "b", "c"] and len(never.sample_scores()) == 3
+    for empty in (RetrievalAttentionMass(), KeyTokenCoverage(metrics[2].ranking), RetrievalAttentionMass()):
+        empty.setup(INFO)
+        with pytest.raises(InputError, match="has seen no sample"):
+            empty.compute()
+    empty.update(view=layers.view(samples=slice(rank, rank + 1)))
+    assert empty.compute().counts.eq(2).all()
     found = results(metrics)
     np.savez(Path(folder) / f"{rank}.npz", *found)
     assert int(metrics[0].count.max()) == (2, 1)[rank]  # its own samples again, once the result is out

@@ -35,6 +35,8 @@ def test_a_plain_function_is_an_objective_and_other_values_raise(toy, samples):
     assert isinstance(objective, FunctionObjective) and objective.larger_is_better
     assert as_objective(objective) is objective
     assert objective.describe() == {"objective": "FunctionObjective", "function": "mean_logit", "positions": "last"}
+    loss = FunctionObjective(mean_logit, larger_is_better=False)
+    assert not loss.larger_is_better and loss.describe() == {**objective.describe(), "larger_is_better": False}
     with pytest.raises(InputError, match=r"got the class LogitDifference. Create one: LogitDifference\(\)"):
         as_objective(LogitDifference)
     bound = objective.bind(toy, toy.resolve(samples))

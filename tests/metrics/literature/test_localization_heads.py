@@ -7,9 +7,17 @@ import pytest
 
 from helpers.cache_witness import hooked
 from helpers.tiny import tiny_image
+from hooked_mllm import HookedMLLM, SampleBatch, toys
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.measuring.measure import measure
-from hooked_mllm.metrics import LocalizationHeads
+from hooked_mllm.metrics import (
+    AttentionScore,
+    KeyTokenRatio,
+    LocalizationHeads,
+    OCRHeads,
+    RetrievalHeads,
+    SparseMMHeads,
+)
 from hooked_mllm.metrics.literature import spatial_entropy, token_grid
 from hooked_mllm.metrics.literature.localization_heads import elbow
 
@@ -44,6 +52,42 @@ def test_spatial_entropy_of_plain_maps():
     assert spatial_entropy(diagonal) == 0.0  # corners touch
     assert spatial_entropy(np.full((3, 3), 1 / 9.0)) == math.inf
     assert spatial_entropy(spots * 7) == pytest.approx(spatial_entropy(spots))  # not of the scale
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_one_spot_has_no_entropy_whatever_its_numbers(seed):
+    rng = np.random.default_rng(seed)
+    spot = np.zeros((8, 9), dtype=np.float32 if seed % 2 else np.float64)
+    y, x = rng.integers(0, 5, 2)
+    spot[y : y + 3, x : x + 3] = 0.2 + rng.random((3, 3))
+    assert spatial_entropy(spot.astype(np.float64)) == 0.0
+    even = 1 / 72 * (1 + 1e-7 * rng.uniform(-1, 1, (8, 9)))  # even up to the rounding of float32
+    assert spatial_entropy(even) == math.inf
+
+
+@pytest.mark.parametrize("name", ["toy-qwen3-vl", "toy-internvl", "toy-llava-onevision"])
+def test_votes_are_those_of_any_batching(name):
+    model = HookedMLLM.from_pretrained(name, dtype="float32")
+    samples = [s for pages in (1, 2) for s in toys.VisualRetrieval(pages=pages).samples(model, 3, answer=True)]
+
+    def votes(*groups):
+        metrics = [
+            LocalizationHeads(),
+            AttentionScore(over_samples="frequency", select=4),
+            AttentionScore(over_samples="frequency", select=4, reduce="topk"),
+            AttentionScore(over_samples="frequency", select=4, reduce="argmax"),
+            OCRHeads(),
+            SparseMMHeads(),
+            RetrievalHeads(),
+            KeyTokenRatio(),
+        ]
+        batches = [SampleBatch.collate(group) if len(group) > 1 else group[0] for group in groups]
+        return [scores.values for scores in model.measure(batches, metrics, progress=False)]
+
+    alone = votes(*([sample] for sample in samples))
+    for groups in ([samples], [samples[:2], samples[2:5], samples[5:]]):
+        for expected, together in zip(alone, votes(*groups), strict=True):
+            np.testing.assert_allclose(together, expected, atol=1e-12, rtol=0)
 
 
 def test_elbow_is_farthest_from_the_chord():
