@@ -232,6 +232,16 @@ class TowerSwitch:
         return any(choice.backend is not None for choice in self._choices)
 
     @property
+    def n_choices(self) -> int:
+        """Number of choices of all threads and tasks."""
+        return len(self._choices)
+
+    @property
+    def lasting(self) -> list[AttentionBackend]:
+        """The backends that were chosen for every run, not for a `with`."""
+        return [choice.backend for choice in self._choices if choice.scope is None and choice.backend is not None]
+
+    @property
     def chosen(self) -> bool:
         """Whether a choice is active in this thread and task."""
         return any(self.context.sees(choice.scope) for choice in self._choices)

@@ -65,6 +65,7 @@ class AttentionSite:
         self.context = next(iter(self.points.values())).context
         self._taps: tuple[tuple[Tap, Scope | None], ...] = ()
         self.switch.sites.append(ref(self))
+        self.name = self.points["z"].name.removesuffix(".hook_z")
         for name in ("rot_q", "rot_k", "z"):  # scores and pattern are copies, which the model's own attention lacks
             self.points[name].live = True
         add_site(self.module, self)
@@ -73,6 +74,11 @@ class AttentionSite:
     def taps(self) -> list[Tap]:
         """The taps that are active in this thread, task and run."""
         return [tap for tap, scope in self._taps if self.context.sees(scope)]
+
+    @property
+    def has_taps(self) -> bool:
+        """Whether any thread has a tap."""
+        return bool(self._taps)
 
     @property
     def backend(self) -> AttentionBackend | None:
@@ -128,7 +134,9 @@ class AttentionSite:
         slim = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 and base in WIDE
         taps = self.taps
         observed = bool(taps) or points["attn_scores"].active or points["pattern"].active
-        backend, mask = self.backend, None
+        backend, mask, run = self.backend, None, self.context.run
+        if run is not None and (taps or backend is not None):
+            run.fired.add(self.name)
         if observed or backend is not None or slim:
             backend = self.running
             mask = own = MaskRows.of(

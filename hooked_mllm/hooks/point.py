@@ -243,9 +243,14 @@ class HookPoint:
             version = None if value.is_inference() else value._version
             # autograd's counter misses edits through `.data` and NumPy; in live memory they need no writing back
             before = None if own or edited or handle.reads_only else value.detach().clone()
+            shape, dtype, address = value.shape, value.dtype, value.data_ptr()
             result = handle.fn(value, hook=self)
+            if value.shape != shape or value.dtype != dtype:  # `transpose_`, `x.data = other`
+                raise self._misfit("changed in place", "shape and dtype", (value.shape, value.dtype), (shape, dtype))
             if result is not None and result is not value:
                 value, edited, own = self._checked(result, value), True, False
+            elif value.data_ptr() != address:  # `x.data = other`: no longer the memory that the model continues from
+                edited, own = True, False
             elif version is not None and version != value._version:
                 edited = True
             elif before is not None:
@@ -284,8 +289,11 @@ class HookPoint:
             ("device", result.device, value.device),
         ):
             if actual != expected:
-                raise HookValueError(
-                    f"A hook on {self.name} returned {quantity} {actual}; expected {expected}. Return a tensor like "
-                    "the one received (`.to(activation)` sets dtype and device), or None to keep the activation."
-                )
+                raise self._misfit("returned", quantity, actual, expected)
         return result
+
+    def _misfit(self, how: str, quantity: str, actual: object, expected: object) -> HookValueError:
+        return HookValueError(
+            f"A hook on {self.name} {how} {quantity} {actual}; expected {expected}. Return a tensor like the one "
+            "received (`.to(activation)` sets dtype and device), or None to keep the activation."
+        )

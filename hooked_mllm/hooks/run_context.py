@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
+
+from hooked_mllm.errors import HookValueError
 
 
 @dataclass(eq=False)
@@ -23,7 +25,7 @@ class Run:
         prompt_length: Positions of the prompt; None where every row belongs to it.
         rows: Rows of text activations in this call of the model; None where it is unknown.
         step: 0 in the prefill, n in the n-th decoding step.
-        fired: Names of the points whose hooks ran.
+        fired: Names of the points whose hooks ran, and of the attentions that called taps or a backend.
         kept: What the wiring keeps from one module to a later one.
     """
 
@@ -60,6 +62,12 @@ class RunContext:
         self._scopes: ContextVar[tuple[Scope, ...]] = ContextVar("scopes", default=())
         self._registering: ContextVar[Scope | None] = ContextVar("registering", default=None)
         self._recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise HookValueError(
+            "Hook points and registered hooks belong to one model and are neither copied nor pickled. Remove them with "
+            "`reset_hooks` or by leaving their `with`, and copy the HookedMLLM: `copy.deepcopy(model)`."
+        )
 
     @property
     def run(self) -> Run | None:

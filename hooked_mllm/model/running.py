@@ -1,6 +1,7 @@
 """One run of the model: its place in the sequence, the attention that is active, and whether every hook fired."""
 
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,11 +10,33 @@ import torch
 from torch import nn
 
 from hooked_mllm.contracts import Model
-from hooked_mllm.errors import HookValueError
+from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.run_context import Run
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.model.recomputing import hooks_when_recomputed
+
+
+class _Uncompiled:
+    """Runs without compiled code in a `with`; counted, as torch's stance is one for all threads and models."""
+
+    def __init__(self) -> None:
+        self.lock, self.count, self.stance = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.count == 0:
+                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.count -= 1
+            if self.count == 0:
+                self.stance.close()
+
+
+_UNCOMPILED = _Uncompiled()
 
 
 @contextmanager
@@ -39,6 +62,8 @@ def running(
         HookValueError: If an activation was computed without the hooks that are registered on it.
     """
     past = cache_length(arguments.get("past_key_values"))
+    if prompt_length is not None and (isinstance(prompt_length, bool) or prompt_length < 1):
+        raise InputError(f"prompt_length is the number of positions of the whole prompt; got {prompt_length}.")
     with model.registry.running_on(inputs, first=past) as run, ExitStack() as stack:
         run.rows = inputs.length
         if prompt_length is None:  # one token behind a KV cache is a generated one
@@ -50,7 +75,7 @@ def running(
             model.family.reset(model.hf_model)
         if hooked(model) and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
             # compiled code keeps the hooks and the attention of the call in which it was compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_UNCOMPILED)
         stack.enter_context(hooks_when_recomputed(model))
         yield run
         check_fired(model, run, inputs, stop, head)
@@ -74,6 +99,8 @@ def _outside_graphs(site: Any) -> bool:
 
 def cache_length(past: Any) -> int:
     """Positions in a KV cache; 0 without one."""
+    if past is not None and not hasattr(past, "get_seq_length"):
+        raise InputError(f"past_key_values is a KV cache such as DynamicCache; got {type(past).__name__}.")
     return 0 if past is None else int(past.get_seq_length())
 
 
@@ -103,7 +130,7 @@ def following_steps(model: Model, run: Run, prompt_length: int) -> Iterator[None
 
 
 def check_fired(model: Model, run: Run, inputs: ResolvedInput, stop: int | None, head: bool) -> None:
-    """Raise if a hook is active on an activation that the run reached, and the hook did not run.
+    """Raise if a hook, tap or backend is active on an activation that the run reached, and it was not called.
 
     Raises:
         HookValueError: With the names of the points.
@@ -119,10 +146,13 @@ def check_fired(model: Model, run: Run, inputs: ResolvedInput, stop: int | None,
 
     active = [p for p in model.registry.hook_dict.values() if p.registered and p.name not in run.fired and p.active]
     lost = [point.name for point in active if reached(point)]
+    for site in (*model.wiring.text, *model.wiring.vision):
+        if site.name not in run.fired and (site.taps or site.backend is not None) and reached(site.points["z"]):
+            lost.append(site.name)
     if lost:
         shown = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
         raise HookValueError(
             f"This run did not call the hooks on {shown}, so what they edit or read was lost. The module was called in "
-            "another way than by the model, its torch hooks were removed, or the inputs skip it (inputs_embeds). "
-            "Load the model again, without compiled or replaced modules."
+            "another way than by the model, its forward or its torch hooks were replaced, or the inputs skip it "
+            "(inputs_embeds). Load the model again, without compiled or replaced modules."
         )

@@ -115,6 +115,15 @@ class Wiring:
         assert self._deepstack is not None  # set by `wire`
         return self._deepstack
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a hook, a tap or a choice of attention is active, in any thread."""
+        return (
+            any(point.registered for point in self.registry.hook_dict.values())
+            or any(site.has_taps for site in (*self.text, *self.vision))
+            or any(len(switch.lasting) < switch.n_choices for switch in self.switches.values())
+        )
+
     def add(self, sites: list[AttentionSite], block: BlockWiring) -> None:
         """Make the points of one block, and add its attention site to those of its tower."""
         site = block.wire()

@@ -1,5 +1,7 @@
 """Gradient checkpointing: the backward pass computes blocks again, with the hooks of the forward pass or not at all."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,17 +13,15 @@ NAME = "blocks.1.attn.hook_z"
 FAMILIES = ("qwen3_vl", "llava_onevision", "internvl")
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[(name, reentrant) for name in FAMILIES for reentrant in (False, True)], ids=str)
 def model(request) -> HookedMLLM:
-    hooked = HookedMLLM.from_model(fresh(request.param), check=False)
+    name, reentrant = request.param
+    hooked = HookedMLLM.from_model(fresh(name), check=False)
     hooked.hf_model.train().requires_grad_(True)
-    hooked.hf_model._set_gradient_checkpointing(True, lambda fn, *a, **k: checkpoint(fn, *a, **k))
-    hooked.inputs = model_inputs(request.param)
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+    hooked.hf_model._set_gradient_checkpointing(True, checkpoint)
+    hooked.inputs = model_inputs(name)
     return hooked
-
-
-def checkpoint(fn, *args, **kwargs):
-    return torch.utils.checkpoint.checkpoint(fn, *args, use_reentrant=False, **kwargs)
 
 
 def gradient(model: HookedMLLM) -> torch.Tensor:
