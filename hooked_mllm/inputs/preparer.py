@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.video_utils import VideoMetadata
 
+from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError, nearest
 from hooked_mllm.families.base import Family
 from hooked_mllm.inputs import video as loading
@@ -48,6 +49,7 @@ class Preparer:
         self.processor, self.config, self.family = processor, config, family
         self.tokenizer: Any = tokenizer if tokenizer is not None else processor.tokenizer
 
+    @checked
     def __call__(
         self,
         question: str | Sequence[str],
@@ -207,6 +209,8 @@ class Preparer:
             lengths, hint = sorted({len(film) for film in films}), ""
             if len(lengths) > 1:
                 hint = f" The videos have {lengths} frames: this processor may need one number, see num_frames=."
+            if options:
+                hint += f" If they do not fit this model, leave out {', '.join(f'{name}=' for name in options)}."
             raise InputError(f"{type(self.processor).__name__} rejects these inputs: {error}{hint}") from error
         return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 

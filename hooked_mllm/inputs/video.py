@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import checked, numbers
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.images import ImageInput, channels_last, existing_file, load_image, media_list, to_uint8
 
@@ -88,7 +88,7 @@ class Video:
         pixels = _stack(frames)
         if fps is not None:
             return cls(pixels, tuple(i / float(fps) for i in range(len(pixels))), float(fps), source)
-        times = np.asarray(times_s, float)
+        times = numbers(times_s, "times_s")
         length = float(times[-1] - times[0]) if len(times) > 1 else 0.0
         return cls(pixels, tuple(times.tolist()), (len(times) - 1) / length if length > 0 else 1.0, source)
 

@@ -30,7 +30,7 @@ def decode(
             stamps, keys = _stamps(container, stream, path)
             base = stream.time_base or Fraction(1)
             times = (stamps - stamps[0]) * float(base)
-            _check_whole(container, stream, times, path)
+            _check_whole(container, stream, times, float(stamps[0] * base), path)
             rate, frame_bytes = _rate(stream, times, path), stream.width * stream.height * 3
         index = np.unique(choose(len(stamps), rate))
         if len(index) * frame_bytes > max_bytes:
@@ -70,19 +70,26 @@ def _largest(container: InputContainer, path: Path) -> av.VideoStream:
     return max(streams, key=lambda s: s.width * s.height)
 
 
-def _check_whole(container: InputContainer, stream: av.VideoStream, times: np.ndarray, path: Path) -> None:
-    """Raise an InputError if the header states more frames, or a longer duration, than the file has."""
-    declared = float(stream.duration * (stream.time_base or 1)) if stream.duration else 0.0
-    if clock := stream.metadata.get("DURATION"):  # Matroska, as hours:minutes:seconds
+def _check_whole(
+    container: InputContainer, stream: av.VideoStream, times: np.ndarray, start_s: float, path: Path
+) -> None:
+    """Raise an InputError if the header states a longer video stream than the file has.
+
+    Other containers than these state the length of the whole file, sound included, or none.
+    """
+    declared, base = 0.0, stream.time_base or Fraction(1)
+    if "mov" in container.format.name:
+        declared = float((stream.duration or 0) * base)
+    elif container.format.name == "avi":
+        declared = float(stream.frames * base) - start_s
+    elif clock := stream.metadata.get("DURATION"):  # Matroska, as hours:minutes:seconds from the clock's zero
         hours, minutes, seconds = (float(part) for part in clock.split(":"))
-        declared = 3600 * hours + 60 * minutes + seconds
+        declared = 3600 * hours + 60 * minutes + seconds - start_s
     step = float(np.diff(times).max()) if len(times) > 1 else 1 / float(stream.average_rate or 1)
-    # an edit list of an mp4 hides frames that its header counts, but not from the duration
-    fewer = 0 if "mov" in container.format.name else stream.frames - len(times)
-    if declared > times[-1] + 2.5 * step or fewer > 0:
+    if declared > times[-1] + 2.5 * step:
         raise InputError(
-            f"{str(path)!r} is cut off or its header is wrong: it states {stream.frames or 'an unknown number of'} "
-            f"frames and {declared:.2f} s, and the file has {len(times)} frames up to {times[-1] + step:.2f} s."
+            f"{str(path)!r} is cut off or its header is wrong: it states {declared:.2f} s of frames, and the file has "
+            f"{len(times)} frames up to {times[-1] + step:.2f} s."
         )
 
 

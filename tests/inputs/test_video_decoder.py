@@ -1,5 +1,7 @@
 """Selected frames of a file against a plain decode of all of them, and files that do not decode."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
@@ -119,7 +121,7 @@ def test_a_header_that_states_more_frames_than_there_are(tmp_path):
     assert int.from_bytes(data[length : length + 4], "little") == 20
     data[length : length + 4] = (500).to_bytes(4, "little")
     (tmp_path / "lies.avi").write_bytes(bytes(data))
-    with pytest.raises(InputError, match=r"states 500 frames.* the file has 20 frames"):
+    with pytest.raises(InputError, match=r"states 50\.00 s of frames, and the file has 20 frames up to 2\.00 s"):
         read_video(tmp_path / "lies.avi")
 
 
@@ -129,3 +131,26 @@ def test_a_header_with_another_frame_rate_gives_a_warning(tmp_path):
         video = read_video(path, fps=2)
     assert video.fps == 5
     assert video.times_s == pytest.approx(np.linspace(0, 19, 8).round() / 5)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "mov", "wmv", "ts"])
+def test_sound_after_the_last_frame_and_a_late_first_frame_are_no_damage(tmp_path, suffix):
+    with av.open(str(tmp_path / f"a.{suffix}"), "w") as container:
+        pictures = container.add_stream("wmv2" if suffix == "wmv" else "mpeg4", rate=10)
+        pictures.height, pictures.width, pictures.pix_fmt = 48, 64, "yuv420p"
+        sound = container.add_stream("mp2" if suffix in ("avi", "wmv", "ts") else "aac", rate=48000, layout="mono")
+        for i in range(8):
+            frame = av.VideoFrame.from_ndarray(grey(20 * i + 20), format="rgb24")
+            frame.pts, frame.time_base = i + 5 * (suffix != "avi"), Fraction(1, 10)  # AVI has no late start
+            container.mux(pictures.encode(frame))
+        container.mux(pictures.encode())
+        size, kind = (1152, "s16") if sound.name == "mp2" else (1024, "fltp")
+        for i in range(200):  # four seconds
+            data = np.zeros((1, size), np.int16 if kind == "s16" else np.float32)
+            samples = av.AudioFrame.from_ndarray(data, format=kind, layout="mono")
+            samples.sample_rate, samples.pts = 48000, i * size
+            container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+    video = read_video(tmp_path / f"a.{suffix}", num_frames=100)
+    assert len(video) == 8
+    assert video.times_s == pytest.approx(np.arange(8) / 10, abs=0.01)
