@@ -9,7 +9,9 @@ timed; if they differ, only the difference is printed.
 
 import argparse
 import cProfile
+import os
 import pstats
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ from typing import Any
 import torch
 from common import QWEN3_VL_8B, TINY, as_json, demand, interleaved, make_sample, random_model, report
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hooked_mllm import HookedMLLM, Sample
 from hooked_mllm.storage import ready_folder, write_text
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it products on a GPU may differ from call to call
 CACHED = ["blocks.*.attn.hook_z", "blocks.*.hook_resid_post"]
 
 
@@ -43,21 +47,27 @@ def witnessed(model: HookedMLLM, sample: Sample, options: dict[str, Any]) -> tup
 
 
 def check(model: HookedMLLM, sample: Sample, options: dict[str, Any]) -> None:
-    """Compare tokens and cached z with those of plain transformers: bit for bit, if it repeats itself to the bit."""
+    """Compare tokens and cached z with those of plain transformers, in torch's deterministic mode.
+
+    Where plain transformers does not repeat itself even there, what it differs by is the bound, of the prompt's z.
+    """
     tokens, calls = witnessed(model, sample, options)
     again, repeated = witnessed(model, sample, options)
-    demand(torch.equal(tokens, again), "tokens of two plain generations")
-    noise = [max(map(largest_difference, a, b)) for a, b in zip(calls, repeated, strict=True)]
-    if any(noise):
-        print(f"two plain generations differ in z by up to {max(noise):.2g}: cached z may differ by twice that")
-    demand(torch.equal(tokens, model.generate(sample, **options)), "tokens without hooks")
+    repeats = torch.equal(tokens, again)
+    if not repeats:
+        print("two plain generations differ in their tokens: only z of the prompt is compared")
+        calls, repeated = [kept[:1] for kept in calls], [kept[:1] for kept in repeated]
+    noise = max(max(map(largest_difference, a, b)) for a, b in zip(calls, repeated, strict=True))
+    hooked = model.generate(sample, **options)
     with model.hooks([("blocks.*.attn.hook_z", read_only)]):
-        demand(torch.equal(tokens, model.generate(sample, **options)), "tokens with a hook")
+        read = model.generate(sample, **options)
     cached, cache = model.run_with_cache(sample, CACHED, generate=options)
-    demand(torch.equal(tokens, cached), "tokens with a cache")
+    for name, result in (("without hooks", hooked), ("with a hook", read), ("with a cache", cached)):
+        demand(not repeats or torch.equal(tokens, result), f"tokens {name}")
     for layer, kept in enumerate(calls):
-        error = largest_difference(cache["z", layer].flatten(2), torch.cat(kept, dim=1))
-        demand(error <= 2 * max(noise), f"z of layer {layer} by {error:.2g}")
+        z = torch.cat(kept, dim=1)
+        error = largest_difference(cache["z", layer].flatten(2)[:, : z.shape[1]], z)
+        demand(error <= 2 * noise, f"z of layer {layer} by {error:.2g}, plain ones by {noise:.2g}")
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
@@ -82,7 +92,11 @@ def main() -> None:
     model = HookedMLLM.from_model(random_model(size, device, dtype))
     sample = make_sample(model.hf_model, arguments.tokens, 64, grid=16)
     options = {"max_new_tokens": arguments.new, "min_new_tokens": arguments.new, "do_sample": False}
-    check(model, sample, options)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")
+        check(model, sample, options)
+    torch.use_deterministic_algorithms(False)
 
     def hooked() -> Any:
         with model.hooks([("blocks.*.attn.hook_z", read_only)]):
