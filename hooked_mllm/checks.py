@@ -6,9 +6,13 @@ import inspect
 import re
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from hooked_mllm.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 Target = TypeVar("Target")
 
@@ -24,7 +28,8 @@ class _WrongType(Exception):
 def checked(target: Target) -> Target:
     """A public function, or a class with its public methods, that checks its arguments against their annotations.
 
-    Numbers of NumPy count as int, float and bool. Classes are changed in place, with their bases in this package.
+    Numbers of NumPy count as int, float and bool; a bool is no number. Classes are changed in place, and their bases in
+    this package as well.
 
     Examples:
         >>> @checked
@@ -46,6 +51,27 @@ def checked(target: Target) -> Target:
                 if door is not inner:
                     setattr(base, name, door if inner is value else type(value)(door))  # type: ignore[operator]
     return target
+
+
+def as_device(device: object) -> "torch.device":
+    """The device, if it is there."""
+    import torch
+
+    try:
+        return torch.empty(0, device=device).device  # type: ignore[call-overload]
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"Expected a device of this machine, such as 'cpu'; got {device!r}: {reason}") from None
+
+
+def numbers(values: Any, what: str) -> "np.ndarray":
+    """The values as an array of float64; an `InputError` that names them if they are no numbers."""
+    import numpy as np
+
+    try:
+        return np.array([] if isinstance(values, str | bytes) else values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Expected {what} as numbers; got {type(values).__name__}: {error}.") from None
 
 
 def _door(function: Callable[..., Any]) -> Any:
@@ -96,8 +122,12 @@ def _with_check(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _configuration() -> Any:
+    import beartype
     import numpy as np
-    from beartype import BeartypeConf, BeartypeHintOverrides, BeartypeViolationVerbosity
+    from beartype import BeartypeConf, BeartypeViolationVerbosity
+    from beartype.vale import Is
+
+    frozen: Any = getattr(beartype, "FrozenDict", None) or beartype.BeartypeHintOverrides  # of earlier versions
 
     class WrongType(_WrongType):
         def __init__(self, message: str) -> None:
@@ -112,10 +142,11 @@ def _configuration() -> Any:
                 message = f"{name}: expected {parameter} as {hint}; got {value}."
             super().__init__(message)
 
-    numbers = {int: int | np.integer, float: float | int | np.floating | np.integer, bool: bool | np.bool_}
+    whole = Annotated[int | np.integer, Is[lambda value: not isinstance(value, bool)]]
+    numbers = {int: whole, float: float | np.floating | whole, bool: bool | np.bool_}
     return BeartypeConf(
         violation_param_type=WrongType,
         violation_verbosity=BeartypeViolationVerbosity.MINIMAL,
-        hint_overrides=BeartypeHintOverrides(numbers),
+        hint_overrides=frozen(numbers),
         is_color=False,
     )

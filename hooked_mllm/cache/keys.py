@@ -43,7 +43,7 @@ def _tower_and_entries(key: object) -> tuple[TowerName, tuple[str | int | None, 
     """The tower of a tuple, and its other entries."""
     tower: TowerName = "text"
     entries: tuple[object, ...] = key if isinstance(key, tuple) else ()
-    if entries and entries[0] in ("vision", "text", "projector"):
+    if entries and isinstance(entries[0], str) and entries[0] in ("vision", "text", "projector"):
         tower, entries = entries[0], entries[1:]
     plain = tuple(entry for entry in entries if entry is None or isinstance(entry, str | int))
     if not entries or len(plain) < len(entries) or (tower == "projector" and len(entries) > 1):

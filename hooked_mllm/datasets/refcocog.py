@@ -16,6 +16,7 @@ from PIL import Image
 from hooked_mllm.checks import checked
 from hooked_mllm.datasets.plain_pickle import load_plain_pickle
 from hooked_mllm.errors import InputError, nearest
+from hooked_mllm.heads.counting import check_seed
 from hooked_mllm.inputs.sample import Prepares, Sample
 from hooked_mllm.layout.regions import Box
 from hooked_mllm.storage import inside
@@ -116,6 +117,8 @@ class RefCOCOg(Sequence[ReferringExpression]):
     ) -> None:
         if max_samples is not None and max_samples < 1:
             raise InputError(f"expected max_samples >= 1 or None, got {max_samples}")
+        if seed is not None:
+            check_seed(seed)
         try:
             fields = {name for _, name, _, _ in string.Formatter().parse(question) if name is not None}
         except ValueError as error:

@@ -26,7 +26,10 @@ def head_names(heads: Iterable[tuple[int, int]]) -> list[str]:
         >>> head_names([(2, 4), (3, 1)])
         ['L2H4', 'L3H1']
     """
-    return [head_name(layer, head) for layer, head in heads]
+    try:
+        return [head_name(layer, head) for layer, head in heads]
+    except (TypeError, ValueError):
+        raise HeadError(f"Expected (layer, head) pairs, such as (2, 4); got {shortened_repr(heads)}.") from None
 
 
 def parse_head(text: str) -> tuple[int, int]:

@@ -232,6 +232,8 @@ class HeadScores(Arithmetic, Grouping):
             CacheFileError: If the file is missing, damaged, a pickle, or contains something else.
         """
         path = Path(path)
+        if not path.name:
+            raise InputError(f"Expected the path of a file, such as 'scores'; got {str(path)!r}.")
         if path.suffix == ".json":
             arrays = header = read_json(path, KIND)
         else:

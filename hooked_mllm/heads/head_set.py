@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import as_device, checked
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.head_names import head_names, parse_head, parse_names
 from hooked_mllm.display.read_heads import HeadsLike, not_heads, read_heads, whole_number
@@ -92,7 +92,7 @@ class HeadSet:
         mask = torch.zeros(self.n_layers, self.n_heads, dtype=torch.bool)
         if self:
             mask[tuple(zip(*self, strict=True))] = True  # indices (layers, heads)
-        return mask.to(device)
+        return mask.to(as_device(device))
 
     @property
     def by_layer(self) -> dict[int, tuple[int, ...]]:
@@ -134,6 +134,8 @@ class HeadSet:
     def __getitem__(self, index: int | slice) -> "tuple[int, int] | HeadSet":
         """The head at a position in the order, or the set of a slice of it."""
         heads = list(self._heads)
+        if not isinstance(index, slice) and not -len(heads) <= index < len(heads):
+            raise HeadError(f"No head at position {index} of a set of {len(heads)}.")
         return self._like(heads[index]) if isinstance(index, slice) else heads[index]
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What a whole map of head scores says in few numbers: concentration, intervals, and agreement across seeds."""
+"""Numbers that summarise a map of head scores: concentration, intervals, and agreement across seeds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from hooked_mllm.checks import checked
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads.counting import Count, Seed
+from hooked_mllm.heads.counting import Count, Seed, check_seed
 from hooked_mllm.heads.head_scores import HeadScores, ScoresInput, check_scores
 from hooked_mllm.heads.intervals import mean_interval
 from hooked_mllm.heads.sample_scores import SampleScores
@@ -74,7 +74,7 @@ class Overlap:
 
     Args:
         matrix: Share of the top heads of ranking i that are in the top of ranking j, [ranking ranking].
-        k: The number of heads compared, as asked for (int) or as a share (float).
+        k: The number of heads compared, as a count (int) or as a share (float).
     """
 
     matrix: Float[np.ndarray, "ranking ranking"]
@@ -123,7 +123,7 @@ def overlap_across_seeds(
         InputError: For fewer than two seeds, or a repeated seed.
         HeadError: For no heads or samples, or too many.
     """
-    if len(set(seeds)) != len(seeds):
+    if len(set(map(check_seed, seeds))) != len(seeds):
         raise InputError(f"Every seed counts once; got {list(seeds)}.")
     try:
         return pairwise_overlap([scores.draw(n_samples, seed) for seed in seeds], k)

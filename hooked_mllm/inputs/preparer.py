@@ -98,7 +98,8 @@ class Preparer:
         effective = processor_in_effect(self.processor, merged)
         sampling = {"fps": fps, "num_frames": num_frames, "max_frames": max_frames}
         check_sampling(**sampling)
-        options = merged["videos_kwargs"] | {"do_sample_frames": effective.video_processor.do_sample_frames}
+        samples = getattr(effective.video_processor, "do_sample_frames", False)
+        options = merged["videos_kwargs"] | {"do_sample_frames": samples}
         own = getattr(self.processor, "video_processor", None)
         decode = sampling | {"sampler": frame_sampler(own, options, **sampling)}
         prepared = partial(self._one, decode, effective, processor_kwargs, float(min_overlap), padding_side)

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import as_device, checked
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.images import html_thumbnails
 from hooked_mllm.display.text import shortened
@@ -257,14 +257,15 @@ def moved(
     def on_device(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        return value.to(device=target, dtype=dtype if value.is_floating_point() else None)
 
+    target = None if device is None else as_device(device)
     return {name: on_device(value) for name, value in inputs.items()}
 
 
 def check_side(padding_side: str) -> None:
     """Raise an InputError for another side than left and right."""
-    if padding_side not in ("left", "right"):
+    if not isinstance(padding_side, str) or padding_side not in ("left", "right"):
         raise InputError(f"padding_side is 'left' or 'right'; got {padding_side!r}.")
 
 

@@ -134,6 +134,8 @@ class ActivationPatch(PositionIntervention):
         return {name: tensors[key] if whole is None else whole for name, key in names.items()}
 
     def _selected_layers(self, tensors: Mapping[Any, Tensor], names: dict[int, str]) -> list[int]:
+        if isinstance(self.source, dict) and not tensors:
+            raise HookValueError("The source is empty: it contains no activation.")
         if self.layers is not None or tensors:
             layers = layers_of(tensors if self.layers is None else self.layers, len(names), self.tower)
             if tensors and set(layers) - set(tensors):

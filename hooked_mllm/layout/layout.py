@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import checked, numbers
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import LayoutError, nearest
@@ -322,7 +322,7 @@ class TokenLayout:
         """
         if isinstance(values, Tensor):
             values = values.detach().to("cpu", torch.float64).numpy()
-        values = np.asarray(values, dtype=np.float64)
+        values = numbers(values, "values")
         if values.shape != (len(self),):
             raise LayoutError(f"to_image takes one value per position, shape ({len(self)},); got {values.shape}.")
         number = find_item(self.items, 0 if image is None and video is None else image, video)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import checked, numbers
 from hooked_mllm.errors import LayoutError
 
 Number = float | int | np.floating | np.integer
@@ -27,10 +27,10 @@ else:  # at run time any object, so that a wrong one reaches the checks below, w
 
 def corners(box: BoxInput, what: str = "A box") -> Corners:
     """Four finite numbers x0 < x1, y0 < y1 from a `Box` or a sequence; `what` is how errors name it."""
-    values = (box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else tuple(box)
-    if len(values) != 4:
-        raise LayoutError(f"{what} is (x0, y0, x1, y1) in pixels of the original; got {len(values)} numbers.")
-    x0, y0, x1, y1 = (float(v) for v in values)
+    values = numbers((box.x0, box.y0, box.x1, box.y1) if isinstance(box, Box) else box, what)
+    if values.shape != (4,):
+        raise LayoutError(f"{what} is (x0, y0, x1, y1) in pixels of the original; got {values.size} numbers.")
+    x0, y0, x1, y1 = values.tolist()
     if not all(math.isfinite(v) for v in (x0, y0, x1, y1)):
         raise LayoutError(f"{what} needs finite coordinates; got {(x0, y0, x1, y1)}.")
     if x0 >= x1 or y0 >= y1:
@@ -232,6 +232,7 @@ class Tube:
     video: int = 0
 
     def __post_init__(self) -> None:
+        numbers(list(self.boxes), "the times of a tube")
         boxes = {
             float(t): None if b is None else corners(b, f"The box at {t} s") for t, b in sorted(self.boxes.items())
         }

@@ -132,6 +132,8 @@ def frames_within(item: VisualItem, region: Frames) -> Int[np.ndarray, " frame"]
     frames = np.flatnonzero((times >= start - 1e-6) & (times <= end + 1e-6))
     if len(frames):
         return frames
+    if math.isnan(start) or math.isnan(end):
+        raise LayoutError(f"Expected times in seconds; got {start:g} to {end:g} s.")
     if start > times.max() or end < times.min():
         raise LayoutError(
             f"{start:g} to {end:g} s lies outside {item.name}: its {item.n_frames} frames lie from {times.min():g} "

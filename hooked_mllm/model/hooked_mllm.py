@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import as_device, checked
 from hooked_mllm.contracts import AnyImages, AnyVideos, Metric, ModelInfo
 from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.families.config import HookedConfig
@@ -22,6 +22,7 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.measure import measure
 from hooked_mllm.model.attention_methods import AttentionChoice, AttentionMethods, split_attention
+from hooked_mllm.model.generate_options import checking_options
 from hooked_mllm.model.hook_methods import HookMethods
 from hooked_mllm.model.loading import load_model
 from hooked_mllm.model.run_methods import RunMethods
@@ -67,6 +68,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         revision: str | None = None,
         check: bool = True,
     ) -> None:
+        if processor is not None and not hasattr(processor, "tokenizer"):
+            raise InputError(f"Expected the processor of the model, with its tokenizer; got {processor!r}.")
         config: Any = getattr(hf_model, "config", None)
         self.family = family_of(config)
         if type(hf_model).__name__ not in self.family.model_classes:
@@ -183,7 +186,10 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             if len(ids) != 1:
                 raise InputError(f"{tokens!r} is {len(ids)} tokens; expected one. Give an id.")
             tokens = ids[0]
-        index = torch.as_tensor(tokens, dtype=torch.long).reshape(-1)
+        try:
+            index = torch.as_tensor(tokens, dtype=torch.long).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"Expected a token, or one for each sample; got {tokens!r}: {error}.") from None
         index = index.expand(batch) if len(index) == 1 else index  # [batch]
         if len(index) != batch:
             raise InputError(f"Expected one token, or one for each of {batch} samples; got {len(index)}.")
@@ -213,8 +219,21 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         """Move the model, as `torch.nn.Module.to`; not one that `device_map` spread over devices."""
         if getattr(self.hf_model, "hf_device_map", None):
             raise InputError("This model was spread by device_map; load it again with another one to move it.")
+        try:
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            if dtype is not None and not dtype.is_floating_point:
+                raise TypeError(f"{dtype} is of no weights")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"Expected a device, a dtype or both; got {args or kwargs}: {error}") from None
+        if device is not None:
+            as_device(device)
         self.hf_model.to(*args, **kwargs)
         return self
+
+    def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any:
+        """`generate` on resolved inputs; an `InputError` for options that transformers does not take."""
+        with checking_options(self.hf_model, kwargs):
+            return super().run_generate(inputs, **kwargs)
 
     # -- inputs ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_peft_available
 
+from hooked_mllm.checks import as_device
 from hooked_mllm.errors import HookedMLLMError, InputError, UnsupportedModelError, nearest
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.model.checkpoint_files import CheckpointFiles, check_quantization
@@ -66,8 +67,9 @@ def load_model(
         kwargs["device_map"] = device_map
     source = _locate(path_or_id)
     local = Path(source).is_dir()
-    if local and (revision is not None or kwargs.get("subfolder")):
-        _check_local(source, revision, kwargs.get("subfolder"))
+    subfolder = kwargs.get("subfolder", "")
+    if not isinstance(subfolder, str) or (local and (revision is not None or subfolder)):
+        _check_local(source, revision, subfolder)
     where = {"revision": revision} if revision is not None else {}
     where |= {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     files = CheckpointFiles(source, where)
@@ -87,8 +89,7 @@ def load_model(
     if files.find(_ADAPTER) is not None:
         _load_adapter(files, model)
     if device is not None:
-        with _loading(source):
-            model = model.to(device)
+        model = model.to(as_device(device))
     return model.eval().requires_grad_(False), _processor(files, safe)
 
 
@@ -101,6 +102,10 @@ def _loading(source: str, part: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # tokenizers and safetensors raise errors of their own kinds
         raise InputError(f"{part}{source!r} cannot be loaded: {error}") from error
+
+
+def _is_on(option: object) -> bool:
+    return option is not None and option is not False
 
 
 def _check_report(source: str, name: str, report: Mapping[str, Any]) -> None:
@@ -141,7 +146,7 @@ def _load_adapter(files: CheckpointFiles, model: Any) -> None:
 
 
 def _check_local(source: str, revision: str | None, subfolder: object) -> None:
-    if subfolder:
+    if not isinstance(subfolder, str) or subfolder:
         raise InputError(f"subfolder= is of the hub; pass the path of the folder in {source!r}. Got {subfolder!r}.")
     if revision != Path(source).resolve().name or Path(source).resolve().parent.name != "snapshots":
         raise InputError(
@@ -158,11 +163,11 @@ def _checked(
             "Give device= or device_map=, not both: one moves the whole model to a device, the other spreads it. Got "
             f"device={device!r}, device_map={device_map!r}."
         )
-    if kwargs.get("trust_remote_code"):
+    if _is_on(kwargs.get("trust_remote_code")):
         raise UnsupportedModelError("Code from checkpoints is never run here: leave trust_remote_code out.")
     if kwargs.get("use_safetensors") is False or kwargs.get("gguf_file") is not None:
         raise UnsupportedModelError("Only safetensors are read here, because other weight files can run code.")
-    if kwargs.get("ignore_mismatched_sizes"):
+    if _is_on(kwargs.get("ignore_mismatched_sizes")):
         raise InputError(
             "Leave ignore_mismatched_sizes out: weights of another size than the model's would be replaced by random "
             "ones."

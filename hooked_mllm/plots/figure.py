@@ -4,6 +4,7 @@ import io
 from functools import lru_cache
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from hooked_mllm.errors import InputError, NumericsError
+from hooked_mllm.errors import InputError, NumericsError, nearest
 from hooked_mllm.plots.protocols import Numbers
 
 SEQUENTIAL, DIVERGING = "magma", "RdBu_r"
@@ -49,6 +50,8 @@ def _is_drawable(text: str) -> bool:
 
 def new_figure(width: float, height: float, title: str | None = None) -> Figure:
     """An empty figure of `width` x `height` inches, with a title above all its axes."""
+    if not all(0 < side < 1000 for side in (width, height)):
+        raise InputError(f"Expected a figure of 0 to 1000 inches; got {width:g} x {height:g}: specify another panel=.")
     figure = NotebookFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     if title:
@@ -76,6 +79,8 @@ def colour_scale(
     cmap: str | Colormap | None = None,
 ) -> tuple[str | Colormap, Normalize]:
     """From zero up for values that are never negative; white at zero, both signs alike, where some are."""
+    if isinstance(cmap, str) and cmap not in colormaps:
+        raise InputError(f"Expected a colour map of matplotlib; got {cmap!r}. {nearest(cmap, colormaps)}".rstrip())
     if np.isnan(values).all():
         raise NumericsError("nothing to draw: every value is NaN")
     if vmin is None and np.nanmin(values) < 0:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
-from hooked_mllm.layout import Box, Mask, Pages
+from hooked_mllm.layout import Box, Mask, Pages, TokenLayout
 from hooked_mllm.layout.regions import as_regions
 from hooked_mllm.plots.figure import as_array, colour_scale, new_figure, plain_axes
 from hooked_mllm.plots.outline import draw_targets
@@ -153,7 +153,7 @@ def _draw(
 
 def picture_of(sample: Pictured, image: int | None, video: int | None) -> tuple[int | None, int | None]:
     """(image, video): the specified picture, or else that of the target, or else the first."""
-    if not hasattr(sample, "layout"):
+    if not isinstance(getattr(sample, "layout", None), TokenLayout):
         raise InputError(f"expected one Sample, got {type(sample).__name__}; of a batch take one, as in batch[0]")
     if image is not None or video is not None:
         return image, video

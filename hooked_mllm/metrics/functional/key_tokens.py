@@ -1,5 +1,7 @@
 """Key tokens: the positions that a head attends to most, and how much of a target they hold."""
 
+from numbers import Real
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -26,7 +28,7 @@ def key_tokens(profile: Float[Tensor, "*axes key"], share: Share = 0.05) -> Bool
         [False, True, False]
     """
     n = profile.shape[-1]
-    if not 0.0 < share <= 1.0 or not n:
+    if not isinstance(share, Real) or not 0.0 < share <= 1.0 or not n:
         raise InputError(f"Expected a share above 0 and at most 1 of at least one position; got {share!r} of {n}.")
     return top_mask(profile, share_count(share, n))
 

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from hooked_mllm.checks import checked
-from hooked_mllm.errors import LayoutError
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.layout import TokenLayout, View
 
 #: whole-image views before those in pieces
@@ -58,6 +58,8 @@ def spatial_entropy(attention: Float[np.ndarray, "row column"]) -> float:
     """
     from scipy.ndimage import label
 
+    if not attention.size:
+        raise InputError("Expected the attention of one token at least; got an empty grid.")
     excess = attention - attention.mean()
     labels, n = label(excess > 1e-5 * attention.max(), structure=np.ones((3, 3), dtype=int))  # type: ignore[misc]
     if n < 2:

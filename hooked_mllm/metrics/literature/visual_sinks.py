@@ -36,6 +36,8 @@ def massive_dims(residual: Float[Tensor, "batch pos d_model"], k: int = 2) -> tu
         >>> massive_dims(torch.tensor([[[0.1, -9.0, 0.2, 5.0], [1.0, 0.0, 0.0, 0.0]]]))
         (1, 3)
     """
+    if not 1 <= k <= residual.shape[-1] or not residual.shape[1]:
+        raise InputError(f"Expected k from 1 to {residual.shape[-1]} and a position at least; got {k}.")
     return tuple(residual[:, 0].double().abs().mean(0).topk(k).indices.tolist())
 
 
