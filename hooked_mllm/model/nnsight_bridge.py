@@ -85,12 +85,13 @@ class NNsightModel(NNsight):
     def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a trace, as nnsight calls it, while the hook points that the trace names serve their activations."""
         points = fn.points if isinstance(fn, Run) else []
-        before, self._served = self._served, frozenset(p.name for p in points)
-        try:
-            with self._hooked.hooks([(p.name, self._serve) for p in points]):
-                return super().interleave(fn, *args, **kwargs)
-        finally:
-            self._served = before
+        with self._hooked.registry.context.lock:  # nnsight's interleaver is one for all threads
+            before, self._served = self._served, frozenset(p.name for p in points)
+            try:
+                with self._hooked.hooks([(p.name, self._serve) for p in points]):
+                    return super().interleave(fn, *args, **kwargs)
+            finally:
+                self._served = before
 
     def _serve(self, value: Tensor, hook: HookPoint) -> Tensor:
         # a new tensor object, from which the model continues: gradients reach the one in the trace

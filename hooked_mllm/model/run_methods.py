@@ -18,6 +18,7 @@ from hooked_mllm.hooks.registry import HookRegistry, NameFilter
 from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
 from hooked_mllm.model.run_checks import check_arguments, check_generation, check_half, checking_half, labels_of
 from hooked_mllm.model.running import following_steps, running
+from hooked_mllm.wiring.compiled import UNCOMPILED
 
 
 class StopForwardError(Exception):
@@ -134,14 +135,15 @@ class RunMethods:
         module = self.hf_model.get_submodule(self.family.ln_final) if layer == len(blocks) else blocks[layer]
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise StopForwardError(args[0] if args else kwargs["hidden_states"])
+            if self.registry.context.run is run:  # not a run that a hook starts inside of this one
+                raise StopForwardError(args[0] if args else kwargs["hidden_states"])
 
-        stopping = module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
-        with stopping, running(cast(Model, self), inputs, arguments, layer, prompt_length=prompt_length):
-            try:
-                self.hf_model(**arguments)
-            except StopForwardError as stopped:
-                return stopped.args[0]
+        with UNCOMPILED, running(cast(Model, self), inputs, arguments, layer, prompt_length=prompt_length) as run:
+            with module.register_forward_pre_hook(stop, prepend=True, with_kwargs=True):
+                try:
+                    self.hf_model(**arguments)
+                except StopForwardError as stopped:
+                    return stopped.args[0]
         raise AssertionError(f"the forward pass did not reach block {layer}")
 
     def run_trunk(self, inputs: ResolvedInput, prompt_length: int | None = None, **kwargs: Any) -> None:
@@ -253,7 +255,9 @@ class RunMethods:
             keys: Columns of patterns and scores to keep, likewise; with both, patterns are computed in the run.
             return_logits: False computes no logits and returns None in their place.
             generate: Arguments of `generate`; every step is then cached.
-            pos_slice: Keep only these positions of what has positions in the language model, and these pattern rows.
+            pos_slice: Keep only these positions of what has positions in the language model, and these pattern rows. As
+                in TransformerLens, `(3, 8)` is the range 3 to 7, and a list is indices. In a batch of unequal samples,
+                the positions that a sample lacks are NaN.
             remove_batch_dim: Drop the batch axis of a batch of one.
             reset_hooks_end: Remove the caching hooks at the end (they always are).
             clear_contexts: Empty the points' contexts at the end.

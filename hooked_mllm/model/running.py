@@ -1,12 +1,9 @@
 """One run of the model: its place in the sequence, the attention that is active, and whether every hook fired."""
 
-import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from hooked_mllm.contracts import Model
@@ -15,28 +12,6 @@ from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.run_context import Run
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.model.recomputing import hooks_when_recomputed
-
-
-class _Uncompiled:
-    """Runs without compiled code in a `with`; counted, as torch's stance is one for all threads and models."""
-
-    def __init__(self) -> None:
-        self.lock, self.count, self.stance = threading.Lock(), 0, ExitStack()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.count == 0:
-                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
-            self.count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.count -= 1
-            if self.count == 0:
-                self.stance.close()
-
-
-_UNCOMPILED = _Uncompiled()
 
 
 @contextmanager
@@ -73,28 +48,9 @@ def running(
             stack.callback(model.family.restore, model.hf_model, model.family.state(model.hf_model))
         if not past:
             model.family.reset(model.hf_model)
-        if hooked(model) and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():
-            # compiled code keeps the hooks and the attention of the call in which it was compiled
-            stack.enter_context(_UNCOMPILED)
         stack.enter_context(hooks_when_recomputed(model))
         yield run
         check_fired(model, run, inputs, stop, head)
-
-
-def hooked(model: Model) -> bool:
-    """Whether a hook, a tap or a backend is active that compiled code could miss."""
-    wiring = model.wiring
-    if model.registry.in_use:
-        return True
-    for tower, sites in (("text", wiring.text), ("vision", wiring.vision)):
-        if any(site.taps for site in sites) or (wiring.switches[tower].chosen and not _outside_graphs(sites[0])):
-            return True
-    return False
-
-
-def _outside_graphs(site: Any) -> bool:
-    """Whether the attention of a tower is called between compiled pieces, as with `compile_blocks`."""
-    return bool(getattr(site.implementation, "_torchdynamo_disable", False))
 
 
 def cache_length(past: Any) -> int:

@@ -1,6 +1,7 @@
 """A recorded forward pass of the language model that can be resumed at any block."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.measuring.shared_prefix import tapping
 from hooked_mllm.objectives import gather_logits
 from hooked_mllm.sweep.prefix import Prefix, suffix_mask
+from hooked_mllm.wiring.compiled import UNCOMPILED
 from hooked_mllm.wiring.results import device_of
 
 
@@ -49,31 +51,36 @@ class Trunk:
     @torch.no_grad()
     def record(cls, model: Model, inputs: ResolvedInput, device: torch.device | str | None = None) -> "Trunk":
         """Run the model once, with its hooks; `device` keeps the residual streams, by default that of each block."""
-        trunk = cls(model, inputs)
-        family, hf = model.family, model.hf_model
+        trunk, context = cls(model, inputs), model.registry.context
+        family, hf, outer = model.family, model.hf_model, context.run
         blocks = hf.get_submodule(family.text.blocks)
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            trunk.features, trunk.visual = family.deepstack_of(kwargs)
+            if recorded():
+                trunk.features, trunk.visual = family.deepstack_of(kwargs)
+
+        def recorded() -> bool:  # not a run that a hook starts inside of this one
+            return context.run is not None and context.run.parent is outer
 
         def keep(residual: Tensor) -> None:
             # a copy: a hook may edit the stream in place
-            trunk.residual.append(residual.detach().to(device or residual.device, copy=True))
+            if recorded():
+                trunk.residual.append(residual.detach().to(device or residual.device, copy=True))
 
         def enter_block(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments = dict(kwargs)
             keep(args[0] if args else arguments.pop("hidden_states"))
-            trunk.arguments.append(arguments)
+            if recorded():
+                trunk.arguments.append(arguments)
 
         # before the hooks of hook points, whose edits are made again when the run is resumed
-        handles = [block.register_forward_pre_hook(enter_block, prepend=True, with_kwargs=True) for block in blocks]
-        handles.append(model.ln_final.register_forward_pre_hook(lambda _, args: keep(args[0]), prepend=True))
-        handles.append(hf.get_submodule(family.language_model).register_forward_pre_hook(enter, with_kwargs=True))
-        try:
+        with context.lock, UNCOMPILED, ExitStack() as stack:  # never in a run of another thread, nor in compiled code
+            for block in blocks:
+                stack.enter_context(block.register_forward_pre_hook(enter_block, prepend=True, with_kwargs=True))
+            stack.enter_context(model.ln_final.register_forward_pre_hook(lambda _, args: keep(args[0]), prepend=True))
+            language_model = hf.get_submodule(family.language_model)
+            stack.enter_context(language_model.register_forward_pre_hook(enter, with_kwargs=True))
             model.run_trunk(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         return trunk
 
     @property

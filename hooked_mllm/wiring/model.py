@@ -1,11 +1,13 @@
 """Makes every hook point of a model of any family, from the table, and binds it to the model's modules."""
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +21,7 @@ from hooked_mllm.hooks.registry import HookRegistry
 from hooked_mllm.hooks.table import PointSpec, TowerName, specs
 from hooked_mllm.wiring.access import Access
 from hooked_mllm.wiring.builder import Builder
+from hooked_mllm.wiring.compiled import UNCOMPILED
 from hooked_mllm.wiring.computed import BlockContext, computed_access
 from hooked_mllm.wiring.deepstack import DeepStack
 from hooked_mllm.wiring.module_sides import block_side, outer_side
@@ -124,6 +127,26 @@ class Wiring:
             or any(len(switch.lasting) < switch.n_choices for switch in self.switches.values())
         )
 
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run without compiled code, in the body of a `with`, if a hook, a tap or a backend is active here."""
+        if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling() or not self._may_miss():
+            yield
+            return
+        with UNCOMPILED:
+            yield
+
+    def _may_miss(self) -> bool:
+        """Whether a hook, a tap or a backend is active that compiled code could miss."""
+        if self.registry.in_use:
+            return True
+        for tower, sites in (("text", self.text), ("vision", self.vision)):
+            # with `compile_blocks`, the attention is called between compiled pieces
+            outside = bool(getattr(sites[0].implementation, "_torchdynamo_disable", False))
+            if any(site.taps for site in sites) or (self.switches[tower].chosen and not outside):
+                return True
+        return False
+
     def add(self, sites: list[AttentionSite], block: BlockWiring) -> None:
         """Make the points of one block, and add its attention site to those of its tower."""
         site = block.wire()
@@ -175,6 +198,7 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
         ) from error
     builder.finish()
     registry.on_run += [wiring.unchanged, wiring.deepstack.fresh, *(switch.applied for switch in wiring.switches.values())]
+    registry.on_run.append(wiring.uncompiled)
     # weak: a hook may hold the wrapper, and a registered module hook is held by its module
     module_hooks = [weakref.ref(m) for m in builder.module_hooks.values()]
     weakref.finalize(wiring, _unregister, module_hooks, list(wiring.switches.values()))

@@ -11,7 +11,7 @@ from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import HeadAblation, HookedMLLM
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.metrics import VisionMass
-from hooked_mllm.model.running import _UNCOMPILED
+from hooked_mllm.wiring.compiled import UNCOMPILED
 
 NAMES = (
     "hook_embed",
@@ -117,12 +117,12 @@ def test_hooked_runs_of_two_threads_leave_compiled_code_off_until_the_last_has_e
         return sys.modules["torch._dynamo.eval_frame"]._stance.stance
 
     def other():
-        with _UNCOMPILED:
+        with UNCOMPILED:
             entered.set()
             leave.wait()
 
     before, thread = stance(), threading.Thread(target=other)
-    with _UNCOMPILED:
+    with UNCOMPILED:
         thread.start()
         entered.wait()
         assert stance() == "force_eager"
