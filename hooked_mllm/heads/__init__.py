@@ -6,7 +6,6 @@ from hooked_mllm.heads.concentration import rho_half as rho_half
 from hooked_mllm.heads.gates import heads_from_gates as heads_from_gates
 from hooked_mllm.heads.head_scores import HeadScores as HeadScores
 from hooked_mllm.heads.head_set import HeadSet as HeadSet
-from hooked_mllm.heads.intervals import mean_interval as mean_interval
 from hooked_mllm.heads.parsing import HeadsLike as HeadsLike
 from hooked_mllm.heads.parsing import heads_in_layer as heads_in_layer
 from hooked_mllm.heads.parsing import parse_heads as parse_heads

@@ -16,7 +16,7 @@ from hooked_mllm.errors import HookValueError, InputError, NumericsError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import Seed, check_seed
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
-from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples, sequence_count
+from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput, as_samples
 from hooked_mllm.kernels.streaming_window import WholeNumber, check_sink_and_window
 from hooked_mllm.measuring.measure import fingerprint
 from hooked_mllm.metrics.base import Configured
@@ -159,7 +159,7 @@ class DuoGate(Configured):
             "config": self.config(),
             **model.info.provenance(),
             "heads": "key-value",
-            "n_samples": sum(map(sequence_count, sources)),
+            "n_samples": len(sources),
             "sample_ids": [i for source in sources for i in model.resolve(source).ids if i is not None],
             "distance": state.distances[-1],
         }

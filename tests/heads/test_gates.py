@@ -59,3 +59,9 @@ def test_gates_from_a_file(tmp_path):
 def test_gates_that_are_none(gates, settings, error, message):
     with pytest.raises(error, match=message):
         heads_from_gates(gates, n_heads=4, **settings)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7, 0.9])
+def test_a_gate_of_float32_reaches_the_number_that_it_was_rounded_from(threshold):
+    gates = torch.tensor([[threshold, threshold - 1e-3], [threshold + 1e-3, 0.0]], dtype=torch.float32)
+    assert str(heads_from_gates(gates, n_heads=2, threshold=threshold)) == "L0H0, L1H0"

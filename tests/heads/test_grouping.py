@@ -50,7 +50,10 @@ def test_a_reduction_that_is_none():
 
 def test_chance_is_that_of_the_regrouped_scores():
     even = HeadScores(np.full((2, 8), 0.1), provenance={"chance": [0.1, None], "chance_by_head": [[0.1] * 8, None]})
-    assert "chance_by_head" not in even.to_query(16).provenance and even.to_query(16).provenance["chance"] == [0.1, None]
+    assert "chance_by_head" not in even.to_query(16).provenance and even.to_query(16).provenance["chance"] == [
+        0.1,
+        None,
+    ]
     assert even.to_kv(2, "sum").provenance["chance"] == [0.4, None]
     assert even.to_kv(2, "mean").provenance["chance"] == [0.1, None]
     assert "chance" not in even.to_kv(2, "max").provenance  # the maximum of unequal levels is not their mean

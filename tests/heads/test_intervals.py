@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from hooked_mllm.errors import InputError
-from hooked_mllm.heads import mean_interval
+from hooked_mllm.heads.intervals import mean_interval
 
 #: skewed scores of samples as of attention on a region, with their true means
 SKEWED = {

@@ -5,14 +5,8 @@ import pytest
 import torch
 
 from hooked_mllm.errors import CacheFileError, HeadError, InputError, NumericsError
-from hooked_mllm.heads import (
-    HeadScores,
-    SampleScores,
-    bootstrap,
-    mean_interval,
-    overlap_across_seeds,
-    pairwise_overlap,
-)
+from hooked_mllm.heads import HeadScores, SampleScores, bootstrap, overlap_across_seeds, pairwise_overlap
+from hooked_mllm.heads.intervals import mean_interval
 
 
 def samples(n: int = 12, noise: float = 0.3, seed: int = 0) -> SampleScores:

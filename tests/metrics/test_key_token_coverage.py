@@ -88,6 +88,14 @@ def test_samples_apart_merged_resumed_and_cast_give_the_same_curve():
         shards[0].merge_state(KeyTokenCoverage(scores, share=0.2))
 
 
+def test_numbers_of_heads_are_numbers_or_shares():
+    heads = HeadSet([(0, 0), (1, 3), (2, 2), (2, 1)], n_layers=3, n_heads=4)
+    assert KeyTokenCoverage(heads, ks=[1, 0.5, np.float32(0.75), 1.0]).ks == [1, 2, 3, 4]
+    for wrong in ([2.5], [5], [-1], [float("nan")], []):
+        with pytest.raises(HeadError, match=r"ranked heads|one or more k"):
+            KeyTokenCoverage(heads, ks=wrong)
+
+
 def test_the_curve_on_disk(tmp_path):
     curve = CoverageCurve([1, 5], [0.1, 1 / 3], n_samples=7, share=0.05, provenance={"metric": "KeyTokenCoverage"})
     curve.save(tmp_path / "curve.json")

@@ -1,6 +1,7 @@
 """Key token ratios against eq. 22 and 23, and hits."""
 
 import numpy as np
+import pytest
 import torch
 
 from helpers.attention_reference import random_layers
@@ -19,6 +20,16 @@ def test_hit_rate_is_the_share_of_samples_that_reach_the_ratio():
         assert rate.name == "KeyTokenRatio.hit_rate"
         reached.append(expected.sum())
     assert reached[0] > reached[1] > 0
+
+
+@pytest.mark.parametrize("hit", [1 / 3, 1 - 2 / 3, np.float32(1 / 3), np.float32(2 / 3) / 2])
+def test_a_ratio_hits_the_threshold_that_it_was_rounded_to(hit):
+    exact = torch.tensor([[[1 / 3, 0.3333, 2 / 3]]], dtype=torch.float64)  # [layer batch head]
+    metric = KeyTokenRatio(hit=hit)
+    metric.score = lambda view: exact
+    layers = random_layers(lengths=LENGTHS[:1], n_layers=1, heads=3, kv_heads=3)
+    metric.update(view=layers.view())
+    assert metric.hit_rate().values.tolist() == [[1.0, 0.0, 1.0]]
 
 
 def test_an_early_target_token_of_eq_23():

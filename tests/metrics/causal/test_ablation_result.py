@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hooked_mllm.errors import CacheFileError, HeadError, InputError
-from hooked_mllm.heads import mean_interval
+from hooked_mllm.heads.intervals import mean_interval
 from hooked_mllm.metrics import AblationCurveResult
 from hooked_mllm.metrics.causal.ablation_result import KIND
 from hooked_mllm.storage import read_json, write_json

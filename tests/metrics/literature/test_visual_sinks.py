@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.attention_reference import random_layers
 from helpers.cache_witness import batch, hooked, sample
 from hooked_mllm.errors import InputError
 from hooked_mllm.measuring.measure import measure
+from hooked_mllm.measuring.view_context import ViewContext
 from hooked_mllm.metrics import HeadMetric, VisualNonSinkRatio, VisualSinkShare
 from hooked_mllm.metrics.literature import massive_dims
 
@@ -62,6 +64,16 @@ def test_the_residual_is_kept_only_where_it_is_needed(family):
     with pytest.raises(InputError, match="dimensions 0 to 31"):
         model.measure(sample(family), VisualSinkShare(dims=[32]), progress=False)
     assert not model.list_hooks() and not any(site.taps for site in model.wiring.text)
+
+
+def test_a_strength_at_the_threshold_is_no_sink_in_any_rounding():
+    x = torch.ones(1, 20, 4)
+    x[0, :, 0] = 3.0
+    strength = 3.0 / (float(x[0, 0].double().square().mean()) + 1e-6) ** 0.5
+    x[0, :3, 0] *= torch.tensor([1 + 1e-6, 1 - 1e-6, 1.1])
+    layers = random_layers(lengths=(20,), n_layers=1)
+    view = layers.view(context=ViewContext(residuals=[x]))
+    assert VisualSinkShare(dims=[0], tau=strength).sinks(view).nonzero().tolist() == [[0, 0, 2]]
 
 
 def test_massive_dims_are_the_first_tokens_largest():
