@@ -147,7 +147,11 @@ class Family(ABC):
     def visual_items(
         self, model_config: PreTrainedConfig, processor: object, inputs: dict[str, Tensor], media: Media
     ) -> list[VisualItem]:
-        """The pixels of every visual token of one sample, one `VisualItem` per image or video in prompt order."""
+        """The pixels of every visual token of one sample, one `VisualItem` per image or video in prompt order.
+
+        `processor.image_processor` and `processor.video_processor` have the options of the call; raise an InputError
+        for options that do not fit the model.
+        """
 
     def vision_patches(self, item: VisualItem, config: Any) -> Patches:
         """The pixels of every position of the vision tower, for one image or video, in the order of the tower."""

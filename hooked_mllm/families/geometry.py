@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_mllm.display.text import shortened
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.layout.items import ImageMedia, Media, VideoMedia, View, VisualItem
 
@@ -143,8 +144,8 @@ def check_options(processor: object, part: str, expected: Mapping[str, Any]) -> 
         used = option(processor, part, name, value)
         if not np.array_equal(used, value):
             raise InputError(
-                f"The {part} uses {name}={_shortened(used)}, and this model is built for {_shortened(value)}: leave "
-                f"{name}= out, or use the processor of this checkpoint."
+                f"The {part} uses {name}={shortened(str(used))}, and this model is built for {shortened(str(value))}: "
+                f"leave {name}= out, or use the processor of this checkpoint."
             )
 
 
@@ -177,8 +178,3 @@ def _square_side(size: Any) -> int | None:
     get = size.get if isinstance(size, dict) else lambda key: getattr(size, key, None)
     height, width, edge = get("height"), get("width"), get("shortest_edge")
     return height if height == width and height else None if height or width else edge
-
-
-def _shortened(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

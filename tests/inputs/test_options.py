@@ -244,3 +244,5 @@ def test_all_frames_of_a_long_video_are_not_taken_unasked(family):
 
 def test_a_processor_without_sampling_has_no_sampler():
     assert frame_sampler(SimpleNamespace(), {}) is None
+    none = processor_in_effect(SimpleNamespace(), {"images_kwargs": {}, "videos_kwargs": {}})
+    assert not vars(none.image_processor) and not vars(none.video_processor)
