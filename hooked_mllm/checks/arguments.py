@@ -69,7 +69,7 @@ def numbers(values: Any, what: str) -> "np.ndarray":
     import numpy as np
 
     try:
-        return np.array([] if isinstance(values, str | bytes) else values, dtype=np.float64)
+        return np.asarray([] if isinstance(values, str | bytes) else values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"Expected {what} as numbers; got {type(values).__name__}: {error}.") from None
 
@@ -143,10 +143,10 @@ def _configuration() -> Any:
             super().__init__(message)
 
     whole = Annotated[int | np.integer, Is[lambda value: not isinstance(value, bool)]]
-    numbers = {int: whole, float: float | np.floating | whole, bool: bool | np.bool_}
+    overrides = {int: whole, float: float | np.floating | whole, bool: bool | np.bool_}
     return BeartypeConf(
         violation_param_type=WrongType,
         violation_verbosity=BeartypeViolationVerbosity.MINIMAL,
-        hint_overrides=frozen(numbers),
+        hint_overrides=frozen(overrides),
         is_color=False,
     )
