@@ -54,7 +54,7 @@ def mean_interval(
 def _studentised(
     values: Float[np.ndarray, "sample item"], weights: Float[np.ndarray, "draw sample"], a: float
 ) -> tuple[Float[np.ndarray, " item"], Float[np.ndarray, " item"]]:
-    n_samples, mean = len(values), values.mean(0)
+    n_samples, mean = len(values), values[0] + (values - values[0]).mean(0)  # exact for equal values
     centred = values - mean
     error = centred.std(0, ddof=1) / np.sqrt(n_samples)
     shift = weights @ centred  # [draw item]
