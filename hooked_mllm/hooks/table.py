@@ -99,7 +99,7 @@ _norm = partial(PointSpec, carrier="norm")
 _in_attention = partial(PointSpec, carrier="attention")
 _computed = partial(PointSpec, carrier="computed")
 _hidden = partial(PointSpec, optional=True)  # a mixture of experts has no single hidden layer
-_NORMALIZED = "the norm's input divided by it, before gain and bias"
+_NORMALIZED = "the norm's input divided by its scale, before gain and bias: not yet its output"
 
 #: every hook point, in the order of the forward pass of each tower
 HOOK_POINTS: tuple[PointSpec, ...] = (
@@ -116,6 +116,7 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
     PointSpec("hook_resid_pre", STREAM, "residual stream entering the block", "", "input"),
     _norm("ln1.hook_scale", SCALE, "what the norm before attention divides by", "ln1"),
     _norm("ln1.hook_normalized", STREAM, _NORMALIZED, "ln1"),
+    PointSpec("attn.hook_in", STREAM, "what attention takes, for q, k and v: the output of its norm", "ln1"),
     PointSpec("attn.hook_q", HEADS, "queries before rotation", "q", aliases=("query",)),
     PointSpec("attn.hook_k", KEY_VALUE_HEADS, "keys before rotation", "k", aliases=("key",)),
     PointSpec("attn.hook_v", KEY_VALUE_HEADS, "values", "v", aliases=("value",)),
@@ -132,6 +133,7 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
     PointSpec("hook_resid_mid", STREAM, "residual stream between attention and MLP", "ln2", "input", in_place=True),
     _norm("ln2.hook_scale", SCALE, "what the norm before the MLP divides by", "ln2"),
     _norm("ln2.hook_normalized", STREAM, _NORMALIZED, "ln2"),
+    PointSpec("mlp.hook_in", STREAM, "what the MLP takes: the output of its norm", "ln2"),
     _hidden(
         "mlp.hook_pre",
         HIDDEN,

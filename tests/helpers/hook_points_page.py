@@ -28,6 +28,11 @@ predicate, or a list of these. The cache also takes short forms: `cache["z", 3]`
 `cache["vision", "resid_post", 0]`, `cache["scale", 3, "ln1"]`, `cache["projector", "out"]`. A name that a model lacks
 is an error that lists the nearest ones; `model.hook_dict` contains all names.
 
+Each block divides what a norm takes by `hook_scale`, which gives `hook_normalized`; the norm's gain (and bias) then
+gives `attn.hook_in` or `mlp.hook_in`, what attention and the MLP take. An edit there reaches q, k and v, or both
+projections of a gated MLP. These are TransformerLens's names too; there, a block's `hook_attn_in` and `hook_mlp_in`
+are copies of the residual stream before the norm.
+
 A hook receives the activation in the model's dtype; what it returns or writes takes effect. In `generate` it is called
 in the prefill (`hook.step == 0`) and in every decoding step. Patterns and scores are computed only for hooks on them:
 that block alone, in that call, uses explicit attention.

@@ -11,11 +11,12 @@ BLOCK = [
     "hook_resid_pre",
     "ln1.hook_scale",
     "ln1.hook_normalized",
-    *(f"attn.hook_{p}" for p in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")),
+    *(f"attn.hook_{p}" for p in ("in", "q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")),
     "hook_attn_out",
     "hook_resid_mid",
     "ln2.hook_scale",
     "ln2.hook_normalized",
+    "mlp.hook_in",
     "mlp.hook_pre",
     "mlp.hook_post",
     "hook_mlp_out",
@@ -30,7 +31,7 @@ def expected_names(family: str) -> set[str]:
     names |= {f"blocks.{l}.{suffix}" for l in range(LAYERS) for suffix in (*BLOCK, "mlp.hook_pre_linear")}
     names |= {f"vision.blocks.{l}.{suffix}" for l in range(VISION_LAYERS) for suffix in BLOCK}
     if family.endswith("moe"):  # experts: no one hidden layer
-        names -= {n for n in names if ".mlp." in n and not n.startswith("vision.")}
+        names -= {n for n in names if ".mlp." in n and not n.startswith("vision.") and not n.endswith("mlp.hook_in")}
     if family.startswith("qwen3_vl"):
         names |= {f"blocks.{l}.hook_deepstack" for l in range(2)}
     return names
