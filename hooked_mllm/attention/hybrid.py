@@ -137,8 +137,13 @@ class HybridAttention:
 
     def restrict(self, q: Tensor, k: Tensor, mask: MaskRows, scale: float, layer: int) -> MaskRows:
         """The mask of each head in one call; `mask` itself where all heads are dense."""
-        if mask.q_length == 1:
+        if mask.prompt == "generated" or (mask.prompt is None and mask.q_length == 1):
             return mask
+        if mask.prompt == "part" and self.adaptive:
+            raise UnsupportedModelError(
+                f"{type(self.policy).__name__} chooses heads from the whole prompt, and this call has a part of it: run "
+                "the prompt at once, without prefill_chunk_size, or give the heads: HybridAttention(heads)."
+            )
         streaming = self._streaming(q, k, mask, scale, layer)
         return mask if len(set(streaming.dense)) == streaming.n_heads else mask.streamed(streaming)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -50,6 +50,7 @@ class MaskRows:
         segments: Lengths of packed images; a query sees the keys of its own image only.
         streaming: Heads that see only a sink and a window; `head_rows` has the rows of each head.
         q_offset: The offset, if the last query is not at the last key: a KV cache of fixed size.
+        prompt: Whether the queries are all or a part of a prompt, or generated; None where that is not known.
 
     Examples:
         >>> rows = MaskRows.causal_rows(batch=1, length=3, device="cpu")
@@ -69,6 +70,7 @@ class MaskRows:
     segments: tuple[int, ...] | None = None
     streaming: StreamingHeads | None = None
     q_offset: int | None = None
+    prompt: Literal["whole", "part", "generated"] | None = None
     _segment_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod

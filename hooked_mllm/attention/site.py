@@ -150,6 +150,9 @@ class AttentionSite:
             if restricts(backend):
                 if backend is not self.backend:
                     REGISTERED[base].check_heads(query, *shape_of(self.module))
+                elif run is not None and run.prompt_length is not None and self.tower == "text":
+                    part = run.first + query.shape[2] < run.prompt_length
+                    mask.prompt = "generated" if run.first >= run.prompt_length else "part" if part else "whole"
                 if kwargs.get("sliding_window") is None:
                     mask = backend.restrict(query, key, own, scale, self.layer)
                 backend = None if mask is own else backend

@@ -1,18 +1,31 @@
 """ActivationCache: the activations of one run by name, patterns computed when they are read."""
 
+import copy
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 from hooked_mllm.cache.files import PathInput, load_fields, save_fields
 from hooked_mllm.cache.keys import Key, full_name, key_completions, missing
-from hooked_mllm.cache.lazy import Entry, LazyPattern, parts_of, take, value_of
+from hooked_mllm.cache.lazy import (
+    Entry,
+    LazyPattern,
+    LazyRows,
+    Mapped,
+    moved,
+    parts_of,
+    samples_of,
+    take,
+    take_columns,
+    value_of,
+)
 from hooked_mllm.cache.logit_tools import LogitTools
+from hooked_mllm.cache.sequence import Span, each_row
 from hooked_mllm.cache.slicing import restacked, vision_slice
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import as_device, checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import human_bytes, number_runs, text_table
@@ -21,7 +34,7 @@ from hooked_mllm.families.base import Rows
 from hooked_mllm.heads import heads_in_layer
 from hooked_mllm.heads.parsing import LayerHeadsLike
 from hooked_mllm.hooks.table import split_name
-from hooked_mllm.inputs.positions import KindMasks, Positions, resolve_positions
+from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, is_token_kind, resolve_positions
 
 #: prefixes of activations whose first axis is not the batch
 _OUTSIDE_TEXT = ("vision.", "projector.")
@@ -45,10 +58,13 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         masks: Returns the mask of a token kind, `[batch pos]`.
         model: The model that ran, for the residual-stream tools.
         has_batch_dim: Whether the first axis is the batch.
-        query_positions: Positions of the rows of patterns, if a run kept only some; -1 where a sample has fewer.
+        query_positions: Positions of the rows of patterns, if a run kept only some; -1 where a sample has fewer, and
+            then the row is NaN, as are activations under `pos_slice`.
         key_positions: Likewise of the columns.
         vision_rows: Rows of vision activations that belong to each sample, or a function that returns them.
         packed_vision: Whether those rows are positions of one packed sequence, or tiles and frames.
+        span: Positions of the sequence that the run computed; None for all.
+        kept_positions: Positions of activations of the language model, if a run kept only some.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, toys
@@ -61,7 +77,7 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
     def __init__(
         self,
-        entries: dict[str, Entry],
+        entries: Mapping[str, Entry],
         n_layers: Mapping[str, int],
         masks: KindMasks | None = None,
         model: Model | None = None,
@@ -70,6 +86,8 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         key_positions: Int[Tensor, "batch key"] | None = None,
         vision_rows: Sequence[Rows] | Callable[[], Sequence[Rows] | None] | None = None,
         packed_vision: bool = False,
+        span: Span | None = None,
+        kept_positions: Int[Tensor, "batch kept"] | None = None,
     ) -> None:
         self._entries = entries
         self._n_layers = dict(n_layers)
@@ -78,6 +96,26 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         self.has_batch_dim = has_batch_dim
         self.query_positions, self.key_positions = query_positions, key_positions
         self._vision_rows, self.packed_vision = vision_rows, packed_vision
+        self.span, self.kept_positions = span, kept_positions
+
+    def __copy__(self) -> "ActivationCache":
+        other = object.__new__(type(self))
+        other.__dict__ |= vars(self)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ActivationCache":
+        lazy = (entry for entry in self._entries.values() if not isinstance(entry, Tensor))
+        modules = [part for entry in lazy for part in vars(entry).values() if isinstance(part, nn.Module)]
+        memo |= {id(part): part for part in (self.model, *modules)}  # the model is shared
+        memo[id(self)] = other = copy.copy(self)
+        other.__dict__ = copy.deepcopy(vars(self), memo)
+        return other
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise HookValueError(
+            f"A cache is not pickled: write it with `cache.save(path)`, and read it with {type(self).__name__}.load("
+            "path, model), or GenerationCache.load for the cache of a generation."
+        )
 
     @property
     def vision_rows(self) -> Sequence[Rows] | None:
@@ -159,7 +197,11 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         for name, entry in self._entries.items():
             layer = split_name(name)[1]
             label = name if layer is None else name.replace(f"blocks.{layer}.", "blocks.*.", 1)
-            dtype = "float32, when read" if isinstance(entry, LazyPattern) else str(entry.dtype).removeprefix("torch.")
+            dtype = (
+                "float32, when read"
+                if isinstance(entry, LazyPattern | LazyRows)
+                else str(entry.dtype).removeprefix("torch.")
+            )
             kind = (label, str(list(entry.shape)), dtype)
             layers.setdefault(kind, []).extend([] if layer is None else [layer])
             held[kind] = held.get(kind, 0) + sum(t.nbytes for t in parts_of(entry))
@@ -184,6 +226,9 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
     ) -> Float[Tensor, "*batch head query key"]:
         """Some rows, columns and heads of one layer's attention pattern, in float32.
 
+        In a batch of unequal samples, rows that a sample lacks are NaN, and columns that it lacks are those of a hidden
+        key: zero, so that sums over keys hold, or -inf in scores. `sample.mask` specifies which.
+
         Args:
             layer: The block.
             queries: Rows: a token kind ("question", "last", "visual", ...), a region, a mask, indices, or a slice.
@@ -203,41 +248,70 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         entry = self.entry(key)
         shape = (self._n_layers[tower], entry.shape[1])
         numbers = None if heads is None else heads_in_layer(heads, layer % shape[0], shape, whose=f"the {tower} tower")
-        kept = (self.query_positions, self.key_positions) if tower == "text" else (None, None)
-        rows = None if queries is None else self._kept_index(queries, entry, 2, kept[0])
-        columns = None if keys is None else self._kept_index(keys, entry, 3, kept[1])
-        if isinstance(entry, LazyPattern):
-            if columns is not None and entry.columns is not None:
-                columns = torch.where(columns >= 0, entry.columns.cpu().gather(1, columns.clamp(min=0)), -1)
+        rows = None if queries is None else self._query_rows(queries, entry, tower)
+        columns = None if keys is None else self._key_positions(keys, entry, tower)
+        if isinstance(entry, LazyPattern | LazyRows):
             return self._unbatched(entry.rows(rows, columns, numbers))
         value = value_of(entry)
-        value = value if rows is None else take(value, rows.to(value.device), dim=2)
-        value = value if columns is None else take(value, columns.to(value.device), dim=3)
+        if columns is not None and tower == "text" and self.key_positions is not None:
+            columns = _matched(columns, self.key_positions, keys)
+        if columns is not None:  # a sliding window has dropped the first keys
+            offset = 0 if self.span is None or tower != "text" else max(0, self.span.stop - value.shape[3])
+            offset = 0 if self.key_positions is not None else offset
+            value = take_columns(value, columns, offset, float("-inf") if scores else 0.0)
+        value = value if rows is None else take(value, rows.to(value.device), dim=2, absent=torch.nan)
         return self._unbatched(value if numbers is None else value[:, numbers])
 
-    def _kept_index(self, selected: Positions, entry: Entry, axis: int, kept: Tensor | None) -> Int[Tensor, "batch n"]:
-        """Positions of the sequence as indices along an axis that holds only the positions in `kept`."""
-        batch, length = entry.shape[0], entry.shape[axis]
+    def _span_of(self, length: int, kept: Tensor | None) -> Span:
+        """The positions of this run; those of an axis of `length` entries where none were recorded."""
+        if self.span is not None:
+            return self.span
+        return Span(0, length if kept is None or self._masks is None else self._masks("padding").shape[1])
+
+    def _query_rows(self, selected: Positions, entry: Entry, tower: str) -> Int[Tensor, "batch n"]:
+        """Positions of the sequence as rows of a pattern."""
+        batch, length = entry.shape[0], entry.shape[2]
+        if tower != "text":
+            return resolve_positions(selected, batch, length, self._masks)
+        span, kept = self._span_of(length, self.query_positions), self.query_positions
         if kept is None:
-            return self.positions(selected, batch, length)
-        full = self.positions(selected, batch, None if self._masks is None else self._masks("padding").shape[1])
-        match = full[:, :, None] == kept.cpu()[:, None, :]
-        if bool((~match.any(-1) & (full >= 0)).any()):
-            raise LayoutError(
-                f"{selected!r} reaches positions that this run did not keep; it was made with `queries=` or `keys=` "
-                "that leave them out."
-            )
-        return torch.where(full >= 0, match.int().argmax(-1), -1)
+            return span.rows(selected, batch, self._masks)
+        return _matched(span.positions(selected, batch, self._masks), each_row(kept, batch), selected)
+
+    def _key_positions(self, selected: Positions, entry: Entry, tower: str) -> Int[Tensor, "batch n"]:
+        """Positions of the sequence whose keys a pattern has."""
+        batch, length = entry.shape[0], entry.shape[3]
+        if tower != "text":
+            return resolve_positions(selected, batch, length, self._masks)
+        positions = self._span_of(length, self.key_positions).keys(selected, batch, self._masks)
+        if self.key_positions is not None:
+            _matched(positions, each_row(self.key_positions, batch), selected)
+        return positions
 
     def positions(self, wanted: Positions, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
-        """Positions in any form as indices on the CPU, -1 where a sample has fewer than the others.
+        """Positions in any form as rows of activations, on the CPU; -1 where a sample has fewer than the others.
 
         Args:
             wanted: A token kind, a region or several, a mask, indices, one index, or a slice.
             batch: Number of samples.
-            length: Positions of a sequence; None where it is not known.
+            length: Rows of the activations; None where it is not known.
         """
+        if batch < 1 or (length is not None and length < 0):
+            raise LayoutError(f"Expected a batch of samples and rows; got {batch=}, {length=}.")
+        kept = self.kept_positions
+        if kept is not None and length == kept.shape[1] and is_token_kind(wanted) and self.span is not None:
+            return _matched(self.span.positions(wanted, batch, self._masks), each_row(kept, batch), wanted)
+        if kept is None and self.span is not None and length == len(self.span):
+            return self.span.rows(wanted, batch, self._masks)
         return resolve_positions(wanted, batch, length, self._masks)
+
+    def row_mask(self, kind: TokenKind, batch: int) -> Bool[Tensor, "batch pos"] | None:
+        """The mask of a token kind over the rows of this run; None without a layout."""
+        if self._masks is None:
+            return None
+        if self.span is None:
+            return each_row(self._masks(kind), batch)
+        return self.span.mask(kind, batch, self._masks)[:, self.span.first :]
 
     # -- moving and slicing ----------------------------------------------------------------------------------------
 
@@ -252,7 +326,12 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             "key_positions": self.key_positions,
             "vision_rows": self._vision_rows,
             "packed_vision": self.packed_vision,
+            "span": self.span,
+            "kept_positions": self.kept_positions,
         }
+
+    def _indices(self) -> list[tuple[str, Tensor | None]]:
+        return [(name, getattr(self, name)) for name in ("query_positions", "key_positions", "kept_positions")]
 
     def _like(self, **changes: Any) -> "ActivationCache":
         return ActivationCache(**{**self._fields(), "model": self.model, **changes})
@@ -263,7 +342,10 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> "ActivationCache":
         """The same cache with its tensors on another device; patterns are then computed there."""
-        return self._like(entries={name: entry.to(device) for name, entry in self._entries.items()})
+        return self._moved(as_device(device), {})
+
+    def _moved(self, device: torch.device | str, known: Mapped) -> "ActivationCache":
+        return self._like(entries={name: moved(entry, device, known) for name, entry in self._entries.items()})
 
     def sample(self, index: int | slice) -> "ActivationCache":
         """The activations of one sample of a batch, or of some; the batch axis stays.
@@ -276,6 +358,9 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         """
         if not self.has_batch_dim:
             raise HookValueError("This cache has no batch axis any more: slice it before `remove_batch_dim`.")
+        return self._sample(index, {})
+
+    def _sample(self, index: int | slice, known: Mapped) -> "ActivationCache":
         batch = self._text_batch()
         choice = index if isinstance(index, slice) else slice(index, index + 1 if index != -1 else None)
         numbers = list(range(batch)[choice])
@@ -284,28 +369,36 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
         entries: dict[str, Entry] = {}
         for name, entry in self._entries.items():
             if not name.startswith(_OUTSIDE_TEXT):
-                entries[name] = entry[choice] if isinstance(entry, Tensor) else entry.samples(choice)
+                entries[name] = samples_of(entry, choice, known)
             elif self.vision_rows is not None:
                 part = vision_slice(entry, self.vision_rows, numbers, self.packed_vision)
                 entries |= {} if part is None else {name: part}
         masks = self._masks
         return self._like(
             entries=entries,
-            masks=None if masks is None else lambda kind: masks(kind)[choice],
-            query_positions=None if self.query_positions is None else self.query_positions[choice],
-            key_positions=None if self.key_positions is None else self.key_positions[choice],
+            masks=None if masks is None else lambda kind: each_row(masks(kind), batch)[choice],
+            **{name: None if index is None else each_row(index, batch)[choice] for name, index in self._indices()},
             vision_rows=None if self.vision_rows is None else restacked(self.vision_rows, numbers),
         )
 
-    def apply_slice_to_batch_dim(self, batch_slice: int | slice) -> "ActivationCache":
-        """TransformerLens's name for `sample`."""
-        return self.sample(batch_slice)
+    def apply_slice_to_batch_dim(self, batch_slice: int | slice | tuple[int, int]) -> "ActivationCache":
+        """TransformerLens's form of `sample`: a number also removes the batch axis, and two in a tuple are a range."""
+        if isinstance(batch_slice, int):
+            return self.sample(batch_slice).remove_batch_dim()
+        return self.sample(slice(*batch_slice) if isinstance(batch_slice, tuple) else batch_slice)
 
     def remove_batch_dim(self) -> "ActivationCache":
-        """The same cache of one sample, read without its batch axis, also by `pattern` and the stream's tools."""
+        """Read this cache of one sample without its batch axis, also by `pattern` and the stream's tools.
+
+        In place, as in TransformerLens; returns the cache itself.
+
+        Raises:
+            HookValueError: For a batch of several samples.
+        """
         if self.has_batch_dim and self._text_batch() > 1:
             raise HookValueError("remove_batch_dim needs a batch of one; use `cache.sample(i)` first.")
-        return self._like(has_batch_dim=False) if self.has_batch_dim else self
+        self.has_batch_dim = False
+        return self
 
     # -- files -----------------------------------------------------------------------------------------------------
 
@@ -329,6 +422,17 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
         """
         return cls(**load_fields(path)[0], model=model)
+
+
+def _matched(positions: Tensor, kept: Tensor, selected: object) -> Int[Tensor, "batch n"]:
+    """Positions of the sequence as indices along an axis that has only the positions in `kept`."""
+    match = positions[:, :, None] == kept.cpu()[:, None, :]
+    if bool((~match.any(-1) & (positions >= 0)).any()):
+        raise LayoutError(
+            f"{selected!r} reaches positions that this run did not keep; it was made with `queries=`, `keys=` or "
+            "`pos_slice=` that leave them out."
+        )
+    return torch.where(positions >= 0, match.int().argmax(-1), -1)
 
 
 def held_bytes(entries: Iterable[Entry]) -> int:

@@ -3,14 +3,29 @@
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hooked_mllm.attention.site import AttentionCall, AttentionSite
-from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, take, value_of
+from hooked_mllm.cache.lazy import (
+    Entry,
+    GrowingKeys,
+    LazyKeys,
+    LazyPattern,
+    LazyResult,
+    LazyRows,
+    by_position,
+    take,
+    take_columns,
+    value_of,
+)
+from hooked_mllm.cache.sequence import Span, each_row
+from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.wiring.model import Wiring
@@ -33,6 +48,21 @@ class CaptureOptions:
     growing: bool = False  # the keys of each step extend those of the step before (a plain generation)
     copy: bool = False  # activations may be edited in place after they are cached
     packed_vision: bool = False  # several calls of the vision tower are joined along positions
+    first: int = 0  # position of the first row: above 0 behind a KV cache
+    stop: int = 0  # position after the last row of the prompt
+    known: int = 0  # position of the first token whose kind is known
+    generates: bool = False  # every step is cached by itself
+    last_logits: int = 0  # logits of this many last positions only; 0 for all
+
+
+@dataclass
+class Part:
+    """What one call of the model stored of an activation, and the positions of its rows in the sequence."""
+
+    entry: Entry
+    first: int
+    stop: int
+    hidden: float  # the value at keys that are not visible
 
 
 class Capture:
@@ -40,7 +70,8 @@ class Capture:
 
     def __init__(self, wiring: Wiring, options: CaptureOptions) -> None:
         self.wiring, self.options = wiring, options
-        self.steps: dict[int, dict[str, list[Entry]]] = {}
+        self.steps: dict[int, dict[str, list[Part]]] = {}
+        self.extents: dict[int, tuple[int, int]] = {}  # positions of the rows of each step
         self.gradients: dict[str, list[Tensor]] = {}
         self._stack = ExitStack()
         self._growing: dict[int, GrowingKeys] = {}
@@ -98,16 +129,33 @@ class Capture:
             state = state_of(o_proj)
 
             def keep_result(z: Tensor, *, hook: HookPoint) -> None:
-                self._store(result, LazyResult(self._moved(self._sliced(z, hook)), o_proj, state))
+                at = self._call(z.shape[1]) if hook.tower == "text" else None
+                self._store(result, LazyResult(self._moved(self._sliced(z, hook)), o_proj, state), at)
 
             self._register(z, keep_result)
         return handled
 
     # -- keeping ---------------------------------------------------------------------------------------------------
 
-    def _store(self, name: str, entry: Entry) -> None:
-        step = self.wiring.registry.context.step
-        self.steps.setdefault(step, {}).setdefault(name, []).append(entry)
+    @property
+    def _step(self) -> int:
+        """The step that is cached; a forward pass has one, also where it computes a generated token."""
+        return self.wiring.registry.context.step if self.options.generates else 0
+
+    def _call(self, rows: int) -> tuple[int, int]:
+        """The positions of the last `rows` rows of the call in progress."""
+        run = self.wiring.registry.context.run
+        first = self.options.first if run is None else run.first
+        stop = first + (rows if run is None or run.rows is None else run.rows)
+        return stop - rows, stop
+
+    def _store(self, name: str, entry: Entry, at: tuple[int, int] | None = None, hidden: float = 0.0) -> None:
+        """Keep an entry, whose rows of a sequence are `at` these positions."""
+        if at is not None:
+            first, stop = self.extents.get(self._step, at)
+            self.extents[self._step] = min(first, at[0]), max(stop, at[1])
+        part = Part(entry, *(at or (0, 0)), hidden)
+        self.steps.setdefault(self._step, {}).setdefault(name, []).append(part)
 
     def _moved(self, x: Tensor) -> Tensor:
         x = x.detach()
@@ -121,50 +169,68 @@ class Capture:
 
     def _sliced(self, x: Tensor, hook: HookPoint) -> Tensor:
         index = self.options.positions
-        if index is None or hook.tower != "text" or x.dim() < 3 or hook.step > 0:
+        if index is None or hook.tower != "text" or x.dim() < 3 or self._step > 0:
             return x
-        if hook.name == "hook_logits" and x.shape[1] < int(index.max()) + 1:
+        first, stop = (0, x.shape[1]) if _holds_all_keys(hook.name) else self._call(x.shape[1])
+        run = self.wiring.registry.context.run
+        if hook.name == "hook_logits" and (self.options.last_logits or (run is not None and first > run.first)):
             return x  # `logits_to_keep` has cut the position axis already
-        return take(x, index.to(x.device), dim=1)  # [batch pos ...] -> [batch n ...]
+        # [batch pos ...] -> [batch n ...]
+        return take(x, _local(index, len(x), first, stop)[0].to(x.device), dim=1)
 
     def _keep(self, x: Tensor, *, hook: HookPoint) -> None:
-        self._store(hook.name, self._moved(self._sliced(x, hook)))
+        at = None
+        if hook.tower == "text":
+            run = self.wiring.registry.context.run
+            rows = run.rows if _holds_all_keys(hook.name) and run is not None else x.shape[1]
+            at = self._call(x.shape[1] if rows is None else rows)
+        self._store(hook.name, self._moved(self._sliced(x, hook)), at)
 
     def _keep_gradient(self, x: Tensor, *, hook: HookPoint) -> None:
         x = self._selected_rows(x, hook) if is_quadratic(hook.name) else self._sliced(x, hook)
         self.gradients.setdefault(hook.name + "_grad", []).append(self._moved(x))
 
     def _keep_rows(self, x: Tensor, *, hook: HookPoint) -> None:
-        self._store(hook.name, self._moved(self._selected_rows(x, hook).float()))
+        at = self._call(x.shape[2]) if hook.tower == "text" else None
+        self._store(hook.name, self._moved(self._selected_rows(x, hook).float()), at, _hidden(hook.name, x))
 
     def _selected_rows(self, x: Tensor, hook: HookPoint) -> Tensor:
-        queries, keys = self._row_and_column_index(hook.tower, hook.step)
+        queries, keys = self._row_and_column_index(hook.tower)
+        first, stop = self._call(x.shape[2])
+        offset = max(0, stop - x.shape[3])
         if queries is not None:
-            x = take(x, queries.to(x.device), dim=2)  # [batch head query key] -> [batch head n key]
-        return x if keys is None else take(x, keys.to(x.device), dim=3)
+            # [batch head query key] -> [batch head n key]
+            x = take(x, _local(queries, len(x), first, stop)[0].to(x.device), dim=2)
+        return x if keys is None else take_columns(x, each_row(keys, len(x)), offset, _hidden(hook.name, x))
 
-    def _row_and_column_index(self, tower: str, step: int) -> tuple[Index | None, Index | None]:
+    def _row_and_column_index(self, tower: str) -> tuple[Index | None, Index | None]:
         if tower != "text":
             return None, None
         queries = self.options.queries if self.options.queries is not None else self.options.positions
-        return (queries if step == 0 else None), self.options.keys
+        return (queries if self._step == 0 else None), self.options.keys
 
     def _tap(self, call: AttentionCall, lazy: list[tuple[str, bool]], rot_k: str | None, grow: bool) -> None:
-        step = self.wiring.registry.context.step
         k: Tensor | GrowingKeys = self._grow(call) if grow else self._moved(call.k)
+        q, at = call.q, self._call(call.q.shape[2]) if call.tower == "text" else None
         if rot_k is not None:
             # [batch kv_head key d_head] -> [batch key kv_head d_head]
             entry = LazyKeys(k, call.k.shape[2]) if isinstance(k, GrowingKeys) else k.transpose(1, 2)
-            self._store(rot_k, entry)
+            self._store(rot_k, entry, at)
         if not lazy:
             return
-        queries, keys = self._row_and_column_index(call.tower, step)
-        q = call.q if queries is None else take(call.q, queries.to(call.q.device), dim=2)
+        queries, keys = self._row_and_column_index(call.tower)
+        keys = None if keys is None else each_row(keys, len(q))
+        if queries is not None and at is not None:
+            queries, _ = _local(queries, len(q), *at)
+            q = take(q, queries.to(q.device), dim=2)
         q = self._moved(q)
         mask = call.mask if self.options.device is None else call.mask.to(self.options.device)
+        offset = 0 if at is None else max(0, at[1] - call.k.shape[2])  # a sliding window has dropped keys
+        even = self.options.stop if at is not None and self._step == 0 and call.k.shape[2] < self.options.stop else None
         for name, scores in lazy:
-            pattern = LazyPattern(q, k, mask, call.scale, name, scores, index=_to(queries, q), columns=_to(keys, q))
-            self._store(name, value_of(pattern) if keys is not None and queries is not None else pattern)
+            index, columns = _to(queries, q), _to(keys, q)
+            pattern = LazyPattern(q, k, mask, call.scale, name, scores, index, columns, offset, even)
+            self._store(name, value_of(pattern) if keys is not None and queries is not None else pattern, at)
 
     def _grow(self, call: AttentionCall) -> GrowingKeys | Tensor:
         keys = self._growing.setdefault(call.layer, GrowingKeys())
@@ -178,17 +244,53 @@ class Capture:
 
     # -- the result ------------------------------------------------------------------------------------------------
 
+    def span(self, step: int) -> Span | None:
+        """The positions of the rows of one step; None for a decoding step of which no row was kept."""
+        if step:
+            at = self.extents.get(step)
+            return None if at is None else Span(*at, self.options.known, generated=True)
+        first, stop = self.extents.get(0, (self.options.first, 0))
+        return Span(min(first, self.options.first), max(stop, self.options.stop), self.options.known)
+
     def entries(self, step: int) -> dict[str, Entry]:
-        """The entries of one step, in the order of the forward pass; those of several tower calls are joined."""
-        kept = self.steps.get(step, {})
-        return {name: self._joined(kept[name]) for name in self.wiring.registry.hook_dict if name in kept}
+        """The entries of one step, in the order of the forward pass; those of several calls are joined."""
+        kept, entries = self.steps.get(step, {}), {}
+        for name, point in self.wiring.registry.hook_dict.items():
+            if name in kept and point.tower == "text":
+                entry = self._in_sequence(name, kept[name], step)
+                entries[name] = entry if step else self._without_absent(name, entry)
+            elif name in kept:
+                entries[name] = self._joined([part.entry for part in kept[name]])
+        return entries
 
     def gradient_entries(self) -> dict[str, Entry]:
         """The gradients, in the order of the backward pass, which reaches calls of the vision tower in reverse."""
-        return {name: self._joined(parts[::-1]) for name, parts in self.gradients.items()}
+        points = self.wiring.registry.hook_dict
+        for name, parts in self.gradients.items():
+            if len(parts) > 1 and points[name.removesuffix("_grad")].tower == "text":
+                raise _recorded_twice(name)
+        joined = {name: self._joined(parts[::-1]) for name, parts in self.gradients.items()}
+        text = {name for name in joined if points[name.removesuffix("_grad")].tower == "text"}
+        return {n: self._without_absent(n.removesuffix("_grad"), e) if n in text else e for n, e in joined.items()}
+
+    def _without_absent(self, name: str, entry: Entry) -> Entry:
+        """An entry with NaN at selected positions that a sample lacks; patterns that are computed later do the same."""
+        dim, index = 1, self.options.positions
+        if is_quadratic(name):
+            dim, index = 2, index if self.options.queries is None else self.options.queries
+        if isinstance(entry, LazyResult):
+            return replace(entry, z=self._without_absent(name, entry.z))
+        if index is None or not isinstance(entry, Tensor) or bool((index >= 0).all()):
+            return entry
+        absent = each_row(index, len(entry)) < 0  # [batch n]
+        if entry.dim() <= dim or entry.shape[dim] != absent.shape[1]:
+            return entry  # logits that `logits_to_keep` has cut
+        return entry.masked_fill(
+            absent.view(len(entry), *[1] * (dim - 1), -1, *[1] * (entry.dim() - dim - 1)), torch.nan
+        )
 
     def _joined(self, parts: Sequence[Entry]) -> Entry:
-        """One entry of several calls: positions of one packed sequence, or tiles along the batch axis."""
+        """One entry of several calls of an encoder: positions of one packed sequence, or tiles along the batch axis."""
         if len(parts) == 1:
             return parts[0]
         packed = self.options.packed_vision
@@ -199,6 +301,80 @@ class Capture:
         q, k = torch.cat([p.q for p in patterns], dim), torch.cat([p.keys() for p in patterns], dim)
         segments = tuple(s for p in patterns for s in p.mask.segments or ()) if packed else None
         return replace(patterns[0], q=q, k=k, mask=patterns[0].mask.resized(len(q), q.shape[2], segments))
+
+    def _in_sequence(self, name: str, parts: Sequence[Part], step: int) -> Entry:
+        """One entry of the calls of the language model: several where a prompt is read in chunks."""
+        if any(after.first < before.stop for before, after in pairwise(parts)):
+            raise _recorded_twice(name)
+        span = self.span(step)
+        assert span is not None  # of the rows of these parts
+        gaps = name.endswith("hook_deepstack") and (parts[0].first, parts[-1].stop) != (span.first, span.stop)
+        if len(parts) == 1 and not gaps:
+            return parts[0].entry
+        if _holds_all_keys(name):
+            return parts[-1].entry
+        if name == "hook_logits" and self.options.last_logits:
+            return self._last_logits(parts)
+        index = self.options.positions
+        if is_quadratic(name):
+            index = self._row_and_column_index("text")[0]
+        entries = [part.entry for part in parts]
+        if index is None and name.endswith("hook_deepstack"):  # not computed in chunks without visual tokens
+            index = torch.arange(span.first, span.stop).expand(entries[0].shape[0], -1)
+        owned = None if index is None else [_local(index, p.entry.shape[0], p.first, p.stop)[1] for p in parts]
+        if is_quadratic(name):
+            calls = [entry for entry in entries if isinstance(entry, LazyPattern)]
+            if len(calls) < len(parts):
+                return self._rows(parts, owned)
+            return LazyRows.of(calls, owned)
+        if isinstance(entries[0], LazyResult):
+            zs = [entry.z for entry in entries if isinstance(entry, LazyResult)]
+            return replace(entries[0], z=by_position(zs, owned, dim=1))
+        return by_position([value_of(entry) for entry in entries], owned, dim=1)
+
+    def _rows(self, parts: Sequence[Part], owned: list[Tensor] | None) -> Tensor:
+        """Computed patterns or scores of chunks: later ones have more keys, and a window may have dropped the first."""
+        values = [value_of(part.entry) for part in parts]
+        offsets = [0 if self.options.keys is not None else max(0, p.stop - p.entry.shape[3]) for p in parts]
+        width = max(o + v.shape[3] for o, v in zip(offsets, values, strict=True))
+        padded = [
+            pad(value, (offset, width - offset - value.shape[3]), value=part.hidden)
+            for value, offset, part in zip(values, offsets, parts, strict=True)
+        ]
+        return by_position(padded, owned, dim=2)
+
+    def _last_logits(self, parts: Sequence[Part]) -> Tensor:
+        """The logits of the last positions, of which each chunk has some."""
+        values = [value_of(parts[-1].entry)]
+        for before, after in reversed(list(pairwise(parts))):
+            if before.stop < after.first:
+                break
+            values.insert(0, value_of(before.entry))
+        return torch.cat(values, dim=1)[:, -self.options.last_logits :]
+
+
+def _local(index: Index, batch: int, first: int, stop: int) -> tuple[Index, Bool[Tensor, "batch _"]]:
+    """The selected positions that are rows `first` to `stop`, as rows; and which entries of `index` they are."""
+    index = each_row(index, batch)
+    own = (index >= first) & (index < stop)
+    return torch.where(own, index - first, -1)[:, own.any(0)], own
+
+
+def _holds_all_keys(name: str) -> bool:
+    """Whether an activation has a row for every key of a KV cache, not for the tokens of one call."""
+    return name.endswith("hook_rot_k")
+
+
+def _hidden(name: str, x: Tensor) -> float:
+    """The value of a computed pattern, or of computed scores, at keys that are not visible."""
+    return torch.finfo(x.dtype).min if name.endswith("scores") else 0.0
+
+
+def _recorded_twice(name: str) -> HookValueError:
+    return HookValueError(
+        f"{name} was computed twice for the same positions in this run, so that its activations cannot be told apart. "
+        "A hook called `hf_model` or one of its modules: call the HookedMLLM there, whose runs have their own caches."
+    )
 
 
 def _to(index: Index | None, like: Tensor) -> Index | None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.attention.streaming import StreamingHeads
-from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult
+from hooked_mllm.cache.lazy import Entry, GrowingKeys, LazyKeys, LazyPattern, LazyResult, LazyRows
+from hooked_mllm.cache.sequence import Span
 from hooked_mllm.errors import CacheFileError, HookedMLLMError, LayoutError
 from hooked_mllm.inputs.positions import KindMasks, TokenKind
 from hooked_mllm.storage import read_tensors, ready, restoring, write_tensors
@@ -28,6 +29,8 @@ FORMAT = "hooked_mllm.ActivationCache/2"
 #: formats that are read; the first had neither streaming heads nor offsets
 READABLE = ("hooked_mllm.ActivationCache/1", FORMAT)
 TOKEN_KINDS = ("question", "answer", "system", "template", "visual", "text", "padding", "last", "target")
+#: tensors of positions among the fields of a cache
+_POSITIONS = ("query_positions", "key_positions", "kept_positions")
 #: fields of a mask that JSON holds as they are
 _MASK_FIELDS = ("batch", "q_length", "kv_length", "causal", "window", "segments", "q_offset")
 #: the arguments of the constructor of an `ActivationCache`, without the model
@@ -40,6 +43,7 @@ class _Writer:
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._known: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+        self._masks: dict[int, dict[str, str | None]] = {}
 
     def add(self, name: str, tensor: Tensor | None) -> str | None:
         if tensor is None:
@@ -62,6 +66,13 @@ class _Writer:
             return {"kind": "result", "z": self.add(f"{name}/z", entry.z), "W_O": self.add(f"{name}/W_O", weight)}
         if isinstance(entry, LazyKeys):
             return {"kind": "keys", "k": self.keys(f"{name}/k", entry.keys), "length": entry.length}
+        if isinstance(entry, LazyRows):
+            calls = [self.entry(f"{name}/{number}", call) for number, call in enumerate(entry.calls)]
+            tensors = {
+                "index": self.add(f"{name}/index", entry.index),
+                "columns": self.add(f"{name}/columns", entry.columns),
+            }
+            return {"kind": "rows", "calls": calls, "length": entry.length, **tensors}
         if not isinstance(entry, LazyPattern):
             return {"kind": "tensor", "tensor": self.add(name, entry)}
         mask = entry.mask.compact()
@@ -73,19 +84,27 @@ class _Writer:
             "growing": isinstance(entry.k, GrowingKeys),
             "scale": float(entry.scale),
             "scores": entry.scores,
+            "key_offset": entry.key_offset,
+            "even": entry.even,
             **{name: getattr(mask, name) for name in _MASK_FIELDS},
             "streaming": None if mask.streaming is None else asdict(mask.streaming),
             **{key: self.add(f"{name}/{key}", tensor) for key, tensor in tensors.items()},
         }
 
     def cache(self, fields: Fields, prefix: str) -> dict[str, Any]:
-        masks = None if fields["masks"] is None else known_masks(fields["masks"])
         return {
             **fields,
+            "span": None if fields["span"] is None else asdict(fields["span"]),
             "entries": {name: self.entry(prefix + name, entry) for name, entry in fields["entries"].items()},
-            **{k: self.add(f"{prefix}/{k}", fields[k]) for k in ("query_positions", "key_positions")},
-            "masks": None if masks is None else {k: self.add(f"{prefix}/mask/{k}", m) for k, m in masks.items()},
+            **{k: self.add(f"{prefix}/{k}", fields[k]) for k in _POSITIONS},
+            "masks": None if fields["masks"] is None else self.masks(fields["masks"], prefix),
         }
+
+    def masks(self, masks: KindMasks, prefix: str) -> dict[str, str | None]:
+        """Names of the masks; steps of a generation share those of the prompt."""
+        if id(masks) not in self._masks:
+            self._masks[id(masks)] = {k: self.add(f"{prefix}/mask/{k}", m) for k, m in known_masks(masks).items()}
+        return self._masks[id(masks)]
 
 
 def weight_of_result(entry: LazyResult) -> Tensor | None:
@@ -141,7 +160,8 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[st
             raise LayoutError(f"The file keeps no positions of kind {kind!r}; it has {', '.join(mask_names)}.")
         return tensors[mask_names[kind]]
 
-    positions = {k: header[k] for k in ("query_positions", "key_positions")}
+    positions = {k: header.get(k) for k in _POSITIONS}
+    span = header.get("span")  # files of earlier versions have none
     return {
         "entries": {name: _entry(name, spec, tensors, growing) for name, spec in header["entries"].items()},
         "n_layers": dict(header["n_layers"]),
@@ -149,6 +169,7 @@ def _fields(header: dict[str, Any], tensors: dict[str, Tensor], growing: dict[st
         **{k: None if name is None else tensors[name] for k, name in positions.items()},
         "vision_rows": None if rows is None else [[(start, stop) for start, stop in spans] for spans in rows],
         **{k: header[k] for k in ("has_batch_dim", "packed_vision")},
+        "span": None if span is None else Span(**span),
     }
 
 
@@ -169,8 +190,13 @@ def _entry(name: str, spec: dict[str, Any], tensors: dict[str, Tensor], growing:
         o_proj.weight = nn.Parameter(weight, requires_grad=False)
         return LazyResult(tensors[spec["z"]], o_proj)
     index, columns = (None if spec[k] is None else tensors[spec[k]] for k in ("index", "columns"))
+    if spec["kind"] == "rows":
+        calls = [_entry(name, call, tensors, growing) for call in spec["calls"]]
+        assert index is not None
+        return LazyRows([call for call in calls if isinstance(call, LazyPattern)], index, spec["length"], columns)
     k = keys(spec["k"]) if spec["growing"] else tensors[spec["k"]]
-    return LazyPattern(tensors[spec["q"]], k, _mask(spec, tensors), spec["scale"], name, spec["scores"], index, columns)
+    q, mask, more = tensors[spec["q"]], _mask(spec, tensors), (spec.get("key_offset", 0), spec.get("even"))
+    return LazyPattern(q, k, mask, spec["scale"], name, spec["scores"], index, columns, *more)
 
 
 def _mask(spec: dict[str, Any], tensors: dict[str, Tensor]) -> MaskRows:

@@ -1,8 +1,8 @@
 """Activations that are computed when they are read: attention patterns and scores from q and k, head results from z."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -16,8 +16,8 @@ from hooked_mllm.wiring.results import call, head_results, state_of
 class GrowingKeys:
     """The keys of one layer over a generation: the prompt's, then each step's new ones, each kept once."""
 
-    def __init__(self) -> None:
-        self.chunks: list[Tensor] = []
+    def __init__(self, chunks: Iterable[Tensor] = ()) -> None:
+        self.chunks = list(chunks)
 
     @property
     def length(self) -> int:
@@ -29,6 +29,17 @@ class GrowingKeys:
         if len(self.chunks) > 1:
             self.chunks = [torch.cat(self.chunks, dim=2)]
         return self.chunks[0][:, :, :length]
+
+    def mapped(self, part: Callable[[Tensor], Tensor], known: "Mapped | None") -> "GrowingKeys":
+        """`part` of every chunk; steps that share these keys share the result by `known`."""
+        known = {} if known is None else known
+        if id(self) not in known:
+            known[id(self)] = GrowingKeys(map(part, self.chunks))
+        return known[id(self)]
+
+
+#: keys that were moved or cut already, by the id of the original
+Mapped: TypeAlias = dict[int, GrowingKeys]
 
 
 @dataclass
@@ -53,13 +64,13 @@ class LazyKeys:
         """The tensors that this entry keeps alive."""
         return list(self.keys.chunks)
 
-    def to(self, device: torch.device | str) -> Tensor:
+    def to(self, device: torch.device | str, known: Mapped | None = None) -> "LazyKeys":
         """The activation on another device."""
-        return self.tensor().to(device)
+        return LazyKeys(self.keys.mapped(lambda x: x.to(device), known), self.length)
 
-    def samples(self, choice: slice) -> Tensor:
+    def samples(self, choice: slice, known: Mapped | None = None) -> "LazyKeys":
         """The activation of some samples of the batch."""
-        return self.tensor()[choice]
+        return LazyKeys(self.keys.mapped(lambda x: x[choice], known), self.length)
 
     def tensor(self) -> Tensor:
         """The activation itself."""
@@ -71,7 +82,8 @@ class LazyPattern:
     r"""Attention rows $\mathrm{softmax}(s\, q k^\top + M)$, or masked scores, in float32 from the model's q and k.
 
     Query head h reads key head h // (H / H_kv). `q` has only the rows in `index` if that is given; `columns` selects
-    keys. Both are -1 where a sample has fewer.
+    keys by their position in the sequence, of which the first key is at `key_offset`. Both are -1 where a sample has
+    fewer.
     """
 
     q: Float[Tensor, "batch head query d_head"]
@@ -82,6 +94,8 @@ class LazyPattern:
     scores: bool = False
     index: Int[Tensor, "batch query"] | None = None
     columns: Int[Tensor, "batch column"] | None = None
+    key_offset: int = 0
+    even: int | None = None  # keys over which a query without visible keys attends evenly; None for all of the call
     dtype: torch.dtype = field(default=torch.float32, init=False)
 
     def keys(self) -> Float[Tensor, "batch kv_head key d_head"]:
@@ -97,17 +111,18 @@ class LazyPattern:
         """The shape that `tensor` will have."""
         return (*self.q.shape[:3], self.mask.kv_length if self.columns is None else self.columns.shape[1])
 
-    def _mapped(self, part: Callable[[Tensor], Tensor], mask: MaskRows) -> "LazyPattern":
+    def _mapped(self, part: Callable[[Tensor], Tensor], mask: MaskRows, known: Mapped | None) -> "LazyPattern":
         index, columns = (None if x is None else part(x) for x in (self.index, self.columns))
-        return replace(self, q=part(self.q), k=part(self.keys()), mask=mask, index=index, columns=columns)
+        k = self.k.mapped(part, known) if isinstance(self.k, GrowingKeys) else part(self.k)
+        return replace(self, q=part(self.q), k=k, mask=mask, index=index, columns=columns)
 
-    def to(self, device: torch.device | str) -> "LazyPattern":
+    def to(self, device: torch.device | str, known: Mapped | None = None) -> "LazyPattern":
         """The same rows, computed on `device`."""
-        return self._mapped(lambda x: x.to(device), self.mask.to(device))
+        return self._mapped(lambda x: x.to(device), self.mask.to(device), known)
 
-    def samples(self, choice: slice) -> "LazyPattern":
+    def samples(self, choice: slice, known: Mapped | None = None) -> "LazyPattern":
         """The rows of some samples of the batch."""
-        return self._mapped(lambda x: x[choice], self.mask.samples(torch.arange(self.mask.batch)[choice]))
+        return self._mapped(lambda x: x[choice], self.mask.samples(torch.arange(self.mask.batch)[choice]), known)
 
     def tensor(self) -> Float[Tensor, "batch head query key"]:
         """All rows and columns of this entry."""
@@ -119,11 +134,10 @@ class LazyPattern:
         columns: Int[Tensor, "batch column"] | None = None,
         heads: Sequence[int] | None = None,
     ) -> Float[Tensor, "batch head query column"]:
-        """Some rows (indices along the query axis of `q`), columns and heads; zeros where an index is -1."""
+        """Some rows (along the query axis of `q`), columns and heads; for -1, NaN in rows, and hidden columns."""
         q, k = self.q, self.keys()
         group = q.shape[1] // k.shape[1]
         columns = self.columns if columns is None else columns
-        kept = None if columns is None else columns.to(q.device)[:, None, :]
         positions = self.index
         if queries is not None:
             queries = queries.to(q.device)
@@ -143,16 +157,19 @@ class LazyPattern:
                 row = row.masked_fill_(hidden(head), float("-inf"))
             else:  # as in transformers' eager attention, a query without visible keys attends evenly
                 row = torch.softmax(row.masked_fill_(hidden(head), torch.finfo(torch.float32).min), dim=-1)
-            if kept is not None:
-                row = torch.take_along_dim(row, kept.clamp(min=0), dim=2).masked_fill_(kept < 0, 0.0)
+            blind = None if self.even is None or self.scores else hidden(head).all(-1, keepdim=True)
+            if columns is not None:
+                row = take_columns(row, columns, self.key_offset, float("-inf") if self.scores else 0.0)
+                if blind is not None and self.even is not None:
+                    reached = ((columns >= 0) & (columns < self.even))[:, None].to(row.device)
+                    row = torch.where(blind, reached / self.even, row)
             out[:, number] = row
-        out.masked_fill_((positions < 0)[:, None, :, None], 0.0)
         if bool(torch.isnan(out).any() if self.scores else ~torch.isfinite(out).all()):
             raise NumericsError(
                 f"{self.name} is not finite: q or k of this layer overflowed (they are {q.dtype}). Load the model with "
                 "dtype='bfloat16' or 'float32'."
             )
-        return out
+        return out.masked_fill_((positions < 0)[:, None, :, None], torch.nan)
 
     def _hidden(self, positions: Tensor) -> Callable[[int], Tensor]:
         """The keys that are masked for the queries at `positions`, by head: `[batch query key]`."""
@@ -165,6 +182,97 @@ class LazyPattern:
             return lambda head: hidden
         dense, far = set(mask.streaming.dense), ~mask.streaming_rows(positions).to(device)
         return lambda head: hidden if head in dense else far
+
+
+@dataclass
+class LazyRows:
+    """Attention rows of several calls on one sequence, such as the chunks of a prompt or the steps of a generation.
+
+    `index` has the number of each row among those of all calls, -1 where a sample has fewer; `columns` selects keys.
+    """
+
+    calls: list[LazyPattern]
+    index: Int[Tensor, "batch query"]
+    length: int
+    columns: Int[Tensor, "batch column"] | None = None
+    dtype: torch.dtype = field(default=torch.float32, init=False)
+
+    @classmethod
+    def joined(cls, entries: "Sequence[LazyPattern | LazyRows]", counts: Sequence[int]) -> "LazyRows":
+        """The first rows of several entries, below one another."""
+        calls, numbers = [], []
+        for entry, count in zip(entries, counts, strict=True):
+            start = sum(call.q.shape[2] for call in calls)
+            own = entry if isinstance(entry, LazyRows) else cls.of([entry])
+            calls += own.calls
+            numbers.append(torch.where(own.index >= 0, own.index + start, -1)[:, :count])
+        joined = cls.of(calls)
+        return replace(joined, index=torch.cat(numbers, dim=1))
+
+    @classmethod
+    def of(cls, calls: list[LazyPattern], owned: Sequence[Tensor] | None = None) -> "LazyRows":
+        """The rows of several calls; `owned`: which of the selected rows each call has `[batch query]`."""
+        counts = [call.q.shape[2] for call in calls]
+        if owned is None:
+            index = torch.arange(sum(counts)).expand(calls[0].q.shape[0], -1)
+        else:
+            numbers = [torch.arange(sum(counts[:i]), sum(counts[: i + 1])) for i in range(len(counts))]
+            rows = [n.expand(len(own), -1) for n, own in zip(numbers, owned, strict=True)]
+            index = by_position([row + 1 for row in rows], owned, dim=1) - 1  # zero, for absent rows, becomes -1
+        length = max(call.key_offset + call.mask.kv_length for call in calls)
+        return cls(calls, index, length, calls[0].columns)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that `tensor` will have."""
+        batch, heads = self.calls[0].q.shape[:2]
+        return (batch, heads, self.index.shape[1], self.length if self.columns is None else self.columns.shape[1])
+
+    def parts(self) -> list[Tensor]:
+        """The tensors that this entry keeps alive."""
+        return [part for call in self.calls for part in call.parts()]
+
+    def to(self, device: torch.device | str, known: Mapped | None = None) -> "LazyRows":
+        """The same rows, computed on `device`."""
+        known = {} if known is None else known
+        return replace(self, calls=[call.to(device, known) for call in self.calls])
+
+    def samples(self, choice: slice, known: Mapped | None = None) -> "LazyRows":
+        """The rows of some samples of the batch."""
+        known = {} if known is None else known
+        columns = None if self.columns is None else self.columns[choice]
+        calls = [call.samples(choice, known) for call in self.calls]
+        return LazyRows(calls, self.index[choice], self.length, columns)
+
+    def tensor(self) -> Float[Tensor, "batch head query key"]:
+        """All rows and columns of this entry."""
+        return self.rows()
+
+    def rows(
+        self,
+        queries: Int[Tensor, "batch query"] | None = None,
+        columns: Int[Tensor, "batch column"] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch head query column"]:
+        """Some rows, columns and heads, as of a `LazyPattern`."""
+        index = self.index.cpu()
+        if queries is not None:
+            queries = queries.cpu()
+            index = torch.where(queries >= 0, index.gather(1, queries.clamp(min=0)), -1)
+        columns = self.columns if columns is None else columns
+        if columns is None:
+            columns = torch.arange(self.length).expand(len(index), -1)
+        n_heads, device = self.calls[0].q.shape[1] if heads is None else len(heads), self.calls[0].q.device
+        values, owned, first = [], [], 0
+        for call in self.calls:
+            own = (index >= first) & (index < first + call.q.shape[2])
+            if bool(own.any()):
+                values.append(call.rows(torch.where(own, index - first, -1)[:, own.any(0)], columns, heads).to(device))
+                owned.append(own)
+            first += call.q.shape[2]
+        if not values:
+            return torch.full((len(index), n_heads, index.shape[1], columns.shape[1]), torch.nan, device=device)
+        return by_position(values, owned, dim=2).masked_fill_((index < 0)[:, None, :, None].to(device), torch.nan)
 
 
 @dataclass
@@ -192,11 +300,11 @@ class LazyResult:
         """The tensors that this entry keeps alive."""
         return [self.z]
 
-    def to(self, device: torch.device | str) -> "LazyResult":
+    def to(self, device: torch.device | str, known: Mapped | None = None) -> "LazyResult":
         """The same, computed on `device`."""
         return replace(self, z=self.z.to(device))
 
-    def samples(self, choice: slice) -> "LazyResult":
+    def samples(self, choice: slice, known: Mapped | None = None) -> "LazyResult":
         """The results of some samples of the batch."""
         return replace(self, z=self.z[choice])
 
@@ -215,7 +323,7 @@ class LazyResult:
         return head_results(self.z, self.o_proj)
 
 
-Entry = Tensor | LazyKeys | LazyPattern | LazyResult
+Entry = Tensor | LazyKeys | LazyPattern | LazyRows | LazyResult
 
 
 def value_of(entry: Entry) -> Tensor:
@@ -228,10 +336,46 @@ def parts_of(entry: Entry) -> list[Tensor]:
     return [entry] if isinstance(entry, Tensor) else entry.parts()
 
 
-def take(x: Tensor, index: Int[Tensor, "batch n"], dim: int) -> Tensor:
-    """A copy of `x` at `index` along `dim`; zeros where the index is -1."""
+def moved(entry: Entry, device: torch.device | str, known: Mapped) -> Entry:
+    """An entry on another device."""
+    return entry.to(device) if isinstance(entry, Tensor) else entry.to(device, known)
+
+
+def samples_of(entry: Entry, choice: slice, known: Mapped) -> Entry:
+    """An entry of some samples of the batch."""
+    return entry[choice] if isinstance(entry, Tensor) else entry.samples(choice, known)
+
+
+def by_position(values: Sequence[Tensor], owned: Sequence[Tensor] | None, dim: int) -> Tensor:
+    """Rows of several calls in the order of the sequence; `owned`: which selected rows `[batch n]` each call has."""
+    if owned is None:
+        return torch.cat(list(values), dim=dim)
+    shape = list(values[0].shape)
+    shape[dim] = owned[0].shape[1]
+    out = values[0].new_zeros(shape)
+    for value, own in zip(values, owned, strict=True):
+        slots = own.any(0)
+        view = [len(own), *[1] * (value.dim() - 1)]
+        view[dim] = int(slots.sum())
+        mine = own[:, slots].view(view).to(value.device)
+        slots = slots.nonzero().flatten().to(value.device)
+        out.index_copy_(dim, slots, torch.where(mine, value, out.index_select(dim, slots)))
+    return out
+
+
+def take_columns(x: Tensor, columns: Int[Tensor, "batch n"], offset: int, hidden: float) -> Tensor:
+    """Keys by position, of which the first of `x` is at `offset`; `hidden` for keys that `x` lacks, and for -1."""
+    index = columns.to(x.device).view(len(columns), *[1] * (x.dim() - 2), -1)  # [batch n] -> [batch 1... n]
+    local = index - offset
+    lacking = (local < 0) | (local >= x.shape[-1])
+    out = torch.take_along_dim(x, local.clamp(0, x.shape[-1] - 1), dim=-1)
+    return out.masked_fill_(lacking | (index < 0), hidden)
+
+
+def take(x: Tensor, index: Int[Tensor, "batch n"], dim: int, absent: float = 0.0) -> Tensor:
+    """A copy of `x` at `index` along `dim`; `absent` where the index is -1."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape
     index = index.view(shape)
     out = torch.take_along_dim(x, index.clamp(min=0), dim=dim)
-    return out.masked_fill_(index < 0, 0) if bool((index < 0).any()) else out
+    return out.masked_fill_(index < 0, absent) if bool((index < 0).any()) else out

@@ -15,9 +15,9 @@ from hooked_mllm.cache.lazy import Entry, take, value_of
 from hooked_mllm.contracts import Model
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
 from hooked_mllm.heads import head_name
-from hooked_mllm.inputs.positions import KindMasks, Positions
-from hooked_mllm.wiring.norms import centred
-from hooked_mllm.wiring.results import head_results
+from hooked_mllm.inputs.positions import Positions, TokenKind
+from hooked_mllm.wiring.norms import gain_and_bias, scale_of
+from hooked_mllm.wiring.results import device_of, head_results
 
 #: without the batch axis where the cache is read without it
 Stack: TypeAlias = Float[Tensor, "component *batch pos d_model"]
@@ -37,7 +37,7 @@ class ResidualTools(Mapping[str, Tensor]):
     entry: Callable[[object], Entry]
     positions: Callable[[Positions, int, int | None], Int[Tensor, "batch n"]]
     _n_layers: dict[str, int]
-    _masks: KindMasks | None
+    row_mask: Callable[[TokenKind, int], Bool[Tensor, "batch pos"] | None]
     _unbatched: Callable[..., Tensor]
 
     # -- decompositions ------------------------------------------------------------------------------------------------
@@ -78,10 +78,10 @@ class ResidualTools(Mapping[str, Tensor]):
         features s where the model has them.
 
         Args:
-            layer: The block whose input is decomposed; None: the input of the final norm.
+            layer: The block whose input is decomposed; None or -1: the input of the final norm.
             mode: "all", or only the components of attention ("attn") or of the MLPs ("mlp").
             incl_embeds: Include e and v.
-            apply_ln: Scale the components as the final norm scales their sum.
+            apply_ln: Scale the components as the norm of that input scales their sum (see `apply_ln_to_stack`).
             return_labels: Also return the labels, such as "embed", "visual", "0_attn_out", "0_mlp_out", "0_deepstack".
 
         Raises:
@@ -129,9 +129,10 @@ class ResidualTools(Mapping[str, Tensor]):
         """The residual stream entering every block up to `layer`, and at the end: `[component batch pos d_model]`.
 
         Args:
-            layer: The last block whose input is returned; None: all, and the input of the final norm.
+            layer: The last block whose input is returned; None or -1: all, and the input of the final norm.
             incl_mid: Include the residual stream between attention and MLP.
-            apply_ln: Normalise each as the final norm would, with its own scale.
+            apply_ln: Apply the final norm to each, with its own scale. Up to a block, as in TransformerLens: scale each
+                as that block's first norm scales its input.
             return_labels: Also return the labels ("0_pre", "0_mid", ..., "final_post").
         """
         count = self._n_layers["text"]
@@ -147,14 +148,15 @@ class ResidualTools(Mapping[str, Tensor]):
         if stop == count:
             streams.append(self._stream(count))
             labels.append("final_post")
-        if apply_ln:
+        if apply_ln and stop == count:
             norm = self._model().ln_final
-            device = weight_of(norm).device
+            device = device_of(norm)
             streams = [norm(stream.to(device)).to(stream.device) for stream in streams]
-        return self._labelled(torch.stack(streams), labels, return_labels)
+        stack = torch.stack(streams)  # [component batch pos d_model]
+        return self._labelled(self._scaled(stack, stop) if apply_ln and stop < count else stack, labels, return_labels)
 
     def stack_activation(self, name: str, layer: int | None = None, part: str | None = None) -> Tensor:
-        """One kind of activation of every block below `layer`, stacked along a new first axis."""
+        """One kind of activation of every block below `layer` (None or -1: all), stacked along a new first axis."""
         activations = [self._need(name, l, *((part,) if part else ())) for l in range(self._layer(layer))]
         if not activations:
             raise HookValueError("There is no block below layer 0; give `layer` at least 1, or None for all.")
@@ -189,9 +191,9 @@ class ResidualTools(Mapping[str, Tensor]):
         """The output `[component batch pos d_model]` of every head below `layer` to the residual stream.
 
         Args:
-            layer: Heads of the blocks below it; None: all.
+            layer: Heads of the blocks below it; None or -1: all.
             incl_remainder: Add a last component, so that the sum is the residual stream.
-            apply_ln: Scale the components as the final norm scales their sum.
+            apply_ln: Scale the components as the norm of that stream scales it (see `apply_ln_to_stack`).
             return_labels: Also return the labels ("L0H3").
         """
         stop = self._layer(layer)
@@ -215,11 +217,15 @@ class ResidualTools(Mapping[str, Tensor]):
         return self._labelled(self._scaled(stack, layer) if apply_ln else stack, labels, return_labels)
 
     def apply_ln_to_stack(self, stack: Stack, layer: int | None = None) -> Stack:
-        """Scale the components of a sum as the final norm scales the sum: linear, so attributions add up.
+        r"""Scale the components of a sum as a norm scales the sum: linear, so attributions add up.
+
+        $g \odot c / \sqrt{\overline{x^2} + \epsilon}$ for each component c of the norm's input x, with its gain g.
+        TransformerLens expects g to be folded into the weights that follow, and leaves it out.
 
         Args:
             stack: `[component batch pos d_model]`.
-            layer: The block whose input the components sum to; None: the input of the final norm.
+            layer: The block whose input the components sum to, for its first norm, before attention; None or -1: the
+                final norm.
         """
         return self._unbatched(self._scaled(self._batched(stack), layer), 1)
 
@@ -238,15 +244,19 @@ class ResidualTools(Mapping[str, Tensor]):
         return self.model
 
     def _layer(self, layer: int | None) -> int:
+        """How many blocks are below `layer`; None and -1 are the end, as in TransformerLens."""
         count = self._n_layers["text"]
-        if layer is None:
+        if layer is None or layer == -1:
             return count
-        if not -count <= layer <= count:
-            raise HookNameError(f"Layer {layer} is out of range: the model has {count} blocks.")
-        return layer + count if layer < 0 else layer
+        if not 0 <= layer <= count:
+            raise HookNameError(
+                f"Layer {layer} is out of range: the model has {count} blocks. Give the number of a block, or {count}, "
+                "None or -1 for the end; other negative numbers have no meaning here."
+            )
+        return layer
 
     def _visual(self, like: Tensor) -> Bool[Tensor, "batch pos 1"]:
-        mask = None if self._masks is None else self._masks("visual")
+        mask = self.row_mask("visual", like.shape[0])
         if mask is None:
             raise InputError("These inputs do not specify which positions are visual; use `model.prepare`.")
         if mask.shape[1] != like.shape[1]:
@@ -257,7 +267,8 @@ class ResidualTools(Mapping[str, Tensor]):
         return mask.to(like.device)[..., None]
 
     def _deepstack(self, layer: int, like: Tensor) -> Tensor:
-        if ("deepstack", layer) not in self and self._masks is not None and not bool(self._masks("visual").any()):
+        visual = None if ("deepstack", layer) in self else self.row_mask("visual", like.shape[0])
+        if visual is not None and not bool(visual.any()):
             return torch.zeros_like(like)  # without an image nothing is added
         return self._need("deepstack", layer)
 
@@ -270,20 +281,26 @@ class ResidualTools(Mapping[str, Tensor]):
         return final + self._deepstack(count - 1, final) if self._model().cfg.n_deepstack == count else final
 
     def _scaled(self, stack: Tensor, layer: int | None = None) -> Tensor:
-        norm = self._model().ln_final
+        """Components `[component batch pos d_model]` as the norm of a block's input scales their sum."""
         stop = self._layer(layer)
-        if stop == self._n_layers["text"] and "ln_final.hook_scale" in self:
-            scale = self._need("ln_final.hook_scale")  # [batch pos 1]
-        else:
-            stream = centred(norm, self._stream(stop))
-            epsilon: float = norm.variance_epsilon  # type: ignore[assignment]
-            scale = torch.sqrt(stream.pow(2).mean(-1, keepdim=True) + epsilon)
-        return (stack.float() / scale * weight_of(norm).to(stack.device).float()).to(stack.dtype)
+        norm, name = self._norm(stop)
+        scale = self._need(name) if name in self else scale_of(norm, self._stream(stop))  # [batch pos 1]
+        gain, _ = gain_and_bias(norm, self._model().dtype, stack.shape[-1])
+        assert gain is not None  # norms of the language model are RMSNorms
+        return (stack.float() / scale * gain.to(stack.device).float()).to(stack.dtype)
+
+    def _norm(self, layer: int) -> tuple[torch.nn.Module, str]:
+        """The first norm of a block, or after the last block the final norm, and the hook point of its scale."""
+        model = self._model()
+        if layer == self._n_layers["text"]:
+            return model.ln_final, "ln_final.hook_scale"
+        parts = model.family.text
+        return parts.modules(model.hf_model)[layer].get_submodule(parts.block.ln1), f"blocks.{layer}.ln1.hook_scale"
 
     def _at(self, stack: Tensor, positions: Positions) -> Tensor:
-        """`[component batch pos d_model]` at some positions: `[component batch query d_model]`."""
+        """`[component batch pos d_model]` at some positions: `[component batch query d_model]`; NaN where absent."""
         index = self.positions(positions, stack.shape[1], stack.shape[2])
-        return torch.stack([take(component, index.to(component.device), dim=1) for component in stack])
+        return torch.stack([take(c, index.to(c.device), dim=1, absent=torch.nan) for c in stack])
 
     def _batched(self, stack: Tensor) -> Tensor:
         return stack if self.has_batch_dim or stack.dim() == 4 else stack.unsqueeze(1)
@@ -291,8 +308,3 @@ class ResidualTools(Mapping[str, Tensor]):
     def _labelled(self, stack: Tensor, labels: list[str], return_labels: bool) -> Any:
         stack = self._unbatched(stack, 1)
         return (stack, labels) if return_labels else stack
-
-
-def weight_of(module: torch.nn.Module) -> Tensor:
-    """The weight of a norm or of a projection."""
-    return module.weight  # type: ignore[return-value]

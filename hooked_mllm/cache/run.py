@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from hooked_mllm.cache.activation_cache import ActivationCache
 from hooked_mllm.cache.capture import Capture, CaptureOptions
 from hooked_mllm.cache.generation import GenerationCache
 from hooked_mllm.cache.lazy import Entry
+from hooked_mllm.cache.sequence import Span
+from hooked_mllm.checks import as_device
 from hooked_mllm.contracts import Model
-from hooked_mllm.errors import HookValueError, InputError
+from hooked_mllm.errors import HookValueError, InputError, LayoutError
 from hooked_mllm.families.base import Rows
 from hooked_mllm.hooks.registry import NameFilter
 from hooked_mllm.hooks.table import is_quadratic
-from hooked_mllm.inputs.positions import MappingMasks, Positions, TokenKind
+from hooked_mllm.inputs.positions import KindMasks, MappingMasks, Positions, TokenKind
 from hooked_mllm.inputs.resolve import ResolvedInput
 
 #: generation options under which the keys of a step do not simply extend those of the step before
@@ -64,7 +67,7 @@ class CacheRequest:
 def cached_forward(model: Model, inputs: ResolvedInput, request: CacheRequest) -> tuple[Tensor | None, ActivationCache]:
     """What `model.run` returns (None without logits), or the loss with `incl_bwd`; and the cache."""
     output, capture, cache_of = _captured(model, inputs, request)
-    cache = cache_of({**capture.entries(0), **capture.gradient_entries()})
+    cache = cache_of(0, capture.gradient_entries())
     return output, cache.remove_batch_dim() if request.remove_batch_dim else cache
 
 
@@ -73,16 +76,13 @@ def cached_generation(
 ) -> tuple[Tensor | ModelOutput, GenerationCache]:
     """What `model.generate` returns, and the cache of every step."""
     output, capture, cache_of = _captured(model, inputs, request)
-    caches = [cache_of(capture.entries(step)) for step in sorted(capture.steps)]
-    for decoding_step in caches[1:]:
-        decoding_step.query_positions = None
-    return output, GenerationCache(caches)
+    return output, GenerationCache([cache_of(step, {}) for step in sorted(capture.steps)])
 
 
 def _captured(
     model: Model, inputs: ResolvedInput, request: CacheRequest
-) -> tuple[Any, Capture, Callable[[dict[str, Entry]], ActivationCache]]:
-    """The output of a run, its captured activations, and a constructor of its caches."""
+) -> tuple[Any, Capture, Callable[[int, dict[str, Entry]], ActivationCache]]:
+    """The output of a run, its captured activations, and a constructor of the cache of one step."""
     request.validate()
     if request.remove_batch_dim and inputs.batch != 1:
         raise HookValueError(f"remove_batch_dim needs a batch of one; this one has {inputs.batch}.")
@@ -90,43 +90,106 @@ def _captured(
     gradients = points if request.incl_bwd else []
     if request.names_filter is None:
         gradients = [p for p in gradients if not is_quadratic(p.name) and not p.name.endswith("hook_result")]
-    reorders = request.generate is not None and _reorders(model.hf_model.generation_config, request.generate)
+    generates = request.generate is not None
+    reorders = generates and _reorders(model.hf_model.generation_config, request.generate or {})
+    arguments = {**inputs.tensors, **request.forward, **(request.generate or {})}
+    span = _prompt_span(inputs, arguments, generates)
+    masks = _masks(model, inputs, span, request.forward.get("prompt_length"))
 
-    def index(selected: Positions | None) -> Tensor | None:
-        return None if selected is None else inputs.positions(selected)
+    def index(selected: Positions | None, as_rows: bool = True) -> Tensor | None:
+        if selected is None:
+            return None
+        if span == Span(0, inputs.length):
+            return inputs.positions(selected)
+        return (span.queries if as_rows else span.keys)(selected, inputs.batch, masks)
 
     options = CaptureOptions(
         points=points,
         gradients=gradients,
-        device=request.device,
-        positions=index(request.pos_slice),
+        device=None if request.device is None else as_device(request.device),
+        positions=index(position_range(request.pos_slice)),
         queries=index(request.queries),
-        keys=index(request.keys),
-        growing=request.generate is not None and not reorders,
-        copy=reorders or any(p.may_edit for p in model.registry.hook_dict.values()),
+        keys=index(request.keys, as_rows=False),
+        growing=generates and not reorders,
+        # a KV cache of fixed size is written in place by later calls
+        copy=reorders
+        or getattr(arguments.get("past_key_values"), "is_compileable", False)
+        or any(p.may_edit for p in model.registry.hook_dict.values()),
         packed_vision=model.family.vision.packed,
+        first=span.first,
+        stop=span.stop,
+        known=span.known,
+        generates=generates,
+        last_logits=_last_logits(arguments) if generates else 0,
     )
     with Capture(model.wiring, options) as capture:
         output = _run(model, inputs, request)
 
+    vision_rows = _vision_rows(model, inputs)  # computed on first use: it may synchronise with the device
+
+    def cache_of(step: int, more: dict[str, Entry]) -> ActivationCache:
+        positions = options.positions if step == 0 else None
+        queries = options.queries if step == 0 else None
+        return ActivationCache(
+            {**capture.entries(step), **more},
+            {"text": model.cfg.n_layers, "vision": model.cfg.vision_n_layers},
+            masks=masks,
+            model=model,
+            query_positions=positions if queries is None else queries,
+            key_positions=options.keys,
+            vision_rows=vision_rows,
+            packed_vision=options.packed_vision,
+            span=capture.span(step),
+            kept_positions=positions,
+        )
+
+    return output, capture, cache_of
+
+
+def _prompt_span(inputs: ResolvedInput, arguments: Mapping[str, Any], generates: bool) -> Span:
+    """The positions of the prompt that a run computes; those before are in a KV cache."""
+    past = arguments.get("past_key_values")
+    first = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0  # others fail in transformers
+    attention = arguments.get("attention_mask")
+    if not first:
+        return Span(0, inputs.length)
+    if generates and (attention is None or attention.shape[-1] == inputs.length > first):
+        return Span(first, inputs.length)  # the whole sequence, of which transformers runs the end
+    return Span(first, first + inputs.length, known=first)
+
+
+def _masks(model: Model, inputs: ResolvedInput, span: Span, prompt_length: int | None) -> KindMasks:
+    """The token kinds of the inputs, for their cache."""
+
     def masks(kind: TokenKind) -> Tensor:
+        if kind == "last" and prompt_length is not None and span.stop < prompt_length:
+            raise LayoutError(
+                f"The last position of the prompt is {prompt_length - 1}, and these inputs end at {span.stop - 1}: "
+                "give the position as an index."
+            )
         if kind == "visual":  # from the token ids: a prompt without images is no error for the residual stream
             return MappingMasks(inputs.tensors, model.family, model.hf_model.config)(kind)
         return inputs.masks(kind)
 
-    def cache_of(entries: dict[str, Entry]) -> ActivationCache:
-        return ActivationCache(
-            entries,
-            {"text": model.cfg.n_layers, "vision": model.cfg.vision_n_layers},
-            masks=masks,
-            model=model,
-            query_positions=options.queries if options.queries is not None else options.positions,
-            key_positions=options.keys,
-            vision_rows=_vision_rows(model, inputs),  # computed on first use: it may synchronise with the device
-            packed_vision=options.packed_vision,
-        )
+    return masks
 
-    return output, capture, cache_of
+
+def _last_logits(arguments: Mapping[str, Any]) -> int:
+    """How many last positions of a prompt `generate` computes logits of; 0 for all."""
+    count = arguments.get("logits_to_keep", 1)
+    return count if isinstance(count, int) else 0
+
+
+def position_range(selected: Any) -> Any:
+    """`pos_slice` as positions: two numbers in a tuple are a range, as in TransformerLens; a list is indices."""
+    if not isinstance(selected, tuple) or any(isinstance(n, bool) or not isinstance(n, Integral) for n in selected):
+        return selected
+    if len(selected) in (1, 3):
+        raise HookValueError(
+            f"pos_slice={selected} is a range in TransformerLens, and elsewhere indices: write slice{selected} for the "
+            f"range or {list(selected)} for the indices. A range may also be a tuple of two, (start, stop)."
+        )
+    return slice(*selected) if len(selected) == 2 else selected
 
 
 def _vision_rows(model: Model, inputs: ResolvedInput) -> Callable[[], list[Rows] | None]:
@@ -158,7 +221,8 @@ def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
             "Without a KV cache (use_cache=False) every step of a generation runs the whole sequence, so that its "
             "activations are not those of one step. Leave use_cache on, or run the finished sequence once."
         )
-    return (option("num_beams") or 1) > 1 or any(option(name) is not None for name in _REORDERS)
+    beams = option("num_beams")
+    return (isinstance(beams, Integral) and beams > 1) or any(option(name) is not None for name in _REORDERS)
 
 
 def _run(model: Model, inputs: ResolvedInput, request: CacheRequest) -> Any:

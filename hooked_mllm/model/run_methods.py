@@ -186,8 +186,10 @@ class RunMethods:
         """`generate` on resolved inputs."""
         check_generation(inputs)
         arguments = {**{k: v for k, v in inputs.tensors.items() if k != "labels"}, **kwargs}
-        hf_model = self.hf_model
-        with running(cast(Model, self), inputs, {}) as run, following_steps(cast(Model, self), run, inputs.length):
+        hf_model, attention = self.hf_model, arguments.get("attention_mask")
+        length = inputs.length if attention is None else attention.shape[-1]  # with tokens that are in a KV cache alone
+        past = {"past_key_values": arguments.get("past_key_values")}
+        with running(cast(Model, self), inputs, past) as run, following_steps(cast(Model, self), run, length):
             with checking_half(hf_model):
                 return hf_model.generate(**arguments)
 
