@@ -20,7 +20,7 @@ TokenKind = str | Region | Sequence[Region]
 #: gives the mask of a token kind; every sample has at least one such token
 KindMasks = Callable[[TokenKind], Bool[Tensor, "batch pos"]]
 #: an index from the start, or a negative one from the end; True or False as an element of a mask
-Index = int | np.integer | np.bool_
+Index = int | np.integer | bool | np.bool_
 #: every way to select positions: a token kind, a mask `[pos]` or `[batch pos]`, indices, one index, or a slice
 Positions = TokenKind | Index | slice | Sequence[Index] | Sequence[Sequence[Index]] | np.ndarray | Tensor
 
