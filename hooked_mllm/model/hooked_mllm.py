@@ -73,9 +73,11 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         config: Any = getattr(hf_model, "config", None)
         self.family = family_of(config)
         if type(hf_model).__name__ not in self.family.model_classes:
+            advice = "Pass the whole model, with its language-model head."
+            if hasattr(hf_model, "get_base_model"):  # of peft
+                advice = "Pass `peft_model.get_base_model()`, which has the adapter, or `merge_and_unload()`."
             raise UnsupportedModelError(
-                f"Expected {' or '.join(self.family.model_classes)}; got {type(hf_model).__name__}. Pass the whole "
-                "model, with its language-model head."
+                f"Expected {' or '.join(self.family.model_classes)}; got {type(hf_model).__name__}. {advice}"
             )
         self.hf_model: Any = hf_model
         self.processor = processor

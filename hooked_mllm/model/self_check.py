@@ -32,7 +32,7 @@ def probe(model: Model) -> tuple[dict[str, Tensor], Sample | None]:
         tokens = tokens.masked_fill(torch.isin(tokens, visual), 0)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, None
     # square and small: one tile, or as few tokens as the processor makes
-    gradient = Image.linear_gradient("L").resize((48, 48)).convert("RGB")
+    gradient = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
     sample = model.prepare("What is this?", images=gradient)
     return sample.inputs, sample
 
@@ -44,18 +44,33 @@ def self_check(model: Model) -> None:
         raise UnsupportedModelError("`check` compares with the plain model: call `reset_hooks` first.")
     if (dropout := active_dropout(model.hf_model)) is not None:
         raise UnsupportedModelError(
-            f"The dropout {dropout!r} is active, so that two runs differ: call `eval()` on the model before it is wrapped."
+            f"The dropout {dropout!r} is active, so that two runs differ: call `eval()` on the model before it is "
+            "wrapped."
         )
     try:
         inputs, sample = probe(model)
     except HookedMLLMError as error:
         raise _fail(model, f"a sample could not be prepared ({error})") from error
-    options = {"logits_to_keep": ROWS}
-    plain = model(inputs, **options)
+    plain = model(inputs, logits_to_keep=ROWS)
     visual = sample is not None
+    layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1), *([("vision", 0)] * visual)]
+    hooked, cache, kept = _hooked_run(model, inputs, visual, layers)
+    if not torch.equal(plain, hooked):
+        difference = (plain.float() - hooked.float()).abs().max().item()
+        raise _fail(model, f"hooked logits differ from plain ones by up to {difference:.3g}")
+    for tower, layer in dict.fromkeys(layers):
+        _check_pattern(model, cache, kept, tower, layer)
+    _check_results(model, kept)
+    if sample is not None:
+        _check_layout(model, sample)
+
+
+def _hooked_run(
+    model: Model, inputs: dict[str, Tensor], visual: bool, layers: list[tuple[Tower, int]]
+) -> tuple[Tensor, ActivationCache, dict[str, Tensor]]:
+    """Logits of a run with a hook on every point, its patterns, and z, v and attention outputs by name."""
     names = [n for n in model.hook_dict if visual or not n.startswith(("vision.", "projector."))]
     names = [n for n in names if visual or not n.endswith("hook_deepstack")]
-    layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1), *([("vision", 0)] * visual)]
     kept: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: HookPoint) -> None:
@@ -67,28 +82,26 @@ def self_check(model: Model) -> None:
     # head results are computed from z below; patterns are kept as q and k
     plainly = [n for n in names if not is_quadratic(n) and not n.endswith("hook_result")]
     patterns, length = [n for n in names if n.endswith("hook_pattern")], inputs["input_ids"].shape[1]
-    request = CacheRequest(patterns, queries=slice(max(0, length - ROWS), length), forward=options)
+    queries = slice(max(0, length - ROWS), length)
+    request = CacheRequest(patterns, queries=queries, forward={"logits_to_keep": ROWS})
     try:
         with model.registry.attached(plainly, keep, reads_only=True):
             hooked, cache = cached_forward(model, model.resolve(inputs), request)
     except HookValueError as error:
         raise _fail(model, str(error)) from error
-    assert hooked is not None
-    if not torch.equal(plain, hooked):
-        difference = (plain.float() - hooked.float()).abs().max().item()
-        raise _fail(model, f"hooked logits differ from plain ones by up to {difference:.3g}")
     silent = [n for n in patterns if n not in cache]
     if silent:
         raise _fail(model, f"these hook points never fired: {', '.join(silent[:5])}")
-    for tower, layer in dict.fromkeys(layers):
-        _check_pattern(model, cache, kept, tower, layer)
-    _check_results(model, kept)
-    if sample is not None:
-        in_layout, tokens = int(sample.mask("visual").sum()), sample.inputs["input_ids"]
-        token_ids = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=tokens.device)
-        in_model = int(torch.isin(tokens, token_ids).sum())
-        if in_layout != in_model:
-            raise _fail(model, f"the layout counts {in_layout} visual tokens, the model {in_model}")
+    assert hooked is not None
+    return hooked, cache, kept
+
+
+def _check_layout(model: Model, sample: Sample) -> None:
+    in_layout, tokens = int(sample.mask("visual").sum()), sample.inputs["input_ids"]
+    token_ids = torch.tensor(model.family.visual_token_ids(model.hf_model.config), device=tokens.device)
+    in_model = int(torch.isin(tokens, token_ids).sum())
+    if in_layout != in_model:
+        raise _fail(model, f"the layout counts {in_layout} visual tokens, the model {in_model}")
 
 
 def _tolerance(model: Model) -> float:
@@ -124,11 +137,12 @@ def _check_results(model: Model, kept: dict[str, Tensor]) -> None:
             if (at_zero := value_at_zero(o_proj, z.flatten(-2))) is not None:
                 total = total + at_zero.to(total)
             total = total * gain
-            packed = any(p.dtype == torch.int8 for p in o_proj.parameters())  # z is quantised, too
+            packed = any(not p.is_floating_point() for p in o_proj.parameters())  # z may be quantised, too
             difference = float((total - out).abs().max() / out.abs().max().clamp(min=1e-6))
             if not difference <= (0.1 if packed else _tolerance(model)):
                 raise _fail(
                     model,
-                    f"the results of the heads of {tower} layer {layer} do not sum to its attention output (they differ "
-                    f"by {difference:.1%}): its output projection, a {type(o_proj).__name__}, is not linear. {ADVICE}",
+                    f"the results of the heads of {tower} layer {layer} do not sum to its attention output (they "
+                    f"differ by {difference:.1%}): its output projection, a {type(o_proj).__name__}, is not linear. "
+                    f"{ADVICE}",
                 )

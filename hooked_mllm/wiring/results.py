@@ -48,8 +48,9 @@ def active_dropout(module: nn.Module) -> str | None:
 
 def state_of(module: nn.Module) -> tuple[Any, ...]:
     """What differs where a module was changed: which adapters are active and merged, and versions of parameters."""
-    names = ("disable_adapters", "active_adapters", "merged_adapters", "scaling")
-    adapters = (repr(getattr(part, name, None)) for part in module.modules() for name in names)
+    names = ("active_adapters", "merged_adapters", "scaling", "disable_adapters")
+    adapted = [part for part in module.modules() if hasattr(part, "disable_adapters")]
+    adapters = (repr(getattr(part, name, None)) for part in adapted for name in names)
     held = (p for p in module.parameters() if p.is_floating_point() and not p.is_meta and not p.is_inference())
     return (*adapters, *(parameter._version for parameter in held))
 

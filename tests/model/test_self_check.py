@@ -14,6 +14,7 @@ from hooked_mllm.errors import UnsupportedModelError
 from hooked_mllm.families import InternVL, LlavaOnevision, Qwen3VL
 from hooked_mllm.families.registry import FAMILIES
 from hooked_mllm.model import self_check
+from hooked_mllm.wiring import head_results
 
 
 def wired_as(monkeypatch, family):
@@ -114,3 +115,38 @@ def test_the_check_needs_a_model_without_hooks():
         model.check()
     model.reset_hooks()
     model.check()
+
+
+def test_head_results_that_do_not_sum_to_the_attention_output_are_found(monkeypatch):
+    model = HookedMLLM.from_model(fresh("internvl"), tiny_processor("internvl"))
+    monkeypatch.setattr(self_check, "head_results", lambda *args, **how: 1.1 * head_results(*args, **how))
+    with pytest.raises(UnsupportedModelError, match="heads of text layer 0 do not sum to its attention output"):
+        model.check()
+    monkeypatch.setattr(self_check, "head_results", head_results)
+    model.check()
+
+
+def test_the_probe_is_small():
+    """One tile of InternVL, as the smallest picture of the processor: 12 tiles would be 13 times the memory."""
+    processor = tiny_processor("internvl")
+    processor.image_processor.max_patches = 12
+    model = HookedMLLM.from_model(fresh("internvl"), processor)
+    inputs, sample = self_check.probe(model)
+    assert len(inputs["pixel_values"]) == 1
+    assert int(sample.mask("visual").sum()) == processor.image_seq_length
+
+
+def test_the_check_keeps_few_activations(monkeypatch):
+    """Of every layer, the last rows of z and of the attention output, and q and k of its pattern."""
+    kept = []
+    model = HookedMLLM.from_model(fresh("qwen3_vl"), tiny_processor("qwen3_vl"))
+
+    def keeping(*args):
+        output, cache = cached_forward(*args)
+        kept.extend(cache)
+        return output, cache
+
+    cached_forward = self_check.cached_forward
+    monkeypatch.setattr(self_check, "cached_forward", keeping)
+    model.check()
+    assert kept and all(name.endswith("hook_pattern") for name in kept)
