@@ -209,7 +209,7 @@ def test_rows_and_columns_are_those_of_the_whole_pattern(family, way, attn_score
     torch.testing.assert_close(cache.pattern(1, *way, heads=2, scores=attn_scores), expected[:, [2]])
 
 
-def test_a_batch_of_unequal_masks_gives_rows_of_zeros_where_a_sample_has_fewer(family):
+def test_in_a_batch_of_unequal_masks_absent_rows_are_nan_and_absent_columns_are_hidden_keys(family):
     inputs = batch(family)
     _, cache = hooked(family).run_with_cache(inputs, "blocks.*")
     mask = inputs.mask("question")
@@ -219,7 +219,11 @@ def test_a_batch_of_unequal_masks_gives_rows_of_zeros_where_a_sample_has_fewer(f
     for b in range(2):
         n = int(counts[b])
         close(rows[b, :, :n, :n], cache["pattern", 0][b][:, mask[b]][:, :, mask[b]])
-        assert not rows[b, :, n:].any() and not rows[b, :, :, n:].any()
+        assert rows[b, :, n:].isnan().all() and not rows[b, :, :n, n:].any()
+    scores = cache.pattern(0, queries="question", keys=mask, scores=True)
+    fewer = int(counts.argmin())
+    assert scores[fewer, :, counts[fewer] :].isnan().all() and not scores[1 - fewer].isnan().any()
+    assert (scores[fewer, :, : counts[fewer], counts[fewer] :] == -torch.inf).all()
 
 
 def test_vision_patterns_are_read_by_rows_too(family):
@@ -261,8 +265,10 @@ def test_a_sample_of_a_batch(family, side):
             assert torch.equal(one[name], cache[name][b : b + 1 or None]), name
         mask = inputs.mask("question")[b]
         close(one.pattern(1, queries="question"), cache["pattern", 1][b : b + 1 or None][:, :, mask])
-    both = cache.apply_slice_to_batch_dim(slice(0, 2))
-    assert torch.equal(both["pattern", 0], cache["pattern", 0])
+    for all_samples in (slice(0, 2), (0, 2)):
+        assert torch.equal(cache.apply_slice_to_batch_dim(all_samples)["pattern", 0], cache["pattern", 0])
+    assert torch.equal(cache.apply_slice_to_batch_dim(1)["z", 0], cache["z", 0][1])  # a number removes the axis
+    assert cache.has_batch_dim
     for wrong in (2, -3, slice(2, 3)):
         with pytest.raises(HookValueError, match="batch of 2"):
             cache.sample(wrong)
@@ -275,6 +281,9 @@ def test_without_the_batch_axis_everything_is_read_without_it(family):
     _, full = model.run_with_cache(inputs)
     _, cache = model.run_with_cache(inputs, remove_batch_dim=True)
     assert not cache.has_batch_dim and cache.remove_batch_dim() is cache
+    _, in_place = model.run_with_cache(inputs, "*hook_z")
+    assert in_place.remove_batch_dim() is in_place and not in_place.has_batch_dim
+    assert torch.equal(in_place["z", 1], full["z", 1][0])
     for name in cache:
         expected = full[name]
         assert torch.equal(cache[name], expected[0] if expected.shape[0] == 1 else expected), name

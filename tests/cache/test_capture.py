@@ -111,7 +111,7 @@ def test_rows_that_were_not_kept_are_not_made_up(family):
 def test_pos_slice_cuts_positions_and_pattern_rows_as_copies(family):
     model, inputs = hooked(family), sample(family)
     _, full = model.run_with_cache(inputs)
-    for cut, places in ((slice(2, 5), [2, 3, 4]), (-1, [len(inputs) - 1]), ("question", None), ([7, 1], [7, 1])):
+    for cut, places in ((slice(2, 5), [2, 3, 4]), ((3, 6), [3, 4, 5]), ([3, 6], [3, 6]), (-1, [len(inputs) - 1]), ("question", None), ([7, 1], [7, 1])):
         places = inputs.mask("question")[0].nonzero().flatten().tolist() if places is None else places
         _, cache = model.run_with_cache(inputs, pos_slice=cut)
         for name in cache:
@@ -124,6 +124,41 @@ def test_pos_slice_cuts_positions_and_pattern_rows_as_copies(family):
     assert z.nbytes == 3 * 32 * 4
     with pytest.raises(HookValueError, match="positions"):
         cache.decompose_resid()
+
+
+def test_two_numbers_are_a_range_and_other_tuples_that_transformer_lens_slices_by_are_rejected(family):
+    model, inputs = hooked(family), sample(family)
+    _, full = model.run_with_cache(inputs, "blocks.1.attn.hook_z")
+    _, cache = model.run_with_cache(inputs, "blocks.1.attn.hook_z", pos_slice=(-4, -1))
+    assert torch.equal(cache["z", 1], full["z", 1][:, -4:-1])
+    for several, advice in (((3,), r"slice\(3,\)"), ((3, 8, 2), r"slice\(3, 8, 2\).*\[3, 8, 2\]")):
+        with pytest.raises(HookValueError, match=advice):
+            model.run_with_cache(inputs, pos_slice=several)
+    with pytest.raises(LayoutError, match="empty"):
+        model.run_with_cache(inputs, pos_slice=(8, 3))
+
+
+@pytest.mark.parametrize("generate", [False, True])
+def test_positions_that_a_sample_lacks_are_nan_and_never_zeros(family, generate):
+    model, inputs = hooked(family), batch(family)
+    names = ["*hook_resid_post", "*hook_z", "*hook_result", "*hook_pattern", "*hook_attn_scores", "*.attn.hook_in"]
+    options = {"generate": {"max_new_tokens": 2, "do_sample": False}} if generate else {}
+    _, full = model.run_with_cache(inputs, names)
+    _, cache = model.run_with_cache(inputs, names, pos_slice="question", **options)
+    cache = cache.steps[0] if generate else cache
+    mask = inputs.mask("question")
+    counts = mask.sum(1)
+    assert counts[0] != counts[1]
+    for name in [name for name in cache if name.startswith("blocks.")]:
+        dim = 2 if name.endswith(("pattern", "attn_scores")) else 1
+        kept, whole = cache[name].movedim(dim, 1), full[name].movedim(dim, 1)
+        for b in range(2):
+            torch.testing.assert_close(kept[b, : counts[b]], whole[b, mask[b]], atol=1e-5, rtol=1e-4, msg=name)
+            assert kept[b, counts[b] :].isnan().all(), name
+    edits = [("blocks.*.hook_pattern", lambda p, hook: p), ("blocks.*.hook_z", lambda z, hook: z)]
+    with model.hooks(edits):  # patterns are then kept as they are
+        _, edited = model.run_with_cache(inputs, "blocks.1.attn.hook_pattern", queries="question")
+    torch.testing.assert_close(edited["pattern", 1], cache["pattern", 1], atol=1e-5, rtol=1e-4, equal_nan=True)
 
 
 def test_device(family):

@@ -32,6 +32,10 @@ MEANINGS = {
     ("rot_q", 1): "blocks.1.attn.hook_rot_q",
     ("result", 1): "blocks.1.attn.hook_result",
     ("pre_linear", 1): "blocks.1.mlp.hook_pre_linear",
+    ("in", 3, "attn"): "blocks.3.attn.hook_in",
+    ("in", -1, "m"): "blocks.7.mlp.hook_in",
+    "in3mlp": "blocks.3.mlp.hook_in",
+    ("vision", "in", 2, "mlp"): "vision.blocks.2.mlp.hook_in",
     # aliases
     ("attn", 3): "blocks.3.attn.hook_pattern",
     ("attn_logits", 3): "blocks.3.attn.hook_attn_scores",
@@ -90,6 +94,7 @@ def test_layers_out_of_range_are_errors(key):
         ("z", 1.5),
         (("z",), 1),
         ("scale", 3),
+        ("in", 3),
         ("vision",),
         ("projector",),
         ("projector", "z", 1),

@@ -24,6 +24,11 @@ def test_the_lens_ends_in_the_models_own_logits(family):
     for b in range(2):
         mask = inputs.mask("question")[b]
         close(question[-1, b, : int(mask.sum())], logits[b, mask])
+        assert question[:, b, int(mask.sum()) :].isnan().all()  # of no position, so of no value
+    counts = inputs.mask("question").sum(1)
+    attributions = cache.logit_attrs(cache.decompose_resid(), 7, positions="question")
+    assert counts[0] != counts[1] and not attributions[:, int(counts.argmax())].isnan().any()
+    assert attributions[:, int(counts.argmin()), int(counts.min()) :].isnan().all()
 
 
 @pytest.mark.parametrize("make", MAKES)

@@ -24,7 +24,7 @@ def test_terms_sum_to_the_stream_at_every_layer_and_every_position(family, make)
         close(stack.sum(0), entering(cache, layer))
         assert len(labels) == len(stack)
     close(cache.decompose_resid().sum(0), cache.decompose_resid(3).sum(0), 0)
-    close(cache.decompose_resid(-1).sum(0), entering(cache, 2))
+    close(cache.decompose_resid(-1).sum(0), entering(cache, 3), 0)  # the end, as in TransformerLens
     if make is not text_sample:
         visual = _visual(inputs)
         embed, image = stack[labels.index("embed")], stack[labels.index("visual")]
@@ -114,20 +114,28 @@ def test_one_kind_of_activation_of_all_layers(family):
         key = (part,) if part else ()
         stack = cache.stack_activation(name, part=part)
         assert torch.equal(stack, torch.stack([cache[(name, i, *key)] for i in range(3)]))
-    assert len(cache.stack_activation("z", 2)) == 2 == len(cache.stack_activation("z", -1))
+    assert len(cache.stack_activation("z", 2)) == 2 and len(cache.stack_activation("z", -1)) == 3
+    assert torch.equal(cache.stack_head_results(-1), cache.stack_head_results())
 
 
-def test_the_final_norm_on_terms_is_linear(family):
+def test_a_norm_on_terms_is_linear(family):
     model = hooked(family)
     _, cache = model.run_with_cache(sample(family))
     scaled = cache.decompose_resid(apply_ln=True)
     close(scaled.sum(0), model.ln_final(entering(cache, 3)))
     close(model.lm_head(scaled.sum(0)), cache["logits"], 1e-4)
     close(cache.stack_head_results(incl_remainder=True, apply_ln=True).sum(0), scaled.sum(0))
-    for layer in (1, 2):  # as the final norm would scale what enters that block
-        close(cache.decompose_resid(layer, apply_ln=True).sum(0), model.ln_final(entering(cache, layer)))
     part = model.run_with_cache(sample(family), "*resid_*")[1]  # without the cached scale
     close(part.apply_ln_to_stack(cache.decompose_resid()), scaled)
+    for layer in (0, 1, 2):  # as the norm of that block scales what enters it
+        stack = cache.decompose_resid(layer)
+        taken = model.hf_model.model.language_model.layers[layer].input_layernorm(entering(cache, layer))
+        close(cache.apply_ln_to_stack(stack, layer).sum(0), taken)
+        close(part.apply_ln_to_stack(stack, layer), cache.apply_ln_to_stack(stack, layer))
+        close(cache.decompose_resid(layer, apply_ln=True).sum(0), taken)
+        close(cache.accumulated_resid(layer, apply_ln=True)[-1], taken)
+        if layer:
+            close(cache.stack_head_results(layer, incl_remainder=True, apply_ln=True).sum(0), taken)
 
 
 def test_under_an_edit_the_terms_still_sum(family):
@@ -160,8 +168,8 @@ def test_what_is_missing_is_named(family):
     with pytest.raises(HookValueError, match="positions"):
         model.run_with_cache(inputs, pos_slice=[0, 1])[1].decompose_resid()
     _, full = model.run_with_cache(inputs)
-    for wrong in (4, -4):
-        with pytest.raises(HookNameError, match="3 blocks"):
+    for wrong in (4, -4, -2):
+        with pytest.raises(HookNameError, match="3 blocks.*None or -1 for the end"):
             full.accumulated_resid(wrong)
     for call in (full.stack_head_results, full.stack_activation):
         with pytest.raises(HookValueError, match="layer 0"):

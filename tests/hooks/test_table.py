@@ -12,15 +12,16 @@ from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.hooks import table
 from hooked_mllm.hooks.table import PointSpec, is_quadratic, spec_of, specs, split_name
 
-#: what attention takes in: the output of the norm, which is no hook point of the package
-ENTRY = PointSpec("attn.hook_in", "batch pos d_model", "input of attention", part="ln1", aliases=("attn_in",))
+#: what attention takes, by a name that is not in the table
+ENTRY = PointSpec("attn.hook_taken", "batch pos d_model", "input of attention", part="ln1", aliases=("attn_taken",))
 NORMS = {"qwen3_vl": "norm1", "llava_onevision": "layer_norm1", "internvl": "layernorm_before"}
 
 
 def test_names_are_unique_and_suffixes_unambiguous():
     names = [spec.name(tower, 0) for tower in ("text", "vision", "projector") for spec in specs(tower)]
     assert len(names) == len(set(names)) > 50
-    keys = [k for spec in specs(in_block=True) for k in (spec.short, *spec.aliases) if spec.group[:2] != "ln"]
+    unambiguous = [s for s in specs(in_block=True) if s.group[:2] != "ln" and s.short != "in"]  # others name their part
+    keys = [k for spec in unambiguous for k in (spec.short, *spec.aliases)]
     assert len(keys) == len(set(keys))
 
 
@@ -96,30 +97,30 @@ def test_one_entry_gives_a_hook_point_in_both_towers(extended, family):
     for handle in handles:
         handle.remove()
     for prefix, value in witnessed.items():
-        name, seen = f"{prefix}blocks.1.attn.hook_in", []
+        name, seen = f"{prefix}blocks.1.attn.hook_taken", []
         logits = extended.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook, seen=seen: seen.append(x.clone()))])
         assert torch.equal(logits, expected)
         assert torch.equal(seen[0].reshape(value.shape), value) and seen[0].dim() == 3
         edited = extended.run_with_hooks(inputs, fwd_hooks=[(name, lambda x, hook: x * 0)])
         assert (edited - expected).abs().max() > 1e-3
     names = [n for n in extended.hook_dict if n.startswith("blocks.0.attn")]
-    assert names[:2] == ["blocks.0.attn.hook_in", "blocks.0.attn.hook_q"]
+    assert names[:3] == [f"blocks.0.attn.hook_{suffix}" for suffix in ("in", "taken", "q")]
 
 
 @torch.no_grad()
 def test_one_entry_gives_keys_of_a_cache(extended, family):
     _, cache = extended.run_with_cache(model_inputs(family))
-    value = cache["blocks.1.attn.hook_in"]
-    for key in (("in", 1), ("attn_in", 1), ("in", 1, "attn"), "in1"):
+    value = cache["blocks.1.attn.hook_taken"]
+    for key in (("taken", 1), ("attn_taken", 1), ("taken", 1, "attn"), "taken1"):
         assert torch.equal(cache[key], value), key
-    assert torch.equal(cache["vision", "attn_in", 0], cache["vision.blocks.0.attn.hook_in"])
+    assert torch.equal(cache["vision", "attn_taken", 0], cache["vision.blocks.0.attn.hook_taken"])
     assert full_name(("projector", "in"), {"text": 3, "vision": 2}) == "projector.hook_in"
 
 
 @torch.no_grad()
 def test_one_entry_gives_a_name_in_nnsight(extended, family):
-    inputs, name = model_inputs(family), "blocks.1.attn.hook_in"
-    assert name in extended.nnsight.names and "vision.blocks.0.attn.hook_in" in extended.nnsight.names
+    inputs, name = model_inputs(family), "blocks.1.attn.hook_taken"
+    assert name in extended.nnsight.names and "vision.blocks.0.attn.hook_taken" in extended.nnsight.names
     with extended.nnsight.trace(inputs) as tracer:
         value = extended.nnsight[name].clone().save()
         extended.nnsight[name] = torch.zeros_like(value)
@@ -131,7 +132,7 @@ def test_one_entry_gives_a_name_in_nnsight(extended, family):
 
 def test_one_entry_gives_a_line_of_the_manual(extended, family):
     names = {family: list(extended.hook_dict)}
-    line = "| `{}blocks.{{l}}.attn.hook_in` | batch pos d_model | input of attention |"
+    line = "| `{}blocks.{{l}}.attn.hook_taken` | batch pos d_model | input of attention |"
     for tower, prefix in (("text", ""), ("vision", "vision.")):
         assert line.format(prefix) in hook_points_page.table_lines(tower, names)
 
