@@ -264,12 +264,12 @@ class LazyRows:
             columns = torch.arange(self.length).expand(len(index), -1)
         n_heads, device = self.calls[0].q.shape[1] if heads is None else len(heads), self.calls[0].q.device
         values, owned, first = [], [], 0
-        for call in self.calls:
-            own = (index >= first) & (index < first + call.q.shape[2])
+        for part in self.calls:
+            own = (index >= first) & (index < first + part.q.shape[2])
             if bool(own.any()):
-                values.append(call.rows(torch.where(own, index - first, -1)[:, own.any(0)], columns, heads).to(device))
+                values.append(part.rows(torch.where(own, index - first, -1)[:, own.any(0)], columns, heads).to(device))
                 owned.append(own)
-            first += call.q.shape[2]
+            first += part.q.shape[2]
         if not values:
             return torch.full((len(index), n_heads, index.shape[1], columns.shape[1]), torch.nan, device=device)
         return by_position(values, owned, dim=2).masked_fill_((index < 0)[:, None, :, None].to(device), torch.nan)

@@ -72,7 +72,7 @@ class Source:
         if self._compared is not inputs or value.shape[axis] != length:
             source_counts = _counts(self.masks, value.shape[axis], len(value))
             run_counts = _counts(None if inputs is None else inputs.host_masks, length, len(value))
-            known = self.masks is not None and inputs is not None
+            known = self.masks is not None and inputs is not None and not inputs.is_part
             if value.shape[axis] != length or (known and source_counts[1] != run_counts[1]):
                 raise LayoutError(
                     f"The patch of {name} comes from a run of {source_counts[0]}; this run has {run_counts[0]}. Patch "
