@@ -304,7 +304,8 @@ class Capture:
 
     def _in_sequence(self, name: str, parts: Sequence[Part], step: int) -> Entry:
         """One entry of the calls of the language model: several where a prompt is read in chunks."""
-        if any(after.first < before.stop for before, after in pairwise(parts)):
+        early = step > 0 and parts[0].first < self.options.stop  # a decoding step at positions of the prompt
+        if early or any(after.first < before.stop for before, after in pairwise(parts)):
             raise _recorded_twice(name)
         span = self.span(step)
         assert span is not None  # of the rows of these parts

@@ -148,7 +148,7 @@ def _captured(
 
 def _prompt_span(inputs: ResolvedInput, arguments: Mapping[str, Any], generates: bool) -> Span:
     """The positions of the prompt that a run computes; those before are in a KV cache."""
-    past = arguments.get("past_key_values")
+    past: Any = arguments.get("past_key_values")
     first = int(past.get_seq_length()) if hasattr(past, "get_seq_length") else 0  # others fail in transformers
     attention = arguments.get("attention_mask")
     if not first:
