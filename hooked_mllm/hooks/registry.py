@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
+from torch import Tensor
+
 from hooked_mllm.errors import HookNameError, HookValueError, nearest
 from hooked_mllm.hooks.point import Direction, Directions, Handle, HookFunction, HookPoint
 from hooked_mllm.hooks.run_context import Run, RunContext
@@ -116,7 +118,7 @@ class HookRegistry:
             matches = [p for n, p in self.hook_dict.items() if names.search(n)]
         elif callable(names):
             return [p for n, p in self.hook_dict.items() if names(n)]
-        elif isinstance(names, Iterable):
+        elif isinstance(names, Iterable) and not isinstance(names, Tensor):
             return [p for name in names for p in self._matches(name)]
         else:
             raise HookValueError(
