@@ -53,7 +53,9 @@ def self_check(model: Model) -> None:
         raise _fail(model, f"a sample could not be prepared ({error})") from error
     plain = model(inputs, logits_to_keep=ROWS)
     visual = sample is not None
-    layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1), *([("vision", 0)] * visual)]
+    layers: list[tuple[Tower, int]] = [("text", 0), ("text", model.cfg.n_layers - 1)]
+    if visual:
+        layers.append(("vision", 0))
     hooked, cache, kept = _hooked_run(model, inputs, visual, layers)
     if not torch.equal(plain, hooked):
         difference = (plain.float() - hooked.float()).abs().max().item()
