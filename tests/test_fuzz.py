@@ -26,11 +26,12 @@ NOT_CALLED = {
 
 
 @pytest.fixture(scope="module")
-def outcome():
-    """The calls by door, and those that failed."""
+def outcome(tmp_path_factory):
+    """The calls by door, and those that failed; in a folder of their own, as odd titles are names of files."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "helpers.odd_calls"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    folder = tmp_path_factory.mktemp("odd")
+    run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=550)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout[run.stdout.rindex('{\n "calls"') :])
 
