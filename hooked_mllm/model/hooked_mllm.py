@@ -364,6 +364,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         """Verify the wiring on a small input, with an image where there is a processor.
 
         Hooked logits equal plain ones bit for bit; every hook point fires; patterns sum to one, and pattern times v
-        equals z; the layout and the model count the same visual tokens. `UnsupportedModelError` names a failed check.
+        equals z; what heads write sums to the attention output; the layout and the model count the same visual tokens.
+        `UnsupportedModelError` names a failed check.
         """
         self_check(self)
