@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ def close(a, b, scale=1.0):
 
 
 def gain_of(model: HookedMLLM, layer: int | None) -> torch.Tensor:
-    """The gain of the norm at the end, 1 where TransformerLens has it in the unembedding, or of a block's first norm."""
+    """The gain of the final norm or of a block's first norm, which TransformerLens expects in the next weights."""
     language_model = model.hf_model.model.language_model
     return language_model.norm.weight if layer in (None, -1, 6) else language_model.layers[layer].input_layernorm.weight
 
@@ -105,7 +104,6 @@ def test_a_method_of_the_cache_returns_the_same(ours, theirs, number):
         mine, other = mine[kept][:, :, text], other[:, :, text]
     assert names == labels
     if options.get("apply_ln"):
-        # there without the norm's gain: folded into the unembedding at the end, and left out before a block
         other = other * gain_of(model, options["layer"])
     close(mine, other)
 
@@ -117,7 +115,7 @@ def test_one_activation_of_all_blocks_is_stacked_up_to_the_same_block(ours, thei
 
 
 def test_attributions_and_lens(ours, theirs):
-    model, _, _, cache = ours
+    cache = ours[3]
     components = cache.stack_head_results(-1, incl_remainder=True)
     everywhere = slice(None)
     for name, tokens in (("logit_attrs", peer.TOKENS[:1]), ("logit_attrs/difference", peer.TOKENS)):

@@ -2,7 +2,7 @@
 
 Arguments: the folder of the checkpoint, a safetensors file of model inputs, the file to write. It writes the cached
 activations as `cache/<name>`, those of a run with `pos_slice` as `<form of pos_slice>/<name>`, and what methods of the
-cache return as `tools/<number of the call>`; in the metadata the version and the labels. It does not import the package.
+cache return as `tools/<number of the call>`; in the metadata the version and the labels.
 
 The final norm's gain is folded into the unembedding first, as TransformerLens's logit attributions ask for: the
 function of the model stays the same.
