@@ -49,8 +49,9 @@ class LogitTools(ResidualTools):
         """The logits `[component batch query vocab]` of the residual stream entering each block, and of the final one.
 
         Args:
-            positions: A token kind, a mask, indices, a slice or a region. The default is the last prompt position.
-            layer: The last block; None: all, and the end.
+            positions: A token kind, a mask, indices, a slice or a region. The default is the last prompt position. In a
+                batch of unequal samples, positions that a sample lacks are NaN.
+            layer: The last block; None or -1: all, and the end.
             incl_mid: Include the residual stream between attention and MLP.
             return_labels: Also return the labels.
 
@@ -78,7 +79,8 @@ class LogitTools(ResidualTools):
             residual_stack: Components such as `decompose_resid` or `stack_head_results` returns.
             tokens: The token: an id, a string of one token, or one id for each sample.
             incorrect_tokens: Subtract this token's logit.
-            positions: A token kind, a mask, indices, a slice or a region. The default is the last prompt position.
+            positions: A token kind, a mask, indices, a slice or a region. The default is the last prompt position. In a
+                batch of unequal samples, positions that a sample lacks are NaN.
         """
         model = self._model()
         residual_stack = self._batched(residual_stack)

@@ -222,7 +222,7 @@ def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
             "activations are not those of one step. Leave use_cache on, or run the finished sequence once."
         )
     beams = option("num_beams")
-    return (isinstance(beams, Integral) and beams > 1) or any(option(name) is not None for name in _REORDERS)
+    return (isinstance(beams, Integral) and int(beams) > 1) or any(option(name) is not None for name in _REORDERS)
 
 
 def _run(model: Model, inputs: ResolvedInput, request: CacheRequest) -> Any:
