@@ -141,8 +141,13 @@ class HybridAttention:
             return mask
         if mask.prompt == "part" and self.adaptive:
             raise UnsupportedModelError(
-                f"{type(self.policy).__name__} chooses heads from the whole prompt, and this call has a part of it: run "
-                "the prompt at once, without prefill_chunk_size, or give the heads: HybridAttention(heads)."
+                f"{type(self.policy).__name__} chooses heads from the whole prompt, and this call has a part of it: "
+                "run the prompt at once, without prefill_chunk_size, or give the heads: HybridAttention(heads)."
+            )
+        if mask.prompt == "both":
+            raise UnsupportedModelError(
+                "Hybrid attention is for the prompt, and this call has generated tokens, too (use_cache=False, or "
+                "candidates of assisted decoding): generate with a KV cache and without candidates."
             )
         streaming = self._streaming(q, k, mask, scale, layer)
         return mask if len(set(streaming.dense)) == streaming.n_heads else mask.streamed(streaming)

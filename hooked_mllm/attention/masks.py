@@ -16,6 +16,16 @@ from hooked_mllm.errors import NumericsError, UnsupportedModelError
 RECIPE = "hooked_mllm_recipe"
 
 
+PromptPart = Literal["end", "part", "generated", "both"]
+
+
+def prompt_part(first: int, stop: int, prompt_length: int) -> PromptPart:
+    """What the queries at positions `first` to `stop` are of a prompt, or behind it."""
+    if first >= prompt_length:
+        return "generated"
+    return "both" if stop > prompt_length else "end" if stop == prompt_length else "part"
+
+
 @dataclass(frozen=True)
 class MaskRecipe:
     """The arguments from which transformers built a mask: a rule on (batch, head, query, key) and the padding."""
@@ -50,7 +60,7 @@ class MaskRows:
         segments: Lengths of packed images; a query sees the keys of its own image only.
         streaming: Heads that see only a sink and a window; `head_rows` has the rows of each head.
         q_offset: The offset, if the last query is not at the last key: a KV cache of fixed size.
-        prompt: Whether the queries are all or a part of a prompt, or generated; None where that is not known.
+        prompt: Whether the queries are the end of a prompt, another part, generated, or both; None if that is unknown.
 
     Examples:
         >>> rows = MaskRows.causal_rows(batch=1, length=3, device="cpu")
@@ -70,7 +80,7 @@ class MaskRows:
     segments: tuple[int, ...] | None = None
     streaming: StreamingHeads | None = None
     q_offset: int | None = None
-    prompt: Literal["whole", "part", "generated"] | None = None
+    prompt: PromptPart | None = None
     _segment_ids: Tensor | None = field(default=None, repr=False)
 
     @classmethod

@@ -21,7 +21,7 @@ from hooked_mllm.attention.backends import (
     restricts,
     widened,
 )
-from hooked_mllm.attention.masks import MaskRows, call_sizes
+from hooked_mllm.attention.masks import MaskRows, call_sizes, prompt_part
 from hooked_mllm.attention.registered import REGISTERED, shape_of
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks.point import HookPoint
@@ -151,8 +151,7 @@ class AttentionSite:
                 if backend is not self.backend:
                     REGISTERED[base].check_heads(query, *shape_of(self.module))
                 elif run is not None and run.prompt_length is not None and self.tower == "text":
-                    part = run.first + query.shape[2] < run.prompt_length
-                    mask.prompt = "generated" if run.first >= run.prompt_length else "part" if part else "whole"
+                    mask.prompt = prompt_part(run.first, run.first + query.shape[2], run.prompt_length)
                 if kwargs.get("sliding_window") is None:
                     mask = backend.restrict(query, key, own, scale, self.layer)
                 backend = None if mask is own else backend

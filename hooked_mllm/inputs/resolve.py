@@ -203,6 +203,8 @@ class ResolvedInput:
         Raises:
             InputError: for a kind that the tokens of a part of a prompt do not decide.
         """
+        if self.length == prompt_length:  # all tokens, of which `generate` runs those that are not in the KV cache
+            return self.masks(selected).cpu()
         mask = torch.zeros(self.batch, prompt_length, dtype=torch.bool)
         if selected == "last":
             mask[:, -1] = True

@@ -224,6 +224,13 @@ def test_a_window_that_drops_keys_gives_the_rows_of_the_window():
         for step in range(1, 5):
             row = cache.steps[step]["pattern", layer]
             close(row[0, :, 0], once["pattern", layer][0, :, 19 + step, : 20 + step][:, -row.shape[-1] :], 1e-4)
+            keys = [3, 17, 19 + step]  # the first is outside of the window
+            close(cache.steps[step].pattern(layer, keys=keys), once.pattern(layer, [19 + step], keys), 1e-4)
+        close(cache["pattern", layer], once["pattern", layer], 1e-4)
+        close(cache.pattern(layer, [5, 22], [0, 4, 20]), once.pattern(layer, [5, 22], [0, 4, 20]), 1e-4)
+    chunked = model.run_with_cache(ids, "blocks.*", generate={**GREEDY, "prefill_chunk_size": 7})[1]
+    for name in cache.steps[0]:
+        torch.testing.assert_close(chunked[name], cache[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 def test_without_a_kv_cache_there_are_no_steps_to_keep():

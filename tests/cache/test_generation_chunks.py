@@ -87,6 +87,14 @@ def test_heads_that_depend_on_the_whole_prompt_are_rejected_in_chunks():
         model.generate(prompt(), prefill_chunk_size=7, **GREEDY)
 
 
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}])
+def test_hybrid_attention_rejects_prompts_together_with_generated_tokens(options):
+    model, ids = wrapped("internvl"), torch.tensor([[11, 12, 13, 14, 11, 12, 13, 14, 11, 12]])
+    attention = HybridAttention([(0, 0)], sink=1, window=3, implementation="naive")
+    with model.attention(attention), pytest.raises(UnsupportedModelError, match="generated tokens, too"):
+        model.generate({"input_ids": ids}, **GREEDY, **options)
+
+
 @pytest.mark.parametrize(
     ("name", "edit"),
     [
