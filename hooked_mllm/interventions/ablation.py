@@ -160,6 +160,7 @@ class HeadAblation(PositionIntervention):
         names = [_point(tower, layer, "z") for layer in head_set.by_layer]
         for sample in each_sample(samples):
             inputs = model.resolve(sample)
+            inputs.check_whole()
             if tower == "text":
                 total.mask = ~inputs.padding if positions is None else ~inputs.padding & inputs.mask(positions)
             with model.registry.attached(names, total, reads_only=True):

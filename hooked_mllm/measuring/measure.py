@@ -270,7 +270,9 @@ def _resolved(model: Model, source: ModelInput, metrics: Sequence[Metric]) -> tu
     if isinstance(source, SharedPrefix) and not reasons_to_run_whole(model, source, metrics):
         check_maker(source, model.family)
         return source.resolved(model.device), source
-    return model.resolve(source), None
+    inputs = model.resolve(source)
+    inputs.check_whole()
+    return inputs, None
 
 
 def _check(views: list[AttentionView]) -> None:

@@ -139,6 +139,7 @@ class DuoGate(Configured):
                     epoch, index = divmod(step, len(sources))
                     number = int(np.random.default_rng([self.seed, epoch]).permutation(len(sources))[index])
                     inputs = model.resolve(sources[number])
+                    inputs.check_whole()
                     positions = self._mask(inputs)
                     if number not in references:
                         with torch.no_grad():

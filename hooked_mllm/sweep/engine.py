@@ -92,6 +92,7 @@ class Sweep:
             )
         self.model = model
         self.inputs = model.resolve(inputs)
+        self.inputs.check_whole()  # each run of a variant would extend the KV cache
         bound = bound_objective(model, self.inputs, objective, corrupted)
         self.trunk = Trunk.record(model, self.inputs, self._stream_device(offload))
         self.trunk.compiled = compile

@@ -6,7 +6,7 @@ from transformers import DynamicCache, StaticCache
 
 from helpers.cache_witness import batch, close, hooked, sample
 from helpers.wrapped import model_inputs, wrapped
-from hooked_mllm import Box, metrics
+from hooked_mllm import Box, HeadAblation, metrics, objectives
 from hooked_mllm.cache import GenerationCache
 from hooked_mllm.cache.sequence import Span
 from hooked_mllm.errors import HookValueError, InputError, LayoutError
@@ -142,7 +142,15 @@ def test_names_that_a_part_does_not_have(family):
     assert cache.pattern(1, queries="text").shape[2] == 4
     with pytest.raises(InputError, match="past_key_values"):
         model.measure(part, metrics.AttentionScore(queries="last", keys="text"), progress=False)
-    assert past.get_seq_length() == 9  # the rejected run did not extend the KV cache
+    effect = metrics.AblationEffect(mode="zero", phase="prefill")
+    objective = objectives.FunctionObjective(lambda logits, inputs: logits[:, -1, 5])
+    for run in (
+        lambda: effect.run(model, [part], objective=objective),
+        lambda: HeadAblation.reference(model, [part], [(0, 1)]),
+    ):
+        with pytest.raises(InputError, match="past_key_values"):
+            run()
+    assert past.get_seq_length() == 9  # the rejected runs did not extend the KV cache
 
 
 def test_a_token_behind_a_kv_cache(family):
