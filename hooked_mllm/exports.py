@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
-
-import beartype  # noqa: F401  # with the package, not on first use: after nnsight, beartype 0.23 cannot be imported
 
 
 def lazy_exports(
@@ -52,6 +52,63 @@ def moved_name(package: str, name: str) -> Any:
     if module is None:
         raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=sys.modules[package])
     return getattr(import_module(module), name)
+
+
+#: modules that moved, by their earlier address in the package, which stays an alias of the module
+MOVED_MODULES = {
+    "attending": "model.attention_methods",
+    "attention.context": "measuring.view_context",
+    "attention.engine": "attention.site",
+    "attention.protocol": "contracts",
+    "attention.routing.pooling": "attention.routing.lost_attention",
+    "attention.rows": "measuring.attention_rows",
+    "attention.selection": "measuring.query_selection",
+    "attention.statistics": "attention.row_statistics",
+    "attention.view": "measuring.attention_view",
+    "config": "families.config",
+    "corruptions.noise": "corruptions.region",
+    "decode": "inputs.video_decoder",
+    "heads.files": "storage.files",
+    "hooking": "model.hook_methods",
+    "hooks.junction": "hooks.module_hook",
+    "images": "inputs.images",
+    "kernels.hybrid_attention.encodings": "kernels.hybrid_attention.mask_types",
+    "layout.find": "layout.items",
+    "layout.pixels": "layout.shares",
+    "layout.vision": "families.vision_layout",
+    "loading": "model.loading",
+    "measure": "measuring.measure",
+    "measure_checkpoint": "measuring.checkpoint",
+    "metrics.functional.checked": "checks.shapes",
+    "nnsight_bridge": "model.nnsight_bridge",
+    "objectives.rows": "objectives.logits",
+    "prepare": "inputs.preparer",
+    "prompt": "inputs.prompt",
+    "run_methods": "model.run_methods",
+    "running": "model.running",
+    "sample": "inputs.sample",
+    "shared_prefix": "measuring.shared_prefix",
+    "toys.configs": "toys.build",
+    "video": "inputs.video",
+    "vision_positions": "model.vision_methods",
+    "wiring.blocks": "wiring.model",
+}
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports a module of `MOVED_MODULES` by its earlier address."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, module = fullname.partition(".")
+        moved = package == __package__ and module in MOVED_MODULES
+        return ModuleSpec(fullname, self) if moved else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        package, _, address = module.__name__.partition(".")
+        sys.modules[module.__name__] = import_module(f"{package}.{MOVED_MODULES[address]}")
+
+
+sys.meta_path.append(_MovedModules())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import TypeAlias
 
 from hooked_mllm.errors import HookNameError, nearest
@@ -59,6 +60,7 @@ def _split_gradient(name: str) -> tuple[str, str]:
     return name.removesuffix(_GRADIENT), _GRADIENT if name.endswith(_GRADIENT) else ""
 
 
+@cache
 def _outside_blocks(name: str, tower: TowerName) -> str:
     """The hook name of a short name that belongs to no block."""
     name, gradient = _split_gradient(name)
@@ -67,6 +69,7 @@ def _outside_blocks(name: str, tower: TowerName) -> str:
     return (names[0] if names else f"{prefix}hook_{name}") + gradient
 
 
+@cache
 def _suffix_in_block(name: str, part: str | int | None) -> str:
     """The suffix of a hook name in a block; `part` is needed where several parts have a point of that name."""
     matches = [spec for spec in specs(in_block=True) if name == spec.short or name in spec.aliases]

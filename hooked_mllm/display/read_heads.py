@@ -117,6 +117,10 @@ class _Reader:
             self.pairs += parse_names(value)
         elif isinstance(value, Tensor | np.ndarray):
             self.read_array(value)
+        elif isinstance(value, tuple) and _is_pair(value):
+            self.pairs.append(_pair(value))
+        elif isinstance(value, tuple | list):  # before the Protocol, which is slow to check
+            self.read_items([*value], value)
         elif isinstance(value, Mapping):
             for layer, inside in value.items():
                 several = isinstance(inside, Iterable) and not isinstance(inside, str)
@@ -124,8 +128,6 @@ class _Reader:
         elif isinstance(value, HeadCollection):
             self.pairs += value
             self.stated.append((int(value.n_layers), int(value.n_heads)))
-        elif isinstance(value, tuple) and _is_pair(value):
-            self.pairs.append(_pair(value))
         elif isinstance(value, Iterable):
             self.read_items([*value], value)
         else:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -21,8 +21,11 @@ TokenKind = str | Region | Sequence[Region]
 KindMasks = Callable[[TokenKind], Bool[Tensor, "batch pos"]]
 #: an index from the start, or a negative one from the end; True or False as an element of a mask
 Index = int | np.integer | bool | np.bool_
-#: every way to select positions: a token kind, a mask `[pos]` or `[batch pos]`, indices, one index, or a slice
-Positions = TokenKind | Index | slice | Sequence[Index] | Sequence[Sequence[Index]] | np.ndarray | Tensor
+if TYPE_CHECKING:
+    #: every way to select positions: a token kind, a mask `[pos]` or `[batch pos]`, indices, one index, or a slice
+    Positions = TokenKind | Index | slice | Sequence[Index] | Sequence[Sequence[Index]] | np.ndarray | Tensor
+else:  # at run time anything, so that another value reaches `_tensor`, whose error states what was expected
+    Positions = Any
 
 EXPECTED = (
     "expected the name of a token kind such as 'question', a mask of True and False [pos] or [batch pos], indices, a "

@@ -58,7 +58,7 @@ class Preparer:
         system: str | Sequence[str | None] | None = None,
         answer: str | Sequence[str | None] | None = None,
         target: Target | Sequence[Target | None] | None = None,
-        id: str | Sequence[str | None] | None = None,
+        id: str | int | Sequence[str | int | None] | None = None,
         *,
         fps: Number | None = None,
         num_frames: int | None = None,
@@ -141,7 +141,7 @@ class Preparer:
         system: str | None,
         answer: str | None,
         target: Target | None,
-        id: str | None,
+        id: str | int | None,
     ) -> Sample:
         placeholders = [getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video")]
         check_text("question", question)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from hooked_mllm.inputs.positions import KindMasks, MappingMasks, Positions, Tok
 from hooked_mllm.inputs.sample import Sample, SampleBatch, moved
 from hooked_mllm.layout import TokenLayout
 
-#: a Sample, a batch of samples, or a plain mapping of transformers model inputs, such as a `BatchFeature`
-ModelInput = Sample | SampleBatch | Mapping[str, Any]
-#: one model input, or several: a list, or an iterator that makes them as they are needed
-ModelInputs = ModelInput | Iterable[ModelInput]
+if TYPE_CHECKING:
+    #: a Sample, a batch of samples, or a plain mapping of transformers model inputs, such as a `BatchFeature`
+    ModelInput = Sample | SampleBatch | Mapping[str, Any]
+    #: one model input, or several: a list, or an iterator that makes them as they are needed
+    ModelInputs = ModelInput | Iterable[ModelInput]
+else:  # at run time anything, so that another value reaches `check_model_input`, whose error states what was expected
+    ModelInput = ModelInputs = Any
 
 T = TypeVar("T")
 
@@ -63,7 +66,8 @@ def sample_count(samples: ModelInputs) -> int | None:
 
 def each_element(samples: Any, check: Callable[[Any, str], T]) -> Iterator[T]:
     """`check(element, name)` of each element, when it is reached."""
-    if isinstance(samples, str | bytes | Tensor | np.ndarray) or not isinstance(samples, Iterable):
+    numeric = isinstance(samples, np.ndarray) and samples.dtype != object
+    if numeric or isinstance(samples, str | bytes | Tensor) or not isinstance(samples, Iterable):
         raise InputError(
             "Expected a Sample, a SampleBatch, a mapping of model inputs, or an iterable of these; got "
             f"{type(samples).__name__}. {_ADVICE}"

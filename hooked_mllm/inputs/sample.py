@@ -1,6 +1,6 @@
 """Sample and SampleBatch: a question with its pictures as model inputs, and which position is what."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,7 +69,7 @@ class Sample:
     videos: tuple[Video, ...] = ()
     target: Target | None = None
     target_mask: Bool[Tensor, " pos"] | None = None
-    id: str | None = None
+    id: str | int | None = None
     template: str | None = None
     pad_token_id: int = 0
     preparation: Preparation | None = None
@@ -164,7 +164,7 @@ class SampleBatch:
     padding_side: str = field(default="left")
 
     @classmethod
-    def collate(cls, samples: Sequence[Sample], padding_side: str = "left") -> "SampleBatch":
+    def collate(cls, samples: Iterable[Sample], padding_side: str = "left") -> "SampleBatch":
         """Join samples of one model: token tensors are padded and stacked, pictures joined in order.
 
         Args:

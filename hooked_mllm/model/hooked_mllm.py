@@ -92,7 +92,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str,
+        path_or_id: str | PathLike[str],
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,

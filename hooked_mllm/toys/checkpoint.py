@@ -1,5 +1,6 @@
 """The bundled checkpoints, by name."""
 
+import os
 from pathlib import Path
 
 from hooked_mllm.checks import checked
@@ -35,7 +36,7 @@ def path(name: str) -> Path:
 
 
 @checked
-def resolve(name_or_path: str) -> str:
+def resolve(name_or_path: str | os.PathLike[str]) -> str:
     """The folder of a bundled checkpoint if `name_or_path` is the name of one, else `name_or_path` unchanged.
 
     The bundled checkpoint takes precedence over a folder of the same name in the working directory.
@@ -44,4 +45,5 @@ def resolve(name_or_path: str) -> str:
         >>> resolve("Qwen/Qwen3-VL-4B-Instruct")
         'Qwen/Qwen3-VL-4B-Instruct'
     """
-    return str(path(name_or_path)) if name_or_path in bundled() else name_or_path
+    name = os.fspath(name_or_path)
+    return str(path(name)) if name_or_path in bundled() else name

@@ -1,6 +1,6 @@
 """AblationCurve: an objective against the number of ablated heads of a ranking."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,12 +99,12 @@ class AblationCurve:
     def __init__(
         self,
         scores: ScoresInput,
-        ks: Sequence[Count] | None = None,
+        ks: Iterable[Count] | None = None,
         *,
         mode: Mode = "zero",
         phase: Phase = "both",
-        rankings: Sequence[Ranking] = RANKINGS,
-        seeds: Sequence[Seed] = (0, 1, 2),
+        rankings: Iterable[Ranking] = RANKINGS,
+        seeds: Iterable[Seed] = (0, 1, 2),
         keep_layer_histogram: bool = True,
         exclude_ranked: bool = True,
         reference: HeadReference | Tensor | None = None,
@@ -112,6 +112,7 @@ class AblationCurve:
         check_scores(scores, "An ablation curve")
         check_choice("mode", mode, MODES)
         check_choice("phase", phase, ("prefill", "decode", "both"))
+        rankings = tuple(rankings)
         for ranking in rankings:
             check_choice("rankings", ranking, RANKINGS)
         if (mode == "mean") != (reference is not None):

@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank, top_mask
+from hooked_mllm.checks.shapes import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads.counting import Share, share_count
-from hooked_mllm.metrics.functional.checked import checked
 
 
 @checked

@@ -3,8 +3,8 @@
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_mllm.checks.shapes import checked
 from hooked_mllm.errors import InputError
-from hooked_mllm.metrics.functional.checked import checked
 
 
 @checked
