@@ -207,8 +207,10 @@ class HookPoint:
         """The hooks that are active in this thread, task and run."""
         if not self._handles:
             return ()
-        sees, again = self.context.sees, self.context.is_recomputing
-        return tuple(h for h in self._handles if sees(h.scope) and not (again and h.reads_only))
+        recorded, sees = self.context.recorded, self.context.sees
+        if recorded is not None:
+            return recorded.get(self.name, ())
+        return tuple(h for h in self._handles if sees(h.scope))
 
     @property
     def all_handles(self) -> tuple[Handle, ...]:

@@ -5,7 +5,8 @@ scope are active everywhere. Threads and asyncio tasks have their own runs and s
 """
 
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -50,6 +51,9 @@ class Scope:
 
     of_run: bool
     outer: Run | None
+    #: runs while it was open, in its own thread and task, and in others
+    runs: int = 0
+    runs_elsewhere: int = 0
 
 
 class RunContext:
@@ -61,7 +65,9 @@ class RunContext:
         self._run: ContextVar[Run | None] = ContextVar("run", default=None)
         self._scopes: ContextVar[tuple[Scope, ...]] = ContextVar("scopes", default=())
         self._registering: ContextVar[Scope | None] = ContextVar("registering", default=None)
-        self._recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+        self._recorded: ContextVar[Mapping[str, tuple[Any, ...]] | None] = ContextVar("recorded", default=None)
+        #: scopes that are open in any thread or task
+        self._open: list[Scope] = []
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise HookValueError(
@@ -86,18 +92,18 @@ class RunContext:
         return self._registering.get()
 
     @property
-    def is_recomputing(self) -> bool:
-        """Whether a backward pass computes a block again: hooks that only read are then left out."""
-        return self._recomputing.get()
+    def recorded(self) -> Mapping[str, tuple[Any, ...]] | None:
+        """While a backward pass computes a block again: the hooks of the forward pass, by point; None otherwise."""
+        return self._recorded.get()
 
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Mark the body of a `with` as a second computation."""
-        token = self._recomputing.set(True)
+    def recomputing(self, handles: Mapping[str, tuple[Any, ...]]) -> Iterator[None]:
+        """Run exactly these hooks in the body of a `with`."""
+        token = self._recorded.set(handles)
         try:
             yield
         finally:
-            self._recomputing.reset(token)
+            self._recorded.reset(token)
 
     def sees(self, scope: Scope | None) -> bool:
         """Whether what a scope contains is active here."""
@@ -116,6 +122,10 @@ class RunContext:
         with self.lock:
             run.parent = self._run.get()
             token = self._run.set(run)
+            here = self._scopes.get()
+            for scope in tuple(self._open):
+                scope.runs += scope in here
+                scope.runs_elsewhere += scope not in here
             try:
                 yield run
             finally:
@@ -126,10 +136,19 @@ class RunContext:
         """Open a scope for the body of a `with`; scopes may be closed in any order."""
         scope = Scope(of_run, self._run.get())
         self._scopes.set((*self._scopes.get(), scope))
+        self._open.append(scope)
         try:
             yield scope
         finally:
+            self._open.remove(scope)
             self._scopes.set(tuple(s for s in self._scopes.get() if s is not scope))
+        if scope.runs_elsewhere and not scope.runs:
+            warnings.warn(
+                "This model ran in another thread or task while a `with` of hooks, interventions or attention was "
+                "open, and not in its own: they were not active there. Open the `with` where the model runs, or start "
+                "the thread with `contextvars.copy_context().run`.",
+                stacklevel=5,
+            )
 
     @contextmanager
     def registers_in(self, scope: Scope | None) -> Iterator[None]:

@@ -23,10 +23,11 @@ def hooks_when_recomputed(model: Model) -> Iterator[None]:
         HookValueError: In the backward pass, if one of these hooks was removed before it.
     """
     modules = [m for m in model.hf_model.modules() if getattr(m, "gradient_checkpointing", False)]
-    if not (modules and torch.is_grad_enabled() and model.hf_model.training and model.registry.in_use):
+    if not (modules and torch.is_grad_enabled() and model.hf_model.training):
         yield
         return
-    active = [(p, h) for p in model.registry.hook_dict.values() for h in p.handles if not h.reads_only]
+    points = [point for point in model.registry.hook_dict.values() if point.active]
+    active = [(point, tuple(h for h in point.handles if not h.reads_only)) for point in points]
     before = [(module, getattr(module, _FUNCTION)) for module in modules if hasattr(module, _FUNCTION)]
     for module, function in before:
         setattr(module, _FUNCTION, _with_hooks(function, active, model.registry.context))
@@ -38,7 +39,7 @@ def hooks_when_recomputed(model: Model) -> Iterator[None]:
 
 
 def _with_hooks(
-    checkpoint: Callable[..., Any], active: list[tuple[HookPoint, Handle]], runs: RunContext
+    checkpoint: Callable[..., Any], active: list[tuple[HookPoint, tuple[Handle, ...]]], runs: RunContext
 ) -> Callable[..., Any]:
     def checkpointed(block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         context, calls = copy_context(), 0
@@ -48,7 +49,7 @@ def _with_hooks(
             calls += 1
             if calls == 1:
                 return block(*inputs, **options)
-            removed = {point.name for point, handle in active if handle not in point.all_handles}
+            removed = {point.name for point, handles in active if not {*handles} <= {*point.all_handles}}
             if removed:
                 raise HookValueError(
                     "With gradient checkpointing the backward pass computes the blocks again, and hooks on "
@@ -59,7 +60,7 @@ def _with_hooks(
             return context.copy().run(again, *inputs, **options)
 
         def again(*inputs: Any, **options: Any) -> Any:
-            with runs.recomputing():
+            with runs.recomputing({point.name: handles for point, handles in active}):
                 return block(*inputs, **options)
 
         return checkpoint(compute, *args, **kwargs)

@@ -5,6 +5,8 @@ from contextlib import ExitStack
 
 import torch
 
+from hooked_mllm.errors import HookValueError
+
 
 class Uncompiled:
     """No compiled code in the body of a `with`; counted, as torch's stance is one for all threads and models."""
@@ -15,7 +17,13 @@ class Uncompiled:
     def __enter__(self) -> None:
         with self.lock:
             if self.count == 0:
-                self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+                try:
+                    self.stance.enter_context(torch.compiler.set_stance("force_eager"))
+                except RuntimeError as error:
+                    raise HookValueError(
+                        "Hooks cannot be active in a call that torch.compile compiles from outside: compile "
+                        "`model.hf_model` or its blocks, whose compiled code is left out while hooks are active."
+                    ) from error
             self.count += 1
 
     def __exit__(self, *_: object) -> None:

@@ -52,7 +52,7 @@ def state_of(module: nn.Module) -> tuple[Any, ...]:
     adapted = [part for part in module.modules() if hasattr(part, "disable_adapters")]
     adapters = (repr(getattr(part, name, None)) for part in adapted for name in names)
     held = (p for p in module.parameters() if p.is_floating_point() and not p.is_meta and not p.is_inference())
-    return (*adapters, *(parameter._version for parameter in held))
+    return (*adapters, *((parameter._version, parameter.data_ptr()) for parameter in held))
 
 
 def call(module: nn.Module, x: Float[Tensor, "*axes d_in"]) -> Float[Tensor, "*axes d_out"]:

@@ -91,6 +91,24 @@ def test_registering_and_recomputing_hold_for_a_with():
     context = RunContext()
     with context.scope() as scope, context.registers_in(scope):
         assert context.registering is scope
-        with context.recomputing():
-            assert context.is_recomputing
-    assert context.registering is None and not context.is_recomputing
+        with context.recomputing({"hook_embed": ()}):
+            assert context.recorded == {"hook_embed": ()}
+    assert context.registering is None and context.recorded is None
+
+
+def test_a_with_that_only_other_threads_ran_in_gives_a_warning():
+    context = RunContext()
+
+    def run():
+        with context.running(Run(1)):
+            assert context.run is not None
+
+    with pytest.warns(UserWarning, match="in another thread or task"), context.scope():
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    with context.scope():  # no warning: it ran here, too
+        run()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()

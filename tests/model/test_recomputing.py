@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.wrapped import fresh, model_inputs
-from hooked_mllm import HookedMLLM
+from hooked_mllm import HeadAblation, HookedMLLM
 from hooked_mllm.errors import HookValueError
 
 NAME = "blocks.1.attn.hook_z"
@@ -58,3 +58,19 @@ def test_without_hooks_nothing_is_wrapped(model):
     functions = [layer._gradient_checkpointing_func for layer in layers]
     model(model.inputs).float().sum().backward()
     assert functions == [layer._gradient_checkpointing_func for layer in layers] and gradient(model).abs().max() > 0
+
+
+def test_hooks_that_are_added_after_the_forward_pass_are_not_in_the_recomputation(model):
+    model(model.inputs).float().sum().backward()
+    expected = gradient(model).clone()
+    model.hf_model.zero_grad()
+    total = model(model.inputs).float().sum()
+    with model.hooks([(NAME, zero)]):
+        total.backward()
+    torch.testing.assert_close(gradient(model), expected)
+
+
+def test_a_recomputed_block_is_not_counted_again(model):
+    with model.intervene(HeadAblation([(1, 0)], mode="zero", phase="prefill")) as records:
+        model(model.inputs).float().sum().backward()
+    assert records[0]["applied"] == {"prefill": 1, "decode": 0}
