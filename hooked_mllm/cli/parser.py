@@ -57,6 +57,7 @@ def _add_score(commands: Any) -> None:
     add("--top", type=count, default=8, help="heads to list, frame and draw")
     add("--pictures", type=partial(count, least=0), default=3, help="samples to paint the top heads' attention on")
     add("--out", type=Path, default=Path("hooked-mllm-out"), help="folder for the results")
+    add("--checkpoint", type=Path, help="file of the state of the scores, from which an interrupted run continues")
     add("--dtype", choices=DTYPES, help="of the weights (float32 on a CPU, else bfloat16)")
     add("--device", type=torch_device, help="torch device (cuda if there is one, else cpu)")
     add("--seed", type=int, default=0, help="of the choice of samples")

@@ -46,7 +46,7 @@ def score(arguments: argparse.Namespace) -> None:
     with loading_bar(not arguments.quiet):
         source.model = model = HookedMLLM.from_pretrained(arguments.model, dtype=dtype, device=device)
     metric: metrics.HeadMetric = getattr(metrics, METRICS[arguments.metric])()
-    scores = model.measure(source, metric, progress=not arguments.quiet)
+    scores = model.measure(source, metric, checkpoint=arguments.checkpoint, progress=not arguments.quiet)
     scores.provenance.update(dataset=source.name, seed=arguments.seed)
     scores.save(out / "scores")
     top = scores.top(min(arguments.top, int(scores.measured.sum())))

@@ -29,8 +29,9 @@ class MeasureCheckpoint(Checkpoint):
         super().__init__(path, FORMAT, identity)
         self.metrics = metrics
         self.done: list[str] = []
+        #: the states after so many samples, in one tuple, as an interrupt may come between two assignments
+        self._kept: tuple[list[dict[str, Tensor]], int] = [], 0
         self.without_records = False  # a file of an earlier version, without the ids of its samples
-        self._states: list[dict[str, Tensor]] = []
 
     def finished(self, name: str) -> None:
         """A sample is in all metrics: keep their states, for the next may be interrupted between two of them."""
@@ -62,13 +63,15 @@ class MeasureCheckpoint(Checkpoint):
 
     def _keep_states(self) -> None:
         states = [metric.state_dict() for metric in self.metrics]  # type: ignore[attr-defined]
-        self._states = [{name: value.detach().clone() for name, value in state.items()} for state in states]
+        copies = [{name: value.detach().clone() for name, value in state.items()} for state in states]
+        self._kept = copies, len(self.done)
 
     def save(self) -> None:
         """Write the state."""
-        if self._states:
-            tensors = {f"{number}/{name}": t for number, state in enumerate(self._states) for name, t in state.items()}
-            self.write(tensors, metrics=[repr(m) for m in self.metrics], done=self.done)
+        states, count = self._kept
+        if states:
+            tensors = {f"{number}/{name}": t for number, state in enumerate(states) for name, t in state.items()}
+            self.write(tensors, metrics=[repr(m) for m in self.metrics], done=self.done[:count])
 
 
 # -- what a score depends on -----------------------------------------------------------------------------------------

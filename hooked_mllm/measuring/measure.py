@@ -1,7 +1,9 @@
 """`model.measure`: one forward pass a sample, no logits; attention rows shared by the metrics, layers in groups."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NamedTuple
@@ -128,7 +130,7 @@ class _Collector:
         self.residual[hook.layer()] = value.detach()
 
 
-def _is_metric(value: Any) -> bool:
+def _is_metric(value: object) -> bool:
     return isinstance(value, Metric) and not isinstance(value, type)  # a class has a metric's methods, too
 
 
@@ -178,6 +180,20 @@ def measure(
 ) -> Any:
     """Score attention heads over samples; see `HookedMLLM.measure`."""
     metric_list = _metric_list(metrics)
+    with _reserved(metric_list):
+        results = _measured(model, samples, metric_list, checkpoint, save_every, progress, group_bytes)
+    return results[0] if _is_metric(metrics) else results
+
+
+def _measured(
+    model: Model,
+    samples: ModelInputs,
+    metric_list: list[Metric],
+    checkpoint: str | PathLike[str] | None,
+    save_every: int,
+    progress: bool,
+    group_bytes: int,
+) -> list[Any]:
     sources, total = each_sample(samples), sample_count(samples)
     for metric in metric_list:
         metric.setup(model.info)
@@ -235,7 +251,30 @@ def measure(
     for result in results:
         if isinstance(result, HeadScores):
             result.provenance = {**facts.provenance(), **result.provenance}
-    return results[0] if _is_metric(metrics) else results
+    return results
+
+
+#: ids of the metrics that are being filled
+_RESERVED: set[int] = set()
+_RESERVING = threading.Lock()
+
+
+@contextmanager
+def _reserved(metrics: Sequence[Metric]) -> Iterator[None]:
+    """Reject metrics that another `measure` fills, in another thread or around this one, in the body of a `with`."""
+    ids = {id(metric) for metric in metrics}
+    with _RESERVING:
+        if ids & _RESERVED:
+            raise InputError(
+                "A metric object is in use by another `measure`, in another thread or around this one, and would mix "
+                "the samples of both: create one for each."
+            )
+        _RESERVED.update(ids)
+    try:
+        yield
+    finally:
+        with _RESERVING:
+            _RESERVED.difference_update(ids)
 
 
 def _metric_list(metrics: Any) -> list[Metric]:
