@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-import hooked_mllm.checks.typechecker  # before nnsight can be imported
+import hooked_mllm.checks.typechecker  # noqa: F401  # before nnsight can be imported
 from hooked_mllm.exports import MOVED, lazy_exports
 from hooked_mllm.version import __version__ as __version__
 

@@ -21,9 +21,40 @@ def test_the_list_is_of_the_whole_package():
     assert "0x" not in public_api.LIST.read_text(encoding="utf-8"), "an address differs in each process"
 
 
+#: parameters of internal constructors that have another name than in the list, and why
+RENAMED = {
+    "hooked_mllm.HookPoint.__init__": (
+        "clock",
+        "context",
+        "the registry makes hook points, and gives them the context of its runs in the place of a count of calls",
+    ),
+    "hooked_mllm.wiring.Wiring.__init__": (
+        "bystanders",
+        "unhooked",
+        "`wire` makes it by keyword; the attribute has the name of what it contains",
+    ),
+}
+
+
+def listed_today(path):
+    """What the list has of a name, with the parameters of `RENAMED` under their names of today."""
+    listed, (old, new, _) = LISTED[path], RENAMED.get(f"{path}.__init__", ("", "", ""))
+    if not old:
+        return listed
+    constructor = [re.sub(rf"^{old}\b", new, parameter) for parameter in listed["__init__"]]
+    assert constructor != listed["__init__"], f"{path} has no parameter {old} in the list"
+    return listed | {"__init__": constructor}
+
+
 @pytest.mark.parametrize("path", LISTED)
 def test_listed_names_are_unchanged(path):
-    assert not public_api.breaches(path, LISTED[path])
+    assert not public_api.breaches(path, listed_today(path))
+
+
+def test_renamed_parameters_are_those_that_differ():
+    differing = [path for path in LISTED if public_api.breaches(path, LISTED[path])]
+    assert {f"{path}.__init__" for path in differing} == RENAMED.keys()
+    assert all(reason for _, _, reason in RENAMED.values())
 
 
 def test_exported_names_are_listed():

@@ -29,7 +29,7 @@ class _WrongType(Exception):
 def checked(target: Target) -> Target:
     """A public function, or a class with its public methods, that checks its arguments against their annotations.
 
-    Numbers of NumPy count as int, float and bool; a bool is no number. An argument of another type is converted where a
+    Numbers of NumPy count as int, float and bool and become these; a bool is no number. An argument of another type is converted where a
     number, a sequence or an array is annotated and the value is a tensor of one number, an iterable, or nested lists.
     Classes are changed in place, and their bases in this package as well.
 
@@ -113,6 +113,7 @@ def _door(function: Callable[..., Any]) -> Any:
                 else:
                     return function(*args, **kwargs)
         _check_size(function, args, kwargs)
+        args, kwargs = _python_numbers(function, args, kwargs)
         check = full_check()
         try:
             return check(*args, **kwargs)
@@ -127,6 +128,7 @@ def _door(function: Callable[..., Any]) -> Any:
     @functools.wraps(function)
     def generating_door(*args: Any, **kwargs: Any) -> Any:
         _check_size(function, args, kwargs)
+        args, kwargs = _python_numbers(function, args, kwargs)
         try:
             yield from full_check()(*args, **kwargs)
         except _WrongType as error:
@@ -198,7 +200,7 @@ def _exact_types(hint: Any) -> _Types:
 def _converted(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments as their annotations have them: tensors of one number as numbers, iterables as lists, lists as arrays."""
+    """Arguments of annotated types: tensors of one number as numbers, iterables as lists, lists as arrays."""
     hints, signature = _hints(function), inspect.signature(function)
     try:
         bound = signature.bind(*args, **kwargs)
@@ -216,16 +218,37 @@ def _as_annotated(value: Any, members: tuple[Any, ...]) -> Any:
     array = isinstance(value, Tensor | np.ndarray)
     if array and value.ndim == 0 and {int, float, bool} & {*members}:
         return value.item()
-    if np.ndarray in members and isinstance(value, Tensor):
-        return value.detach().cpu().numpy()
-    if np.ndarray in members and isinstance(value, list | tuple):
-        return _array(value)
-    if not any(get_origin(member) is Sequence for member in members):
+    if np.ndarray in {getattr(member, "array_type", member) for member in members}:
+        if isinstance(value, Tensor):
+            return value.detach().cpu().numpy()
+        return _array(value) if isinstance(value, list | tuple) else value
+    collection = next((make for make in (tuple, Sequence) if make in map(get_origin, members)), None)
+    if collection is None or not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         return value
-    if array and value.ndim:
-        return value.tolist()
-    plain = isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping | Sequence)
-    return list(value) if plain and not array else value
+    if array:
+        value = value.tolist() if value.ndim else value
+    elif not isinstance(value, Sequence):
+        value = list(value)
+    return tuple(value) if collection is tuple and isinstance(value, list) else value
+
+
+def _python_numbers(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """NumPy numbers as Python's where int, float or bool is annotated: JSON takes no others."""
+    if not any(type(value).__module__ == "numpy" for value in (*args, *kwargs.values())):
+        return args, kwargs
+    import numpy as np
+
+    hints = _hints(function)
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return args, kwargs
+    for name, value in bound.arguments.items():
+        if isinstance(value, np.generic) and {int, float, bool} & {*_members(hints.get(name, Any))}:
+            bound.arguments[name] = value.item()
+    return bound.args, bound.kwargs
 
 
 def _array(value: Any) -> Any:

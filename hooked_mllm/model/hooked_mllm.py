@@ -310,7 +310,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
     def measure(
         self,
         samples: ModelInput | Iterable[ModelInput],
-        metrics: Metric[AttentionView, Any] | Sequence[Metric[AttentionView, Any]],
+        metrics: Any,  # checked by `measure`
         *,
         checkpoint: str | PathLike[str] | None = None,
         save_every: int = 20,

@@ -88,9 +88,9 @@ class Wiring:
     outputs: dict[str, nn.Module] = field(default_factory=dict)
     #: sites of blocks whose output is not used: they have no hook points, as an edit would be lost
     unhooked: list[AttentionSite] = field(default_factory=list)
+    _deepstack: DeepStack | None = None
     #: see `Builder.modules`
     modules: dict[str, tuple[nn.Module, str, nn.Module]] = field(default_factory=dict)
-    _deepstack: DeepStack | None = None
 
     @property
     def replaced(self) -> tuple[str, str, str] | None:

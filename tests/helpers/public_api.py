@@ -79,12 +79,12 @@ def read(written: list[str]) -> list[tuple[str, str, str | None]]:
 
 def described(thing: Any) -> Any:
     """What the list holds of one object."""
-    if inspect.isclass(thing):
+    if inspect.isclass(thing) and thing is not Any:  # what an alias is at run time
         members = {n: _member(inspect.getattr_static(thing, n)) for n in dir(thing) if _is_public(thing, n)}
         # the constructors of Protocols and enumerations are Python's own, and differ between its versions
         plain = getattr(thing, "_is_protocol", False) or issubclass(thing, enum.Enum)
         return members if plain else {"__init__": parameters(thing)} | members
-    if typing.get_origin(thing) is not None:  # an alias of types
+    if typing.get_origin(thing) is not None or thing is Any:  # an alias of types
         return "value"
     if callable(thing):
         return parameters(thing)
