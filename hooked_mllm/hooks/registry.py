@@ -45,12 +45,22 @@ class HookRegistry:
         self.context = RunContext()
         #: entered at the start of every run
         self.on_run: list[Callable[[], AbstractContextManager[Any]]] = []
+        #: names of the points with a hook, in any thread; `on_use` is called when it becomes empty or no longer is
+        self.used: set[str] = set()
+        self.on_use: Callable[[bool], None] | None = None
         self.hook_dict: dict[str, HookPoint] = {}
 
     def add(self, point: HookPoint) -> HookPoint:
         """Add a point, and return it."""
         self.hook_dict[point.name] = point
         return point
+
+    def changed(self, point: HookPoint) -> None:
+        """Note whether a point has hooks."""
+        before = bool(self.used)
+        self.used.add(point.name) if point.registered else self.used.discard(point.name)
+        if self.on_use is not None and bool(self.used) != before:
+            self.on_use(not before)
 
     @property
     def running(self) -> Any:

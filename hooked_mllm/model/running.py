@@ -69,7 +69,7 @@ def following_steps(model: Model, run: Run, prompt_length: int) -> Iterator[None
         nonlocal calls, end
         if model.registry.context.run is not run:  # a hook runs the model inside of this run
             return
-        past, tokens = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        past, tokens = kwargs.get("past_key_values"), args[0] if args else kwargs.get("input_ids")
         if past is None:
             run.first = 0
         else:

@@ -57,3 +57,4 @@ class Builder:
     def _changed(self, point: HookPoint) -> None:
         for listener in self._listeners.get(point.name, ()):
             listener()
+        self.registry.changed(point)
