@@ -21,7 +21,7 @@ from hooked_mllm.hooks.point import HookFunction as HookFunction
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.registry import HookList, HookRegistry
 from hooked_mllm.inputs.images import Images
-from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput, RunInput
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.inputs.video import Videos
 from hooked_mllm.layout import Region as Region
@@ -160,9 +160,9 @@ class Model(Protocol):
         self, question: str | Sequence[str], images: AnyImages = None, videos: AnyVideos = None, **options: Any
     ) -> Sample | SampleBatch: ...
 
-    def resolve(self, inputs: ModelInput) -> ResolvedInput: ...
+    def resolve(self, inputs: RunInput) -> ResolvedInput: ...
 
-    def __call__(self, inputs: ModelInput | None = None, **kwargs: Any) -> Any: ...
+    def __call__(self, inputs: RunInput | None = None, **kwargs: Any) -> Any: ...
 
     def run(
         self,
@@ -175,7 +175,7 @@ class Model(Protocol):
 
     def run_trunk(self, inputs: ResolvedInput, prompt_length: int | None = None, **kwargs: Any) -> None: ...
 
-    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor: ...
+    def generate(self, inputs: RunInput | None = None, **kwargs: Any) -> Tensor: ...
 
     def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any: ...
 

@@ -56,10 +56,10 @@ class HybridAttention:
         implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
 
     Raises:
-        HeadError: for other values; at a model, for heads that it lacks.
-        InputError: for a sink below 0 or a window below 1.
-        HookValueError: for an unknown implementation.
-        UnsupportedModelError: for attention that is not causal.
+        HeadError: For other values; at a model, for heads that it lacks.
+        InputError: For a sink below 0 or a window below 1.
+        HookValueError: For an unknown implementation.
+        UnsupportedModelError: For attention that is not causal.
 
     Source: arXiv:2606.05843, algorithm 3.
 

@@ -110,9 +110,9 @@ def register_hybrid_attention(
         implementation: "auto", "triton" or "naive", as in `hybrid_attention`.
 
     Raises:
-        HookValueError: for a name that is taken or invalid.
-        HeadError, InputError: for invalid heads or sizes; in a run, for heads that the model lacks.
-        UnsupportedModelError: in a run, for attention that is not causal, or depends on more than q, k, v and padding.
+        HookValueError: For a name that is taken or invalid.
+        HeadError, InputError: For invalid heads or sizes; in a run, for heads that the model lacks.
+        UnsupportedModelError: In a run, for attention that is not causal, or depends on more than q, k, v and padding.
 
     Source: arXiv:2606.05843, algorithm 3.
 

@@ -117,7 +117,7 @@ def compile_blocks(
         A context manager; within it the blocks run compiled. Entering it again compiles nothing.
 
     Raises:
-        UnsupportedModelError: for a model without a text decoder, or with offloaded weights.
+        UnsupportedModelError: For a model without a text decoder, or with offloaded weights.
 
     Examples:
         >>> import torch

@@ -64,8 +64,8 @@ def bench_kernel(
         Settings, provenance, checks, and for every length the milliseconds of every round.
 
     Raises:
-        NumericsError: if outputs differ from those of the definition in float64, or of FlexAttention.
-        InputError: for more dense heads than heads, heads that do not divide, or a sink or window out of range.
+        NumericsError: If outputs differ from those of the definition in float64, or of FlexAttention.
+        InputError: For more dense heads than heads, heads that do not divide, or a sink or window out of range.
         CacheFileError: If `out` cannot be written.
     """
     if dense > heads or heads % kv_heads:

@@ -51,8 +51,8 @@ def bench_prefill(
         progress: Show a progress bar.
 
     Raises:
-        NumericsError: if a variant's outputs are wrong; nothing is timed then.
-        InputError: if a record at `out` cannot be continued, or exists without `resume`.
+        NumericsError: If a variant's outputs are wrong; nothing is timed then.
+        InputError: If a record at `out` cannot be continued, or exists without `resume`.
         CacheFileError: If `out` cannot be written.
 
     Source: arXiv:2606.05843, appendix G.4.
@@ -182,8 +182,8 @@ def choose_heads(
         seed: Seed of the random order.
 
     Raises:
-        InputError: for a number larger than that of the heads, or scores of another model.
-        HeadError: for heads that the model does not have.
+        InputError: For a number larger than that of the heads, or scores of another model.
+        HeadError: For heads that the model does not have.
 
     Examples:
         >>> choose_heads([0, 2], n_layers=3, n_heads=4, source="L2H1, L0H3, L1H0", seed=0)

@@ -85,7 +85,7 @@ def prefill_variants(
         implementation: Implementation of `hybrid_attention`.
 
     Raises:
-        InputError: for an unknown name, "hybrid" without dense heads, or a sink or window out of range.
+        InputError: For an unknown name, "hybrid" without dense heads, or a sink or window out of range.
 
     Examples:
         >>> from hooked_mllm import HeadSet

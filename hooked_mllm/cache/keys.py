@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TypeAlias
 
+from hooked_mllm.display.read_heads import whole_number
 from hooked_mllm.errors import HookNameError, nearest
 from hooked_mllm.hooks.table import TowerName, specs, split_name
 
@@ -46,8 +47,9 @@ def _tower_and_entries(key: object) -> tuple[TowerName, tuple[str | int | None, 
     entries: tuple[object, ...] = key if isinstance(key, tuple) else ()
     if entries and isinstance(entries[0], str) and entries[0] in ("vision", "text", "projector"):
         tower, entries = entries[0], entries[1:]
-    plain = tuple(entry for entry in entries if entry is None or isinstance(entry, str | int))
-    if not entries or len(plain) < len(entries) or (tower == "projector" and len(entries) > 1):
+    plain = tuple(x if isinstance(x, str) or x is None else whole_number(x) for x in entries)
+    wrong = any(read is None and x is not None for read, x in zip(plain, entries, strict=True))
+    if not entries or wrong or (tower == "projector" and len(entries) > 1):
         raise HookNameError(
             "A cache key is a hook name or a tuple such as ('pattern', 3), ('scale', 3, 'ln1'), ('vision', 'z', 2) or "
             f"('projector', 'out'); got {key!r}."

@@ -22,7 +22,7 @@ class Corruption(ABC):
     numbers depend on the seed and the sample, so that the order of the samples does not matter.
 
     Attributes:
-        same_length: Whether the counterpart must have as many tokens as the sample, of the same kinds; it is checked.
+        same_length: Whether the counterpart must have the same number and kinds of tokens as the sample; it is checked.
 
     Examples:
         >>> from PIL import ImageOps
@@ -54,16 +54,11 @@ class Corruption(ABC):
             sample: A sample or a batch, made by `prepare`.
 
         Raises:
-            InputError: for another sample, or a change that the model does not see.
-            LayoutError: for a region that the sample lacks, or a counterpart with other tokens.
+            InputError: For another sample, or a change that the model does not see.
+            LayoutError: For a region that the sample lacks, or a counterpart with other tokens.
         """
         if isinstance(sample, SampleBatch):
             return SampleBatch.collate([self(model, each) for each in sample], sample.padding_side)
-        if not isinstance(sample, Sample):
-            raise InputError(
-                f"A corruption takes a Sample, which keeps its question and pictures; got {type(sample).__name__}. "
-                "Make samples with `model.prepare(question, images=...)`."
-            )
         corrupted = prepared_again(model, sample, self.changes(sample))
         if self.same_length:
             check_pair(sample, corrupted)
@@ -116,12 +111,12 @@ def drawing(seed: int, sample: Sample) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(content.digest()[:8], "little")])
 
 
-def described_function(value: Any) -> Any:
+def described_function(value: object) -> object:
     """The value, or the name of a function."""
     return f"function {getattr(value, '__qualname__', type(value).__name__)}" if callable(value) else value
 
 
-def check_seed(seed: Any) -> None:
+def check_seed(seed: object) -> None:
     """Raise an InputError for anything but an integer from 0."""
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise InputError(f"seed is an integer from 0; got {seed!r}.")

@@ -36,8 +36,8 @@ class OtherImage(Corruption):
         resize: Resize them to the sizes of those they replace, because the number of tokens depends on the size.
 
     Raises:
-        InputError: for no candidate, or (when called) none that fits the sample.
-        LayoutError: when called with resize=False, for pictures that give other tokens.
+        InputError: For no candidate, or (when called) none that fits the sample.
+        LayoutError: When called with resize=False, for pictures that give other tokens.
 
     Examples:
         >>> OtherImage([Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")])
@@ -71,8 +71,8 @@ class OtherImage(Corruption):
         raise InputError(
             f"None of the {len(self.candidates)} candidates can replace the pictures of this sample, "
             f"{len(sample.images)} images and {len(sample.videos)} videos{f' of {frames} frames' if frames else ''}: a "
-            "candidate needs as many, other than the sample's own. For samples of several pictures give lists of as "
-            "many, or samples."
+            "candidate needs these numbers, and other pictures than the sample's own. For samples of several pictures "
+            "give lists of that length, or samples."
         )
 
 
@@ -121,7 +121,7 @@ def _pictures(candidate: Candidate) -> tuple[list[Image.Image], list[Video]]:
 
 
 def _can_replace(sample: Sample, images: list[Image.Image], videos: list[Video]) -> bool:
-    """Whether there are as many pictures, videos with as many frames, and any differs from the sample's own."""
+    """Whether the numbers of pictures and frames are the sample's, and any picture differs from its own."""
     if len(images) != len(sample.images) or [len(v) for v in videos] != [len(v) for v in sample.videos]:
         return False
     old = [np.asarray(image) for image in sample.images] + [video.frames for video in sample.videos]

@@ -36,7 +36,7 @@ def as_pairs(pairs: Pairs) -> list[tuple[Sample | SampleBatch, Sample | SampleBa
     return checked
 
 
-def as_samples_or_pairs(items: Any, purpose: str = "run") -> list[tuple[ModelInput, ModelInput | None]]:
+def as_samples_or_pairs(items: object, purpose: str = "run") -> list[tuple[ModelInput, ModelInput | None]]:
     """Model inputs, or pairs of them, as a list of (clean, corrupted); the second is None where there is no pair.
 
     `purpose` completes the message for an empty list.
@@ -59,8 +59,8 @@ def check_pair(clean: object, corrupted: object) -> None:
         corrupted: Its counterpart.
 
     Raises:
-        LayoutError: naming both layouts.
-        InputError: for something else than samples or batches of one size.
+        LayoutError: Naming both layouts.
+        InputError: For something else than samples or batches of one size.
 
     Examples:
         >>> from hooked_mllm import HookedMLLM, toys
@@ -72,7 +72,7 @@ def check_pair(clean: object, corrupted: object) -> None:
     """
     if isinstance(clean, SampleBatch) and isinstance(corrupted, SampleBatch):
         if len(clean) != len(corrupted):
-            raise InputError(f"Expected as many corrupted samples as clean ones, {len(clean)}; got {len(corrupted)}.")
+            raise InputError(f"Expected {len(clean)} corrupted samples, one for each clean one; got {len(corrupted)}.")
         for sample, counterpart in zip(clean, corrupted, strict=True):
             check_pair(sample, counterpart)
         return

@@ -35,7 +35,7 @@ class SwapRegion(Corruption):
         seed: Seed of the random box.
 
     Raises:
-        LayoutError: when called: for a target that is no single box, boxes that overlap or lie outside the picture, or
+        LayoutError: When called: for a target that is no single box, boxes that overlap or lie outside the picture, or
             a picture without room for a second box.
 
     Examples:

@@ -117,7 +117,7 @@ class _Reader:
             self.pairs += parse_names(value)
         elif isinstance(value, Tensor | np.ndarray):
             self.read_array(value)
-        elif isinstance(value, tuple) and _is_pair(value):
+        elif isinstance(value, tuple | list) and _is_pair(value):
             self.pairs.append(_pair(value))
         elif isinstance(value, tuple | list):  # before the Protocol, which is slow to check
             self.read_items([*value], value)

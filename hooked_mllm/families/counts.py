@@ -13,7 +13,7 @@ Rows = list[tuple[int, int]]
 
 
 def share_out(sizes: Sequence[int], units: Sequence[int], token_counts: Sequence[int], start: int = 0) -> list[Rows]:
-    """Assign consecutive images to samples, until each sample has as many tokens as its prompt has placeholders.
+    """Assign consecutive images to samples, until each sample has a token for each placeholder of its prompt.
 
     `sizes` are rows of each image, `units` its tokens; the first image starts at the row `start`.
     """

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +64,7 @@ def heads_from_gates(
     return HeadSet.from_mask(dense.repeat_interleave(n_heads // values.shape[1], dim=1))
 
 
-def _gates(gates: Any) -> Tensor:
+def _gates(gates: object) -> Tensor:
     expected = "Expected gates [layer, kv_head], one finite number in 0..1 for each key-value head"
     try:
         values = torch.as_tensor(gates).detach().to("cpu", torch.float64)

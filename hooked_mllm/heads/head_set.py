@@ -104,20 +104,23 @@ class HeadSet:
         """(layers, heads per layer) of the model."""
         return self.n_layers, self.n_heads
 
-    def __or__(self, other: "HeadSet") -> "HeadSet":
+    def union(self, other: HeadsLike) -> "HeadSet":
+        """The heads of either, those of this set first; `other` in any form, as in `heads | "L2H4"`."""
         return self._like([*self, *self._same_model(other)])
 
-    def __and__(self, other: "HeadSet") -> "HeadSet":
-        self._same_model(other)
-        return self._like(head for head in self if head in other)
+    def intersection(self, other: HeadsLike) -> "HeadSet":
+        """The heads of this set that `other` has, too; also as `heads & other`."""
+        others = self._same_model(other)
+        return self._like(head for head in self if head in others)
 
-    def __sub__(self, other: "HeadSet") -> "HeadSet":
-        self._same_model(other)
-        return self._like(head for head in self if head not in other)
+    def difference(self, other: HeadsLike) -> "HeadSet":
+        """The heads of this set that `other` lacks; also as `heads - other`."""
+        others = self._same_model(other)
+        return self._like(head for head in self if head not in others)
 
-    union = __or__
-    intersection = __and__
-    difference = __sub__
+    __or__ = union
+    __and__ = intersection
+    __sub__ = difference
 
     def __contains__(self, head: object) -> bool:
         if isinstance(head, str):
@@ -168,9 +171,9 @@ class HeadSet:
     def _like(self, heads: Iterable[tuple[int, int]]) -> "HeadSet":
         return HeadSet(heads, n_layers=self.n_layers, n_heads=self.n_heads)
 
-    def _same_model(self, other: "HeadSet") -> "HeadSet":
+    def _same_model(self, other: HeadsLike) -> "HeadSet":
         if not isinstance(other, HeadSet):
-            raise HeadError(f"Expected another HeadSet; got {type(other).__name__}.")
+            return self._like(read_heads(other, self.shape, whose="this set").pairs)
         if self.shape != other.shape:
             raise HeadError(
                 f"These heads belong to models of different shape, {self.n_layers} x {self.n_heads} and "

@@ -71,17 +71,6 @@ def parse_heads(
     return parsed
 
 
-def parse_head_set(heads: HeadsLike, what: str) -> HeadSet:
-    """Heads that state the shape of their model: a `HeadSet`, a boolean mask `[layer head]`, or a list with one."""
-    parsed = parse_heads(heads)
-    if not isinstance(parsed, HeadSet):
-        raise HeadError(
-            f"{what} needs heads that state the shape of their model: a HeadSet such as `scores.top(20)`, or a boolean "
-            f"mask [layer head]; got {', '.join(head_names(parsed)) or 'no head'}."
-        )
-    return parsed
-
-
 @checked
 def heads_in_layer(
     heads: LayerHeadsLike, layer: int, shape: tuple[int, int], *, whose: str = "this model"

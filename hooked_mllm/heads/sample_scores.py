@@ -8,7 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from hooked_mllm.checks import checked
+from hooked_mllm.display.blocks import html_block
 from hooked_mllm.display.head_names import head_name
+from hooked_mllm.display.heat import html_heat
+from hooked_mllm.display.text import number_runs
 from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.heads.counting import Count, Seed, check_seed, resolve_count
 from hooked_mllm.heads.head_scores import HeadScores
@@ -105,6 +108,12 @@ class SampleScores:
         tensors, header = read_tensors(Path(path), KIND)
         with restoring(path):
             return cls(tensors["values"], **described(header))
+
+    def _repr_html_(self) -> str:
+        layers, heads = ([f"{letter}{i}" for i in range(n)] for letter, n in zip("LH", self.shape, strict=True))
+        title = f"SampleScores: {self.name}, {len(self)} samples of {self.shape[0]} layers x {self.shape[1]} heads"
+        note = f"layers not measured: {number_runs(self.missing)}" if self.missing else "the mean over samples"
+        return html_block(title, html_heat(self.values.mean(0).numpy(), layers, heads), note=note)
 
     def __repr__(self) -> str:
         return f"SampleScores({self.name}, {len(self)} samples of {self.shape[0]} x {self.shape[1]} layers x heads)"

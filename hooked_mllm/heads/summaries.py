@@ -40,7 +40,7 @@ class Interval:
 def bootstrap(scores: SampleScores, n: int = 1000, level: float = 0.95, seed: Seed = 0) -> Interval:
     r"""An interval around the mean of each head: studentised bootstrap, Clopper and Pearson's for scores of 0 and 1.
 
-    Each of `n` times, as many samples as there are get drawn with replacement, the same for all heads; see
+    Each of `n` draws has the size of the set of samples, with replacement, the same for all heads; see
     `heads/intervals.py`. On skewed scores, an interval of 95 % contains the true mean in at least 93 % of the cases
     from 5 samples on (a percentile interval of 5: in 71 %). No interval can show what no sample does, such as large
     scores in one of twenty samples.

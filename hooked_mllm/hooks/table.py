@@ -173,6 +173,20 @@ def specs(tower: TowerName | None = None, *, in_block: bool | None = None) -> li
     ]
 
 
+#: short names of points of a block: of query heads, of key-value heads, and of the residual stream and its summands
+QUERY_SITES = tuple(
+    spec.short
+    for spec in specs("text", in_block=True)
+    if "head" in spec.axes.split() and spec.carrier != "computed" and spec.short != "attn_scores"
+)
+KEY_VALUE_SITES = tuple(spec.short for spec in specs("text", in_block=True) if spec.has_key_value_heads)
+STREAM_SITES = tuple(
+    spec.short
+    for spec in specs("text", in_block=True)
+    if spec.axes == STREAM and not spec.group and spec.carrier != "computed"
+)
+
+
 def split_name(name: str) -> tuple[TowerName, int | None, str]:
     """Tower, block and suffix of a full name: ("vision", 2, "attn.hook_z") of "vision.blocks.2.attn.hook_z"."""
     match = _NAME.fullmatch(name)

@@ -89,7 +89,7 @@ def channels_last(pixels: np.ndarray, what: str) -> np.ndarray:
     raise InputError(f"{what} needs 1, 3 or 4 channels, first or last; got shape {tuple(pixels.shape)}.")
 
 
-def media_list(media: Any, single: type = Image.Image, axes: int = 3, kind: str = "image") -> list[Any]:
+def media_list(media: object, single: type = Image.Image, axes: int = 3, kind: str = "image") -> list[Any]:
     """One picture or video, or a sequence of them, as a list; an array of more than `axes` axes is a sequence."""
     if media is None:
         return []

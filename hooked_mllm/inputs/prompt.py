@@ -110,7 +110,7 @@ def open_thought(prompt: str, question: Span) -> str | None:
     return next((end for start, end in _THOUGHTS if tail.rfind(start) > tail.rfind(end)), None)
 
 
-def check_text(what: str, text: Any) -> None:
+def check_text(what: str, text: object) -> None:
     """Raise an InputError for what is no text, or an empty one."""
     if not isinstance(text, str):
         raise InputError(f"The {what} is a text; got {type(text).__name__}.")

@@ -1,6 +1,6 @@
 """What a model can be called with, one input or several: coerced here, checked, and moved to the model's device."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     ModelInput = Sample | SampleBatch | Mapping[str, Any]
     #: one model input, or several: a list, or an iterator that makes them as they are needed
     ModelInputs = ModelInput | Iterable[ModelInput]
+    #: what runs at once: one model input, or a list of samples, which is a batch padded on the left
+    RunInput = ModelInput | Sequence[Sample]
 else:  # at run time anything, so that another value reaches `check_model_input`, whose error states what was expected
-    ModelInput = ModelInputs = Any
+    ModelInput = ModelInputs = RunInput = Any
 
 T = TypeVar("T")
 
@@ -40,7 +42,7 @@ def each_sample(samples: ModelInputs) -> Iterator[ModelInput]:
     return _each_sample(samples)
 
 
-def _each_sample(samples: Any) -> Iterator[ModelInput]:  # any object, so that a wrong one reaches our own error
+def _each_sample(samples: object) -> Iterator[ModelInput]:  # any object, so that a wrong one reaches our own error
     return iter((samples,)) if is_model_input(samples) else each_element(samples, check_model_input)
 
 
@@ -64,7 +66,7 @@ def sample_count(samples: ModelInputs) -> int | None:
     return len(samples) if isinstance(samples, Sized) else None
 
 
-def each_element(samples: Any, check: Callable[[Any, str], T]) -> Iterator[T]:
+def each_element(samples: object, check: Callable[[Any, str], T]) -> Iterator[T]:
     """`check(element, name)` of each element, when it is reached."""
     numeric = isinstance(samples, np.ndarray) and samples.dtype != object
     if numeric or isinstance(samples, str | bytes | Tensor) or not isinstance(samples, Iterable):
@@ -80,7 +82,7 @@ def no_sample(purpose: str) -> InputError:
     return InputError(f"There is no sample to {purpose}: `samples` is empty.")
 
 
-def check_model_input(value: Any, name: str = "") -> ModelInput:
+def check_model_input(value: object, name: str = "") -> ModelInput:
     """The value, if it is one model input; `name` is what the message calls it."""
     if is_model_input(value):
         return value
@@ -88,6 +90,13 @@ def check_model_input(value: Any, name: str = "") -> ModelInput:
         f"Expected a Sample, a SampleBatch or a mapping of model inputs{f' for {name}' if name else ''}; got "
         f"{type(value).__name__}. {_ADVICE}"
     )
+
+
+def as_run_input(source: object) -> ModelInput:
+    """One model input; of a list of samples, a batch padded on the left."""
+    if isinstance(source, Sequence) and source and all(isinstance(sample, Sample) for sample in source):
+        return SampleBatch.collate(source)
+    return check_model_input(source)
 
 
 def samples_of(source: ModelInput) -> tuple[Sample, ...]:
@@ -187,8 +196,8 @@ class ResolvedInput:
             selected: A token kind, a region or several, a mask, indices, one index, or a slice.
 
         Raises:
-            LayoutError: for positions that these inputs do not have.
-            InputError: for the answer or target of a sample that has none.
+            LayoutError: For positions that these inputs do not have.
+            InputError: For the answer or target of a sample that has none.
         """
         return resolve_positions(selected, self.batch, self.length, self.host_masks)
 
@@ -205,7 +214,7 @@ class ResolvedInput:
         """The positions of a token kind in a prompt of which these inputs are the part that begins at `first`.
 
         Raises:
-            InputError: for a kind that the tokens of a part of a prompt do not decide.
+            InputError: For a kind that the tokens of a part of a prompt do not decide.
         """
         if self.length == prompt_length:  # all tokens, of which `generate` runs those that are not in the KV cache
             return self.masks(selected).cpu()
@@ -228,10 +237,10 @@ class ResolvedInput:
 
 
 def resolve_input(
-    source: ModelInput, family: Family, config: PreTrainedConfig, device: torch.device | str | None
+    source: RunInput, family: Family, config: PreTrainedConfig, device: torch.device | str | None
 ) -> ResolvedInput:
     """Check one model input and move it to the model's device; None leaves it where it is."""
-    check_model_input(source)
+    source = as_run_input(source)
     if isinstance(source, Sample | SampleBatch):
         check_maker(source, family)
         ids = tuple(sample.id for sample in samples_of(source))

@@ -83,7 +83,7 @@ class Sample:
 
         Raises:
             InputError: "target" when no target was given, "answer" when no answer was.
-            LayoutError: an unknown name, one that no position has, or a region that the pictures do not have.
+            LayoutError: An unknown name, one that no position has, or a region that the pictures do not have.
         """
         return self.host_mask(name).to(self.device)
 
@@ -172,7 +172,7 @@ class SampleBatch:
             padding_side: "left" or "right".
 
         Raises:
-            InputError: an empty batch, an unknown side, or pictures that the model cannot take in one batch.
+            InputError: An empty batch, an unknown side, or pictures that the model cannot take in one batch.
         """
         samples = tuple(samples)
         if not samples:

@@ -125,7 +125,7 @@ def read_video(
 
     Args:
         path: The file.
-        fps: Take as many frames as the video's seconds times `fps`, at least 4 (2 if `num_frames` is not given either).
+        fps: Frames for each second of the video; in all at least 4 (2 if `num_frames` is not given either).
         num_frames: Take that many frames; all if the video has fewer.
         max_frames: With `fps`, the most frames (768 by default).
         sampler: Gives the numbers of the frames to take from the number of frames and their rate, instead of the above.
@@ -220,7 +220,7 @@ def as_list(videos: Videos | None) -> list[Any]:
     return [videos] if _is_pair(videos) else media_list(videos, Video, 4, "video")
 
 
-def _is_pair(video: Any) -> TypeGuard[tuple[FrameInput, Number]]:
+def _is_pair(video: object) -> TypeGuard[tuple[FrameInput, Number]]:
     return isinstance(video, tuple) and len(video) == 2 and isinstance(video[1], Number)
 
 

@@ -1,7 +1,7 @@
 """HeadAblation: remove the contribution of heads, by an explicit mode and in an explicit phase."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,15 @@ from hooked_mllm.interventions.reference import HeadReference, HeadSums
 from hooked_mllm.interventions.source import Source
 from hooked_mllm.kernels.streaming_window import head_flags
 
-MODES = ("zero", "mean", "resample", "uniform", "scale")
+if TYPE_CHECKING:
+    #: what z of an ablated head becomes
+    Mode = Literal["zero", "mean", "resample", "uniform", "scale"]
+    #: where "mean" and "resample" take z from
+    Reference = HeadReference | ActivationCache | Tensor
+else:  # at run time wider, so that another value reaches the check whose error lists the choices
+    Mode, Reference = str, object
+
+MODES: tuple[Mode, ...] = ("zero", "mean", "resample", "uniform", "scale")
 
 
 @checked
@@ -69,10 +77,10 @@ class HeadAblation(PositionIntervention):
         self,
         heads: HeadsLike,
         *,
-        mode: str,
+        mode: Mode,
         phase: Phase,
         positions: Positions | None = None,
-        reference: Any = None,
+        reference: Reference | None = None,
         factor: float | int | None = None,
         seed: int | None = None,
         tower: Tower = "text",
@@ -81,7 +89,8 @@ class HeadAblation(PositionIntervention):
         check_edited_positions(positions, phase, tower)
         self.heads = keep_heads(heads)
         self.mode, self.phase, self.positions = mode, phase, positions
-        self.source, self.factor, self.seed = reference, factor, seed
+        self.factor, self.seed = factor, seed
+        self.source: Any = reference
         self.tower: Tower = tower
         self._check_arguments()
 
@@ -259,7 +268,7 @@ def _draw(seed: int | None, n: int, batch: int, length: int, offset: int) -> Ten
     return torch.from_numpy(np.stack(drawn)[:, offset:])  # [batch pos]
 
 
-def _described(source: Any) -> Any:
+def _described(source: HeadReference | ActivationCache | Tensor | None) -> Any:
     if isinstance(source, HeadReference):
         return source.describe()
     if isinstance(source, ActivationCache):

@@ -1,7 +1,7 @@
 """The base of interventions: edits at hook points, checked before they are registered, and a record of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,7 @@ def intervening(model: Model, interventions: Iterable[Any]) -> Iterator[Records]
 # -- checks that interventions share -------------------------------------------------------------------------------
 
 
-def check_choice(what: str, value: Any, choices: Collection[str]) -> None:
+def check_choice(what: str, value: object, choices: Collection[str]) -> None:
     """Raise for a value that is not among the choices."""
     if value not in choices:
         raise HookValueError(f"{what} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
@@ -152,13 +152,10 @@ def heads_of(heads: HeadsLike, model: Model, tower: Tower) -> HeadSet:
     return parse_heads(heads, tower_shape(model, tower), whose=f"the {tower} tower of this model")
 
 
-def keep_head_numbers(heads: LayersLike) -> tuple[int, ...]:
-    """Heads by number, the same in every layer."""
-    numbers = _whole_numbers(heads)
-    if numbers is None:
-        hint = "Heads of one layer, such as 'L2H4', go to HeadPatch."
-        raise HeadError(f"Expected heads by number, such as 4 or [4, 5]; got {heads!r}. {hint}")
-    if not numbers:
+def keep_head_numbers(heads: LayersLike | HeadsLike) -> tuple[int, ...] | None:
+    """Heads by number, the same in every layer; None for heads that have a layer."""
+    numbers = None if isinstance(heads, Mapping) else _whole_numbers(heads)
+    if numbers is not None and not numbers:
         raise HeadError("The set of heads is empty: leave heads out for all of them.")
     return numbers
 

@@ -1,7 +1,7 @@
 """Patching: put activations of another run, or tensors, in place of a run's own."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Tower
 from hooked_mllm.errors import HeadError, HookNameError, HookValueError
 from hooked_mllm.heads import HeadsLike, head_names
+from hooked_mllm.heads.head_set import heads_by_layer
 from hooked_mllm.hooks import HookPoint
-from hooked_mllm.hooks.table import is_quadratic, spec_of
+from hooked_mllm.hooks.table import is_quadratic, spec_of, split_name
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import (
     Edit,
@@ -28,7 +29,7 @@ from hooked_mllm.interventions.base import (
     tower_shape,
 )
 from hooked_mllm.interventions.edited_positions import EditedPositions, PositionIntervention, check_edited_positions
-from hooked_mllm.interventions.source import Source, source_of
+from hooked_mllm.interventions.source import Source, SourceLike, source_of
 from hooked_mllm.kernels.streaming_window import head_flags
 
 
@@ -41,7 +42,8 @@ class ActivationPatch(PositionIntervention):
             a whole hook name such as "vision.hook_out".
         source: The cache of another run; or a tensor, or a mapping of layers to tensors, in the activation's shape.
         layers: The layer or layers; None for all that the source holds.
-        heads: Only these heads of a site that has them; key-value heads for k, v and rot_k.
+        heads: Only these heads of a site that has them: numbers, the same in every layer, key-value heads for k, v and
+            rot_k; or heads with their layer ("L2H4", a `HeadSet`, ...), which are then the layers that are patched.
         positions: Only these positions of the prompt (rows of a pattern): a token kind, a mask, indices, a slice.
         source_positions: Their positions in the source, in order; None for the same ones. With it the two runs may
             differ in length.
@@ -68,10 +70,10 @@ class ActivationPatch(PositionIntervention):
     def __init__(
         self,
         site: str,
-        source: Any,
+        source: SourceLike,
         *,
         layers: LayersLike | None = None,
-        heads: LayersLike | None = None,
+        heads: LayersLike | HeadsLike | None = None,
         positions: Positions | None = None,
         source_positions: Positions | None = None,
         tower: Tower = "text",
@@ -87,6 +89,12 @@ class ActivationPatch(PositionIntervention):
         self.source = source_of(source)
         self.layers = None if layers is None else keep_layers(layers)
         self.heads = None if heads is None else keep_head_numbers(heads)
+        #: heads with their layer
+        self.pairs = keep_heads(cast(HeadsLike, heads)) if heads is not None and self.heads is None else None
+        if self.pairs is not None and layers is not None:
+            raise HookValueError(f"The heads {', '.join(head_names(self.pairs))} have a layer: leave layers out.")
+        if self.pairs is not None and not whole:
+            self.layers = tuple(heads_by_layer(self.pairs))
         self.positions, self.source_positions = positions, source_positions
         if source_positions is not None and positions is None:
             raise HookValueError("source_positions= specifies the source position of each of `positions=`: give both.")
@@ -96,6 +104,8 @@ class ActivationPatch(PositionIntervention):
     def describe(self) -> dict[str, Any]:
         """Its settings, as values that JSON can hold."""
         heads = None if self.heads is None else list(self.heads)
+        if self.pairs is not None:
+            heads = head_names(self.pairs)
         where = {"site": self.site, "layers": layer_list(self.layers), "heads": heads}
         return {"intervention": "ActivationPatch", **where, **_settings(self, self.kind)}
 
@@ -149,7 +159,7 @@ class ActivationPatch(PositionIntervention):
         return layers
 
     def _heads_at(self, name: str, model: Model) -> tuple[int, ...] | None:
-        if self.heads is None:
+        if self.heads is None and self.pairs is None:
             return None
         spec = spec_of(name)
         if spec is None or not spec.has_heads:
@@ -157,10 +167,16 @@ class ActivationPatch(PositionIntervention):
         n_heads, what = tower_shape(model, self.tower)[1], "heads"
         if self.tower == "text" and spec.has_key_value_heads:
             n_heads, what = model.cfg.n_key_value_heads, "key-value heads"
-        for head in self.heads:
+        heads, layer = self.heads, split_name(name)[1]
+        if self.pairs is not None:
+            pairs = self.pairs if spec.has_key_value_heads else heads_of(self.pairs, model, self.tower)
+            heads = heads_by_layer(pairs).get(-1 if layer is None else layer)
+            if heads is None:
+                raise HeadError(f"{name} is in no layer of the heads {', '.join(head_names(pairs))}.")
+        for head in heads or ():
             if not 0 <= head < n_heads:
                 raise HeadError(f"Head {head} is not there: {name} has {what} 0 to {n_heads - 1}.")
-        return self.heads
+        return heads
 
 
 @checked
@@ -192,7 +208,7 @@ class HeadPatch(PositionIntervention):
     def __init__(
         self,
         heads: HeadsLike,
-        source: Any,
+        source: SourceLike,
         *,
         positions: Positions | None = None,
         source_positions: Positions | None = None,

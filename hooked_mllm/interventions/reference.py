@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_mllm.checks import checked
+from hooked_mllm.display.blocks import html_block, html_table
+from hooked_mllm.display.text import shortened
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadSet
 from hooked_mllm.hooks import HookPoint
@@ -52,6 +54,11 @@ class HeadReference:
         named = [i for i in self.ids if i is not None]
         facts = {"samples": self.n_samples, "tokens": self.n_tokens, "positions": self.positions}
         return {**facts, "ids": named} if named else facts
+
+    def _repr_html_(self) -> str:
+        facts = {"tower": self.tower, "heads": str(self.heads), **self.describe(), "tokens kept": bool(self.tokens)}
+        cells = [(name, shortened(str(value), 1000)) for name, value in facts.items()]
+        return html_block(f"HeadReference: {len(self.heads)} heads", html_table(cells, named=True))
 
 
 @dataclass

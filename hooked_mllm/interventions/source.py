@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from hooked_mllm.errors import HookedMLLMError, HookValueError, LayoutError
 from hooked_mllm.hooks.table import is_quadratic
 from hooked_mllm.inputs.positions import KindMasks, Positions, resolve_positions
 from hooked_mllm.interventions.edited_positions import EditedPositions, for_batch
+
+if TYPE_CHECKING:
+    #: what a patch takes: a cache, a tensor, or a mapping of layers to tensors
+    SourceLike = ActivationCache | GenerationCache | Tensor | Mapping[Any, Tensor]
+else:  # at run time anything, so that another value reaches the error of `source_of`
+    SourceLike = object
 
 
 @dataclass
@@ -104,7 +110,7 @@ class Source:
         return torch.take_along_dim(value, moved.view(shape).to(x.device), dim=axis)
 
 
-def source_of(given: Any) -> ActivationCache | Mapping[Any, Tensor] | Tensor:
+def source_of(given: object) -> ActivationCache | Mapping[Any, Tensor] | Tensor:
     """What a patch may be given, a generation's cache by its prefill."""
     if isinstance(given, GenerationCache):
         return given.steps[0]

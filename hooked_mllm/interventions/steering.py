@@ -10,11 +10,10 @@ from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model, Phase, Tower
 from hooked_mllm.errors import HookValueError
 from hooked_mllm.hooks import HookPoint
+from hooked_mllm.hooks.table import STREAM_SITES
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import Edit, check_choice, layer_list, layers_of, tower_shape
 from hooked_mllm.interventions.edited_positions import EditedPositions, PositionIntervention, check_edited_positions
-
-SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 @checked
@@ -55,7 +54,7 @@ class Steer(PositionIntervention):
         site: str = "resid_post",
         tower: Tower = "text",
     ) -> None:
-        check_choice("site", site, SITES)
+        check_choice("site", site, STREAM_SITES)
         if tower == "vision" and phase == "both":
             phase = "prefill"  # images are encoded there alone
         check_edited_positions(positions, phase, tower)

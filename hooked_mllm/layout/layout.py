@@ -73,7 +73,7 @@ class TokenLayout:
             spans: Ranges (start, end), end exclusive, for "system", "question" and "answer". Other text is template.
 
         Raises:
-            LayoutError: when tokens and placeholders differ in number, or a span is unknown, outside, or overlaps.
+            LayoutError: When tokens and placeholders differ in number, or a span is unknown, outside, or overlaps.
         """
         ids = input_ids.cpu()
         n, items = len(ids), tuple(items)
@@ -134,13 +134,16 @@ class TokenLayout:
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def mask(self, name: str) -> Bool[Tensor, " pos"]:
-        """The positions with a name.
+    def mask(self, name: str | RegionInput) -> Bool[Tensor, " pos"]:
+        """The positions with a name, or the tokens that see a region.
 
         Args:
-            name: A kind, or "text" (neither visual nor padding), "last", "generating" (those that predict the answer's
-                tokens: the last, and all of the answer but its end), "pixels" (visual, with a footprint).
+            name: A region or several, as for `target`; a kind, or "text" (neither visual nor padding), "last",
+                "generating" (those that predict the answer's tokens: the last, and all of the answer but its end),
+                "pixels" (visual, with a footprint).
         """
+        if not isinstance(name, str):
+            return self.target(name)
         names = [k.name.lower() for k in Kind]
         if name in names:
             return self.kinds == Kind[name.upper()]
@@ -247,7 +250,7 @@ class TokenLayout:
             min_overlap: The least share, from 0 to 1.
 
         Raises:
-            LayoutError: no such image or video, a region outside of it, a mask of another size, or no target.
+            LayoutError: No such image or video, a region outside of it, a mask of another size, or no target.
         """
         if not 0 <= min_overlap <= 1:
             raise LayoutError(f"min_overlap is a share of the token's footprint, from 0 to 1; got {min_overlap}.")
@@ -318,7 +321,7 @@ class TokenLayout:
             view: One of the item's views; by default the finest that sees the pixel.
 
         Raises:
-            LayoutError: for another number of values, or when there is no such image, video, frame or view.
+            LayoutError: For another number of values, or when there is no such image, video, frame or view.
         """
         if isinstance(values, Tensor):
             values = values.detach().to("cpu", torch.float64).numpy()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hooked_mllm.errors import InputError
 from hooked_mllm.inputs.positions import KindMasks, check_every_sample, resolve_mask
+from hooked_mllm.layout import Region
 
-#: query tokens or keys: the name of a token kind, or a mask
-TokenMask = str | Bool[Tensor, "batch pos"]
+#: query tokens or keys, as keys of tables: a token kind, a region or several; a mask or indices (by identity)
+TokenMask = str | Region | tuple[Region, ...] | Tensor
 
 
 class QuerySelection:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -13,11 +14,20 @@ from hooked_mllm.checks import checked
 from hooked_mllm.errors import InputError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.heads.counting import Count, Share, resolve_count
+from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions, is_token_kind
+from hooked_mllm.layout import Region
 from hooked_mllm.measuring.attention_view import AttentionView
+from hooked_mllm.measuring.query_selection import TokenMask
 from hooked_mllm.metrics.base import HeadMetric, Piece, check_share
 
-REDUCTIONS = ("sum", "argmax", "topk")
-OVER_SAMPLES = ("mean", "frequency")
+if TYPE_CHECKING:
+    Reduction = Literal["sum", "argmax", "topk"]
+    OverSamples = Literal["mean", "frequency"]
+else:  # at run time wider, so that another value reaches the check whose error lists the choices
+    Reduction = OverSamples = str
+
+REDUCTIONS: tuple[Reduction, ...] = ("sum", "argmax", "topk")
+OVER_SAMPLES: tuple[OverSamples, ...] = ("mean", "frequency")
 #: scores of one sample in float32 that differ by less, relative to their size, may be equal in exact arithmetic
 ROUNDING = 1e-4
 
@@ -37,8 +47,9 @@ class AttentionScore(HeadMetric):
     "frequency", it is the share of samples that would select a head drawn at random: `select` over all heads.
 
     Args:
-        queries: Q, name of a mask: "question", "answer", "last", ...; every sample needs such tokens.
-        keys: K, name of a mask: "target", "visual", ...
+        queries: Q, a token kind ("question", "answer", "last", ...), a region, a mask, indices or an index; every
+            sample needs such tokens.
+        keys: K, likewise: "target", "visual", `Box(0, 0, 9, 9)`, ...
         reduce: $\Phi$: "sum" adds the attention over K; "argmax" is 1 if the row's largest entry is in K, else 0;
             "topk" is the share of K among the `ceil(share * N)` largest entries of the mean row over Q.
         over_samples: $\Omega$: "mean", or "frequency", the share of samples with the head among their best `select`;
@@ -57,10 +68,10 @@ class AttentionScore(HeadMetric):
     def __init__(
         self,
         *,
-        queries: str = "question",
-        keys: str = "target",
-        reduce: str = "sum",
-        over_samples: str = "mean",
+        queries: Positions = "question",
+        keys: Positions = "target",
+        reduce: Reduction = "sum",
+        over_samples: OverSamples = "mean",
         share: Share = 0.05,
         select: Count = 0.05,
     ) -> None:
@@ -73,11 +84,16 @@ class AttentionScore(HeadMetric):
         wrong = isinstance(select, bool) or not isinstance(select, Real)
         if wrong or not (select >= 1 if whole else 0.0 < select <= 1.0):
             raise InputError(f"select must be a positive number of heads or a share of them up to 1.0; got {select!r}.")
-        self.queries, self.keys = queries, keys
-        self.reduce, self.over_samples = reduce, over_samples
+        self.queries, self.keys = _tokens(queries), _tokens(keys)
+        self.reduce: Reduction = reduce
+        self.over_samples: OverSamples = over_samples
         self.share, self.select = check_share(share), int(select) if whole else float(select)
         if reduce == "sum":
             self.add_sum("chance")
+
+    def config(self) -> dict[str, Any]:
+        """The settings, as values that JSON can hold."""
+        return {**super().config(), "queries": _described(self.queries), "keys": _described(self.keys)}
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
         """The formula for each sample, before the reduction over samples."""
@@ -125,3 +141,20 @@ class AttentionScore(HeadMetric):
         # a NaN passes, so that compute() names its head
         votes = torch.where(scores.isnan(), scores, elected.to(scores.dtype)).split([len(p.layers) for p in pieces])
         return [replace(p, parts={**p.parts, "total": vote}) for p, vote in zip(pieces, votes, strict=True)]
+
+
+def _tokens(selected: Positions) -> TokenMask:
+    """Positions as a key of a view's tables: a name, a region or regions, or a tensor, compared by identity."""
+    check_positions(selected)
+    if isinstance(selected, slice):
+        raise InputError(f"AttentionScore takes no slice, as samples differ in length: give indices; got {selected}.")
+    if not is_token_kind(selected):
+        return torch.as_tensor(selected)
+    return cast(TokenMask, selected if isinstance(selected, str | Region) else tuple(selected))
+
+
+def _described(tokens: TokenMask) -> Any:
+    """Tokens as values that JSON can hold, with every position of a mask."""
+    if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
+        return {"mask": tokens.nonzero().tolist(), "shape": [*tokens.shape]}
+    return describe_positions(tokens)

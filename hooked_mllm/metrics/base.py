@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from hooked_mllm.heads import HeadScores, SampleScores
 from hooked_mllm.heads.counting import Share
 from hooked_mllm.measuring.attention_view import AttentionView
 
+Kept = TypeVar("Kept", bound="HeadMetric")
 #: the state with the ids and templates of samples, lines of JSON as bytes
 RECORDS = "records"
 
@@ -288,7 +289,7 @@ class HeadMetric(AttentionMetric):
         missing = (count == 0).nonzero().flatten().tolist()
         return HeadScores(values, name=name, provenance=provenance, counts=count, missing=missing)
 
-    def keep_samples(self) -> "HeadMetric":
+    def keep_samples(self: Kept) -> Kept:
         """Keep the score of every sample, for `sample_scores`; called before the first sample; returns the metric."""
         self._check_constructed()
         if bool(self.count.any()):
@@ -379,7 +380,7 @@ def _even_attention(metric: HeadMetric) -> dict[str, Any]:
     }
 
 
-def _checked(metric: HeadMetric, score: Any, view: AttentionView) -> Tensor:
+def _checked(metric: HeadMetric, score: object, view: AttentionView) -> Tensor:
     expected = {"layer": len(view.layers), "batch": view.batch, "head": view.n_heads}
     if not isinstance(score, Tensor):
         raise InputError(f"{metric!r}: score() must return a tensor [layer batch head]; got {type(score).__name__}.")

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hooked_mllm.attention.row_statistics import coverage_by_rank, first_rank
 from hooked_mllm.checks import checked
+from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.errors import HeadError, InputError
-from hooked_mllm.heads import HeadScores, HeadsLike
+from hooked_mllm.heads import HeadScores, HeadSet, HeadsLike, head_names, parse_heads
 from hooked_mllm.heads.counting import Count, Share, resolve_count
-from hooked_mllm.heads.parsing import parse_head_set
+from hooked_mllm.heads.parsing import Pairs
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.metrics.base import AttentionMetric, Piece, check_share
 from hooked_mllm.storage import read_json, restoring, write_json
@@ -75,6 +76,11 @@ class CoverageCurve:
                 raise ValueError("its fields are not those of a coverage curve")
             return cls(**{name: content[name] for name in names})
 
+    def _repr_html_(self) -> str:
+        points = [(k, f"{coverage:.3f}") for k, coverage in zip(self.ks, self.coverage, strict=True)]
+        title = f"CoverageCurve: {self.n_samples} samples, share {self.share:g}"
+        return html_block(title, html_table(points, ("heads", "coverage"), align=">>"))
+
 
 @checked
 class KeyTokenCoverage(AttentionMetric):
@@ -89,7 +95,8 @@ class KeyTokenCoverage(AttentionMetric):
     In [0, 1], averaged over samples.
 
     Args:
-        ranking: Head scores, a `HeadSet` in the order of a ranking, or a boolean mask `[layer head]`; not empty.
+        ranking: Head scores, or heads in the order of a ranking: a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask
+            `[layer head]`, or a list of these; not empty.
         ks: Numbers of heads (int), at most the length of the ranking, or shares of it (float); by default, 1 to that
             length.
         share: Share of the sequence that counts as most attended, above 0 and at most 1.
@@ -117,7 +124,7 @@ class KeyTokenCoverage(AttentionMetric):
     ) -> None:
         super().__init__()
         scored = isinstance(ranking, HeadScores)
-        self.ranking = ranking.ranking if scored else parse_head_set(ranking, "A coverage curve")
+        self.ranking: HeadSet | Pairs = ranking.ranking if scored else parse_heads(ranking)
         n = len(self.ranking)
         if not n:
             raise HeadError("The ranking is empty: there is no head whose coverage could be measured.")
@@ -125,9 +132,7 @@ class KeyTokenCoverage(AttentionMetric):
         if not self.ks:
             raise HeadError(f"Expected one or more k from 0 to {n}, the length of the ranking; got none.")
         self.share, self.queries = check_share(share), queries
-        self._ranks = torch.full(self.ranking.shape, n, dtype=torch.int32)
-        for rank, head in enumerate(self.ranking):
-            self._ranks[head] = rank
+        self._ranks = torch.zeros(0, 0, dtype=torch.int32)  # [layer head], once the model is known
         # state [k]: the sum over samples of the coverage of the top k heads, k from 0
         self.add_state("covered", torch.zeros(n + 1, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
@@ -158,14 +163,18 @@ class KeyTokenCoverage(AttentionMetric):
 
     def config(self) -> dict[str, Any]:
         """The settings, the ranking as text."""
-        return {**super().config(), "ranking": str(self.ranking)}
+        return {**super().config(), "ranking": ", ".join(head_names(self.ranking))}
 
     def __repr__(self) -> str:
         return f"KeyTokenCoverage({self.ranking!r}, share={self.share!r}, queries={self.queries!r})"
 
     def _allocate(self, n_layers: int, n_heads: int) -> None:
-        if self.ranking.shape != (n_layers, n_heads):
-            raise HeadError(
-                f"The ranking is of a model of {self.ranking.n_layers} x {self.ranking.n_heads} (layers x heads), "
-                f"the model at hand has {n_layers} x {n_heads}."
-            )
+        shape = (n_layers, n_heads)
+        if tuple(self._ranks.shape) == shape:
+            return
+        heads = parse_heads(self.ranking, shape, whose="the model at hand")
+        if int(self.count):
+            raise HeadError(f"{self!r} has samples of another model: use a metric object of its own for every model.")
+        self._ranks = torch.full(shape, len(heads), dtype=torch.int32)
+        for rank, head in enumerate(heads):
+            self._ranks[head] = rank

@@ -3,22 +3,24 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, overload
 
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from hooked_mllm.contracts import Model
 from hooked_mllm.hooks.point import Direction, Handle, HookFunction, HookPoint
 from hooked_mllm.hooks.registry import HookList, HookRegistry, NameFilter
-from hooked_mllm.inputs.resolve import ModelInput
+from hooked_mllm.inputs.resolve import RunInput
 from hooked_mllm.interventions.base import intervening
+from hooked_mllm.interventions.records import Records
 
 
 class HookMethods:
     """Adding, running with, listing and removing hooks."""
 
     registry: HookRegistry
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Any]
 
     # IPython evaluates no property when it completes `model.hook_dict[`; a type checker accepts no cached_property here
     hook_dict: dict[str, HookPoint] = cast(Any, cached_property(lambda self: self.registry.hook_dict))
@@ -118,7 +120,7 @@ class HookMethods:
         """
         return self.registry.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
-    def intervene(self, *interventions: Any) -> AbstractContextManager[list[dict[str, Any]]]:
+    def intervene(self, *interventions: Any) -> AbstractContextManager[Records]:
         """Intervene in the body of a `with`: in forward passes, and in every step of `generate`.
 
         At its end, also after an error or an interrupt, exactly these interventions are removed.
@@ -143,20 +145,41 @@ class HookMethods:
         """
         return intervening(cast(Model, self), interventions)
 
+    @overload
+    def run_with_hooks(
+        self, inputs: RunInput, *, return_type: Literal["logits", "loss"] = "logits", **options: Any
+    ) -> Tensor: ...
+
+    @overload
+    def run_with_hooks(
+        self, inputs: RunInput, *, return_type: Literal["both"], **options: Any
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def run_with_hooks(self, inputs: RunInput, *, return_type: Literal["output"], **options: Any) -> ModelOutput: ...
+
+    @overload
+    def run_with_hooks(self, inputs: RunInput, *, return_type: None, stop_at_layer: int, **options: Any) -> Tensor: ...
+
+    @overload
+    def run_with_hooks(
+        self, inputs: RunInput, *, return_type: None, stop_at_layer: None = None, **options: Any
+    ) -> None: ...
+
     def run_with_hooks(
         self,
-        inputs: ModelInput,
+        inputs: RunInput,
         *,
         fwd_hooks: HookList = (),
         bwd_hooks: HookList = (),
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
         **forward: Any,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor] | ModelOutput | None:
         """One forward pass with these hooks; a later `backward` of this pass calls those on gradients.
 
         Args:
-            inputs: A sample, a batch, or a mapping of model inputs.
+            inputs: As for `forward`.
             fwd_hooks: As for `hooks`.
             bwd_hooks: As for `hooks`; they belong to the graph of this pass, and act after their removal.
             reset_hooks_end: As for `hooks`.

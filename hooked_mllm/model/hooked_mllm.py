@@ -17,7 +17,7 @@ from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer
-from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput, resolve_input
+from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput, RunInput, resolve_input
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.measure import measure
@@ -279,7 +279,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         preparer: Any = self._preparer
         return preparer(question, images, videos, **options)
 
-    def resolve(self, inputs: ModelInput) -> ResolvedInput:
+    def resolve(self, inputs: RunInput) -> ResolvedInput:
         """Check model inputs of any accepted kind and move them to the model's device."""
         return resolve_input(inputs, self.family, self.hf_model.config, self.device)
 

@@ -15,7 +15,7 @@ from hooked_mllm.contracts import Model, ReturnType
 from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.families.base import Family
 from hooked_mllm.hooks.registry import HookRegistry, NameFilter
-from hooked_mllm.inputs.resolve import ModelInput, ResolvedInput
+from hooked_mllm.inputs.resolve import ResolvedInput, RunInput
 from hooked_mllm.model.run_checks import check_arguments, check_generation, check_half, checking_half, labels_of
 from hooked_mllm.model.running import following_steps, running
 from hooked_mllm.wiring.compiled import UNCOMPILED
@@ -31,12 +31,12 @@ class RunMethods:
     hf_model: Any
     family: Family
     registry: HookRegistry
-    resolve: Callable[[ModelInput], ResolvedInput]
+    resolve: Callable[[RunInput], ResolvedInput]
 
     @overload
     def forward(
         self,
-        inputs: ModelInput | None = None,
+        inputs: RunInput | None = None,
         *,
         return_type: Literal["logits", "loss"] = "logits",
         stop_at_layer: int | None = None,
@@ -45,27 +45,27 @@ class RunMethods:
 
     @overload
     def forward(
-        self, inputs: ModelInput | None = None, *, return_type: Literal["both"], **kwargs: Any
+        self, inputs: RunInput | None = None, *, return_type: Literal["both"], **kwargs: Any
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
     def forward(
-        self, inputs: ModelInput | None = None, *, return_type: Literal["output"], **kwargs: Any
+        self, inputs: RunInput | None = None, *, return_type: Literal["output"], **kwargs: Any
     ) -> ModelOutput: ...
 
     @overload
     def forward(
-        self, inputs: ModelInput | None = None, *, return_type: None, stop_at_layer: int, **kwargs: Any
+        self, inputs: RunInput | None = None, *, return_type: None, stop_at_layer: int, **kwargs: Any
     ) -> Tensor: ...
 
     @overload
     def forward(
-        self, inputs: ModelInput | None = None, *, return_type: None, stop_at_layer: None = None, **kwargs: Any
+        self, inputs: RunInput | None = None, *, return_type: None, stop_at_layer: None = None, **kwargs: Any
     ) -> None: ...
 
     def forward(
         self,
-        inputs: ModelInput | None = None,
+        inputs: RunInput | None = None,
         *,
         return_type: ReturnType | None = "logits",
         stop_at_layer: int | None = None,
@@ -75,7 +75,8 @@ class RunMethods:
         """One forward pass.
 
         Args:
-            inputs: A sample, a batch, or a mapping of model inputs; or none, with the model inputs as keywords.
+            inputs: A sample, a batch, a list of samples (then a batch padded on the left), or a mapping of model
+                inputs; or none, with the model inputs as keywords.
             return_type: "logits" `[batch pos vocab]`; "loss" (mean negative log-likelihood of the answer's tokens, or
                 of `labels`); "both"; "output" for transformers' own output; None to compute no logits.
             stop_at_layer: Return the residual stream `[batch pos d_model]` entering this block and run no further
@@ -155,20 +156,21 @@ class RunMethods:
 
     @overload
     def generate(
-        self, inputs: ModelInput | None = None, *, return_dict_in_generate: Literal[True], **kwargs: Any
+        self, inputs: RunInput | None = None, *, return_dict_in_generate: Literal[True], **kwargs: Any
     ) -> ModelOutput: ...
 
     @overload
     def generate(
-        self, inputs: ModelInput | None = None, *, return_dict_in_generate: Literal[False] = False, **kwargs: Any
+        self, inputs: RunInput | None = None, *, return_dict_in_generate: Literal[False] = False, **kwargs: Any
     ) -> Tensor: ...
 
     @torch.no_grad()
-    def generate(self, inputs: ModelInput | None = None, **kwargs: Any) -> Tensor | ModelOutput:
+    def generate(self, inputs: RunInput | None = None, **kwargs: Any) -> Tensor | ModelOutput:
         """Generate; hooks fire in the prefill (`hook.step == 0`) and in every decoding step (`hook.step == n`).
 
         Args:
-            inputs: A sample, a batch padded on the left, or a mapping of model inputs; or none, with these as keywords.
+            inputs: A sample, a batch padded on the left, a list of samples, or a mapping of model inputs; or none, with
+                these as keywords.
             **kwargs: For transformers' `generate`, such as `max_new_tokens=20, do_sample=False`.
 
         Returns:
@@ -196,7 +198,7 @@ class RunMethods:
     @overload
     def run_with_cache(
         self,
-        inputs: ModelInput,
+        inputs: RunInput,
         names_filter: NameFilter = None,
         *,
         return_logits: Literal[True] = True,
@@ -207,22 +209,22 @@ class RunMethods:
 
     @overload
     def run_with_cache(
-        self, inputs: ModelInput, names_filter: NameFilter = None, *, return_logits: Literal[False], **options: Any
+        self, inputs: RunInput, names_filter: NameFilter = None, *, return_logits: Literal[False], **options: Any
     ) -> tuple[Tensor | None, ActivationCache]: ...
 
     @overload
     def run_with_cache(
-        self, inputs: ModelInput, names_filter: NameFilter = None, *, generate: Mapping[str, Any], **options: Any
+        self, inputs: RunInput, names_filter: NameFilter = None, *, generate: Mapping[str, Any], **options: Any
     ) -> tuple[Tensor, GenerationCache]: ...
 
     @overload
     def run_with_cache(
-        self, inputs: ModelInput, names_filter: NameFilter = None, *, return_cache_object: bool, **options: Any
+        self, inputs: RunInput, names_filter: NameFilter = None, *, return_cache_object: bool, **options: Any
     ) -> tuple[Any, Any]: ...
 
     def run_with_cache(
         self,
-        inputs: ModelInput,
+        inputs: RunInput,
         names_filter: NameFilter = None,
         *,
         device: torch.device | str | None = None,
@@ -247,7 +249,7 @@ class RunMethods:
         are recomputed in float32 when they are read, and the model keeps its fast attention.
 
         Args:
-            inputs: A sample, a batch, or a mapping of model inputs.
+            inputs: A sample, a batch, a list of samples, or a mapping of model inputs.
             names_filter: None for all, a name, a glob, a regular expression, a predicate on names, or a list of these.
             device: Where cached tensors are moved, such as "cpu".
             incl_bwd: Also cache gradients under `<name>_grad`: True for those of the loss, or a function from logits to
@@ -282,6 +284,11 @@ class RunMethods:
             >>> cache["pattern", 2].shape[2] == int(sample.mask("question").sum())
             True
         """
+        if "return_type" in forward:
+            raise HookValueError(
+                "run_with_cache returns logits, and takes no return_type: use return_logits=False for none, "
+                "incl_bwd=True for the loss, or model.hooks around model(inputs, return_type=...)."
+            )
         request = CacheRequest(
             names_filter=names_filter,
             device=device,

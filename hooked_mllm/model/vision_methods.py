@@ -10,8 +10,8 @@ from torch import Tensor
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.base import Family
 from hooked_mllm.families.vision_layout import VisionLayout
-from hooked_mllm.inputs.resolve import ModelInput
-from hooked_mllm.inputs.sample import Sample, SampleBatch
+from hooked_mllm.inputs.resolve import RunInput, as_run_input, prepared_samples
+from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.layout import Region, TokenLayout
 
 
@@ -23,7 +23,7 @@ class VisionMethods:
 
     def vision_positions(
         self,
-        inputs: ModelInput,
+        inputs: RunInput,
         region: Region | str | Sequence[Any] | None = None,
         *,
         image: int | None = None,
@@ -40,7 +40,8 @@ class VisionMethods:
         After the first block, attention has mixed in information of other patches of the tile or frame.
 
         Args:
-            inputs: A sample, or a batch; made by `prepare`, since the sizes of the originals are needed.
+            inputs: A sample, a batch, or a list of samples; made by `prepare`, since the sizes of the originals are
+                needed.
             region: A region or several, in pixels of the original; "target" for the sample's own; None for all that
                 sees a picture. For a batch "target", None, or a list with one of these for each sample.
             image: Only in this image, and where the region itself names no image.
@@ -63,9 +64,9 @@ class VisionMethods:
             (torch.Size([1, 144]), 4)
         """
         where = {"image": image, "video": video, "view": view, "tile": tile, "min_overlap": min_overlap}
-        samples = _samples(inputs)
+        samples = prepared_samples(as_run_input(inputs))
         regions: Sequence[Any] = [region] * len(samples)
-        if isinstance(inputs, SampleBatch) and region is not None and not isinstance(region, str):
+        if not isinstance(inputs, Sample) and region is not None and not isinstance(region, str):
             regions = region if isinstance(region, Sequence) else ()
             if len(regions) != len(samples):
                 count = f"{len(regions)} regions" if isinstance(region, Sequence) else type(region).__name__
@@ -82,7 +83,7 @@ class VisionMethods:
             raise LayoutError("No sample of this batch has an image or a video: the vision tower does not run.")
         return torch.cat(masks, dim=1 if self.family.vision.packed else 0).to(samples[0].device)
 
-    def vision_layout(self, sample: ModelInput) -> TokenLayout:
+    def vision_layout(self, sample: Sample) -> TokenLayout:
         """What every position of the vision tower sees, row after row: its regions, and painting as of tokens.
 
         Args:
@@ -97,8 +98,6 @@ class VisionMethods:
             >>> model.vision_layout(sample).to_image(norms).shape
             (96, 96)
         """
-        if not isinstance(sample, Sample):
-            raise InputError(f"Expected one Sample; got {type(sample).__name__}.")
         self._check_calls([sample])
         return VisionLayout.of(self.family, self.hf_model.config, sample.layout).layout
 
@@ -109,17 +108,6 @@ class VisionMethods:
                 "These inputs have images and videos, for each of which the model calls its vision tower, so that no "
                 "one mask fits both calls. Prepare images and videos apart."
             )
-
-
-def _samples(inputs: object) -> list[Sample]:
-    if isinstance(inputs, Sample):
-        return [inputs]
-    if isinstance(inputs, SampleBatch):
-        return list(inputs)
-    raise InputError(
-        f"Expected a Sample or a SampleBatch, which have the sizes of their pictures; got {type(inputs).__name__}. "
-        "`model.prepare(question, images=...)` makes one."
-    )
 
 
 def _region(sample: Sample, region: Any) -> Any:

@@ -1,6 +1,8 @@
 """Keys of a cache: each form gives one hook name, and other keys are errors."""
 
+import numpy as np
 import pytest
+import torch
 
 from helpers.cache_witness import hooked, sample
 from hooked_mllm.cache.keys import full_name
@@ -128,3 +130,12 @@ def test_a_name_that_is_not_held_is_an_error_with_the_name_and_the_nearest(famil
     _, cache = hooked(family).run_with_cache(sample(family), "blocks.1.attn.hook_z")
     with pytest.raises(KeyError, match=r"blocks\.0\.attn\.hook_z.*key \('z', 0\).*blocks\.1\.attn\.hook_z"):
         cache["z", 0]
+
+
+def test_layers_as_integers_of_numpy_and_torch():
+    for layer in (np.int64(2), np.uint8(2), torch.tensor(2)):
+        assert full_name(("pattern", layer), {"text": 6}) == "blocks.2.attn.hook_pattern"
+    assert full_name(("vision", "z", np.int64(-1)), {"vision": 3}) == "vision.blocks.2.attn.hook_z"
+    for layer in (2.0, True, np.float32(2)):
+        with pytest.raises(HookNameError):
+            full_name(("pattern", layer), {"text": 6})

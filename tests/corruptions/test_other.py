@@ -81,7 +81,7 @@ def test_one_candidate_replaces_all_pictures():
         np.testing.assert_array_equal(np.asarray(got), np.asarray(due))
     with pytest.raises(InputError, match="None of the 2 candidates can replace .* 2 images and 0 videos: a candidate"):
         OtherImage([others[0], others[1]])(model, sample)
-    with pytest.raises(InputError, match="None of the 1 candidates.*other than the sample's own"):
+    with pytest.raises(InputError, match="None of the 1 candidates.*other pictures than the sample's own"):
         OtherImage(sample)(model, sample)
 
 
@@ -126,7 +126,7 @@ def test_pairs_are_samples_of_corresponding_positions():
     one, other = sample_of("qwen3_vl"), sample_of("qwen3_vl", seed=1)
     check_pair(one, other)
     check_pair(SampleBatch.collate([one, other]), SampleBatch.collate([other, one]))
-    with pytest.raises(InputError, match="as many corrupted samples as clean ones, 2; got 1"):
+    with pytest.raises(InputError, match="Expected 2 corrupted samples, one for each clean one; got 1"):
         check_pair(SampleBatch.collate([one, other]), SampleBatch.collate([one]))
     with pytest.raises(InputError, match="two Samples or two SampleBatches; got Sample and dict"):
         check_pair(one, other.inputs)

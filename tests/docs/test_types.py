@@ -1,5 +1,6 @@
 """Pyright strict on the code of the tutorials and on own metrics, and the types of results that it reveals."""
 
+import ast
 import json
 import os
 import re
@@ -24,6 +25,12 @@ REVEALED = {
     "MeanRegion()(model, sample)": "Sample",
     "model(sample)": "Tensor",
     'model(sample, return_type="both")': "tuple[Tensor, Tensor]",
+    "model([sample, sample])": "Tensor",
+    "model.run_with_hooks(sample)": "Tensor",
+    'model.run_with_hooks(sample, return_type="both")': "tuple[Tensor, Tensor]",
+    "model.run_with_hooks(sample, return_type=None)": "None",
+    "model.intervene().__enter__()": "Records",
+    "RetrievalAttentionMass().keep_samples()": "RetrievalAttentionMass",
     "model.generate(sample, max_new_tokens=1)": "Tensor",
     "model.run_with_cache(sample)": "tuple[Tensor, ActivationCache]",
     'model.run_with_cache(sample, "*hook_z")': "tuple[Tensor, ActivationCache]",
@@ -51,6 +58,23 @@ def f(model: HookedMLLM, sample: Sample, cache: ActivationCache, steps: Generati
 """
 
 
+#: calls with a value that is not among the choices, or of another type
+WRONG = (
+    "HeadAblation('L2H4', mode='zeros', phase='both')",
+    "HeadAblation('L2H4', mode='zero', phase='all')",
+    "AttentionScore(reduce='max')",
+    "AttentionScore(over_samples='sum')",
+    "model.vision_layout(batch)",
+)
+WRONG_HEADER = """
+from hooked_mllm import HeadAblation, HookedMLLM, SampleBatch
+from hooked_mllm.metrics import AttentionScore
+
+def f(model: HookedMLLM, batch: SampleBatch) -> None:
+"""
+WRONG_START = WRONG_HEADER.count("\n") + 1
+
+
 def code_of(book):
     """The code cells of a notebook as one module."""
     cells = json.loads(book.read_text(encoding="utf-8"))["cells"]
@@ -74,7 +98,8 @@ def diagnostics(tmp_path_factory):
     """What pyright reports, by file: pairs of a line and a message."""
     folder = tmp_path_factory.mktemp("strict")
     revealed = HEADER + "".join(f"    reveal_type({expression})\n" for expression in REVEALED)
-    for name, code in {**CHECKED, "revealed": revealed}.items():
+    wrong = WRONG_HEADER + "".join(f"    {call}\n" for call in WRONG)
+    for name, code in {**CHECKED, "revealed": revealed, "wrong": wrong}.items():
         (folder / f"page_{name}.py").write_text(code, encoding="utf-8")
     settings = {
         "include": ["."],
@@ -88,8 +113,8 @@ def diagnostics(tmp_path_factory):
     run = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=quiet, check=False)
     assert run.returncode in (0, 1), run.stdout + run.stderr  # 1: errors in the code
     report = json.loads(run.stdout)
-    assert report["summary"]["filesAnalyzed"] == len(CHECKED) + 1
-    out = {f"page_{name}.py": [] for name in (*CHECKED, "revealed")}
+    assert report["summary"]["filesAnalyzed"] == len(CHECKED) + 2
+    out = {f"page_{name}.py": [] for name in (*CHECKED, "revealed", "wrong")}
     for entry in report["generalDiagnostics"]:
         out[Path(entry["file"]).name].append((entry["range"]["start"]["line"] + 1, entry["message"]))
     return out
@@ -107,6 +132,24 @@ def test_results_have_types(diagnostics):
     messages = [message for _, message in sorted(diagnostics["page_revealed.py"])]
     expected = [f'Type of "{expression}" is "{kind}"' for expression, kind in REVEALED.items()]
     assert messages == expected
+
+
+def test_few_arguments_are_annotated_as_any():
+    annotations = []
+    for path in (ROOT / "hooked_mllm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                a = node.args
+                named = [x for x in a.posonlyargs + a.args + a.kwonlyargs if x.arg not in ("self", "cls")]
+                annotations += [x.annotation for x in (*named, a.vararg, a.kwarg) if x is not None]
+    anything = sum(x is not None and ast.unparse(x) == "Any" for x in annotations)
+    assert len(annotations) > 4000 and anything < 0.04 * len(annotations), f"{anything} of {len(annotations)}"
+
+
+@pytest.mark.slow
+def test_other_choices_are_errors_of_type(diagnostics):
+    lines = {line for line, _ in diagnostics["page_wrong.py"]}
+    assert lines == set(range(WRONG_START, WRONG_START + len(WRONG)))
 
 
 def test_every_tutorial_and_own_metric_is_checked():

@@ -28,6 +28,18 @@ def test_algebra_is_that_of_sets_in_the_order_of_the_left_operand(a, b):
     assert left.difference(right) & right == HeadSet(**SHAPE)
 
 
+@pytest.mark.parametrize("other", ["L2H3", (2, 3), [2, 3], [(2, 3)], {2: [3]}, HeadSet([(2, 3)], **SHAPE).to_mask()])
+def test_algebra_with_heads_in_every_form(other):
+    heads = HeadSet([(0, 1), (2, 3)], **SHAPE)
+    assert list(heads | other) == list(heads.union(other)) == [(0, 1), (2, 3)]
+    assert list(HeadSet([(0, 1)], **SHAPE) | other) == [(0, 1), (2, 3)]
+    assert list(heads - other) == list(heads.difference(other)) == [(0, 1)]
+    assert list(heads & other) == list(heads.intersection(other)) == [(2, 3)]
+    for wrong in ("L5H0", HeadSet([(2, 3)], n_layers=6, n_heads=4), 3.5):
+        with pytest.raises(HeadError):
+            heads | wrong
+
+
 @given(pairs)
 def test_text_and_mask_hold_the_same_heads(a):
     heads = HeadSet(a, **SHAPE)

@@ -7,7 +7,6 @@ import torch
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads import HeadScores, HeadSet, heads_in_layer, pairwise_overlap, parse_heads
 from hooked_mllm.heads.head_scores import check_scores
-from hooked_mllm.heads.parsing import parse_head_set
 from hooked_mllm.metrics import AblationCurve, KeyTokenCoverage, stability
 from hooked_mllm.metrics.causal import random_control
 
@@ -40,13 +39,6 @@ def test_errors_state_whose_shape_and_what_to_do():
             parse_heads(heads, (2, 2), whose="the vision tower")
     with pytest.raises(HeadError, match=r"this model has 2 x 2\. Rank them anew\."):
         parse_heads(SET, (2, 2), hint="Rank them anew.")
-
-
-def test_heads_that_must_state_their_shape():
-    assert parse_head_set(SET, "A ranking") is SET
-    assert parse_head_set(SET.to_mask().tolist(), "A ranking") == SET
-    with pytest.raises(HeadError, match=r"A ranking needs heads that state the shape .*scores\.top.*got L0H0, L1H1"):
-        parse_head_set("L0H0, L1H1", "A ranking")
 
 
 @pytest.mark.parametrize(
@@ -174,8 +166,8 @@ def test_a_set_is_made_of_heads_in_every_form():
         HeadSet.from_mask(np.array([[0, 1, 1], [0, 1, 0]]))
 
 
-def test_a_coverage_curve_takes_a_ranking_in_every_form_with_a_shape():
+def test_a_coverage_curve_takes_a_ranking_in_every_form():
     assert KeyTokenCoverage(SET).ranking is SET
     assert KeyTokenCoverage(SET.to_mask().numpy()).ranking == SET
-    with pytest.raises(HeadError, match="A coverage curve needs heads that state the shape"):
-        KeyTokenCoverage("L0H1, L2H3")
+    assert KeyTokenCoverage("L2H3, L0H1").ranking == ((2, 3), (0, 1))
+    assert KeyTokenCoverage("L2H3, L0H1").config()["ranking"] == "L2H3, L0H1"

@@ -81,3 +81,9 @@ def test_values_of_another_shape(shape):
 
 def test_text(scores):
     assert repr(scores) == "SampleScores(RAM, 7 samples of 3 x 4 layers x heads)"
+
+
+def test_the_table_of_a_notebook_shows_the_mean_and_escapes_the_name():
+    html = SampleScores([[[0.25, -0.5]], [[0.75, -0.5]]], name="<b>")._repr_html_()
+    assert "&lt;b&gt;, 2 samples of 1 layers x 2 heads" in html and "<b>" not in html
+    assert ">0.50</td>" in html and ">-0.50</td>" in html

@@ -10,7 +10,16 @@ from hooked_mllm import HookedMLLM
 from hooked_mllm.cache.keys import full_name
 from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.hooks import table
-from hooked_mllm.hooks.table import PointSpec, is_quadratic, spec_of, specs, split_name
+from hooked_mllm.hooks.table import (
+    KEY_VALUE_SITES,
+    QUERY_SITES,
+    STREAM_SITES,
+    PointSpec,
+    is_quadratic,
+    spec_of,
+    specs,
+    split_name,
+)
 
 #: what attention takes, by a name that is not in the table
 ENTRY = PointSpec("attn.hook_taken", "batch pos d_model", "input of attention", part="ln1", aliases=("attn_taken",))
@@ -149,3 +158,8 @@ def test_an_entry_for_a_part_that_a_family_does_not_name_gives_no_point(monkeypa
     monkeypatch.setattr(table, "HOOK_POINTS", (*table.HOOK_POINTS, entry))
     names = HookedMLLM.from_model(fresh("internvl"), check=False).hook_dict
     assert "blocks.0.hook_other" in names and "vision.blocks.0.hook_other" not in names
+
+
+def test_sites_of_patches_and_steering_are_those_of_the_table():
+    assert set(QUERY_SITES) == {"q", "rot_q", "pattern", "z"} and set(KEY_VALUE_SITES) == {"k", "v", "rot_k"}
+    assert STREAM_SITES == ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")

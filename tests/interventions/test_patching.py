@@ -56,6 +56,25 @@ def recorded(family, inputs, path, side, change=None):
     return seen[0], logits
 
 
+@pytest.mark.parametrize("site", ["z", "v"])
+def test_heads_with_their_layer_are_those_of_numbers_in_that_layer(site):
+    cache, inputs, _ = clean_and_other("qwen3_vl")
+    model = wrapped("qwen3_vl")
+    with model.intervene(ActivationPatch(site, cache, layers=1, heads=[1])):
+        expected = model(inputs)
+    for heads in ("L1H1", [(1, 1)], {1: 1}):
+        with model.intervene(ActivationPatch(site, cache, heads=heads)) as records:
+            assert torch.equal(model(inputs), expected)
+        assert (records[0]["layers"], records[0]["heads"]) == ([1], ["L1H1"])
+    with model.intervene(ActivationPatch(f"blocks.1.attn.hook_{site}", cache, heads="L1H1")):
+        assert torch.equal(model(inputs), expected)
+    with pytest.raises(HookValueError, match="L1H1 have a layer: leave layers out"):
+        ActivationPatch(site, cache, layers=1, heads="L1H1")
+    for hook, heads in ((f"blocks.0.attn.hook_{site}", "L1H1"), (site, "L1H99"), (site, "L9H1")):
+        with pytest.raises((HeadError, HookNameError)), model.intervene(ActivationPatch(hook, cache, heads=heads)):
+            model(inputs)
+
+
 @pytest.mark.parametrize("site", MODULES)
 @torch.no_grad()
 def test_a_patch_at_named_positions_equals_a_torch_hook_that_does_it(family, site):

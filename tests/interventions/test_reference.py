@@ -80,3 +80,11 @@ def test_tokens_are_kept_in_the_order_of_the_heads(family):
     reference = HeadAblation.reference(wrapped(family), s, [(2, 3), (2, 0)], keep_tokens=True)
     torch.testing.assert_close(reference.tokens[2], kept[0][0][:, [0, 3]])  # [token head d_head]
     assert reference.mean[:2].isnan().all() and reference.mean[2, 1].isnan().all()
+
+
+def test_the_table_of_a_notebook_states_the_origin_escaped():
+    heads = HeadSet(["L0H1"], n_layers=1, n_heads=2)
+    reference = HeadReference(torch.zeros(1, 2, 4), heads, n_tokens=12, n_samples=3, ids=("<i>", "b", None))
+    html = reference._repr_html_()
+    assert "HeadReference: 1 heads" in html and "<td>L0H1</td>" in html and "<td>12</td>" in html
+    assert "&lt;i&gt;" in html and "<i>" not in html

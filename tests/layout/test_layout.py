@@ -94,3 +94,11 @@ def test_a_hundred_thousand_tokens_are_no_matter():
     found.to_image(torch.zeros(len(found)), video=0, frame=7)
     repr(found.padded(left=100))
     assert len(found) > 100_000 and time.perf_counter() - start < 10
+
+
+def test_a_region_is_a_mask_as_its_tokens_are():
+    two = layout(image(40, 40, 2, 2), image(40, 40, 2, 2, index=1))
+    for region in (Box(1, 1, 2, 2), [Box(1, 1, 2, 2), Box(0, 0, 1, 1, image=1)]):
+        assert torch.equal(two.mask(region), two.target(region)) and two.mask(region).any()
+    with pytest.raises(LayoutError, match="no image 2"):
+        two.mask(Box(1, 1, 2, 2, image=2))

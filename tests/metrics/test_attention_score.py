@@ -1,12 +1,17 @@
 """The formula of attention scores in NumPy, and the score of chance."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from helpers.attention_reference import random_layers
 from helpers.metric_witness import LENGTHS, SinkMass, each_metric, per_sample
-from hooked_mllm.errors import InputError
+from helpers.tiny import tiny_image
+from helpers.wrapped import wrapped
+from hooked_mllm import Box
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.heads import HeadScores
 from hooked_mllm.metrics import AttentionScore, KeyTokenRatio, RetrievalAttentionMass, VisionMass
 from hooked_mllm.metrics.base import Piece
@@ -63,3 +68,27 @@ def test_votes_for_equal_heads_do_not_depend_on_rounding():
 def test_votes_that_select_nothing(select):
     with pytest.raises(InputError, match="select must be a positive number of heads or a share"):
         AttentionScore(over_samples="frequency", select=select)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "argmax", "topk"])
+def test_tokens_come_in_every_form_of_positions(reduce):
+    model = wrapped("qwen3_vl")
+    sample = model.prepare("Where is it?", images=tiny_image(), target=Box(0, 0, 9, 9))
+    question, target = sample.layout.question, sample.mask("target")[0]
+    expected = model.measure(sample, AttentionScore(reduce=reduce), progress=False).values
+    for queries in (question, question[None], question.numpy(), question.nonzero()[:, 0].tolist()):
+        for keys in (Box(0, 0, 9, 9), [Box(0, 0, 9, 9)], target, target.tolist()):
+            metric = AttentionScore(queries=queries, keys=keys, reduce=reduce)
+            assert torch.equal(model.measure(sample, metric, progress=False).values, expected)
+            assert json.loads(json.dumps(metric.config())) == metric.config()
+    last = model.measure(sample, AttentionScore(queries="last", reduce=reduce), progress=False).values
+    assert torch.equal(model.measure(sample, AttentionScore(queries=-1, reduce=reduce), progress=False).values, last)
+
+
+def test_tokens_that_are_no_positions():
+    for tokens, error in ((slice(0, 3), InputError), (torch.tensor([0.5]), LayoutError)):
+        with pytest.raises(error):
+            AttentionScore(keys=tokens)
+    one, other = torch.tensor([True, False]), torch.tensor([False, True])
+    with pytest.raises(ValueError, match="same settings"):
+        AttentionScore(keys=one).merge_state(AttentionScore(keys=other))

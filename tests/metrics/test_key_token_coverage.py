@@ -129,3 +129,23 @@ def test_misuse_is_rejected():
     with pytest.raises(InputError, match="seen no sample"):
         metric.compute()
     assert repr(metric) == "KeyTokenCoverage(HeadSet(1 of 3 x 4: L0H1), share=0.05, queries='question')"
+
+
+def test_the_table_of_a_notebook_has_every_k():
+    html = CoverageCurve(ks=[1, 2], coverage=[0.25, 0.5], n_samples=4, share=0.05)._repr_html_()
+    assert "CoverageCurve: 4 samples, share 0.05" in html
+    assert html.count("<tr>") == 3 and "0.250" in html and "0.500" in html
+
+
+def test_heads_as_text_are_measured_as_the_set_of_them():
+    layers = random_layers()
+    ranking = ranking_of(layers)
+    shape = {"n_layers": ranking.n_layers, "n_heads": ranking.n_heads}
+    curves = []
+    for heads in ("L1H2, L0H0, L2H1", HeadSet.parse("L1H2, L0H0, L2H1", **shape)):
+        metric = KeyTokenCoverage(heads, share=0.2)
+        metric.update(view=layers.view())
+        curves.append(metric.compute().coverage)
+    assert curves[0] == curves[1]
+    with pytest.raises(HeadError, match="Head 9 of L0H9"):
+        KeyTokenCoverage("L0H9").update(view=layers.view())

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from helpers.tiny import ALL_FAMILIES
+from helpers.tiny import ALL_FAMILIES, tiny_image
 from helpers.wrapped import LAYERS, model_inputs, plain, wrapped
-from hooked_mllm.errors import HookNameError, InputError
+from hooked_mllm import SampleBatch
+from hooked_mllm.errors import HookNameError, HookValueError, InputError
 
 INPUTS = {
     "an image": {},
@@ -44,6 +45,34 @@ def test_bit_identical_in_other_dtypes(family, attn, dtype):
     assert torch.isfinite(expected).all()
     assert torch.equal(model(inputs), expected)
     assert torch.equal(model.run_with_cache(inputs)[0], expected)
+
+
+@torch.no_grad()
+def test_a_list_of_samples_runs_as_a_batch_padded_on_the_left(family):
+    model = wrapped(family)
+    samples = [model.prepare(text, images=tiny_image(seed=i)) for i, text in enumerate(("Which?", "What is this?"))]
+    batch = SampleBatch.collate(samples, "left")
+    expected = plain(family)(**batch.inputs).logits
+    assert torch.equal(model(samples), expected) and torch.equal(model.run_with_cache(samples)[0], expected)
+    assert torch.equal(model.run_with_hooks(tuple(samples)), expected)
+    assert torch.equal(model([samples[0]]), plain(family)(**samples[0].inputs).logits)
+    options = {"max_new_tokens": 2, "do_sample": False}
+    assert torch.equal(model.generate(samples, **options), plain(family).generate(**batch.inputs, **options))
+    for other in ([], [samples[0], batch], ["Which?"], [batch]):
+        with pytest.raises(InputError):
+            model(other)
+
+
+@torch.no_grad()
+def test_return_types_of_runs_with_hooks_and_caches(family):
+    model = wrapped(family)
+    sample = model.prepare("Which?", images=tiny_image(), answer="this")
+    logits, loss = model.run_with_hooks(sample, return_type="both")
+    assert torch.equal(logits, model(sample)) and loss.ndim == 0
+    assert model.run_with_hooks(sample, return_type=None) is None
+    for return_type in ("logits", "loss", None):
+        with pytest.raises(HookValueError, match="run_with_cache returns logits, and takes no return_type"):
+            model.run_with_cache(sample, return_type=return_type)
 
 
 @torch.no_grad()

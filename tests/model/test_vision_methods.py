@@ -25,6 +25,7 @@ def test_a_batch_is_its_samples_one_after_the_other(family):
     batch = model.prepare([QUESTION, "Where?"], images=pictures, target=target)
     joined = torch.cat([model.vision_positions(s, "target") for s in batch], 1 if family == "qwen3_vl" else 0)
     got = model.vision_positions(batch, "target")
+    assert torch.equal(model.vision_positions([*batch], "target"), joined)
     assert torch.equal(got, joined) and torch.equal(model.vision_positions(batch, target), joined)
     _, cache = model.run_with_cache(batch, "vision.blocks.0.hook_resid_pre")
     assert got.shape == cache["vision", "resid_pre", 0].shape[:2]
@@ -124,8 +125,7 @@ def test_errors_state_what_to_do(family):
     sample = model.prepare(QUESTION, images=tiny_image())
     batch = SampleBatch.collate([sample, sample])
     for call, error, message in (
-        (lambda: model.vision_positions(model_inputs(family)), InputError, "a SampleBatch.*got dict.*model.prepare"),
-        (lambda: model.vision_layout(batch), InputError, "Expected one Sample; got SampleBatch"),
+        (lambda: model.vision_positions(model_inputs(family)), InputError, "model.prepare.*got dict"),
         (lambda: model.vision_positions(sample, "target"), InputError, "no target: give `target=`"),
         (
             lambda: model.vision_positions(sample, "visual"),

@@ -70,7 +70,7 @@ class Total:
         like: Heads (a `HeadSet`, "L2H4, L3H1", pairs, a boolean mask), "first", or None.
 
     Raises:
-        InputError: for a number below 0, another word than "first", or an empty set with room for heads.
+        InputError: For a number below 0, another word than "first", or an empty set with room for heads.
 
     Examples:
         >>> budget, taken = Total(6), {0: 1, 1: 0}

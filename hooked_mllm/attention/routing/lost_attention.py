@@ -67,8 +67,8 @@ def lost_attention(
         From 0 to 1, in float32 or wider; exactly 0 if sink and window contain all visible keys, or all is padding.
 
     Raises:
-        InputError: for a setting out of range, or a mask of queries of another shape or without a query.
-        UnsupportedModelError: for a mask that is not causal with padding at the ends.
+        InputError: For a setting out of range, or a mask of queries of another shape or without a query.
+        UnsupportedModelError: For a mask that is not causal with padding at the ends.
 
     Source: last queries against all or pooled keys: arXiv:2407.02490, arXiv:2502.20766; the bound: arXiv:2406.10774.
 

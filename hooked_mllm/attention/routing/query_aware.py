@@ -57,7 +57,7 @@ class QueryAwareHeads:
         window: Their window; set by `HybridAttention`.
 
     Raises:
-        InputError: for settings out of range, or a prior with a negative or missing score.
+        InputError: For settings out of range, or a prior with a negative or missing score.
 
     Source: input-adaptive routing is named as future work in arXiv:2606.05843; estimating from the last queries:
     arXiv:2407.02490, arXiv:2502.20766.
@@ -120,9 +120,9 @@ class QueryAwareHeads:
         """The dense query heads of this layer for this prompt.
 
         Raises:
-            InputError: without a sink and a window, or for a mask of queries of another prompt.
-            NumericsError: if the estimate is not finite.
-            UnsupportedModelError: for a mask that is not causal; in a recomputing backward pass with a total budget.
+            InputError: Without a sink and a window, or for a mask of queries of another prompt.
+            NumericsError: If the estimate is not finite.
+            UnsupportedModelError: For a mask that is not causal; in a recomputing backward pass with a total budget.
         """
         if self.sink is None or self.window is None:
             raise InputError("Give the policy sink= and window=, or use it in HybridAttention, which sets them.")

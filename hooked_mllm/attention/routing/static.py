@@ -6,7 +6,6 @@ from hooked_mllm.attention.masks import MaskRows
 from hooked_mllm.checks import checked
 from hooked_mllm.heads import HeadsLike, head_names, parse_heads
 from hooked_mllm.heads.head_set import heads_by_layer
-from hooked_mllm.heads.parsing import parse_head_set
 from hooked_mllm.kernels.implementations import Keys, Queries
 
 
@@ -41,10 +40,10 @@ class StaticHeads(FixedHeads):
     """The same dense heads for every prompt, as a policy.
 
     Args:
-        heads: The dense heads with the shape of their model: a `HeadSet`, or a boolean mask `[layer head]`.
+        heads: The dense heads: "L2H4", a pair, a `HeadSet`, a boolean mask `[layer head]`, or a list of these.
 
     Raises:
-        HeadError: for other values.
+        HeadError: For other values; when a model runs, for heads that it lacks.
 
     Source: arXiv:2606.05843, algorithm 3.
 
@@ -56,4 +55,4 @@ class StaticHeads(FixedHeads):
 
     @checked
     def __init__(self, heads: HeadsLike) -> None:
-        super().__init__(parse_head_set(heads, "StaticHeads"))
+        super().__init__(heads)

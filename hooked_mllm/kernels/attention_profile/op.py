@@ -48,9 +48,9 @@ def attention_profile(
         implementation: "auto", "triton" or "naive", which is the definition in torch, with all rows in memory.
 
     Raises:
-        InputError: for shapes, dtypes or devices that do not fit, or numbers out of range.
-        HeadError: for a dense head that q does not have.
-        HookValueError: for an unknown implementation, or "triton" where it cannot run.
+        InputError: For shapes, dtypes or devices that do not fit, or numbers out of range.
+        HeadError: For a dense head that q does not have.
+        HookValueError: For an unknown implementation, or "triton" where it cannot run.
 
     Source: arXiv:2606.05843 eq. 22.
 

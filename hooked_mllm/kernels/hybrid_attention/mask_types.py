@@ -36,8 +36,8 @@ def pattern_from_mask_types(
         block: The size of a block, 128 in that library; None if sizes are tokens.
 
     Raises:
-        InputError: for sizes that do not fit, or that differ between streaming heads.
-        HeadError: for heads with a block mask, or types below -1.
+        InputError: For sizes that do not fit, or that differ between streaming heads.
+        HeadError: For heads with a block mask, or types below -1.
 
     Source: arXiv:2410.10819 and the interface of its kernel library, Block Sparse Attention.
 

@@ -78,9 +78,9 @@ def hybrid_attention(
         causal: Must be True: other attention is not supported.
 
     Raises:
-        InputError: for shapes, dtypes or devices that do not fit, numbers out of range, or `causal=False`.
-        HeadError: for a head that q does not have.
-        HookValueError: for an unknown implementation, or "triton" where it cannot run.
+        InputError: For shapes, dtypes or devices that do not fit, numbers out of range, or `causal=False`.
+        HeadError: For a head that q does not have.
+        HookValueError: For an unknown implementation, or "triton" where it cannot run.
 
     Source: arXiv:2606.05843, algorithm 3; streaming heads: arXiv:2309.17453, arXiv:2410.10819.
 

@@ -84,7 +84,8 @@ class AblationEffect(SweptMetric):
         check_choice("phase", phase, ("prefill", "decode", "both"))
         if positions is not None and phase == "decode":
             raise HookValueError("`positions` are those of the prompt, which phase='decode' does not edit.")
-        self.mode, self.positions = mode, positions
+        self.mode: Mode = mode
+        self.positions = positions
         self.phase: Phase = phase
         self.layers = None if layers is None else keep_layers(layers)
         self.reference, self.factor = reference, factor

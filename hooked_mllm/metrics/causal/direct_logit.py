@@ -14,6 +14,7 @@ from hooked_mllm.cache.run import CacheRequest, cached_forward
 from hooked_mllm.checks import checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import Pairs, as_samples_or_pairs
+from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.errors import HeadError, NumericsError
 from hooked_mllm.heads import HeadScores, SampleScores, head_name
 from hooked_mllm.inputs.resolve import ModelInputs, ResolvedInput
@@ -80,6 +81,14 @@ class LogitDecomposition:
             if values.shape != (len(labels), len(total)):
                 raise ValueError("its parts do not fit together")
             return cls(values, labels, total, shape, header["provenance"])
+
+    def _repr_html_(self) -> str:
+        means = self.values.mean(1)  # [component sample] -> [component]
+        largest = means.abs().argsort(descending=True, stable=True)[:10].tolist()
+        cells = [(self.labels[index], f"{float(means[index]):+.3f}") for index in largest]
+        title = f"LogitDecomposition: {len(self.labels)} components, {len(self.total)} samples"
+        note = f"the {len(cells)} largest; the total is {float(self.total.mean()):+.3f}"
+        return html_block(title, html_table(cells, ("component", "logits"), align="<>", named=True), note=note)
 
     def __repr__(self) -> str:
         total = float(self.total.mean())

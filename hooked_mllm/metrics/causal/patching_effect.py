@@ -17,6 +17,7 @@ from hooked_mllm.contracts import Model
 from hooked_mllm.corruptions.pair import Pairs
 from hooked_mllm.errors import HookNameError, HookValueError, InputError
 from hooked_mllm.heads import HeadScores
+from hooked_mllm.hooks.table import KEY_VALUE_SITES, QUERY_SITES, STREAM_SITES
 from hooked_mllm.inputs.positions import Positions, check_positions, describe_positions
 from hooked_mllm.inputs.resolve import ModelInput
 from hooked_mllm.inputs.sample import Sample
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 else:
     HeadSite = StreamSite = Unit = str
 
-#: sites of query heads, of key-value heads, and of the residual stream
-QUERY_SITES, KEY_VALUE_SITES = ("z", "q", "rot_q", "pattern"), ("k", "v", "rot_k")
-STREAM_SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 #: the kinds of token of by="kind", where the samples have them
 KINDS = ("target", "visual", "system", "template", "question", "answer")
 

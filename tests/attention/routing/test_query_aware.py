@@ -69,8 +69,6 @@ def test_bad_settings_are_rejected_when_they_are_made():
             QueryAwareHeads(PerLayer(1), **settings)
     with pytest.raises(InputError, match=r"PerLayer\(heads\)"):
         QueryAwareHeads(3)
-    with pytest.raises(HeadError, match=r"scores\.top"):
-        StaticHeads(["L0H0"])
     with pytest.raises(HeadError):
         QueryAwareHeads(PerLayer(1), prior=HeadScores([[1.0, 2.0]])).validate(3, 4)
     with pytest.raises(InputError, match="HybridAttention"):

@@ -48,11 +48,12 @@ def test_a_head_that_the_model_lacks():
     assert FixedHeads("L5H0").validate(6, 4) is None
 
 
-def test_static_heads_state_the_shape_of_their_model():
+def test_static_heads_come_in_every_form():
     assert StaticHeads(MASK).heads == HEADS
-    for heads in ("L0H0", [(0, 0)], {0: [0]}):
-        with pytest.raises(HeadError, match="StaticHeads"):
-            StaticHeads(heads)
+    for heads in ("L0H0", [(0, 0)], {0: [0]}, (0, 0)):
+        assert StaticHeads(heads).by_layer == {0: (0,)}
+    with pytest.raises(HeadError, match="Layer 3"):
+        StaticHeads("L3H0").validate(3, 4)
 
 
 def test_what_holds_no_heads():

@@ -139,3 +139,12 @@ def test_what_is_rejected():
     found = DirectLogitAttribution(CORRECT, wrong=WRONG).decompose(model, sample("qwen3_vl", 0).inputs, progress=False)
     with pytest.raises(HeadError, match="no component 'L9H9'"):
         found["L9H9"]
+
+
+def test_the_table_of_a_notebook_has_the_largest_components_in_order():
+    values = torch.tensor([[0.1, 0.3], [-2.0, -1.0], [0.5, 0.5]], dtype=torch.float64)
+    parts = LogitDecomposition(values, ("embed", "L0H0", "<b>"), values.sum(0), (1, 1))
+    html = parts._repr_html_()
+    assert "LogitDecomposition: 3 components, 2 samples" in html and "the total is -0.800" in html
+    assert html.index("-1.500") < html.index("+0.500") < html.index("+0.200")
+    assert "&lt;b&gt;" in html and "<b>" not in html
