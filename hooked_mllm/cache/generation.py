@@ -15,7 +15,7 @@ from hooked_mllm.cache.keys import Key, key_completions
 from hooked_mllm.cache.lazy import Entry, LazyPattern, LazyResult, LazyRows, Mapped, value_of
 from hooked_mllm.cache.logit_tools import Logits
 from hooked_mllm.cache.sequence import Span, each_row
-from hooked_mllm.checks import checked
+from hooked_mllm.checks import as_device, checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.display.blocks import html_block
 from hooked_mllm.display.text import human_bytes
@@ -126,7 +126,8 @@ class GenerationCache:
     def to(self, device: torch.device | str) -> "GenerationCache":
         """The same cache with its tensors on another device, what steps share once."""
         known: Mapped = {}
-        return GenerationCache([step._moved(device, known) for step in self.steps])
+        target = as_device(device)
+        return GenerationCache([step._moved(target, known) for step in self.steps])
 
     def sample(self, index: int | slice) -> "GenerationCache":
         """The activations of one sample of a batch, or of some, as `ActivationCache.sample`; of beams, one or some.

@@ -29,8 +29,9 @@ class _WrongType(Exception):
 def checked(target: Target) -> Target:
     """A public function, or a class with its public methods, that checks its arguments against their annotations.
 
-    Numbers of NumPy count as int, float and bool and become these; a bool is no number. An argument of another type is converted where a
-    number, a sequence or an array is annotated and the value is a tensor of one number, an iterable, or nested lists.
+    Numbers of NumPy become int, float and bool where these are annotated; a bool is no number. An argument of another
+    type is converted where a number, a sequence or an array is annotated and
+    the value is a tensor of one number, an iterable, or nested lists.
     Classes are changed in place, and their bases in this package as well.
 
     Examples:
@@ -230,6 +231,25 @@ def _as_annotated(value: Any, members: tuple[Any, ...]) -> Any:
     elif not isinstance(value, Sequence):
         value = list(value)
     return tuple(value) if collection is tuple and isinstance(value, list) else value
+
+
+def _python_numbers(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """NumPy numbers as Python's where int, float or bool is annotated: JSON takes no others."""
+    if not any(type(value).__module__ == "numpy" for value in (*args, *kwargs.values())):
+        return args, kwargs
+    import numpy as np
+
+    hints = _hints(function)
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return args, kwargs
+    for name, value in bound.arguments.items():
+        if isinstance(value, np.generic) and {int, float, bool} & {*_members(hints.get(name, Any))}:
+            bound.arguments[name] = value.item()
+    return bound.args, bound.kwargs
 
 
 def _python_numbers(

@@ -88,7 +88,8 @@ class SampleScores:
         k = resolve_count(n, len(self), "samples")
         if not k:
             raise HeadError(f"The mean over no sample is not defined; got {n!r} of {len(self)}.")
-        drawn = sorted(random.Random(check_seed(seed)).sample(range(len(self)), k))
+        seed = check_seed(seed)
+        drawn = sorted(random.Random(seed).sample(range(len(self)), k))
         scores = self.mean(drawn)
         scores.provenance |= {"seed": seed, "samples_drawn": drawn}
         return scores

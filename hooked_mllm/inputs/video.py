@@ -128,7 +128,8 @@ def read_video(
         fps: Frames for each second of the video; in all at least 4 (2 if `num_frames` is not given either).
         num_frames: Take that many frames; all if the video has fewer.
         max_frames: With `fps`, the most frames (768 by default).
-        sampler: Gives the numbers of the frames to take from the number of frames and their rate, instead of the above.
+        sampler: Gives the numbers of the frames to take (integers from 0, below the number of frames) from the number
+            of frames and their rate, instead of the above.
 
     Raises:
         InputError: No such file, no video in it, a file that is cut off, frames that do not decode, more than 8 GiB of
@@ -139,7 +140,18 @@ def read_video(
 
     from hooked_mllm.inputs.video_decoder import decode  # PyAV is loaded only where a file is read
 
-    choose = sampler or (lambda total, rate: sampled(total, rate, fps, num_frames, max_frames))
+    def choose(total: int, rate: float) -> np.ndarray:
+        if sampler is None:
+            return sampled(total, rate, fps, num_frames, max_frames)
+        selected = sampler(total, rate)
+        index = numbers(selected, "the frames of sampler=")
+        whole = np.asarray(selected).dtype.kind in "iu" and index.ndim == 1 and len(index) > 0
+        if not whole or index.min() < 0 or index.max() >= total:
+            raise InputError(
+                f"Expected integers from 0 to {total - 1}, at least one, from sampler={sampler!r}; got {selected!r}."
+            )
+        return index.astype(int)
+
     frames, times, rate = decode(file, choose, MAX_VIDEO_BYTES)
     if frames.max() <= _BLACK:
         raise InputError(

@@ -114,6 +114,13 @@ def source_of(given: object) -> ActivationCache | Mapping[Any, Tensor] | Tensor:
     """What a patch may be given, a generation's cache by its prefill."""
     if isinstance(given, GenerationCache):
         return given.steps[0]
+    if isinstance(given, Mapping) and not isinstance(given, ActivationCache):
+        for key, value in given.items():
+            if not isinstance(value, Tensor):
+                raise HookValueError(
+                    f"A mapping of layers to tensors has a {type(value).__name__} at {key!r}: torch.as_tensor(value) "
+                    "makes a tensor of an array."
+                )
     if isinstance(given, ActivationCache | Tensor | Mapping):
         return given
     raise HookValueError(

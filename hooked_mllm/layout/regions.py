@@ -232,10 +232,11 @@ class Tube:
     video: int = 0
 
     def __post_init__(self) -> None:
-        numbers(list(self.boxes), "the times of a tube")
-        boxes = {
-            float(t): None if b is None else corners(b, f"The box at {t} s") for t, b in sorted(self.boxes.items())
-        }
+        times = numbers(list(self.boxes), "the times of a tube")
+        if not np.isfinite(times).all():
+            raise LayoutError(f"The times of a tube are finite numbers of seconds; got {list(self.boxes)}.")
+        pairs = sorted(zip(times.tolist(), self.boxes.values(), strict=True), key=lambda pair: pair[0])
+        boxes = {t: None if b is None else corners(b, f"The box at {t} s") for t, b in pairs}
         if not any(boxes.values()):
             raise LayoutError("A tube needs a box at one time or more; got none.")
         for box in self.boxes.values():

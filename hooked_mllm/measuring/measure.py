@@ -179,6 +179,8 @@ def measure(
     group_bytes: int = GROUP_BYTES,
 ) -> Any:
     """Score attention heads over samples; see `HookedMLLM.measure`."""
+    if save_every < 1:
+        raise InputError(f"save_every is a number of samples, at least 1; got {save_every}.")
     metric_list = _metric_list(metrics)
     with _reserved(metric_list):
         results = _measured(model, samples, metric_list, checkpoint, save_every, progress, group_bytes)

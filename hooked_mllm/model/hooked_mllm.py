@@ -25,6 +25,7 @@ from hooked_mllm.model.attention_methods import AttentionChoice, AttentionMethod
 from hooked_mllm.model.generate_options import checking_options
 from hooked_mllm.model.hook_methods import HookMethods
 from hooked_mllm.model.loading import load_model
+from hooked_mllm.model.run_checks import check_arguments, processor_outputs
 from hooked_mllm.model.run_methods import RunMethods
 from hooked_mllm.model.self_check import self_check
 from hooked_mllm.model.vision_methods import VisionMethods
@@ -281,6 +282,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
 
     def resolve(self, inputs: RunInput) -> ResolvedInput:
         """Check model inputs of any accepted kind and move them to the model's device."""
+        if isinstance(inputs, Mapping):
+            check_arguments(self.hf_model, set(inputs) - processor_outputs(self.processor))
         return resolve_input(inputs, self.family, self.hf_model.config, self.device)
 
     # -- measuring -------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from hooked_mllm.errors import InputError, NumericsError, nearest
 from hooked_mllm.inputs.resolve import ResolvedInput
 from hooked_mllm.inputs.sample import Sample, SampleBatch
 
+#: outputs of processors and tokenizers that the models need not read
+_OUTPUTS = ("mm_token_type_ids", "token_type_ids", "special_tokens_mask", "offset_mapping", "length", "video_metadata")
+
 
 def labels_of(inputs: ResolvedInput) -> Tensor:
     """The labels of a loss over the answer's tokens `[batch pos]`: token ids in the answer, -100 elsewhere."""
@@ -29,20 +32,26 @@ def labels_of(inputs: ResolvedInput) -> Tensor:
 
 
 @cache
-def _arguments(model_class: type[nn.Module]) -> frozenset[str]:
+def arguments_of(model_class: type[nn.Module]) -> frozenset[str]:
+    """The arguments that a transformers model reads."""
     named = set(inspect.signature(model_class.forward).parameters) - {"self", "kwargs"}
     return frozenset(named | set(TransformersKwargs.__annotations__) | {"use_cache", "cache_position"})
 
 
 def check_arguments(model: nn.Module, names: Iterable[str]) -> None:
     """Reject arguments that the model would ignore: transformers models accept any keyword."""
-    known = _arguments(type(model))
+    known = arguments_of(type(model))
     for name in names:
         if name not in known:
             raise InputError(
                 f"{type(model).__name__} takes no argument {name!r} and would ignore it. "
                 f"{nearest(name, (*known, 'return_type', 'stop_at_layer'))}"
             )
+
+
+def processor_outputs(processor: Any) -> set[str]:
+    """What a processor may return beyond its model's arguments."""
+    return {*getattr(processor, "model_input_names", ()), *_OUTPUTS}
 
 
 def check_generation(inputs: ResolvedInput) -> None:

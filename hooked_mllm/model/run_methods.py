@@ -16,7 +16,15 @@ from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.families.base import Family
 from hooked_mllm.hooks.registry import HookRegistry, NameFilter
 from hooked_mllm.inputs.resolve import ResolvedInput, RunInput
-from hooked_mllm.model.run_checks import check_arguments, check_generation, check_half, checking_half, labels_of
+from hooked_mllm.model.run_checks import (
+    arguments_of,
+    check_arguments,
+    check_generation,
+    check_half,
+    checking_half,
+    labels_of,
+    processor_outputs,
+)
 from hooked_mllm.model.running import following_steps, running
 from hooked_mllm.wiring.compiled import UNCOMPILED
 
@@ -90,7 +98,6 @@ class RunMethods:
             NumericsError: When float16 overflowed.
         """
         if inputs is None:
-            check_arguments(self.hf_model, kwargs)
             return self.run(self.resolve(kwargs), return_type, stop_at_layer, prompt_length)
         return self.run(self.resolve(inputs), return_type, stop_at_layer, prompt_length, **kwargs)
 
@@ -181,7 +188,8 @@ class RunMethods:
             NumericsError: When float16 overflowed.
         """
         if inputs is None:
-            return self.run_generate(self.resolve(kwargs))
+            names = kwargs.keys() & (arguments_of(type(self.hf_model)) | processor_outputs(None))
+            inputs = {name: kwargs.pop(name) for name in sorted(names)}
         return self.run_generate(self.resolve(inputs), **kwargs)
 
     def run_generate(self, inputs: ResolvedInput, **kwargs: Any) -> Any:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from hooked_mllm.errors import CacheFileError
-from hooked_mllm.storage.files import from_lists, read_bytes, read_json, read_tensors, restoring, write_tensors
+from hooked_mllm.storage.files import (
+    from_lists,
+    json_text,
+    read_bytes,
+    read_json,
+    read_tensors,
+    restoring,
+    write_tensors,
+)
 from hooked_mllm.storage.writing import ready
 
 
@@ -114,4 +122,4 @@ class ValueCheckpoint(Checkpoint):
 
 def _parsed(identity: Mapping[str, Any]) -> dict[str, Any]:
     """The identity after a round trip through JSON; NaN and infinities, which JSON does not have, as text."""
-    return json.loads(json.dumps(identity), parse_constant=str)
+    return json.loads(json_text(identity, allow_nan=True), parse_constant=str)

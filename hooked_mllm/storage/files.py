@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_mllm.errors import CacheFileError, HookedMLLMError
+from hooked_mllm.errors import CacheFileError, HookedMLLMError, InputError
 from hooked_mllm.storage.writing import as_path, write_atomically, write_text
 
 #: the entry of safetensors metadata that holds the header
@@ -25,9 +25,42 @@ _ATTEMPTS = 100
 _PICKLE = (b"\x80", b"PK\x03\x04")  # a bare pickle; torch.save's zip of one
 
 
+def json_text(content: Mapping[str, Any], *, allow_nan: bool = False) -> str:
+    """`content` as JSON, NumPy numbers as Python's; an InputError with the key of a value that JSON cannot hold."""
+    options: dict[str, Any] = {"allow_nan": allow_nan, "default": _python_number}
+    try:
+        return json.dumps(content, **options)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+    keys: list[str] = []
+    value: Any = content
+    around: set[int] = set()
+    while id(value) not in around:  # down to the innermost value that cannot be written
+        around.add(id(value))
+        items = enumerate(value) if isinstance(value, list | tuple) else getattr(value, "items", tuple)()
+        for key, item in items:
+            try:
+                json.dumps(item, **options)
+            except (TypeError, ValueError, RecursionError):
+                keys.append(str(key))
+                value = item
+                break
+    at = ".".join(keys) or "the content"
+    raise InputError(
+        f"Expected values that JSON can hold (text, finite numbers, lists, mappings of text); got "
+        f"{type(value).__name__} at {at!r}: {reason}. Convert it, for example by str(), or remove it."
+    )
+
+
+def _python_number(value: object) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")
+
+
 def write_json(path: str | os.PathLike[str], kind: str, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON with its kind and a digest. Numbers must be finite: write a gap as None."""
-    plain = json.loads(json.dumps({_tag(kind): kind, **content}, allow_nan=False))
+    plain = json.loads(json_text({_tag(kind): kind, **content}))
     plain["digest"] = _digest(plain, {})
     write_text(path, json.dumps(plain, indent=1, ensure_ascii=False) + "\n")
 
@@ -36,7 +69,7 @@ def write_tensors(
     path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
 ) -> None:
     """Write tensors as safetensors, with the kind, `header` (JSON) and a digest of all of them in the metadata."""
-    content = json.loads(json.dumps({_tag(kind): kind, **header}, allow_nan=False))
+    content = json.loads(json_text({_tag(kind): kind, **header}))
     plain = _on_cpu(tensors)
     content["digest"] = _digest(content, plain)
     metadata = {_HEADER: json.dumps(content)}

@@ -12,7 +12,7 @@ from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import text_table
 from hooked_mllm.errors import HeadError, InputError
 from hooked_mllm.heads.counting import Seed
-from hooked_mllm.heads.intervals import MIN_SAMPLES, mean_interval
+from hooked_mllm.heads.intervals import MIN_SAMPLES, are_shares, mean_interval
 from hooked_mllm.storage import from_lists, read_json, restoring, to_lists, write_json
 
 if TYPE_CHECKING:
@@ -87,12 +87,15 @@ class AblationCurveResult:
     ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
         r"""An interval around the mean: (low, high) for each k, as `heads.bootstrap` computes it; NaN without control.
 
-        It covers the choice of samples, not that of the controls' heads.
+        It covers the choice of samples, not that of the controls' heads. It is Clopper and Pearson's for
+        `GreedyAccuracy`, and where all values of the curve are 0 or 1 and some are 1.
 
         Raises:
             InputError: For fewer than 5 samples, a level that is not between 0 and 1, or no draw.
         """
-        return mean_interval(self._of(ranking).mean(0).T, level, n, seed)  # [seed k sample] -> [sample k]
+        curves = np.concatenate([values.ravel() for values in self.per_sample.values()])
+        bounded = self.objective.startswith("GreedyAccuracy") or are_shares(curves)
+        return mean_interval(self._of(ranking).mean(0).T, level, n, seed, bounded)  # [seed k sample] -> [sample k]
 
     def table(self) -> str:
         """Mean and 95 % interval for each k, as text; means alone of fewer samples than an interval needs."""

@@ -102,8 +102,12 @@ class SweptMetric(ABC):
             state.save()
             bar.close()
         facts["n_samples"] = sum(widths)
-        ids = [sample.id for source in sources for sample in samples_of(source[0]) if sample.id is not None]
-        return state.values[:runs], state.values[runs:], {**facts, **({"sample_ids": ids} if ids else {})}
+        for number, name in enumerate(("sample_ids", "corrupted_ids")[:runs]):
+            ids = [sample.id for source in sources for sample in samples_of(source[number]) if sample.id is not None]
+            facts |= {name: ids} if ids else {}
+        if self.paired:  # a corrupted sample has the id of the clean one
+            facts["corrupted_inputs"] = [fingerprint(source[1]) for source in sources]
+        return state.values[:runs], state.values[runs:], facts
 
     def _layers_config(self) -> int | list[int] | None:
         return [*self.layers] if isinstance(self.layers, tuple) else self.layers
