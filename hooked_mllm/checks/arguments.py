@@ -252,25 +252,6 @@ def _python_numbers(
     return bound.args, bound.kwargs
 
 
-def _python_numbers(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """NumPy numbers as Python's where int, float or bool is annotated: JSON takes no others."""
-    if not any(type(value).__module__ == "numpy" for value in (*args, *kwargs.values())):
-        return args, kwargs
-    import numpy as np
-
-    hints = _hints(function)
-    try:
-        bound = inspect.signature(function).bind(*args, **kwargs)
-    except TypeError:
-        return args, kwargs
-    for name, value in bound.arguments.items():
-        if isinstance(value, np.generic) and {int, float, bool} & {*_members(hints.get(name, Any))}:
-            bound.arguments[name] = value.item()
-    return bound.args, bound.kwargs
-
-
 def _array(value: Any) -> Any:
     import numpy as np
 

@@ -115,3 +115,12 @@ def test_numbers():
     for value in (["a"], [[1], [2, 3]], {"a": 1}, object()):
         with pytest.raises(InputError, match="Expected ends as numbers; got"):
             numbers(value, "ends")
+
+
+@pytest.mark.parametrize("value", [np.int64(5), np.int32(5), np.float32(0.5), np.float64(0.5)])
+def test_numbers_of_numpy_become_pythons(value):
+    for kept in (Example(value).k, Example(k=value).k):
+        assert type(kept) in (int, float) and kept == value
+    assert [type(n) for n in Example().numbers(np.int64(2))] == [int, int]
+    with pytest.raises(InputError, match="expected k as"):
+        Example(np.bool_(True))

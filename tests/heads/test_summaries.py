@@ -86,3 +86,16 @@ def test_bad_input_is_rejected():
     bad[4, 1, 2] = torch.inf
     with pytest.raises(NumericsError, match="L1H2 in sample 4"):
         SampleScores(bad)
+
+
+def test_zeros_alone_may_be_of_a_signed_score():
+    zero = bootstrap(SampleScores(np.zeros((8, 1, 2))))
+    assert zero["L0H0"] == (0.0, 0.0)
+    signed = np.zeros((8, 1, 2))
+    signed[0, 0, 1] = -1
+    assert bootstrap(SampleScores(signed))["L0H0"] == (0.0, 0.0)
+    accuracy = np.zeros((8, 1, 2))
+    accuracy[0, 0, 1] = 1
+    assert bootstrap(SampleScores(accuracy))["L0H0"] == (0.0, pytest.approx(1 - 0.025 ** (1 / 8)))
+    facts = bootstrap(SampleScores(accuracy), n=np.int64(50), level=np.float32(0.5), seed=np.int64(0)).low.provenance
+    assert [type(facts["bootstrap"][name]) for name in ("n", "level", "seed")] == [int, float, int]

@@ -146,3 +146,12 @@ def test_times_must_increase():
             Video.from_frames(tiny_frames(2), times_s=times)
     with pytest.raises(InputError, match="one time for each frame; got 2 frames and 3 times"):
         Video.from_frames(tiny_frames(2), times_s=[0, 1, 2])
+
+
+@pytest.mark.parametrize("frames", [[], [5], [-1], [0.5], [True, False], [[0, 1]], "01", None, 3])
+def test_frames_of_a_sampler_are_checked(tmp_path, frames):
+    path = tmp_path / "grey.mp4"
+    write(path, [grey(60 + 40 * i) for i in range(5)])
+    assert len(read_video(path, sampler=lambda total, rate: [0, total - 1])) == 2
+    with pytest.raises(InputError, match=r"sampler="):
+        read_video(path, sampler=lambda total, rate: frames)

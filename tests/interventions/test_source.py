@@ -75,3 +75,9 @@ def test_images_of_other_sizes_do_not_fit_the_vision_tower():
     with pytest.raises(LayoutError, match="images are of other sizes"):
         with model.intervene(ActivationPatch("resid_post", cache, layers=0, tower="vision")):
             model(other)
+
+
+def test_arrays_in_a_mapping_are_rejected():
+    for make in (lambda given: ActivationPatch("z", given), lambda given: HeadPatch("L2H0", given)):
+        with pytest.raises(HookValueError, match=r"has a ndarray at 2: torch\.as_tensor"):
+            make({2: torch.zeros(1, 3, 4, HEAD_DIM).numpy()})

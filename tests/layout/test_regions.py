@@ -107,3 +107,10 @@ def test_a_tube_between_its_times_is_interpolated_by_numpy():
         expected = [np.interp(time, [0, 2], [boxes[0.0][i], boxes[2.0][i]]) for i in range(4)]
         np.testing.assert_allclose(tube.at(float(time)), expected)
     assert [tube.at(t) for t in (-0.1, 3.0, 5.1)] == [None, None, None]
+
+
+def test_times_of_a_tube_are_finite_and_sorted_as_numbers():
+    for time in (None, float("nan"), float("inf")):
+        with pytest.raises(LayoutError, match="times of a tube are finite numbers"):
+            Tube({time: (0, 0, 4, 5)})
+    assert Tube({10: (10, 0, 20, 9), "2": (2, 0, 12, 9)}).at(6) == (6.0, 0.0, 16.0, 9.0)

@@ -219,3 +219,10 @@ def test_progress_is_shown_only_if_it_is_on(capsys):
     assert capsys.readouterr() == ("", "")
     hooked("qwen3_vl").measure([sample("qwen3_vl")], VisionMass())
     assert "1/1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("save_every", [0, -1])
+def test_save_every_is_at_least_1(tmp_path, family, save_every):
+    with pytest.raises(InputError, match=f"save_every is a number of samples, at least 1; got {save_every}"):
+        hooked(family).measure(sample(family), VisionMass(), checkpoint=tmp_path / "state", save_every=save_every)
+    assert not list(tmp_path.iterdir())

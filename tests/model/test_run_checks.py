@@ -81,3 +81,16 @@ def test_the_check_of_float16_leaves_no_hook():
         with checking_half(model):
             assert len(model._forward_hooks) == hooks
         assert not model._forward_hooks
+
+
+def test_unknown_keys_of_a_mapping_are_rejected(family):
+    model, inputs = wrapped(family), dict(model_inputs(family))
+    mistyped = {("attention_masks" if name == "attention_mask" else name): value for name, value in inputs.items()}
+    for run in (model, lambda i: model.generate(i, max_new_tokens=1), model.run_with_cache, lambda i: model(**i)):
+        with pytest.raises(InputError, match="takes no argument 'attention_masks' .*Did you mean 'attention_mask'"):
+            run(mistyped)
+    with pytest.raises(InputError, match="attention_masks"):
+        model.generate(**mistyped, max_new_tokens=1)
+    outputs = {**inputs, "special_tokens_mask": torch.zeros_like(inputs["input_ids"])}
+    assert model.resolve(outputs).tensors.keys() == outputs.keys()
+    assert torch.equal(model.generate(**inputs, **GREEDY), model.generate(inputs, **GREEDY))

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hooked_mllm.errors import CacheFileError, HeadError
+from hooked_mllm.errors import CacheFileError, HeadError, InputError
+from hooked_mllm.heads import HeadScores, SampleScores
 from hooked_mllm.storage import (
+    ValueCheckpoint,
     described,
     from_lists,
     read_json,
@@ -256,3 +259,36 @@ def test_what_is_not_finite_is_not_written(tmp_path):
         with pytest.raises(ValueError, match="not JSON compliant"):
             write()
     assert not list(tmp_path.iterdir())
+
+
+def circular():
+    facts = {"list": []}
+    facts["list"].append(facts)
+    return facts
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (Path("a"), r"PosixPath at 'provenance\.a\.1'"),
+        (torch.ones(2), r"Tensor at 'provenance\.a\.1'"),
+        (np.float32("nan"), r"float32 at 'provenance\.a\.1': Out of range float"),
+        (np.ones(2), r"ndarray at 'provenance\.a\.1'"),
+        (circular(), r"at 'provenance\.a\.1\.list\.0.*Circular reference"),
+    ],
+)
+def test_what_json_cannot_hold_is_named(tmp_path, value, message):
+    scores = HeadScores([[0.5]], provenance={"fine": 1, "a": [0, value]})
+    with pytest.raises(InputError, match=f"Expected values that JSON can hold.*{message}"):
+        scores.save(tmp_path / "scores")
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    numbers = {"n": np.int64(3), "share": np.float32(0.5), "flag": np.bool_(True)}
+    HeadScores([[0.5]], provenance=numbers).save(tmp_path / "scores")
+    assert HeadScores.load(tmp_path / "scores.json").provenance == {"n": 3, "share": 0.5, "flag": True}
+    state = ValueCheckpoint(tmp_path / "state", {"config": numbers}, (1, 1))
+    assert state.identity == {"config": {"n": 3, "share": 0.5, "flag": True}}
+    drawn = SampleScores([[[0.5]], [[0.25]]]).draw(1, np.int64(3))
+    assert type(drawn.provenance["seed"]) is int

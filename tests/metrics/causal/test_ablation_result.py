@@ -101,3 +101,10 @@ def test_damaged_files(curve, tmp_path, change):
     write_json(path, KIND, content)
     with pytest.raises(CacheFileError, match="is damaged"):
         AblationCurveResult.load(path)
+
+
+def test_zeros_are_an_accuracy_only_where_the_objective_is_one():
+    values = {"top": np.zeros((1, 1, 8))}
+    accuracy = AblationCurveResult((0,), values, {"top": [[""]]}, objective="GreedyAccuracy")
+    assert accuracy.interval("top")[1][0] == pytest.approx(1 - 0.025 ** (1 / 8))
+    assert AblationCurveResult((0,), values, {"top": [[""]]}).interval("top")[1][0] == 0.0

@@ -82,3 +82,24 @@ def test_the_heads_that_bring_a_toy_back_lead_without_normalisation_too(kind):
     )
     assert plain.ranking == share.ranking and list(plain.top(3)) == list(share.top(3)) and plain["L2H7"] > 1
     np.testing.assert_allclose(plain.values / share.values, plain.provenance["corrupted"], rtol=1e-6)
+
+
+def test_the_provenance_contains_the_corrupted_run():
+    model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+    clean = toys.VisualRetrieval(pages=1).samples(model, 1, answer=True)[0]
+    facts = []
+    for corruption in (corruptions.ImageNoise(0.5), corruptions.ImageNoise(0.25)):
+        pair = clean, corruption(model, clean)
+        facts.append(PatchingEffect(layers=0).run(model, pair, progress=False, **OBJECTIVE).provenance)
+    assert facts[0]["corrupted_ids"] == [clean.id] or clean.id is None
+    assert facts[0]["corrupted_inputs"] != facts[1]["corrupted_inputs"]
+    assert {k for k in facts[0] if facts[0][k] != facts[1][k]} <= {"corrupted_inputs", "corrupted"}
+
+
+def test_settings_of_numpy_are_kept_in_a_checkpoint(tmp_path):
+    metric = AttributionPatching(integrated=np.int64(2))
+    assert type(metric.integrated) is int
+    scale = AblationEffect(mode="scale", phase="prefill", factor=np.float32(0.5))
+    wrapped_model = wrapped("qwen3_vl")
+    with_file = scale.run(wrapped_model, sample("qwen3_vl"), checkpoint=tmp_path / "state", progress=False, **OBJECTIVE)
+    assert with_file.provenance["config"]["factor"] == 0.5 and (tmp_path / "state").is_file()
