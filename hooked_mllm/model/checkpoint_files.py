@@ -1,11 +1,14 @@
 """What the files of a checkpoint are, before they are loaded: safetensors, in its folder, of known types."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.utils import cached_file
 
 from hooked_mllm.errors import InputError, UnsupportedModelError, nearest
@@ -51,8 +54,11 @@ class CheckpointFiles:
         found = cached_file(self.source, name, **quiet, **self.where)
         return None if found is None else Path(found)
 
-    def check_weights(self, config: Mapping[str, Any], variant: str | None, *, quantized: bool) -> None:
-        """Raise for weights that are not safetensors, outside the folder, absent, in two files, or not numbers."""
+    def check_weights(self, config: Mapping[str, Any], variant: str | None, *, quantized: bool) -> dict[str, str]:
+        """Raise for weights that are not safetensors, outside the folder, absent, in two files, or not numbers.
+
+        Returns their types by name; under a quantization, those that are not floats are left to `check_quantized`.
+        """
         part = f".{variant}" if variant else ""
         names = (f"model{part}.safetensors", f"model.safetensors.index{part}.json")
         if config.get("transformers_weights") is not None:
@@ -64,16 +70,49 @@ class CheckpointFiles:
         if file.name.endswith(".json"):
             shards = [self._shard(name, file.name) for name in sorted(set(self._weight_map(file).values()))]
         kept: dict[str, Path] = {}
+        kinds: dict[str, str] = {}
         for shard in shards:
             for key, kind in _types(shard).items():
                 if key in kept:
                     raise InputError(f"The weight {key!r} of {self.source!r} is in {kept[key].name} and {shard.name}.")
-                kept[key] = shard
-                if not (quantized or kind in _FLOATS or key.endswith("position_ids")):
-                    raise InputError(
-                        f"The weight {key!r} of {self.source!r} is of type {kind}, and its config.json has no "
-                        f"quantization_config; expected {', '.join(_FLOATS)}. Save the model again in such a type."
-                    )
+                kept[key], kinds[key] = shard, kind
+                if not (quantized or _is_float(key, kind)):
+                    raise self._not_floats(key, kind, "its config.json has no quantization_config")
+        return kinds
+
+    def check_quantized(self, model: Any, kinds: Mapping[str, str]) -> None:
+        """Raise unless transformers quantized the model, and weights that are not floats are the quantizer's."""
+        quantizer = getattr(model, "hf_quantizer", None)
+        if quantizer is None:
+            raise UnsupportedModelError(
+                f"{self.source!r} specifies a quantization that transformers did not apply: load the unquantized "
+                "checkpoint."
+            )
+        dense = getattr(quantizer.quantization_config, "dequantize", False) is True
+        modules = dict(model.named_modules())
+        for key, kind in kinds.items():
+            if key.endswith(".SCB") and not (kind in _FLOATS and kinds.get(f"{key[:-3]}weight") == "I8"):
+                raise self._not_quantized(f"{key[:-3]}weight")  # transformers would round it to int8
+            if _is_float(key, kind):
+                continue
+            owners = _owners(modules, key)
+            if key.endswith(".bias") or not any(_is_packed(m) or (dense and _is_matrix(m)) for m in owners):
+                raise self._not_floats(key, kind, "its module is not one that the quantization converts")
+        for name, module in modules.items() if quantizer.pre_quantized else ():
+            if type(module).__module__.startswith("bitsandbytes.") and not _has_scales(module, quantizer):
+                raise self._not_quantized(f"{name}.weight")
+
+    def _not_quantized(self, key: str) -> InputError:
+        return InputError(
+            f"The weight {key!r} of {self.source!r} is not of the type of its quantization, or lacks its scales: save "
+            "the model again, or correct the quantization_config in its config.json."
+        )
+
+    def _not_floats(self, key: str, kind: str, why: str) -> InputError:
+        return InputError(
+            f"The weight {key!r} of {self.source!r} is of type {kind}, and {why}; expected {', '.join(_FLOATS)}. Save "
+            "the model again in such a type."
+        )
 
     def _safetensors(self, name: object, by: str) -> str:
         if isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json")):
@@ -108,15 +147,42 @@ class CheckpointFiles:
         return InputError(f"{self.source!r} has no weights: no {' or '.join(names)} file {where}.")
 
 
+def quantization_of(source: str, config: Mapping[str, Any]) -> object:
+    """The quantization of a config.json, at its top or in its text_config; raise for others, which are ignored."""
+    found = dict(_quantizations(config))
+    used = found.get((), found.get(("text_config",)))
+    for path, settings in found.items():
+        check_quantization(source, settings)
+        if settings != used:
+            raise UnsupportedModelError(
+                f"config.json of {source!r} has a quantization_config in {'.'.join(path)}, which transformers ignores: "
+                "it reads that at the top, or in text_config. Load the unquantized checkpoint."
+            )
+    return used
+
+
+def _quantizations(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], object]]:
+    if config.get("quantization_config") is not None:
+        yield path, config["quantization_config"]
+    for name, part in config.items():
+        if name != "quantization_config" and isinstance(part, dict):
+            yield from _quantizations(part, (*path, name))
+
+
 def check_quantization(source: str, settings: object) -> None:
     """Raise for settings of a method that transformers does not have, which it would ignore."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as METHODS
 
-    if isinstance(settings, dict) and (settings.get("load_in_8bit") or settings.get("load_in_4bit")):
-        return
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", settings)
     name = str(getattr(method, "value", method))
-    if name not in METHODS and f"{name}_8bit" not in METHODS:
+    read = settings.get if isinstance(settings, dict) else partial(getattr, settings)
+    flags = [read(flag, None) for flag in ("load_in_8bit", "load_in_4bit")]
+    if name.startswith("bitsandbytes") and not any(flags):
+        raise UnsupportedModelError(
+            f"The quantization of {source!r} is of bitsandbytes, and neither load_in_8bit nor load_in_4bit is true, so "
+            "that transformers ignores it. Set the one with which the weights were quantized."
+        )
+    if name not in METHODS and not (any(flags) and name in ("None", "bitsandbytes")):
         raise UnsupportedModelError(
             f"The quantization of {source!r} has the method {name!r}, which transformers does not have: "
             f"{nearest(name, METHODS)} Load the unquantized checkpoint, or install a version with it."
@@ -132,6 +198,44 @@ def read_json_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} is damaged: expected a dictionary, got {type(content).__name__}. Download it again.")
     return content
+
+
+def _is_float(key: str, kind: str) -> bool:
+    return kind in _FLOATS or key.endswith("position_ids")
+
+
+def _owners(modules: Mapping[str, Any], key: str) -> list[Any]:
+    """The modules of a weight, also under an older name: those whose name ends in the longest part of its name."""
+    parts = key.split(".")[:-1]
+    for length in range(len(parts), 0, -1):
+        for start in range(len(parts) - length + 1):
+            part = ".".join(parts[start : start + length])
+            if owners := [module for name, module in modules.items() if f".{name}".endswith(f".{part}")]:
+                return owners
+    return []
+
+
+def _has_scales(module: Any, quantizer: Any) -> bool:
+    """Whether a weight of bitsandbytes is in its type and has its scales, whose absence transformers ignores."""
+    weight = module.weight
+    if getattr(weight, "SCB", None) is not None:
+        return weight.dtype == torch.int8
+    storage = getattr(quantizer.quantization_config, "bnb_4bit_quant_storage", torch.uint8)
+    return weight.is_meta or (getattr(weight, "quant_state", None) is not None and weight.dtype == storage)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    """Whether a quantizer made the module, its weights, or a scheme for it."""
+    library = type(module).__module__
+    own = library.startswith(("torch.nn.", "transformers.")) and not library.startswith("transformers.integrations.")
+    subclasses = (type(p.data) is not torch.Tensor for p in module.parameters(recurse=False))
+    return not own or hasattr(module, "quantization_scheme") or any(subclasses)
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether a quantizer could have converted the module: a linear one, or experts."""
+    weights = [p for p in module.parameters(recurse=False) if p.ndim > 1]
+    return bool(weights) and not isinstance(module, (nn.Embedding, nn.Conv2d, nn.Conv3d))
 
 
 def _types(file: Path) -> dict[str, str]:

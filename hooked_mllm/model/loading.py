@@ -15,7 +15,7 @@ from transformers.utils import is_peft_available
 from hooked_mllm.checks import as_device
 from hooked_mllm.errors import HookedMLLMError, InputError, UnsupportedModelError, nearest
 from hooked_mllm.families.registry import family_of
-from hooked_mllm.model.checkpoint_files import CheckpointFiles, check_quantization
+from hooked_mllm.model.checkpoint_files import CheckpointFiles, check_quantization, quantization_of
 from hooked_mllm.toys.checkpoint import resolve
 
 _DTYPES = {
@@ -31,12 +31,14 @@ _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _ADAPTER = "adapter_config.json"
 #: arguments of transformers about where the files are
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "subfolder", "token")
+_UNKNOWN = ("from_tf", "from_flax")
 _IGNORED = ("trust_remote_code", "use_safetensors", "output_loading_info", "ignore_mismatched_sizes")
 #: arguments of transformers that have another name or place here
 _ELSEWHERE = {
     "attn_implementation": "specify the attention with attention=, which takes the same values",
     "torch_dtype": "specify the type with dtype=, which takes the same values",
     "adapter_kwargs": "load the adapter with peft and pass the model to `HookedMLLM.from_model`",
+    "return_dict": "results of the model are read by name",
     "state_dict": "the weights are those of the checkpoint; pass a model in memory to `HookedMLLM.from_model`",
 }
 
@@ -74,10 +76,10 @@ def load_model(
     where |= {name: kwargs.pop(name) for name in _HUB if name in kwargs}
     files = CheckpointFiles(source, where)
     config = _check_config(source, where)
-    quantization = kwargs.get("quantization_config") or config.get("quantization_config")
-    if quantization is not None:
+    quantized = quantization_of(source, config) is not None
+    if (quantization := kwargs.get("quantization_config")) is not None:
         check_quantization(source, quantization)
-    files.check_weights(config, kwargs.get("variant"), quantized=quantization is not None)
+    kinds = files.check_weights(config, kwargs.get("variant"), quantized=quantized)
     safe = {"trust_remote_code": False, **where}
     no_adapter = {"subfolder": "no adapter"}  # with one, transformers reports the keys of the adapter alone
     with _loading(source):
@@ -86,6 +88,8 @@ def load_model(
             source, use_safetensors=True, output_loading_info=True, adapter_kwargs=no_adapter, **safe, **kwargs
         )
     _check_report(source, type(model).__name__, report)
+    if quantized or quantization is not None:
+        files.check_quantized(model, kinds)
     if files.find(_ADAPTER) is not None:
         _load_adapter(files, model)
     if device is not None:
@@ -172,10 +176,13 @@ def _checked(
             "Leave ignore_mismatched_sizes out: weights of another size than the model's would be replaced by random "
             "ones."
         )
+    for name in kwargs:
+        if name.startswith("_") or (name in _UNKNOWN and _is_on(kwargs[name])):
+            raise InputError(f"Leave {name}= out: it is no option of `from_pretrained` here.")
     for name, advice in _ELSEWHERE.items():
         if kwargs.get(name) is not None:
             raise InputError(f"Leave {name}= out: {advice}.")
-    return {k: v for k, v in kwargs.items() if k not in _IGNORED}
+    return {k: v for k, v in kwargs.items() if k not in _IGNORED + _UNKNOWN}
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -191,15 +198,19 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _locate(path_or_id: str | os.PathLike[str]) -> str:
     name = resolve(str(path_or_id))
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; the home of an unknown user; a null byte
+        raise InputError(f"{name[:100]!r} is neither a path nor a hub id: {str(error)[:100].rstrip('.')}.") from error
+    if name and is_folder:
         if not (folder / "config.json").is_file():
             adapter = (folder / _ADAPTER).is_file()
             advice = "load the model and the adapter with peft, and pass `merge_and_unload()` to `from_model`"
             what = f"but an adapter: {advice}" if adapter else "and is not a checkpoint"
             raise InputError(f"The folder {str(folder)!r} has no config.json, {what}.")
         return str(folder)
-    if folder.is_file():
+    if is_file:
         raise InputError(f"{name!r} is a file: give the folder of the checkpoint.")
     parts = name.split("/")
     if not isinstance(path_or_id, str) or name[:1] in ("/", ".", "~", "") or len(parts) != 2 or not all(parts):
@@ -216,14 +227,22 @@ def _check_config(source: str, where: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         local, remote = "has a config.json that cannot be read", "is neither a folder nor found on the hub"
         raise InputError(f"{source!r} {local if Path(source).is_dir() else remote}: {error}") from error
-    model_type = config.get("model_type")
+    if not isinstance(config, dict):
+        raise InputError(f"config.json of {source!r} is damaged: expected a dictionary, got {config!r:.80}.")
+    model_type, got = config.get("model_type"), config.get("architectures") or []
+    names = got if isinstance(got, list) else [None]
+    if not all(isinstance(name, str) for name in (model_type or "", *names)):
+        raise InputError(
+            f"config.json of {source!r} is damaged: model_type is a name and architectures a list of names; got "
+            f"{model_type!r:.80} and {got!r:.80}. Download it again."
+        )
     try:
         family = family_of(SimpleNamespace(model_type=model_type))
     except UnsupportedModelError as error:
         needs_code = model_type != "internvl_chat" and "auto_map" in config
         reason = "needs its own code, which this package never runs" if needs_code else "cannot be loaded"
         raise UnsupportedModelError(f"{source!r} {reason}. {error}") from error
-    supported, got = family.model_classes, config.get("architectures") or []
+    supported = family.model_classes
     if got and not set(got) & set(supported):
         raise UnsupportedModelError(
             f"{source!r} contains a {', '.join(got)}; for {model_type!r} this package supports {', '.join(supported)}."

@@ -40,6 +40,15 @@ def probe(model: Model) -> tuple[dict[str, Tensor], Sample | None]:
 @torch.no_grad()
 def self_check(model: Model) -> None:
     """Verify the wiring; see `HookedMLLM.check`."""
+    try:
+        _check(model)
+    except (HookedMLLMError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged or falsely declared weights raise errors of the libraries that run them
+        raise _fail(model, f"a run of the probe raised {type(error).__name__} ({error})") from error
+
+
+def _check(model: Model) -> None:
     if model.registry.list_hooks():
         raise UnsupportedModelError("`check` compares with the plain model: call `reset_hooks` first.")
     if (dropout := active_dropout(model.hf_model)) is not None:

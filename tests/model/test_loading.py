@@ -141,6 +141,32 @@ def test_no_such_folder(name):
         load_model(name)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" + "b" * 5000, "~nouser/x"], ids=["long", "long-id", "home"])
+def test_names_that_are_no_paths(name):
+    with pytest.raises(InputError, match=r"neither a path nor a hub id: "):
+        load_model(name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"architectures": 3}, {"architectures": [None]}, {"architectures": "Qwen"}, {"model_type": ["x"]}],
+    ids=str,
+)
+def test_a_config_of_other_types(copy, changes):
+    folder = copy()
+    edit_config(folder, **changes)
+    with pytest.raises(InputError, match="model_type is a name and architectures a list of names; got"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", '"x"', "3", "null"])
+def test_a_config_that_is_no_dictionary(copy, content):
+    folder = copy()
+    (folder / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config.json (of .* is damaged|that cannot be read)"):
+        load_model(folder)
+
+
 def test_a_folder_or_file_that_is_no_checkpoint(tmp_path):
     with pytest.raises(InputError, match=r"has no config.json"):
         load_model(tmp_path)

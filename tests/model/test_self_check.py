@@ -126,6 +126,19 @@ def test_head_results_that_do_not_sum_to_the_attention_output_are_found(monkeypa
     model.check()
 
 
+@pytest.mark.parametrize("error", [AttributeError("CB"), StopIteration(), AssertionError(), RuntimeError("shape")])
+def test_whatever_a_run_raises_is_reported(monkeypatch, error):
+    """What damaged weights raise in the libraries that run them."""
+    model = HookedMLLM.from_model(fresh("internvl"))
+
+    def failing(*args):
+        raise error
+
+    monkeypatch.setattr(self_check, "cached_forward", failing)
+    with pytest.raises(UnsupportedModelError, match=f"check on loading: .* raised {type(error).__name__}"):
+        model.check()
+
+
 def test_the_probe_is_small():
     """One tile of InternVL, as the smallest picture of the processor: 12 tiles would be 13 times the memory."""
     processor = tiny_processor("internvl")
