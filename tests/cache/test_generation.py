@@ -9,7 +9,7 @@ from helpers.tiny import tiny_model
 from hooked_mllm import HookedMLLM
 from hooked_mllm.cache import GenerationCache
 from hooked_mllm.cache.lazy import GrowingKeys, LazyPattern
-from hooked_mllm.errors import CacheFileError, HookNameError, HookValueError
+from hooked_mllm.errors import CacheFileError, HookNameError, HookValueError, InputError
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 PLAIN = ("blocks.*", "hook_embed", "ln_final*", "hook_logits")
@@ -288,3 +288,9 @@ def test_a_file_grows_with_the_tokens_and_not_with_their_square(tmp_path):
 def test_repr():
     _, cache = generated("qwen3_vl")
     assert "prefill and 4 decoding steps" in repr(cache) and "blocks.*.attn.hook_pattern" in repr(cache)
+
+
+def test_a_device_that_is_not_there_is_an_input_error(family):
+    _, cache = generated(family, text_sample, "hook_embed")
+    with pytest.raises(InputError, match="Expected a device of this machine"):
+        cache.to("cuda:77")

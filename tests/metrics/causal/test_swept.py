@@ -100,6 +100,6 @@ def test_settings_of_numpy_are_kept_in_a_checkpoint(tmp_path):
     metric = AttributionPatching(integrated=np.int64(2))
     assert type(metric.integrated) is int
     scale = AblationEffect(mode="scale", phase="prefill", factor=np.float32(0.5))
-    wrapped_model = wrapped("qwen3_vl")
-    with_file = scale.run(wrapped_model, sample("qwen3_vl"), checkpoint=tmp_path / "state", progress=False, **OBJECTIVE)
-    assert with_file.provenance["config"]["factor"] == 0.5 and (tmp_path / "state").is_file()
+    options = {"objective": FunctionObjective(lambda logits: logits[:, 0, 5]), "progress": False}
+    scores = scale.run(wrapped("qwen3_vl"), sample("qwen3_vl"), checkpoint=tmp_path / "state", **options)
+    assert scores.provenance["config"]["factor"] == 0.5 and (tmp_path / "state").is_file()
