@@ -222,8 +222,9 @@ def _as_annotated(value: Any, members: tuple[Any, ...]) -> Any:
     if np.ndarray in {getattr(member, "array_type", member) for member in members}:
         if isinstance(value, Tensor):
             return value.detach().cpu().numpy()
-        return _array(value) if isinstance(value, list | tuple) else value
-    collection = next((make for make in (tuple, Sequence) if make in map(get_origin, members)), None)
+        if isinstance(value, list | tuple):
+            return _array(value)
+    collection = next((make for make in (tuple, Sequence) if make in [get_origin(member) for member in members]), None)
     if collection is None or not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
         return value
     if array:

@@ -154,7 +154,7 @@ class ResolvedInput:
 
     tensors: dict[str, Any]
     masks: KindMasks
-    ids: tuple[str | None, ...]
+    ids: tuple[str | int | None, ...]
     source: ModelInput
 
     @property

@@ -153,7 +153,7 @@ def fingerprint(inputs: ModelInput) -> str:
 class _Facts:
     """The samples that were measured, for the provenance of results."""
 
-    ids: list[str] = field(default_factory=list)
+    ids: list[str | int] = field(default_factory=list)
     templates: set[str] = field(default_factory=set)
     #: batches with a shared prefix, by whether it was run once
     prefixes: dict[str, int] = field(default_factory=lambda: {"reused": 0, "whole": 0})

@@ -1,6 +1,6 @@
 """Several questions about the same images: the shared tokens before the question run once, and their keys are kept."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -31,7 +31,7 @@ class SharedPrefix(SampleBatch):
     prefix: int = field(default=0, kw_only=True)
 
     @classmethod
-    def collate(cls, samples: Sequence[Sample], padding_side: str = "right") -> "SharedPrefix":
+    def collate(cls, samples: Iterable[Sample], padding_side: str = "right") -> "SharedPrefix":
         """Join samples of one model; padded on the left, they share no prefix."""
         batch = super().collate(samples, padding_side)
         return replace(batch, prefix=common_prefix(batch.samples) if padding_side == "right" else 0)  # type: ignore[return-value]

@@ -239,7 +239,7 @@ class AblationCurve:
             with torch.no_grad(), model.intervene(*ablations):
                 values = bound(logits_at(model, inputs, bound.positions)).double().cpu().numpy()
             if not np.isfinite(values).all():
-                names = [s.id or f"number {n}" for n, s in enumerate(samples) if not np.isfinite(values[n])]
+                names = [str(s.id or f"number {n}") for n, s in enumerate(samples) if not np.isfinite(values[n])]
                 raise NumericsError(f"The objective is not finite without {heads}, for {', '.join(names)}.")
             yield values
 
