@@ -180,7 +180,7 @@ def _last_logits(arguments: Mapping[str, Any]) -> int:
     return count if isinstance(count, int) else 0
 
 
-def position_range(selected: Any) -> Any:
+def position_range(selected: object) -> Any:
     """`pos_slice` as positions: two numbers in a tuple are a range, as in TransformerLens; a list is indices."""
     if not isinstance(selected, tuple) or any(isinstance(n, bool) or not isinstance(n, Integral) for n in selected):
         return selected
@@ -209,7 +209,7 @@ def _vision_rows(model: Model, inputs: ResolvedInput) -> Callable[[], list[Rows]
     return rows
 
 
-def _reorders(defaults: Any, options: Mapping[str, Any]) -> bool:
+def _reorders(defaults: object, options: Mapping[str, Any]) -> bool:
     """Whether a generation does more with its keys than append those of each step."""
     config = options.get("generation_config", defaults)
 

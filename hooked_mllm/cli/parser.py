@@ -1,15 +1,20 @@
 """The commands and their options. Torch is imported when a command runs, so that `--help` and `--version` are fast."""
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hooked_mllm.bench.choices import BACKENDS, RUNS, SIZES, WARM_UP
 from hooked_mllm.cli.arguments import DATA_FORMS, DTYPES, METRICS, TOY, count, tokens, torch_device
 from hooked_mllm.version import __version__
 
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+else:  # its class has no type parameters at run time
+    Commands = object
 _CONTEXTS = [8192, 16384, 32768, 65536, 131072]
 
 
@@ -26,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     return whole
 
 
-def _command(commands: Any, module: str, name: str, summary: str, description: str | None = None) -> Any:
+def _command(commands: Commands, module: str, name: str, summary: str, description: str | None = None) -> Any:
     """A command, whose function of this name is imported when it runs."""
 
     def run(arguments: argparse.Namespace) -> None:
@@ -42,7 +47,7 @@ def _command(commands: Any, module: str, name: str, summary: str, description: s
 # -- score ---------------------------------------------------------------------------------------------------------
 
 
-def _add_score(commands: Any) -> None:
+def _add_score(commands: Commands) -> None:
     add = _command(
         commands,
         "score",
@@ -67,7 +72,7 @@ def _add_score(commands: Any) -> None:
 # -- bench ---------------------------------------------------------------------------------------------------------
 
 
-def _add_prefill(kinds: Any) -> None:
+def _add_prefill(kinds: Commands) -> None:
     summary = "time the prefill of a whole text decoder under several attentions"
     command = _command(kinds, "bench", "prefill", summary)
     source = command.add_mutually_exclusive_group(required=True)
@@ -87,7 +92,7 @@ def _add_prefill(kinds: Any) -> None:
     _common(add)
 
 
-def _add_kernel(kinds: Any) -> None:
+def _add_kernel(kinds: Commands) -> None:
     summary = "time the hybrid attention op alone against other kernels"
     add = _command(kinds, "bench", "kernel", summary).add_argument
     add("--tokens", type=tokens, nargs="+", default=[8192, 32768, 131072], help="lengths, such as 8k 131072")
@@ -100,7 +105,7 @@ def _add_kernel(kinds: Any) -> None:
     _common(add)
 
 
-def _common(add: Any) -> None:
+def _common(add: Callable[..., Any]) -> None:
     add("--sink", type=partial(count, least=0), default=64, help="first tokens that streaming heads see")
     add("--window", type=count, default=1024, help="last tokens that streaming heads see")
     add("--device", type=torch_device, help="torch device (cuda if there is one, else cpu)")

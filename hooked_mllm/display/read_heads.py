@@ -112,7 +112,7 @@ class _Reader:
     pairs: list[tuple[int, int]] = field(default_factory=list)
     stated: list[tuple[int, int]] = field(default_factory=list)
 
-    def read(self, value: Any) -> None:
+    def read(self, value: object) -> None:
         if isinstance(value, str):
             self.pairs += parse_names(value)
         elif isinstance(value, Tensor | np.ndarray):

@@ -132,7 +132,7 @@ def in_prompt_order(items: Sequence[VisualItem], ids: Tensor, image_id: int, vid
     return sorted(items, key=lambda item: starts[item.name])
 
 
-def option(processor: object, part: str, name: str, default: Any = None) -> Any:
+def option(processor: object, part: str, name: str, default: object = None) -> Any:
     """An option of the image or video processor, or `default` where it has none."""
     value = getattr(getattr(processor, part, None), name, None)
     return default if value is None else value

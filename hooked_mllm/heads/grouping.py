@@ -1,13 +1,18 @@
 """Between query heads and the key-value heads that they share: head h reads key-value head h // (H / H_kv)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
 from hooked_mllm.errors import HeadError
 from hooked_mllm.heads.head_values import HeadValues, Scores
 
-REDUCTIONS = ("sum", "mean", "max")
+if TYPE_CHECKING:
+    Reduction = Literal["sum", "mean", "max"]
+else:  # at run time wider, so that another value reaches the check whose error lists the choices
+    Reduction = str
+
+REDUCTIONS: tuple[Reduction, ...] = ("sum", "mean", "max")
 
 
 class Grouping(HeadValues):
@@ -32,7 +37,7 @@ class Grouping(HeadValues):
         values = self.values.repeat_interleave(groups, dim=1)  # [layer kv_head] -> [layer kv_head * group]
         return _regrouped(self, values, counts, {"heads": "query", "repeated": groups})
 
-    def to_kv(self: Scores, n_kv_heads: int, reduce: str) -> Scores:
+    def to_kv(self: Scores, n_kv_heads: int, reduce: Reduction) -> Scores:
         """Scores of query heads as scores of the key-value heads that they read.
 
         Args:

@@ -247,7 +247,7 @@ class HeadScores(Arithmetic, Grouping):
     def __getitem__(self, head: int) -> Float[Tensor, " head"]: ...
     @overload
     def __getitem__(self, head: tuple[int, int] | str) -> float: ...
-    def __getitem__(self, head: Any) -> float | Tensor:
+    def __getitem__(self, head: object) -> float | Tensor:
         """`scores[20, 15]` or `scores["L20H15"]`: the score of one head; `scores[20]`: the scores of a layer."""
         number = whole_number(head)
         if number is not None:

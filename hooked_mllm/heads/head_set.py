@@ -65,7 +65,7 @@ class HeadSet:
         object.__setattr__(self, "n_layers", shape[0])
         object.__setattr__(self, "n_heads", shape[1])
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"A HeadSet does not change: make a new one instead of setting {name!r}.")
 
     def __delattr__(self, name: str) -> None:

@@ -16,7 +16,7 @@ PARTS = {"text_kwargs": "tokenizer", "images_kwargs": "image_processor", "videos
 _FIXED = ("min_frames", "max_video_tokens")
 
 
-def declared_options(processor: Any) -> set[str]:
+def declared_options(processor: object) -> set[str]:
     """The keywords that a processor takes, its own and those of its parts; none if it declares none."""
     declared = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", None)
     if not declared:
@@ -45,7 +45,7 @@ def merged_options(processor: Any, options: Mapping[str, Any]) -> dict[str, dict
     return {kind: dict(merged[kind]) for kind in PARTS}
 
 
-def processor_in_effect(processor: Any, merged: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
+def processor_in_effect(processor: object, merged: Mapping[str, Mapping[str, Any]]) -> SimpleNamespace:
     """The image and the video processor with the options of a call in place of their own."""
     parts = {}
     for kind, name in (("images_kwargs", "image_processor"), ("videos_kwargs", "video_processor")):

@@ -1,7 +1,7 @@
 """Steer: add a direction to the residual stream."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ from hooked_mllm.hooks.table import STREAM_SITES
 from hooked_mllm.inputs.positions import Positions, describe_positions
 from hooked_mllm.interventions.base import Edit, check_choice, layer_list, layers_of, tower_shape
 from hooked_mllm.interventions.edited_positions import EditedPositions, PositionIntervention, check_edited_positions
+
+if TYPE_CHECKING:
+    StreamSite = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"]
+else:  # at run time wider, so that another value reaches the check whose error lists the choices
+    StreamSite = str
 
 
 @checked
@@ -51,7 +56,7 @@ class Steer(PositionIntervention):
         coefficient: float | int = 1.0,
         *,
         phase: Phase = "both",
-        site: str = "resid_post",
+        site: StreamSite = "resid_post",
         tower: Tower = "text",
     ) -> None:
         check_choice("site", site, STREAM_SITES)

@@ -93,7 +93,8 @@ class AttentionScore(HeadMetric):
 
     def config(self) -> dict[str, Any]:
         """The settings, as values that JSON can hold."""
-        return {**super().config(), "queries": _described(self.queries), "keys": _described(self.keys)}
+        settings = super().config()
+        return settings | {n: _described(getattr(self, n)) for n in ("queries", "keys") if n in settings}
 
     def score(self, view: AttentionView) -> Float[Tensor, "layer batch head"]:
         """The formula for each sample, before the reduction over samples."""

@@ -214,7 +214,7 @@ class AttentionMetric(Configured, Metric):
         self._computed = None
         self._pieces = []
 
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: object = None) -> None:
         # torchmetrics stacks what it gathers; states of unequal length are concatenated here
         group, kept = process_group or self.process_group, {name: getattr(self, name) for name in self._concatenated}
         for name, state in kept.items():

@@ -136,6 +136,9 @@ def test_layers_as_integers_of_numpy_and_torch():
     for layer in (np.int64(2), np.uint8(2), torch.tensor(2)):
         assert full_name(("pattern", layer), {"text": 6}) == "blocks.2.attn.hook_pattern"
     assert full_name(("vision", "z", np.int64(-1)), {"vision": 3}) == "vision.blocks.2.attn.hook_z"
+    cache = hooked("qwen3_vl").run_with_cache(sample("qwen3_vl"), "*hook_pattern")[1]
+    assert torch.equal(cache.pattern(np.int64(1)), cache.pattern(1))
+    assert torch.equal(cache["pattern", np.int64(1)], cache["pattern", 1])
     for layer in (2.0, True, np.float32(2)):
         with pytest.raises(HookNameError):
             full_name(("pattern", layer), {"text": 6})

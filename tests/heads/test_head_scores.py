@@ -168,6 +168,7 @@ def test_indexing_and_mean():
     assert torch.equal(s[2], s.values[2])
     core = s.top(5)
     assert s.mean(core) == pytest.approx(np.sort(s.values.numpy().ravel())[-5:].mean())
+    assert s.mean([2, 3]) == s.mean("L2H3") == s[[2, 3]]
     for head in ((6, 0), "L0H8", "best", 6):
         with pytest.raises(HeadError):
             s[head]

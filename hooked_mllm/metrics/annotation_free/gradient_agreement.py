@@ -1,5 +1,7 @@
 """GradientAgreement: evidence by gradients of the answer's score with respect to visual embeddings."""
 
+from typing import TYPE_CHECKING, Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -12,7 +14,12 @@ from hooked_mllm.hooks import HookPoint
 from hooked_mllm.inputs.sample import Sample
 from hooked_mllm.metrics.annotation_free.evidence import EvidenceAgreement, visual_points, with_greedy_answer
 
-RULES = ("norm", "gradient_x_input")
+if TYPE_CHECKING:
+    Rule = Literal["norm", "gradient_x_input"]
+else:  # at run time wider, so that another value reaches the check whose error lists the choices
+    Rule = str
+
+RULES: tuple[Rule, ...] = ("norm", "gradient_x_input")
 
 
 @checked
@@ -48,11 +55,11 @@ class GradientAgreement(EvidenceAgreement):
         [(2, 4), (2, 5), (2, 6), (2, 7)]
     """
 
-    def __init__(self, *, rule: str = "norm", queries: str = "question", n_tokens: int = 1) -> None:
+    def __init__(self, *, rule: Rule = "norm", queries: str = "question", n_tokens: int = 1) -> None:
         super().__init__(queries=queries, n_tokens=n_tokens)
         if rule not in RULES:
             raise InputError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
-        self.rule = rule
+        self.rule: Rule = rule
 
     def relevance(self, model: Model, sample: Sample) -> Float[Tensor, " pos"]:
         """The squared gradient, or gradient times input, of all features that enter at each position."""
