@@ -83,22 +83,24 @@ class CheckpointFiles:
     def check_quantized(self, model: Any, kinds: Mapping[str, str]) -> None:
         """Raise unless transformers quantized the model, and weights that are not floats are the quantizer's."""
         quantizer = getattr(model, "hf_quantizer", None)
-        if quantizer is None:
+        # transformers deletes the quantizer and the settings of a model that it dequantized, not of one it ignored
+        dense = quantizer is None and getattr(model.config, "quantization_config", None) is None
+        if quantizer is None and not (dense and any("scale" in key for key in kinds)):
             raise UnsupportedModelError(
                 f"{self.source!r} specifies a quantization that transformers did not apply: load the unquantized "
                 "checkpoint."
             )
-        dense = getattr(quantizer.quantization_config, "dequantize", False) is True
         modules = dict(model.named_modules())
+        scaled = {key.rpartition(".")[0] for key in kinds if "scale" in key.rpartition(".")[2]}
         for key, kind in kinds.items():
             if key.endswith(".SCB") and not (kind in _FLOATS and kinds.get(f"{key[:-3]}weight") == "I8"):
                 raise self._not_quantized(f"{key[:-3]}weight")  # transformers would round it to int8
             if _is_float(key, kind):
                 continue
-            owners = _owners(modules, key)
-            if key.endswith(".bias") or not any(_is_packed(m) or (dense and _is_matrix(m)) for m in owners):
+            owners, dequantized = _owners(modules, key), dense and key.rpartition(".")[0] in scaled
+            if key.endswith(".bias") or not any(_is_packed(m) or (dequantized and _is_matrix(m)) for m in owners):
                 raise self._not_floats(key, kind, "its module is not one that the quantization converts")
-        for name, module in modules.items() if quantizer.pre_quantized else ():
+        for name, module in modules.items() if quantizer and quantizer.pre_quantized else ():
             if type(module).__module__.startswith("bitsandbytes.") and not _has_scales(module, quantizer):
                 raise self._not_quantized(f"{name}.weight")
 

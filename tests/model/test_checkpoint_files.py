@@ -258,7 +258,7 @@ def quantized_source(request, tmp_path_factory):
     """The toy as plain transformers saves it in weights of bitsandbytes, and its bits."""
     folder = tmp_path_factory.mktemp("quantized") / "toy"
     shutil.copytree(toys.path("toy-qwen3-vl"), folder)
-    settings = BitsAndBytesConfig(**{f"load_in_{request.param}bit": True})
+    settings = BitsAndBytesConfig(load_in_8bit=request.param == 8, load_in_4bit=request.param == 4)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
     model.save_pretrained(folder)
     return folder, request.param
@@ -273,7 +273,7 @@ def quantized(quantized_source, tmp_path):
 def test_a_quantized_checkpoint_is_read(quantized):
     model, _ = load_model(quantized[0])
     stored = load_file(quantized[0] / "model.safetensors")[f"{OUT}.weight"]
-    assert torch.equal(model.get_submodule(OUT).weight.data, stored)
+    assert torch.equal(model.get_parameter(f"{OUT}.weight").data, stored)
 
 
 @pytest.mark.parametrize(
@@ -361,8 +361,40 @@ def test_a_quantization_that_transformers_does_not_apply(quantized):
     files = CheckpointFiles(str(folder), {})
     kinds = files.check_weights({}, None, quantized=True)
     plain, _ = load_model("toy-qwen3-vl")
+    plain.config.quantization_config = {"quant_method": "magic"}
     with pytest.raises(UnsupportedModelError, match="quantization that transformers did not apply"):
         files.check_quantized(plain, kinds)
+
+
+def in_float8(folder: Path, scale: float | None = 0.5) -> None:
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "dequantize": True}
+    edit_json(folder / "config.json", quantization_config=settings)
+    scales = {} if scale is None else {f"{KEY}_scale_inv": torch.full((1, 1), scale)}
+    rewrite(folder, lambda weights: weights.update({KEY: weights[KEY].to(torch.float8_e4m3fn)} | scales))
+
+
+def test_weights_that_transformers_dequantizes(folder):
+    """Without a GPU it loads float8 weights as floats, and deletes the quantizer."""
+    in_float8(folder)
+    stored = load_file(folder / "model.safetensors")[KEY]
+    model, _ = load_model(folder)
+    assert torch.equal(model.get_parameter(KEY), stored.to(torch.float32) * 0.5)
+
+
+def test_float8_weights_without_scales(folder):
+    in_float8(folder, scale=None)
+    with pytest.raises((InputError, UnsupportedModelError), match="did not apply|not one that the quant|cannot be loa"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "key", ["model.language_model.norm.weight", "model.language_model.layers.0.mlp.up_proj.weight"]
+)
+def test_other_weights_of_a_dequantized_model(folder, key):
+    in_float8(folder)
+    rewrite(folder, lambda weights: weights.update({key: weights[key].to(torch.int8)}))
+    with pytest.raises(InputError, match=f"The weight '{key}' .* not one that the quantization converts|cannot be loa"):
+        load_model(folder)
 
 
 # -- json that is nested too deeply ----------------------------------------------------------------------------------
