@@ -6,7 +6,6 @@ import torch
 
 from helpers.fresh import modules_after
 from hooked_mllm import Box, HeadAblation, HeadSet, HookedMLLM, Mask, metrics, toys
-from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.inputs.sample import SampleBatch
 
 
@@ -85,14 +84,25 @@ assert objectives.LogitDifference({5}, (6,)).describe() == objectives.LogitDiffe
     assert "hooked_mllm.objectives.logit_difference" in modules_after(code)
 
 
-def test_wrong_calls_keep_their_advice(model, samples):
-    with pytest.raises(InputError, match=r"got int\. `model\.prepare\(question, images=\.\.\.\)` makes a sample"):
-        model(3)
-    _, cache = model.run_with_cache(samples[0])
-    with pytest.raises(LayoutError, match="expected the name of a token kind such as 'question'.*; got set"):
-        cache.pattern(2, queries={1, 2})
-    with pytest.raises(InputError, match=r"collate: expected samples as Iterable\[Sample\]; got 3"):
-        SampleBatch.collate(3)
+def test_wrong_calls_keep_their_advice():
+    code = """
+from hooked_mllm import HookedMLLM, InputError, LayoutError, SampleBatch, toys
+model = HookedMLLM.from_pretrained("toy-qwen3-vl")
+_, cache = model.run_with_cache(model.prepare("What is red?"))
+for call, kind, advice in (
+    (lambda: model(3), InputError, "got int. `model.prepare(question, images=...)` makes a sample"),
+    (lambda: cache.pattern(2, queries={1, 2}), LayoutError, "expected the name of a token kind such as 'question'"),
+    (lambda: model.measure(model.prepare("a"), 3), InputError, "Expected a metric or several"),
+    (lambda: SampleBatch.collate(3), InputError, "collate: expected samples as Iterable[Sample]; got 3"),
+):
+    try:
+        call()
+    except kind as error:
+        assert advice in str(error), error
+    else:
+        raise AssertionError(advice)
+"""
+    assert "hooked_mllm.model.hooked_mllm" in modules_after(code)
 
 
 def test_usual_constructors_need_no_call_of_beartype(monkeypatch):
