@@ -118,8 +118,9 @@ class MappingMasks:
         ids = torch.tensor(self.family.visual_token_ids(self.config), device=tokens.device)
         visual = torch.isin(tokens, ids)
         attention = self.inputs.get("attention_mask")
-        flat = attention is not None and attention.dim() == 2  # behind a KV cache, of all positions so far
-        padding = attention[:, -tokens.shape[1] :] == 0 if flat else torch.zeros_like(visual)
+        padding = torch.zeros_like(visual)
+        if attention is not None and attention.dim() == 2:  # behind a KV cache, of all positions so far
+            padding = attention[:, -tokens.shape[1] :] == 0
         if kind == "padding":
             return padding
         if kind == "visual":

@@ -96,7 +96,7 @@ class Intervention(ABC):
 def _counted(edit: Edit, applied: dict[str, int]) -> Callable[..., Tensor | None]:
     def fn(activation: Tensor, hook: HookPoint) -> Tensor | None:
         result = edit(activation, hook)
-        if result is not None:
+        if result is not None and hook.context.recorded is None:  # not counted again where a block is recomputed
             applied["decode" if hook.step else "prefill"] += 1
         return result
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from helpers.cache_witness import batch, close, film, hooked, sample, text_sample
+from helpers.cache_witness import batch, film, hooked, sample, text_sample
 from helpers.tiny import tiny_model
 from hooked_mllm import ActivationCache, HookedMLLM
 from hooked_mllm.cache import GenerationCache

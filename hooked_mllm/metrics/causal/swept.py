@@ -106,7 +106,7 @@ class SweptMetric(ABC):
             ids = [sample.id for source in sources for sample in samples_of(source[number]) if sample.id is not None]
             facts |= {name: ids} if ids else {}
         if self.paired:  # a corrupted sample has the id of the clean one
-            facts["corrupted_inputs"] = [fingerprint(source[1]) for source in sources]
+            facts["corrupted_inputs"] = [fingerprint(source[-1]) for source in sources]
         return state.values[:runs], state.values[runs:], facts
 
     def _layers_config(self) -> int | list[int] | None:
