@@ -1,4 +1,4 @@
-"""SampleScores: the scores of every sample apart, to ask how far a mean or a ranking depends on the samples."""
+"""SampleScores: the scores of every sample, and how far a mean or a ranking depends on the samples."""
 
 import random
 from collections.abc import Mapping, Sequence

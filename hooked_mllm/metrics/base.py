@@ -293,7 +293,7 @@ class HeadMetric(AttentionMetric):
         """Keep the score of every sample, for `sample_scores`; called before the first sample; returns the metric."""
         self._check_constructed()
         if bool(self.count.any()):
-            raise InputError(f"{self!r} has taken in samples already: ask it to keep them before the first.")
+            raise InputError(f"{self!r} has samples already: call keep_samples() before the first.")
         if "each" not in self._defaults:
             self.add_rows("each")
         return self

@@ -1,9 +1,10 @@
 """HookedMLLM: a multimodal language model of transformers with a name for every activation."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import Any, TypeVar, cast, overload
+from typing import Any, NoReturn, TypeVar, cast, overload
 
 import torch
 import transformers
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hooked_mllm.checks import as_device, checked
 from hooked_mllm.contracts import AnyImages, AnyVideos, Metric, ModelInfo
-from hooked_mllm.errors import InputError, UnsupportedModelError
+from hooked_mllm.errors import HookValueError, InputError, UnsupportedModelError
 from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer
@@ -22,6 +23,7 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.measure import measure
 from hooked_mllm.model.attention_methods import AttentionChoice, AttentionMethods, split_attention
+from hooked_mllm.model.direct_calls import DirectCalls
 from hooked_mllm.model.generate_options import checking_options
 from hooked_mllm.model.hook_methods import HookMethods
 from hooked_mllm.model.loading import load_model
@@ -34,6 +36,8 @@ from hooked_mllm.wiring import wire
 from hooked_mllm.wiring.results import device_of, effective_weight
 
 Result = TypeVar("Result")
+#: attributes that are made on first use, and that a copy makes again
+_CACHED = ("hook_dict", "_preparer", "nnsight")
 
 
 @checked
@@ -69,6 +73,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         revision: str | None = None,
         check: bool = True,
     ) -> None:
+        hf_model = getattr(hf_model, "_orig_mod", hf_model)  # of `torch.compile(model)`, which has no names of its own
         if processor is not None and not hasattr(processor, "tokenizer"):
             raise InputError(f"Expected the processor of the model, with its tokenizer; got {processor!r}.")
         config: Any = getattr(hf_model, "config", None)
@@ -87,6 +92,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         self.wiring = wire(cast(PreTrainedModel, hf_model), self.family)
         self.registry = self.wiring.registry
         self.cfg = HookedConfig.of(cast(PreTrainedModel, hf_model), self.family)
+        DirectCalls(self)
         if check:
             self.check()
 
@@ -135,7 +141,8 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         """Wrap a transformers model in memory; without a processor, everything except `prepare` works.
 
         Args:
-            hf_model: An instance of one of the supported classes, else `UnsupportedModelError`.
+            hf_model: An instance of one of the supported classes, else `UnsupportedModelError`; of
+                `torch.compile(model)`, the model inside (`model.compile()` keeps its compiled runs).
             processor: Its processor.
             check: Verify the wiring on a small input.
         """
@@ -147,6 +154,37 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             f"HookedMLLM({self.name!r}, {cfg.model_class}, {cfg.n_layers} layers x {cfg.n_heads} heads "
             f"({cfg.n_key_value_heads} key-value), vision {cfg.vision_n_layers} x {cfg.vision_n_heads}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    # -- copies ----------------------------------------------------------------------------------------------------
+
+    def __copy__(self) -> "HookedMLLM":
+        other = object.__new__(type(self))
+        other.__dict__ |= {name: value for name, value in vars(self).items() if name not in _CACHED}
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HookedMLLM":
+        if self.wiring.has_hooks:
+            raise HookValueError(
+                "A model with active hooks, interventions or attention is not copied: copy it outside of their `with`, "
+                "after `reset_hooks(including_permanent=True)`."
+            )
+        memo[id(self.family)] = self.family
+        memo[id(self)] = other = copy.copy(self)
+        own = {name: value for name, value in vars(other).items() if name not in ("wiring", "registry")}
+        other.__dict__ |= {name: copy.deepcopy(value, memo) for name, value in own.items()}
+        other.wiring = wire(other.hf_model, other.family)
+        other.registry = other.wiring.registry
+        DirectCalls(other)
+        for tower, switch in self.wiring.switches.items():
+            for backend in switch.lasting:
+                other.wiring.switches[tower].choose(None, copy.deepcopy(backend, memo))
+        return other
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise HookValueError(
+            "A HookedMLLM is not pickled, as its hooks are functions. Write it with hf_model.save_pretrained(folder) "
+            "and processor.save_pretrained(folder), and load it with HookedMLLM.from_pretrained(folder)."
         )
 
     # -- the model's parts -----------------------------------------------------------------------------------------
@@ -223,7 +261,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
         if getattr(self.hf_model, "hf_device_map", None):
             raise InputError("This model was spread by device_map; load it again with another one to move it.")
         try:
-            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
             if dtype is not None and not dtype.is_floating_point:
                 raise TypeError(f"{dtype} is of no weights")
         except (TypeError, ValueError, RuntimeError) as error:

@@ -64,12 +64,11 @@ class NNsightModel(NNsight):
             **forward: As for `model(...)`, whose return value is the tracer's `result`.
         """
         if fn is not None:
-            return super().trace(*(() if inputs is None else (inputs,)), fn=fn, **forward)
+            return self._alone(super().trace(*(() if inputs is None else (inputs,)), fn=fn, **forward))
         if inputs is None:
             inputs, forward = forward, {}
-        return super().trace(
-            self._hooked.resolve(inputs), fn=Run(self._hooked, "run", self._hooked.registry.select(hooks)), **forward
-        )
+        run = Run(self._hooked, "run", self._hooked.registry.select(hooks))
+        return self._alone(super().trace(self._hooked.resolve(inputs), fn=run, **forward))
 
     def generate(self, inputs: ModelInput, *, hooks: NameFilter = (), **options: Any) -> Any:
         """Open a trace of a generation, for use in a `with` statement; `tracer.iter[...]` iterates over its steps.
@@ -80,18 +79,28 @@ class NNsightModel(NNsight):
             **options: As for `model.generate`, whose token ids are the tracer's `result`.
         """
         run = Run(self._hooked, "run_generate", self._hooked.registry.select(hooks))
-        return super().trace(self._hooked.resolve(inputs), fn=run, **options)
+        return self._alone(super().trace(self._hooked.resolve(inputs), fn=run, **options))
+
+    def _alone(self, tracer: Any) -> Any:
+        """Let a trace run while no other thread runs the model: what modules compute reaches the trace that is open."""
+        backend = tracer.backend
+
+        def run(of: Any) -> Any:
+            with self._hooked.registry.context.lock:
+                return backend(of)
+
+        tracer.backend = run
+        return tracer
 
     def interleave(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a trace, as nnsight calls it, while the hook points that the trace names serve their activations."""
         points = fn.points if isinstance(fn, Run) else []
-        with self._hooked.registry.context.lock:  # nnsight's interleaver is one for all threads
-            before, self._served = self._served, frozenset(p.name for p in points)
-            try:
-                with self._hooked.hooks([(p.name, self._serve) for p in points]):
-                    return super().interleave(fn, *args, **kwargs)
-            finally:
-                self._served = before
+        before, self._served = self._served, frozenset(p.name for p in points)
+        try:
+            with self._hooked.hooks([(p.name, self._serve) for p in points]):
+                return super().interleave(fn, *args, **kwargs)
+        finally:
+            self._served = before
 
     def _serve(self, value: Tensor, hook: HookPoint) -> Tensor:
         # a new tensor object, from which the model continues: gradients reach the one in the trace

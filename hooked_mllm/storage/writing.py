@@ -40,7 +40,9 @@ def ready(path: None) -> None: ...
 @overload
 def ready(path: str | os.PathLike[str]) -> Path: ...
 def ready(path: object) -> Path | None:
-    """Make the folder of a file and check that the file can be written; None is returned as it is.
+    """Make the folder of a file, check that the file can be written, and remove what killed processes left of it.
+
+    None is returned as it is.
 
     Raises:
         CacheFileError: If the path is a folder, or its folder cannot be made or written to.
@@ -51,6 +53,7 @@ def ready(path: object) -> Path | None:
     path = as_path(path)
     with _reported(path):
         _make_folder(path)
+        _remove_stale(path)
         with _temporary(path):
             return path
 

@@ -54,6 +54,7 @@ class Trunk:
         trunk, context = cls(model, inputs), model.registry.context
         family, hf, outer = model.family, model.hf_model, context.run
         blocks = hf.get_submodule(family.text.blocks)
+        left: list[bool] = []  # filled between the last block and the final norm
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if recorded():
@@ -73,11 +74,21 @@ class Trunk:
             if recorded():
                 trunk.arguments.append(arguments)
 
+        def leave_blocks(*_: object) -> None:
+            if recorded():
+                left.append(True)
+
+        def enter_norm(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if left and recorded():  # not a hook that calls the norm, as `logit_lens` does
+                left.clear()
+                keep(args[0])
+
         # before the hooks of hook points, whose edits are made again when the run is resumed
         with context.lock, UNCOMPILED, ExitStack() as stack:  # never in a run of another thread, nor in compiled code
             for block in blocks:
                 stack.enter_context(block.register_forward_pre_hook(enter_block, prepend=True, with_kwargs=True))
-            stack.enter_context(model.ln_final.register_forward_pre_hook(lambda _, args: keep(args[0]), prepend=True))
+            stack.enter_context(blocks[-1].register_forward_hook(leave_blocks))  # after the hooks of hook points
+            stack.enter_context(model.ln_final.register_forward_pre_hook(enter_norm, prepend=True))
             language_model = hf.get_submodule(family.language_model)
             stack.enter_context(language_model.register_forward_pre_hook(enter, with_kwargs=True))
             model.run_trunk(inputs)

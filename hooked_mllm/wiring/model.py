@@ -197,7 +197,11 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
             "transformers may build the model in another way than this package supports."
         ) from error
     builder.finish()
-    registry.on_run += [wiring.unchanged, wiring.deepstack.fresh, *(switch.applied for switch in wiring.switches.values())]
+    registry.on_run += [
+        wiring.unchanged,
+        wiring.deepstack.fresh,
+        *(switch.applied for switch in wiring.switches.values()),
+    ]
     registry.on_run.append(wiring.uncompiled)
     # weak: a hook may hold the wrapper, and a registered module hook is held by its module
     module_hooks = [weakref.ref(m) for m in builder.module_hooks.values()]
