@@ -86,7 +86,7 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
                 f"Expected {' or '.join(self.family.model_classes)}; got {type(hf_model).__name__}. {advice}"
             )
         self.hf_model: Any = hf_model
-        self.processor = processor
+        self.processor: Any = processor
         self.name = name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
         self.revision = revision
         self.wiring = wire(cast(PreTrainedModel, hf_model), self.family)
