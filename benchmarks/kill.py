@@ -98,8 +98,7 @@ def killed(run: str, kills: int, model: HookedMLLM, generator: np.random.Generat
         expected, names, seconds = finish(run, folder, model)
         left, stopped, resumed = kills, {signal.SIGKILL: 0, signal.SIGINT: 0}, 0
         while left:
-            folder = Path(parent, f"killed {left}")
-            folder.mkdir()
+            folder = Path(tempfile.mkdtemp(dir=parent))
             for _ in range(min(left, 4)):
                 process = start(run, folder, model)
                 process.join(float(generator.uniform(0.05, 0.9)) * seconds)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -120,12 +119,8 @@ def edited_gradients(sample):
     return seen
 
 
-#: nnsight loses `.save()` values of traces that are open at once, also without this package
-TRACING = threading.Lock()
-
-
 def trace(sample):
-    with TRACING, torch.no_grad():
+    with torch.no_grad():
         with model().nnsight.trace(sample, hooks="blocks.1.attn.hook_pattern"):
             pattern = model().nnsight["blocks.1.attn.hook_pattern"].save()
             model().nnsight["blocks.3.attn.hook_z"][:, :, 4] = 0

@@ -33,8 +33,9 @@ class Builder:
     def module_hook(self, path: str, side: Side) -> ModuleHook:
         """The module hook on one side of a module, made on first use."""
         module, kind = self.model.get_submodule(path), KINDS[side]
-        parent, _, name = path.rpartition(".")
-        self.modules[path] = self.model.get_submodule(parent), name, module
+        parent_path, _, name = path.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        self.modules[path] = getattr(parent, "_orig_mod", parent), name, module  # the module in a `torch.compile`d one
         return self.module_hooks.setdefault((id(module), kind), ModuleHook(module, kind))
 
     def bind(self, point: HookPoint, access: Access) -> None:

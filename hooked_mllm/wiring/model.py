@@ -96,7 +96,8 @@ class Wiring:
     def replaced(self) -> tuple[str, str, str] | None:
         """Path of a module that was replaced after the model was wrapped, and both classes; None if none was."""
         for path, (parent, name, module) in self.modules.items():
-            if (present := parent._modules.get(name)) is not module:
+            present = parent._modules.get(name)
+            if module not in (present, getattr(present, "_orig_mod", None)):  # `torch.compile(module)` still calls it
                 return path, type(module).__name__, type(present).__name__
         return None
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from helpers.cache_witness import hooked, sample
 from hooked_mllm import HeadAblation, HookedMLLM, HybridAttention, Steer
 from hooked_mllm.errors import CacheFileError
-from hooked_mllm.measuring.checkpoint import identity_of
+from hooked_mllm.measuring.checkpoint import MeasureCheckpoint, identity_of
 from hooked_mllm.metrics import VisionMass
 
 FAMILY = "qwen3_vl"
@@ -163,3 +163,18 @@ def test_a_policy_is_compared_by_its_settings():
             described.append(identity_of(hooked(FAMILY)))
     assert described[0] == described[1] and "0x" not in json.dumps(described)
     assert described[0]["attention_settings"]["dense"] == {"policy": "the diagonal"}
+
+
+def test_an_interrupt_between_a_sample_and_its_states_saves_whole_samples(tmp_path, monkeypatch):
+    path, keep = tmp_path / "state", MeasureCheckpoint._keep_states
+
+    def interrupted(state):
+        if len(state.done) == 2:
+            raise KeyboardInterrupt
+        keep(state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasureCheckpoint, "_keep_states", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(3, checkpoint=path)
+    assert torch.equal(run(3, checkpoint=path).values, run(3).values)

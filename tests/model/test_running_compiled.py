@@ -10,7 +10,7 @@ from helpers.tiny import tiny_image, tiny_processor
 from helpers.wrapped import fresh, model_inputs, plain, wrapped
 from hooked_mllm import HeadAblation, HookedMLLM
 from hooked_mllm.errors import HookValueError
-from hooked_mllm.metrics import VisionMass
+from hooked_mllm.metrics import AblationEffect, VisionMass
 from hooked_mllm.wiring.compiled import UNCOMPILED
 
 NAMES = (
@@ -74,6 +74,10 @@ def zero(x, hook):
     return x * 0
 
 
+def last_logits(logits):
+    return logits[:, -1].logsumexp(-1)
+
+
 def check_as_plain(model, family):
     """Edits, caches and a generation of `model` are those of a model that is not compiled."""
     inputs, reference = model_inputs(family), wrapped(family)
@@ -108,6 +112,17 @@ def test_a_model_inside_of_torch_compile_is_wrapped(family):
     model = HookedMLLM.from_model(torch.compile(hf_model, backend="eager"), tiny_processor(family))
     assert model.hf_model is hf_model
     check_as_plain(model, family)
+
+
+@pytest.mark.parametrize("way", [compile_blocks, compile_module])
+def test_sweeps_and_runs_that_stop_at_a_block_are_those_of_the_plain_model(way):
+    models = [HookedMLLM.from_model(fresh("qwen3_vl"), check=False) for _ in range(2)]
+    inputs, effect = model_inputs("qwen3_vl"), AblationEffect(mode="zero", phase="prefill", layers=[1])
+    way(models[1].hf_model)
+    models[1](inputs)
+    scores = [effect.run(m, [inputs], objective=last_logits, progress=False).values for m in models]
+    assert torch.equal(*(values.nan_to_num(-1) for values in scores)) and float(scores[0][1].abs().max()) > 0.01
+    assert torch.equal(*(m(inputs, stop_at_layer=2) for m in models))
 
 
 def test_hooked_runs_of_two_threads_leave_compiled_code_off_until_the_last_has_ended():
