@@ -75,6 +75,12 @@ def expected(family, number):
     return plain(family)(**tensors, use_cache=False).logits
 
 
+@cache
+def source(family):
+    """The cache that patches are taken from."""
+    return wrapped(family).run_with_cache(inputs(family)[0], "blocks.1.hook_resid_post")[1]
+
+
 SAMPLES, PLACES, EDITS = st.integers(0, 2), st.sampled_from(POINTS), st.sampled_from(HOOKS)
 
 
@@ -109,7 +115,7 @@ class Soak(RuleBasedStateMachine):
             lambda: HeadAblation(["L1H2", "L2H0"], mode="zero", phase=phase),
             lambda: Steer(torch.ones(HIDDEN), layer=1, positions="visual", coefficient=0.5, phase="prefill"),
             lambda: AttentionKnockout(layers=[0], queries="question", keys="visual", phase="prefill"),
-            lambda: ActivationPatch("resid_post", torch.zeros(HIDDEN), layers=[1], positions=[1]),
+            lambda: ActivationPatch("resid_post", source(self.family), layers=[1], positions=[1], source_positions=[2]),
         )
         self.enter(self.model.intervene(made[kind]()))
 
