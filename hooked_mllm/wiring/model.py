@@ -2,10 +2,11 @@
 
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -198,17 +199,24 @@ def wire(model: PreTrainedModel, family: Family) -> Wiring:
             "transformers may build the model in another way than this package supports."
         ) from error
     builder.finish()
-    registry.on_run += [
-        wiring.unchanged,
-        wiring.deepstack.fresh,
-        *(switch.applied for switch in wiring.switches.values()),
-    ]
-    registry.on_run.append(wiring.uncompiled)
+    applied = [switch.applied for switch in wiring.switches.values()]
+    registry.on_run += [_weak(wiring.unchanged), wiring.deepstack.fresh, *applied, _weak(wiring.uncompiled)]
     # weak: a hook may hold the wrapper, and a registered module hook is held by its module
     module_hooks = [weakref.ref(m) for m in builder.module_hooks.values()]
     weakref.finalize(wiring, _unregister, module_hooks, list(wiring.switches.values()))
     WIRED[model] = weakref.ref(wiring)
     return wiring
+
+
+def _weak(method: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
+    """A method that does not keep its object: a registered hook leads to the registry, and a wrapper must be freed."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> AbstractContextManager[Any]:
+        alive = reference()
+        return nullcontext() if alive is None else alive()
+
+    return call
 
 
 def _unregister(module_hooks: list[weakref.ReferenceType[ModuleHook]], switches: list[TowerSwitch]) -> None:
