@@ -203,8 +203,9 @@ def test_heads_of_another_model_and_other_towers_are_rejected_when_they_are_set(
 
 @torch.no_grad()
 def test_a_part_of_the_heads_is_rejected(family):
-    model = HookedMLLM.from_model(fresh(family), tiny_processor(family), check=False)
-    keep_half_of_the_heads(model.hf_model.get_decoder().layers)
+    hf_model = fresh(family)
+    keep_half_of_the_heads(hf_model.get_decoder().layers)
+    model = HookedMLLM.from_model(hf_model, tiny_processor(family), check=False)
     with model.attention(hybrid()), pytest.raises(HeadError, match=r"has 2 heads, the model 4.*device_map"):
         model(model_inputs(family))
 
