@@ -177,6 +177,8 @@ class SampleBatch:
         samples = tuple(samples)
         if not samples:
             raise InputError("The batch is empty: give one sample at least.")
+        if wrong := [sample for sample in samples if not isinstance(sample, Sample)]:
+            raise InputError(f"A batch is made of samples, which `model.prepare` returns; got {wrong[0]!r} among them.")
         check_side(padding_side)
         longest = max(map(len, samples))
         gaps = [longest - len(s) for s in samples]

@@ -15,7 +15,7 @@ from helpers.coordinates import (
     real,
     seen,
 )
-from hooked_mllm.errors import LayoutError
+from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.layout import ImageMedia, VideoMedia, View
 
 IMAGE = "<IMG_CONTEXT>"
@@ -94,7 +94,7 @@ def test_what_the_inputs_and_the_originals_disagree_on_is_named():
     with pytest.raises(LayoutError, match="4 tiles in the prompt, but 1 to 12 tiles make 4 x 3 and a thumbnail"):
         layout_of(config, processor, inputs, [ImageMedia(640, 480)])
     cut = dict(inputs) | {"input_ids": inputs["input_ids"][:, :-9]}
-    with pytest.raises(LayoutError, match="no multiple of the 256 of one tile"):
+    with pytest.raises(InputError, match=r"4 tiles .* 16 x 16 tokens each, for 1016 placeholder tokens"):
         layout_of(config, processor, cut, media_of(picture))
     moving = processor(text="<video>", videos=[video], video_metadata=[metadata(3)], **RAW)
     with pytest.raises(LayoutError, match="0 images and 4 frames of 1 videos need 4"):

@@ -98,6 +98,6 @@ def test_altered_scores_are_rejected(tmp_path):
 
 
 def test_provenance_that_is_no_json_is_rejected_before_anything_is_written(tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises(InputError, match=r"'provenance\.model'"):
         HeadScores([[1.0]], provenance={"model": object()}).save(tmp_path / "scores")
     assert not list(tmp_path.iterdir())
