@@ -300,4 +300,8 @@ def test_a_second_wrapper_and_a_fresh_model_cache_alike(family):
     fresh = HookedMLLM.from_model(tiny_model(family).requires_grad_(False), check=False)
     _, cache = fresh.run_with_cache(dict(sample(family).inputs))
     _, expected = hooked(family).run_with_cache(sample(family))
-    assert all(torch.equal(cache[n], expected[n]) for n in expected)
+    different = [n for n in expected if not torch.equal(cache[n], expected[n])]
+    # head results are a product on the CPU with other weights in memory, which may round in another order
+    assert [n for n in different if not n.endswith("hook_result")] == []
+    for name in different:
+        torch.testing.assert_close(cache[name], expected[name], atol=1e-6, rtol=1e-5)
