@@ -185,8 +185,8 @@ class AttentionSite:
         if explicit is None:
             z, weights = attend()
         else:
-            z, blind = explicit
-            weights = None
+            z, blind, pattern = explicit
+            weights = pattern if base == "eager" else None  # as the other layers: a list of them would be misaligned
             if bool(blind.any()):  # padded queries without visible keys keep the output of the model's own attention
                 z = torch.where(blind[..., None], attend()[0], z)
         if points["z"].active:
@@ -206,8 +206,8 @@ class AttentionSite:
 
     def _explicit(
         self, query: Tensor, key: Tensor, value: Tensor, mask: MaskRows, scale: float
-    ) -> tuple[Tensor, Bool[Tensor, "batch query mask_head"]] | None:
-        """Z by scores and pattern with their hooks, and the queries without visible keys; None if no hook edited."""
+    ) -> tuple[Tensor, Bool[Tensor, "batch query mask_head"], Tensor] | None:
+        """Z by scores and pattern with their hooks, queries without visible keys, the pattern; None without edits."""
         groups = query.shape[1] // key.shape[1]
         visible = mask.head_rows(torch.arange(mask.q_length, device=mask.device).expand(mask.batch, -1))
         scores = torch.matmul(query, _repeat(key, groups).transpose(2, 3)) * scale
@@ -219,7 +219,7 @@ class AttentionSite:
         if not (edited_scores or edited_pattern):
             return None
         z = torch.matmul(pattern, _repeat(value, groups)).transpose(1, 2).contiguous()
-        return z, ~visible.any(-1).transpose(1, 2)
+        return z, ~visible.any(-1).transpose(1, 2), pattern
 
 
 def _headed(point: HookPoint, tensor: Float[Tensor, "batch head pos d_head"]) -> Float[Tensor, "batch head pos d_head"]:

@@ -207,3 +207,16 @@ def test_a_users_backend_that_restricts_is_called_where_it_does(family):
     assert (pattern.masked_fill(~far, 0).transpose(1, 2)[real] == 0).all()
     v = cache["v", 1].repeat_interleave(2, dim=2)
     close(cache["z", 1][real], torch.einsum("bhqk,bkhd->bqhd", pattern, v)[real])
+
+
+@pytest.mark.parametrize("point", ["attn_scores", "pattern"])
+def test_attention_weights_that_transformers_returns_are_the_edited_ones(family, point):
+    """One for each layer: a list without the edited layer would be misaligned."""
+    model, inputs = wrapped(family, "eager"), model_inputs(family)
+    expected = plain(family, "eager")(**inputs, output_attentions=True).attentions
+    with model.hooks([(f"blocks.1.attn.hook_{point}", lambda x, hook: x * 0.5)]):
+        weights = model(inputs, return_type="output", output_attentions=True).attentions
+        _, cache = model.run_with_cache(inputs, "blocks.1.attn.hook_pattern")
+    assert len(weights) == len(expected) and torch.equal(weights[0], expected[0])
+    assert not torch.equal(weights[1], expected[1])
+    torch.testing.assert_close(weights[1], cache["pattern", 1])
