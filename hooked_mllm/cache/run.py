@@ -114,7 +114,7 @@ def _captured(
         # a KV cache of fixed size is written in place by later calls
         copy=reorders
         or getattr(arguments.get("past_key_values"), "is_compileable", False)
-        or any(p.may_edit for p in model.registry.hook_dict.values()),
+        or any(p.may_edit for p in model.registry.registered),
         packed_vision=model.family.vision.packed,
         first=span.first,
         stop=span.stop,

@@ -85,7 +85,12 @@ class HookRegistry:
     @property
     def in_use(self) -> bool:
         """Whether a hook is active here."""
-        return any(point.active for point in self.hook_dict.values() if point.registered)
+        return any(point.active for point in self.registered)
+
+    @property
+    def registered(self) -> list[HookPoint]:
+        """The points with a hook, of any thread, in the order of the forward pass."""
+        return [p for p in self.hook_dict.values() if p.name in self.used] if self.used else []
 
     # -- looking up ------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ class Run:
         rows: Rows of text activations in this call of the model; None where it is unknown.
         step: 0 in the prefill, n in the n-th decoding step.
         fired: Names of the points whose hooks ran, and of the attentions that called taps or a backend.
-        kept: What the wiring keeps from one module to a later one.
     """
 
     inputs: Any
@@ -37,7 +36,6 @@ class Run:
     rows: int | None = None
     step: int = 0
     fired: set[str] = field(default_factory=set)
-    kept: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -77,7 +77,7 @@ def reasons_to_run_whole(model: Model, batch: SharedPrefix, metrics: Sequence[An
         reasons.append("not every layer attends to all earlier positions")
     if model.hf_model.training:
         reasons.append("the model is in training mode")
-    if any(point.active for point in model.hook_dict.values()):
+    if model.registry.in_use:
         reasons.append("hooks or interventions are registered on the model")
     sites = (*model.wiring.text, *model.wiring.vision)
     if any(site.running is not None or site.taps for site in sites):

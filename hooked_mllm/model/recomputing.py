@@ -22,12 +22,11 @@ def hooks_when_recomputed(model: Model) -> Iterator[None]:
     Raises:
         HookValueError: In the backward pass, if one of these hooks was removed before it.
     """
-    modules = [m for m in model.hf_model.modules() if getattr(m, "gradient_checkpointing", False)]
-    if not (modules and torch.is_grad_enabled() and model.hf_model.training):
+    if not (torch.is_grad_enabled() and model.hf_model.training):
         yield
         return
-    points = [point for point in model.registry.hook_dict.values() if point.active]
-    active = [(point, tuple(h for h in point.handles if not h.reads_only)) for point in points]
+    modules = [m for m in model.hf_model.modules() if getattr(m, "gradient_checkpointing", False)]
+    active = [(point, tuple(h for h in point.handles if not h.reads_only)) for point in model.registry.registered]
     before = [(module, getattr(module, _FUNCTION)) for module in modules if hasattr(module, _FUNCTION)]
     for module, function in before:
         setattr(module, _FUNCTION, _with_hooks(function, active, model.registry.context))

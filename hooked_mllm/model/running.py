@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hooked_mllm.contracts import Model
+from hooked_mllm.display.read_heads import whole_number
 from hooked_mllm.errors import HookValueError, InputError
 from hooked_mllm.hooks.point import HookPoint
 from hooked_mllm.hooks.run_context import Run
@@ -37,8 +38,8 @@ def running(
         HookValueError: If an activation was computed without the hooks that are registered on it.
     """
     past = cache_length(arguments.get("past_key_values"))
-    if prompt_length is not None and (isinstance(prompt_length, bool) or prompt_length < 1):
-        raise InputError(f"prompt_length is the number of positions of the whole prompt; got {prompt_length}.")
+    if prompt_length is not None and (whole_number(prompt_length) or 0) < 1:
+        raise InputError(f"prompt_length is the number of positions of the whole prompt; got {prompt_length!r}.")
     with model.registry.running_on(inputs, first=past) as run, ExitStack() as stack:
         run.rows = inputs.length
         if prompt_length is None:  # one token behind a KV cache is a generated one
@@ -100,7 +101,7 @@ def check_fired(model: Model, run: Run, inputs: ResolvedInput, stop: int | None,
             return stop is None or point.block < stop
         return point.name == "hook_embed" or (stop is None and (head or point.name != "hook_logits"))
 
-    active = [p for p in model.registry.hook_dict.values() if p.registered and p.name not in run.fired and p.active]
+    active = [p for p in model.registry.registered if p.name not in run.fired and p.active]
     lost = [point.name for point in active if reached(point)]
     for site in (*model.wiring.text, *model.wiring.vision):
         if site.name not in run.fired and (site.taps or site.backend is not None) and reached(site.points["z"]):

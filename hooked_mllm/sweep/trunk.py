@@ -113,7 +113,7 @@ class Trunk:
     def alone(self) -> bool:
         """Whether the language model has no active hook, and an attention whose masks are known."""
         registry, wiring = self.model.registry, self.model.wiring
-        active = any(point.active for point in registry.hook_dict.values() if point.tower == "text")
+        active = any(point.active for point in registry.registered if point.tower == "text")
         sites = any(site.taps or site.backend is not None for site in wiring.text)
         return not active and not sites and wiring.switches["text"].base in ("sdpa", "eager")
 

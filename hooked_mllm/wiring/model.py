@@ -124,7 +124,7 @@ class Wiring:
     def has_hooks(self) -> bool:
         """Whether a hook, a tap or a choice of attention is active, in any thread."""
         return (
-            any(point.registered for point in self.registry.hook_dict.values())
+            bool(self.registry.used)
             or any(site.has_taps for site in (*self.text, *self.vision))
             or any(len(switch.lasting) < switch.n_choices for switch in self.switches.values())
         )
