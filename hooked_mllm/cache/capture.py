@@ -373,7 +373,7 @@ def _hidden(name: str, x: Tensor) -> float:
 
 def _recorded_twice(name: str) -> HookValueError:
     return HookValueError(
-        f"{name} was computed twice for the same positions in this run, so that its activations cannot be told apart. "
+        f"{name} was computed twice for the same positions in this run, and the two are not distinguished. "
         "A hook called `hf_model` or one of its modules: call the HookedMLLM there, whose runs have their own caches."
     )
 

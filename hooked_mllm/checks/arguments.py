@@ -30,9 +30,8 @@ def checked(target: Target) -> Target:
     """A public function, or a class with its public methods, that checks its arguments against their annotations.
 
     Numbers of NumPy become int, float and bool where these are annotated; a bool is no number. An argument of another
-    type is converted where a number, a sequence or an array is annotated and
-    the value is a tensor of one number, an iterable, or nested lists.
-    Classes are changed in place, and their bases in this package as well.
+    type is converted where a number, a sequence or an array is annotated and the value is a tensor of one number, an
+    iterable, or nested lists. Classes are changed in place, and their bases in this package as well.
 
     Examples:
         >>> @checked

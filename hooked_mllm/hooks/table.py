@@ -165,7 +165,7 @@ HOOK_POINTS: tuple[PointSpec, ...] = (
 
 
 def specs(tower: TowerName | None = None, *, in_block: bool | None = None) -> list[PointSpec]:
-    """The entries of the table, of one tower or all, of blocks (`in_block`), of others or both, in forward order."""
+    """The entries of the table, of one tower or all, inside of blocks or outside (`in_block`), in forward order."""
     return [
         spec
         for spec in HOOK_POINTS

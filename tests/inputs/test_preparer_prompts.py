@@ -1,31 +1,17 @@
 """Prompts that a processor pads or cuts, and prompts that open a thought."""
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from helpers.tiny import tiny_config, tiny_frames, tiny_image, tiny_model, tiny_processor
+from helpers.preparers import QUESTION, model, preparer
+from helpers.tiny import tiny_config, tiny_frames, tiny_image, tiny_processor
 from hooked_mllm.errors import InputError, LayoutError
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer
 from hooked_mllm.inputs.sample import SampleBatch
 from hooked_mllm.layout import Box
-
-QUESTION = "What colour is the mug?"
-
-
-@cache
-def preparer(family: str) -> Preparer:
-    config = tiny_config(family)
-    return Preparer(tiny_processor(family), config, family_of(config))
-
-
-@cache
-def model(family: str):
-    return tiny_model(family)
 
 
 def media(kind: str) -> dict:

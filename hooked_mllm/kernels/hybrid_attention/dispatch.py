@@ -27,7 +27,8 @@ def triton_hybrid_attention(
     """Hybrid attention on a GPU; see `hybrid_attention`. `dense` is ascending, `config` replaces tile sizes.
 
     Groups of heads that all stream have a kernel of their own, unless dense heads need a launch too. `sdpa`: dense
-    heads by torch's SDPA if there is no padding or log-sum-exp, as many keys as queries, and a last stride of 1.
+    heads by torch's SDPA if there is no padding or log-sum-exp, and keys and queries are equal in number, with a last
+    stride of 1.
     """
     sdpa = sdpa and start is None and not with_lse and q.shape[2] == k.shape[2] and sdpa_supports(q, k, v)
     if sdpa and len(dense) == q.shape[1]:

@@ -71,7 +71,7 @@ class ParaphraseConsistency(QuestionScore):
             samples: Samples or batches without answers; targets are not used.
             paraphrase: Returns wordings of a question, with or without its own; the first `wordings` are used.
             questions: The others are drawn from these; by default, from the samples' own.
-            n: Number of others for each sample, which have no wording in common with its own.
+            n: Number of other questions for each sample, which have no wording in common with its own.
             seed: Seed of the draw.
 
         Raises:

@@ -58,7 +58,7 @@ class QuestionContrast(QuestionScore):
             model: A `HookedMLLM`.
             samples: Samples or batches without answers; targets are not used.
             questions: The others are drawn from these; by default, from the samples' own.
-            n: Number of others for each sample.
+            n: Number of other questions for each sample.
             seed: Seed of the draw.
 
         Raises:

@@ -123,7 +123,7 @@ QUERY = GENERATOR.normal(size=(2, 2, 3, 4))
 
 
 def dot(q, k):
-    """Scores of queries and keys with as many heads, without a scale."""
+    """Scores of queries and keys with the same number of heads, without a scale."""
     return q @ k.transpose(2, 3)
 
 
