@@ -5,10 +5,11 @@ from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, M
 from typing import Any, NoReturn
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_mllm.cache.files import PathInput, load_fields, save_fields
+from hooked_mllm.cache.kept_positions import KeptPositions, matched
 from hooked_mllm.cache.keys import Key, full_name, key_completions, missing
 from hooked_mllm.cache.lazy import (
     Entry,
@@ -29,19 +30,19 @@ from hooked_mllm.checks import as_device, checked
 from hooked_mllm.contracts import Model
 from hooked_mllm.display.blocks import html_block, html_table
 from hooked_mllm.display.text import human_bytes, number_runs, text_table
-from hooked_mllm.errors import HookNameError, HookValueError, LayoutError
+from hooked_mllm.errors import HookNameError, HookValueError
 from hooked_mllm.families.base import Rows
 from hooked_mllm.heads import heads_in_layer
 from hooked_mllm.heads.parsing import LayerHeadsLike
 from hooked_mllm.hooks.table import split_name
-from hooked_mllm.inputs.positions import KindMasks, Positions, TokenKind, is_token_kind, resolve_positions
+from hooked_mllm.inputs.positions import KindMasks, Positions
 
 #: prefixes of activations whose first axis is not the batch
 _OUTSIDE_TEXT = ("vision.", "projector.")
 
 
 @checked
-class ActivationCache(LogitTools, Mapping[str, Tensor]):
+class ActivationCache(KeptPositions, LogitTools, Mapping[str, Tensor]):
     """The activations of one run.
 
     Read them by hook name or in short: `cache["blocks.3.attn.hook_z"]`, `cache["z", 3]`, `cache["pattern", -1]`,
@@ -254,64 +255,13 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             return self._unbatched(entry.rows(rows, columns, numbers))
         value = value_of(entry)
         if columns is not None and tower == "text" and self.key_positions is not None:
-            columns = _matched(columns, self.key_positions, keys)
+            columns = matched(columns, self.key_positions, keys)
         if columns is not None:  # a sliding window has dropped the first keys
             offset = 0 if self.span is None or tower != "text" else max(0, self.span.stop - value.shape[3])
             offset = 0 if self.key_positions is not None else offset
             value = take_columns(value, columns, offset, float("-inf") if scores else 0.0)
         value = value if rows is None else take(value, rows.to(value.device), dim=2, absent=torch.nan)
         return self._unbatched(value if numbers is None else value[:, numbers])
-
-    def _span_of(self, length: int, kept: Tensor | None) -> Span:
-        """The positions of this run; those of an axis of `length` entries where none were recorded."""
-        if self.span is not None:
-            return self.span
-        return Span(0, length if kept is None or self._masks is None else self._masks("padding").shape[1])
-
-    def _query_rows(self, selected: Positions, entry: Entry, tower: str) -> Int[Tensor, "batch n"]:
-        """Positions of the sequence as rows of a pattern."""
-        batch, length = entry.shape[0], entry.shape[2]
-        if tower != "text":
-            return resolve_positions(selected, batch, length, self._masks)
-        span, kept = self._span_of(length, self.query_positions), self.query_positions
-        if kept is None:
-            return span.rows(selected, batch, self._masks)
-        return _matched(span.positions(selected, batch, self._masks), each_row(kept, batch), selected)
-
-    def _key_positions(self, selected: Positions, entry: Entry, tower: str) -> Int[Tensor, "batch n"]:
-        """Positions of the sequence whose keys a pattern has."""
-        batch, length = entry.shape[0], entry.shape[3]
-        if tower != "text":
-            return resolve_positions(selected, batch, length, self._masks)
-        positions = self._span_of(length, self.key_positions).keys(selected, batch, self._masks)
-        if self.key_positions is not None:
-            _matched(positions, each_row(self.key_positions, batch), selected)
-        return positions
-
-    def positions(self, wanted: Positions, batch: int, length: int | None) -> Int[Tensor, "batch n"]:
-        """Positions in any form as rows of activations, on the CPU; -1 where a sample has fewer than the others.
-
-        Args:
-            wanted: A token kind, a region or several, a mask, indices, one index, or a slice.
-            batch: Number of samples.
-            length: Rows of the activations; None where it is not known.
-        """
-        if batch < 1 or (length is not None and length < 0):
-            raise LayoutError(f"Expected a batch of samples and rows; got {batch=}, {length=}.")
-        kept = self.kept_positions
-        if kept is not None and length == kept.shape[1] and is_token_kind(wanted) and self.span is not None:
-            return _matched(self.span.positions(wanted, batch, self._masks), each_row(kept, batch), wanted)
-        if kept is None and self.span is not None and length == len(self.span):
-            return self.span.rows(wanted, batch, self._masks)
-        return resolve_positions(wanted, batch, length, self._masks)
-
-    def row_mask(self, kind: TokenKind, batch: int) -> Bool[Tensor, "batch pos"] | None:
-        """The mask of a token kind over the rows of this run; None without a layout."""
-        if self._masks is None:
-            return None
-        if self.span is None:
-            return each_row(self._masks(kind), batch)
-        return self.span.mask(kind, batch, self._masks)[:, self.span.first :]
 
     # -- moving and slicing ----------------------------------------------------------------------------------------
 
@@ -422,17 +372,6 @@ class ActivationCache(LogitTools, Mapping[str, Tensor]):
             CacheFileError: If the file is missing, damaged, altered, a pickle, or holds something else.
         """
         return cls(**load_fields(path)[0], model=model)
-
-
-def _matched(positions: Tensor, kept: Tensor, selected: object) -> Int[Tensor, "batch n"]:
-    """Positions of the sequence as indices along an axis that has only the positions in `kept`."""
-    match = positions[:, :, None] == kept.cpu()[:, None, :]
-    if bool((~match.any(-1) & (positions >= 0)).any()):
-        raise LayoutError(
-            f"{selected!r} reaches positions that this run did not keep; it was made with `queries=`, `keys=` or "
-            "`pos_slice=` that leave them out."
-        )
-    return torch.where(positions >= 0, match.int().argmax(-1), -1)
 
 
 def held_bytes(entries: Iterable[Entry]) -> int:

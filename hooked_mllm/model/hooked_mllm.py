@@ -1,10 +1,9 @@
 """HookedMLLM: a multimodal language model of transformers with a name for every activation."""
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import Any, NoReturn, TypeVar, cast, overload
+from typing import Any, TypeVar, cast, overload
 
 import torch
 import transformers
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hooked_mllm.checks import as_device, checked
 from hooked_mllm.contracts import AnyImages, AnyVideos, Metric, ModelInfo
-from hooked_mllm.errors import HookValueError, InputError, UnsupportedModelError
+from hooked_mllm.errors import InputError, UnsupportedModelError
 from hooked_mllm.families.config import HookedConfig
 from hooked_mllm.families.registry import family_of
 from hooked_mllm.inputs.preparer import Preparer
@@ -23,6 +22,7 @@ from hooked_mllm.inputs.sample import Sample, SampleBatch
 from hooked_mllm.measuring.attention_view import AttentionView
 from hooked_mllm.measuring.measure import measure
 from hooked_mllm.model.attention_methods import AttentionChoice, AttentionMethods, split_attention
+from hooked_mllm.model.copies import Copies
 from hooked_mllm.model.direct_calls import DirectCalls
 from hooked_mllm.model.generate_options import checking_options
 from hooked_mllm.model.hook_methods import HookMethods
@@ -36,12 +36,10 @@ from hooked_mllm.wiring import wire
 from hooked_mllm.wiring.results import device_of, effective_weight
 
 Result = TypeVar("Result")
-#: attributes that are made on first use, and that a copy makes again
-_CACHED = ("hook_dict", "_preparer", "nnsight")
 
 
 @checked
-class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
+class HookedMLLM(Copies, RunMethods, HookMethods, AttentionMethods, VisionMethods):
     """A multimodal language model with a name for every activation: read it, edit it, score its heads.
 
     No module of the transformers model is replaced; without hooks its logits are bit for bit those of the plain model.
@@ -154,37 +152,6 @@ class HookedMLLM(RunMethods, HookMethods, AttentionMethods, VisionMethods):
             f"HookedMLLM({self.name!r}, {cfg.model_class}, {cfg.n_layers} layers x {cfg.n_heads} heads "
             f"({cfg.n_key_value_heads} key-value), vision {cfg.vision_n_layers} x {cfg.vision_n_heads}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
-        )
-
-    # -- copies ----------------------------------------------------------------------------------------------------
-
-    def __copy__(self) -> "HookedMLLM":
-        other = object.__new__(type(self))
-        other.__dict__ |= {name: value for name, value in vars(self).items() if name not in _CACHED}
-        return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HookedMLLM":
-        if self.wiring.has_hooks:
-            raise HookValueError(
-                "A model with active hooks, interventions or attention is not copied: copy it outside of their `with`, "
-                "after `reset_hooks(including_permanent=True)`."
-            )
-        memo[id(self.family)] = self.family
-        memo[id(self)] = other = copy.copy(self)
-        own = {name: value for name, value in vars(other).items() if name not in ("wiring", "registry")}
-        other.__dict__ |= {name: copy.deepcopy(value, memo) for name, value in own.items()}
-        other.wiring = wire(other.hf_model, other.family)
-        other.registry = other.wiring.registry
-        DirectCalls(other)
-        for tower, switch in self.wiring.switches.items():
-            for backend in switch.lasting:
-                other.wiring.switches[tower].choose(None, copy.deepcopy(backend, memo))
-        return other
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise HookValueError(
-            "A HookedMLLM is not pickled, as its hooks are functions. Write it with hf_model.save_pretrained(folder) "
-            "and processor.save_pretrained(folder), and load it with HookedMLLM.from_pretrained(folder)."
         )
 
     # -- the model's parts -----------------------------------------------------------------------------------------

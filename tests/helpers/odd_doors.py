@@ -1,14 +1,14 @@
-"""The public callables with right arguments: the model, caches, heads, inputs and edits; see `helpers.odd_calls`."""
+"""The public callables with right arguments: the model, caches, heads and inputs; see `helpers.odd_calls`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 import hooked_mllm as hm
+from helpers.odd_edits import of_edits
 from helpers.odd_metrics import of_metrics, of_objectives, of_plots
 from helpers.odd_values import DATA, FEW, Door, Fresh, keeping, then
 from hooked_mllm import heads, metrics, toys
@@ -32,7 +32,7 @@ def doors(folder: Path) -> Iterator[Door]:
     yield from _of_caches(cache, steps, folder)
     yield from _of_heads(scores, rows, some, folder)
     yield from _of_inputs(sample, other, layout, video, box, frames)
-    yield from _of_edits(model, sample, other, cache, some)
+    yield from of_edits(model, sample, other, cache, some)
     yield from of_metrics(model, sample, answered, scores, some)
     yield from of_objectives(model, sample, picture, folder)
     yield from of_plots(sample, scores, some, model)
@@ -340,114 +340,3 @@ def _of_inputs(sample, other, layout, video, box, frames) -> Iterator[Door]:
     values = torch.rand(len(layout.visual))
     yield Door("layout.to_image", layout.to_image, values=values, image=0, frame=0)
     yield Door("layout.frames", video.layout.frames, video=0, start_s=0.0, end_s=1.0)
-
-
-def _of_edits(model, sample, other, cache, some) -> Iterator[Door]:
-    def edited(kind: type) -> Callable[..., Any]:
-        def run(*args: Any, **arguments: Any) -> Any:
-            with model.intervene(kind(*args, **arguments)):
-                return model(sample)
-
-        return run
-
-    reference = hm.HeadAblation.reference(model, [sample, other], some)
-    source = torch.zeros(1, sample.layout.last_index + 1, model.cfg.n_heads, model.cfg.d_head)
-    yield Door(
-        "HeadAblation",
-        edited(hm.HeadAblation),
-        16,
-        heads=some,
-        mode="zero",
-        phase="both",
-        positions="question",
-        tower="text",
-    )
-    for name, value, mode in (
-        ("reference", reference, "mean"),
-        ("factor", 0.5, "scale"),
-        ("positions", "question", "zero"),
-    ):
-        yield Door(
-            "HeadAblation", keeping(edited(hm.HeadAblation), heads=some, mode=mode, phase="both"), 16, **{name: value}
-        )
-    yield Door(
-        "reference",
-        hm.HeadAblation.reference,
-        8,
-        model=model,
-        samples=[sample, other],
-        heads=some,
-        positions="question",
-        tower="text",
-        keep_tokens=False,
-    )
-    yield Door(
-        "AttentionKnockout",
-        edited(hm.AttentionKnockout),
-        12,
-        heads=some,
-        queries="question",
-        keys="visual",
-        phase="both",
-        tower="text",
-    )
-    yield Door("AttentionKnockout", keeping(edited(hm.AttentionKnockout), keys="visual", phase="both"), 16, layers=[1])
-    yield Door(
-        "HeadPatch",
-        edited(hm.HeadPatch),
-        10,
-        heads=some,
-        source=cache,
-        positions="question",
-        source_positions="question",
-        tower="text",
-    )
-    yield Door(
-        "ActivationPatch",
-        edited(hm.ActivationPatch),
-        10,
-        site="resid_post",
-        source=cache,
-        layers=[1],
-        positions="question",
-        source_positions="question",
-        tower="text",
-    )
-    yield Door(
-        "ActivationPatch", keeping(edited(hm.ActivationPatch), site="z", source=source, layers=[2]), 16, heads=[1]
-    )
-    yield Door(
-        "Steer",
-        edited(hm.Steer),
-        12,
-        direction=torch.ones(model.cfg.d_model),
-        layer=1,
-        positions="question",
-        coefficient=1.0,
-        phase="both",
-        site="resid_post",
-        tower="text",
-    )
-    yield Door(
-        "HybridAttention", edited_attention(model, sample), 12, dense=some, sink=4, window=8, implementation="auto"
-    )
-    yield Door(
-        "register_hybrid_attention",
-        hm.register_hybrid_attention,
-        12,
-        name="odd",
-        heads=some,
-        sink=4,
-        window=8,
-        implementation="auto",
-    )
-    right = {"name": "x", "tower": "text", "block": 0, "on_change": None}
-    yield Door("HookPoint", hm.HookPoint, **right)
-
-
-def edited_attention(model, sample) -> Callable[..., Any]:
-    def run(dense: Any, **arguments: Any) -> Any:
-        with model.attention(hm.HybridAttention(dense, **arguments)):
-            return model(sample)
-
-    return run
